@@ -1,0 +1,157 @@
+"""The editing loop of the book: text -> notebook -> export -> execute -> clean -> export.
+
+    python tools/chapters.py text [CHAPTER ...]    write nbs_py/CHAPTER.py, the text view that is edited
+    python tools/chapters.py build [CHAPTER ...]   bring edited text back, export, execute, clean, export
+    python tools/chapters.py run [CHAPTER ...]     execute and clean notebooks as they stand (no text view)
+    python tools/chapters.py check                 fail if clean or export would change a tracked file
+
+Without names, `text`, `build` and `run` take every chapter. A name may be shortened: `08` or `pnp` finds `08_pnp`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS, TEXT = ROOT / "nbs", ROOT / "nbs_py"
+SLOW_FLAGS = {"slow", "gpu"}  # as tst_flags in settings.ini
+
+
+def sh(*command: str, **options) -> subprocess.CompletedProcess:
+    """Run a command at the top of the project and stop on failure."""
+    return subprocess.run(command, cwd=ROOT, check=True, **options)
+
+
+def find(names: list[str], folder: Path, suffix: str) -> list[str]:
+    """Full chapter names for the (possibly shortened) ones given; all of them for none."""
+    known = sorted(p.stem for p in folder.glob(f"*{suffix}"))
+    if not names:
+        return known
+    found = []
+    for name in names:
+        stem = Path(name).stem
+        hits = [k for k in known if k == stem] or [k for k in known if k.startswith(stem) or k.endswith(stem)]
+        if len(hits) != 1:
+            sys.exit(f"chapters: {name!r} names {len(hits)} chapters in {folder.name}/; known: {', '.join(known)}")
+        found += hits
+    return found
+
+
+def to_text(name: str) -> None:
+    TEXT.mkdir(exist_ok=True)
+    sh(sys.executable, "-m", "jupytext", "--quiet", "--to", "py:percent", "-o", f"nbs_py/{name}.py", f"nbs/{name}.ipynb")
+
+
+def to_notebook(name: str) -> None:
+    """Bring the text view back; `--update` keeps cell ids and outputs of cells that did not change."""
+    notebook = NOTEBOOKS / f"{name}.ipynb"
+    update = ["--update"] if notebook.exists() else []
+    sh(sys.executable, "-m", "jupytext", "--quiet", *update, "--to", "ipynb", "-o", str(notebook), f"nbs_py/{name}.py")
+    _plain_metadata(notebook)
+
+
+def _plain_metadata(path: Path) -> None:
+    """Keep only what a reader of the notebook needs: its kernel and language."""
+    from execnb.nbio import read_nb, write_nb
+
+    book = read_nb(path)
+    book.metadata = {
+        "kernelspec": {"display_name": "python3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    write_nb(book, path)
+
+
+def execute(name: str) -> tuple[str, float, str]:
+    """Run one notebook by nbdev's own skip rules and store its outputs. Returns (name, seconds, error)."""
+    # CaptureShell chooses matplotlib's inline backend itself; IN_TEST is what nbdev_test sets
+    os.environ.update(IN_TEST="1", OMP_NUM_THREADS="1", PYTHONHASHSEED="0")
+    from execnb.nbio import read_nb, write_nb
+    from execnb.shell import CaptureShell
+    from nbdev.process import extract_directives
+    from fastcore.xtras import working_directory
+
+    path = NOTEBOOKS / f"{name}.ipynb"
+    book = read_nb(path)
+
+    def skip(cell) -> bool:
+        if cell.cell_type != "code":
+            return True
+        directives = extract_directives(cell, remove=False)
+        if directives.get("eval:", [""])[0].lower() == "false":
+            return True
+        return bool(SLOW_FLAGS & directives.keys())
+
+    sys.path.insert(0, str(ROOT))
+    shell, start = CaptureShell(path, mpl_format="png"), time.perf_counter()
+    try:
+        with working_directory(NOTEBOOKS):
+            shell.run_all(book, exc_stop=True, preproc=skip)
+    except BaseException:  # noqa: BLE001 - the traceback is what the caller prints
+        return name, time.perf_counter() - start, shell.prettytb(fname=path)
+    write_nb(book, path)
+    return name, time.perf_counter() - start, ""
+
+
+def execute_all(names: list[str], workers: int) -> None:
+    failed = []
+    with ProcessPoolExecutor(max_workers=workers) as pool:
+        for name, seconds, error in pool.map(execute, names):
+            print(f"{'FAILED' if error else 'ran   '} {name:24s} {seconds:6.1f} s", flush=True)
+            if error:
+                failed.append(name)
+                print(error, file=sys.stderr)
+    if failed:
+        sys.exit(f"chapters: {', '.join(failed)} did not run to the end; their stored outputs are unchanged")
+
+
+def clean_and_export() -> None:
+    sh("nbdev_clean")
+    sh("nbdev_export")
+
+
+def check() -> None:
+    """Clean and export, then compare with what git has (as CI does)."""
+    before = sh("git", "diff", "--stat", capture_output=True, text=True).stdout
+    clean_and_export()
+    after = sh("git", "diff", "--stat", capture_output=True, text=True).stdout
+    new = sh("git", "ls-files", "--others", "--exclude-standard", "pnpda_nb", "nbs", capture_output=True, text=True).stdout
+    if before != after or (after and os.environ.get("CI")) or new:
+        sys.exit(f"chapters: clean and export change tracked files; run the build again and commit\n{after}{new}")
+    print("chapters: clean and export leave no diff")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=["text", "build", "run", "check"])
+    parser.add_argument("chapters", nargs="*")
+    parser.add_argument("--workers", type=int, default=2)
+    given = parser.parse_args()
+    # the tools named in sh() live beside this interpreter
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    if given.action == "check":
+        return check()
+    if given.action == "text":
+        for name in find(given.chapters, NOTEBOOKS, ".ipynb"):
+            to_text(name)
+        return None
+    if given.action == "build":
+        names = find(given.chapters, TEXT, ".py")
+        for name in names:
+            to_notebook(name)
+        sh("nbdev_export")
+    else:
+        names = find(given.chapters, NOTEBOOKS, ".ipynb")
+    execute_all(names, given.workers)
+    clean_and_export()
+    return None
+
+
+if __name__ == "__main__":
+    main()
