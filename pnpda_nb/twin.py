@@ -181,7 +181,7 @@ def cycle(
         if experiment.model_error.variance > 0:
             error = experiment.model_error.variance**0.5 * noise.draw(interval, members, experiment.dim)
         states = trajectory(model, state, interval, error)
-        background = _set_aside(states[-1], first, failed, k)
+        background = _set_aside(states[-1].clone(), first, failed, k)
         analysis = method.analyse(background, observations[k], forecast=forecast, generator=generator)
         if analysis.shape != background.shape:
             raise ValueError(f"{type(method).__name__}: expected an analysis of shape {tuple(background.shape)}, got {tuple(analysis.shape)}")

@@ -128,7 +128,7 @@ def number_labels(book: Book, name: str, cells: list[Node]) -> dict[str, str]:
             text = re.sub(r"^(```+|~~~+).*?^\1|`[^`\n]+`", "", text, flags=re.MULTILINE | re.DOTALL)
         for code, prose, heading, section in LABEL.findall(text):
             label = code or prose or section
-            if code and cell["cell_type"] != "code":
+            if bool(code) != (cell["cell_type"] == "code"):
                 continue
             if label in labels:
                 book.problem(name, f"the label {label} is used twice")
@@ -153,8 +153,10 @@ def process(book: Book, only: str | None, fresh: bool) -> None:
     try:
         proc_nbs(n_workers=min(4, os.cpu_count() or 1), force=fresh, skip_file_re=skip)
     except Exception as error:  # noqa: BLE001 -- nbdev raises plain Exception for whatever a cell raised
-        reason = " ".join(str(error).split()) or type(error).__name__
-        book.problem("nbdev", f"{reason} ({error.__cause__!r})" if error.__cause__ else reason)
+        # from another process the cause comes as the text of a traceback, whose first error line says what happened
+        cause = re.search(r"^\w*(?:Error|Exception)\b.*", str(error.__cause__), re.MULTILINE)
+        reason = cause[0] if cause else repr(error.__cause__ or error)
+        book.problem("nbdev", f"{' '.join(str(error).splitlines()[:1])} {reason}")
 
 
 def notebook_markdown(book: Book, page: Page, files: Path) -> str:
@@ -178,7 +180,7 @@ def fence(text: str, attributes: str) -> str:
     return f"{ticks} {{{attributes}}}\n{text.rstrip()}\n{ticks}"
 
 
-def code_cell(book: Book, page: Page, files: Path, key: str, source: str, outputs: list[Node]) -> str:
+def code_cell(book: Book, page: Page, files: Path, name: str, source: str, outputs: list[Node]) -> str:
     """A code cell's source and stored outputs, in the divs that Quarto makes, so that style sheets fit both."""
     where = page.source.name
     lines = source.splitlines()
@@ -190,6 +192,8 @@ def code_cell(book: Book, page: Page, files: Path, key: str, source: str, output
         options = {}
         line = lines[error.problem_mark.line] if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark else ""
         book.problem(where, f"cell options are not valid YAML, quote the text: {line}")
+    for key in {name for name in options if sum(line.startswith(f"#| {name}:") for line in lines[:count]) > 1}:
+        book.problem(where, f"a cell gives {key} twice, which Quarto refuses (nbdev adds its own to exported cells)")
     if options.get("include") is False:
         return ""
     html_format = book.config.get("format", {}).get("html", {})
@@ -204,7 +208,7 @@ def code_cell(book: Book, page: Page, files: Path, key: str, source: str, output
             block = f"{opening}\n\n{block}\n\n{fence('</details>', '=html')}"
         blocks.append(block)
 
-    label, caption = str(options.get("label", "")), ""
+    label = str(options.get("label", ""))
     kind = label.partition("-")[0] if label in page.labels else "fig"
     caption = str(options.get("tbl-cap" if kind == "tbl" else "fig-cap", ""))
     # a screen reader should not read markup: a link is its text, and stars, dollars and backticks go
@@ -216,8 +220,8 @@ def code_cell(book: Book, page: Page, files: Path, key: str, source: str, output
             if output["output_type"] == "error":
                 book.problem(where, f"a stored output is an error: {output['ename']}: {ANSI.sub('', output['evalue'])}")
             elif output["output_type"] != "stream" or output["name"] != "stderr" or options.get("warning") is not False:
-                name = f"{label or key}-{number}"
-                shown.append(cell_output(book, page, files / name, output, alt, options.get("output") == "asis"))
+                stem = files / f"{label or name}-{number}"
+                shown.append(cell_output(book, page, stem, output, alt, options.get("output") == "asis"))
     if shown and (label in page.labels or caption):
         body = "\n\n".join(shown)
         identifier = f"#{label}" if label in page.labels else ".no-number"
@@ -250,6 +254,9 @@ def cell_output(book: Book, page: Page, stem: Path, output: Node, alt: str, as_i
         return ""
     elif "text/markdown" in data:
         body = text(data["text/markdown"])
+        if as_is:  # an entry of the library: its signature as Python writes it
+            body = re.sub(r"(\w+):VAR_POSITIONAL", r"*\1", re.sub(r"(\w+):VAR_KEYWORD", r"**\1", body))
+            body = re.sub(r"^(def .*\()\s*\n\s*\)", r"\1)", body, flags=re.MULTILINE)
     elif "image/svg+xml" in data:
         body = fence(text(data["image/svg+xml"]), "=html")
     elif image := next((kind for kind in ("image/png", "image/jpeg") if kind in data), None):
@@ -495,14 +502,9 @@ def render(book: Book, page: Page) -> str:
         heading = {"t": "Header", "c": [2, attributes("references"), [string("References")]]}
         document["blocks"] += [heading, {"t": "Div", "c": [attributes("refs"), []]}]
     html_format = book.config.get("format", {}).get("html", {})
-    arguments = [
-        "--from=json",
-        "--to=html5",
-        f"--template={ASSETS / 'page.html'}",
-        "--mathjax=libs/mathjax.js",
-        "--citeproc",
-    ]
-    arguments += ["--toc", f"--toc-depth={html_format.get('toc-depth', 3)}", "--section-divs", "--wrap=preserve"]
+    depth = html_format.get("toc-depth", 3)
+    arguments = ["--from=json", "--to=html5", f"--template={ASSETS / 'page.html'}", "--mathjax=libs/mathjax.js"]
+    arguments += ["--citeproc", "--toc", f"--toc-depth={depth}", "--section-divs", "--wrap=preserve"]
     bibliography = book.config.get("bibliography") or []
     for name in [bibliography] if isinstance(bibliography, str) else bibliography:
         if (NBS / name).is_file():
@@ -524,19 +526,24 @@ def render(book: Book, page: Page) -> str:
     return f"{page.name:32} {time.perf_counter() - start:5.1f} s"
 
 
-def check_anchors(book: Book, written: list[Page]) -> None:
-    """A link to a place inside a page must find it."""
+def check_links(book: Book, written: list[Page]) -> None:
+    """What a page shows must exist, and so must the places inside pages that links go to."""
     text = {page.name: (book.out / page.name).read_text(encoding="utf-8") for page in written}
     anchors = {name: set(re.findall(r'\bid="?([^"\s>]+)', page)) for name, page in text.items()}
+    known = {page.name for page in book.pages.values()}
     for page in written:
-        for link in re.findall(r"<a\b[^>]*>", text[page.name]):
-            target = re.search(r'href="([^"#:]*)#([^"]+)"', link)
-            # nbdev's links to methods lead nowhere, as on its own sites; citations have been checked
-            if not target or "doclink" in link or target.group(2).startswith("ref-"):
-                continue
-            name = target.group(1) or page.name
-            if name in anchors and html.unescape(target.group(2)) not in anchors[name]:
-                book.problem(page.source.name, f"a link goes to #{target.group(2)} in {name}, which has no such heading")
+        where = page.source.name
+        for source in re.findall(r'<img\b[^>]*\bsrc="([^":]+)"', text[page.name]):
+            if not (book.out / html.unescape(source)).exists():
+                book.problem(where, f"the image {source} is not there")
+        for link, path, anchor in re.findall(r'(<a\b[^>]*\bhref="([^"#:]*)#?([^":]*)"[^>]*>)', text[page.name]):
+            name = path or page.name
+            if name.endswith(".html") and name not in known:
+                book.problem(where, f"a link goes to {name}, which no notebook makes")
+            # citations have been checked, and nbdev's links to methods lead to no entry, as on its own sites
+            checked = bool(anchor) and not anchor.startswith("ref-") and "doclink" not in link
+            if checked and name in anchors and html.unescape(anchor) not in anchors[name]:
+                book.problem(where, f"a link goes to #{anchor} in {name}, which has no such heading")
 
 
 def copy_assets(book: Book) -> None:
@@ -548,7 +555,8 @@ def copy_assets(book: Book) -> None:
             print(f"fetching {package} with npm", flush=True)
             subprocess.run(["npm", "pack", "--silent", package], cwd=CACHE, check=True, stdout=subprocess.DEVNULL)
             with tarfile.open(CACHE / f"{folder.name}.tgz") as archive:
-                archive.extractall(folder, filter="data")
+                archive.extractall(CACHE / "unpacked", filter="data")
+            (CACHE / "unpacked").rename(folder)
     libs = book.out / "libs"
     libs.mkdir(parents=True, exist_ok=True)
     html_format = book.config.get("format", {}).get("html", {})
@@ -598,7 +606,7 @@ def write_pages(book: Book, only: str | None, fresh: bool) -> None:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for line in pool.map(partial(render, book), pages):
             print(line, flush=True)
-    check_anchors(book, pages)
+    check_links(book, pages)
 
 
 def main() -> int:
@@ -617,7 +625,7 @@ def main() -> int:
         problems = build(out, only, options.fresh)
     except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
         problems = [str(error)]
-    for line in problems:
+    for line in sorted(problems):  # pages are made in parallel
         print(f"problem: {line}", file=sys.stderr)
     print(f"{out.name}: {len(problems)} problem(s), {time.perf_counter() - start:.1f} s")
     return 1 if problems else 0
