@@ -5,6 +5,7 @@
 # %% ../nbs/07_flow_matching.ipynb #b16d7400
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -28,8 +29,8 @@ from .dynamics import standard_normal, stream
 from .observing import Covariance
 
 # %% auto #0
-__all__ = ['FORMAT', 'denoised_from_velocity', 'velocity_from_denoised', 'Prior', 'Denoiser', 'GaussianPrior', 'Coupling',
-           'conditional_coupling', 'FourierEmbedding', 'VelocityMLP', 'FlowPrior', 'TrainingSettings',
+__all__ = ['FORMAT', 'PAPER_TRAINING', 'denoised_from_velocity', 'velocity_from_denoised', 'Prior', 'Denoiser', 'GaussianPrior',
+           'Coupling', 'conditional_coupling', 'FourierEmbedding', 'VelocityMLP', 'FlowPrior', 'TrainingSettings',
            'flow_matching_loss', 'train_prior']
 
 # %% ../nbs/07_flow_matching.ipynb #e074b718
@@ -170,9 +171,9 @@ class FourierEmbedding(nn.Module):
 class VelocityMLP(nn.Module):
     """v_θ(x, τ, x_b) of the appendix of PnP-DA: states `(..., dim)`, pseudo-times `(..., 1)`, velocities `(..., dim)`."""
 
-    def __init__(self, dim: int, hidden: tuple[int, ...], embedding: int, generator: torch.Generator):
+    def __init__(self, dim: int, hidden: tuple[int, ...], embedding: int, generator: torch.Generator, embedding_scale: float = 10.0):
         super().__init__()
-        self.embed = FourierEmbedding(embedding, generator)
+        self.embed = FourierEmbedding(embedding, generator, embedding_scale)
         widths = (2 * dim + embedding, *hidden)
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:]))
         self.norms = nn.ModuleList(nn.LayerNorm(b) for b in hidden)
@@ -269,27 +270,35 @@ class FlowPrior:
 # %% ../nbs/07_flow_matching.ipynb #ed4b74d3
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How a `FlowPrior` is trained; defaults as in the appendix of PnP-DA (section A.0.1) for Lorenz-63."""
+    """How a `FlowPrior` is trained. The defaults are this book's; `PAPER_TRAINING` has those of the appendix of PnP-DA.
+
+    `embedding_scale` is the standard deviation of the Fourier frequencies, `beta` the weight of the coupling (0: off), `average` the
+    decay of an exponential average of the weights (0: off), `standardise` whether the network works in standardised units.
+    """
 
     hidden: tuple[int, ...] = (32, 64, 64, 32)
     embedding: int = 32
-    beta: float = 1000.0
-    batch: int = 32
+    embedding_scale: float = 1.0
+    beta: float = 0.0
+    batch: int = 256
     epochs: int = 1000
-    learning_rate: float = 3e-4
+    learning_rate: float = 2e-3
+    average: float = 0.999
     weight_decay: float = 1e-5
     plateau_factor: float = 0.5
     plateau_patience: int = 10
     patience: int = 50
     validation_fraction: float = 0.1
     validation_draws: int = 8
-    standardise: bool = False
+    standardise: bool = True
 
     def __post_init__(self):
+        if not 0 <= self.average < 1:
+            raise ValueError(f"average: expected a decay from 0 to less than 1, got {self.average}")
         for name in ("embedding", "batch", "epochs", "patience", "plateau_patience", "validation_draws"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "plateau_factor", "validation_fraction"):
+        for name in ("embedding_scale", "learning_rate", "plateau_factor", "validation_fraction"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
         for name in ("beta", "weight_decay"):
@@ -297,6 +306,9 @@ class TrainingSettings:
                 raise ValueError(f"{name}: expected zero or a positive number, got {getattr(self, name)}")
         if not self.hidden or min(self.hidden) < 1:
             raise ValueError(f"hidden: expected one or more positive widths, got {self.hidden}")
+
+
+PAPER_TRAINING = TrainingSettings(embedding_scale=10.0, beta=1000.0, batch=32, learning_rate=3e-4, average=0.0, standardise=False)
 
 # %% ../nbs/07_flow_matching.ipynb #68202b45
 def flow_matching_loss(network: nn.Module, source: Tensor, analysis: Tensor, background: Tensor, tau: Tensor) -> Tensor:
@@ -372,7 +384,9 @@ class _Training:
         self.pairs = tuple(x[order[held_out:]] for x in (b, a))
         fixed = stream(seed, "validation noise")
         self.validation_noise = torch.randn(held_out * repeat, dim, generator=fixed), torch.rand(held_out * repeat, 1, generator=fixed)
-        self.network = VelocityMLP(dim, settings.hidden, settings.embedding, stream(seed, "weights"))
+        self.network = VelocityMLP(dim, settings.hidden, settings.embedding, stream(seed, "weights"), settings.embedding_scale)
+        self.averaged = copy.deepcopy(self.network).requires_grad_(False)
+        self.steps = 0
         self.generator = stream(seed, "training noise")
         self.optimiser = torch.optim.AdamW(self.network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
         self.schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(self.optimiser, factor=settings.plateau_factor, patience=settings.plateau_patience)
@@ -403,10 +417,11 @@ class _Training:
             self.optimiser.zero_grad(set_to_none=True)
             loss.backward()
             self.optimiser.step()
+            self._average()
             losses.append(loss.detach())
             coupled.append((coupling.repaired, coupling.gain))
         with torch.no_grad():
-            validation = float(flow_matching_loss(self.network, self.validation_noise[0], self.validation[1], self.validation[0], self.validation_noise[1]))
+            validation = float(flow_matching_loss(self.averaged, self.validation_noise[0], self.validation[1], self.validation[0], self.validation_noise[1]))
         training = float(torch.stack(losses).mean())
         if not (math.isfinite(validation) and math.isfinite(training)):
             raise ValueError(f"training: the loss became non-finite in epoch {self.epoch + 1}; try a smaller learning rate")
@@ -414,28 +429,36 @@ class _Training:
         self.schedule.step(validation)
         self.epoch += 1
         if validation < self.best_loss:
-            self.best_loss, self.best_epoch, self.best = validation, self.epoch, _copied(self.network.state_dict())
+            self.best_loss, self.best_epoch, self.best = validation, self.epoch, _copied(self.averaged.state_dict())
         repaired, gain = np.mean(coupled, axis=0)
         self.history.append({"epoch": self.epoch, "training": training, "validation": validation, "learning_rate": rate, "repaired": float(repaired), "path_gain": float(gain)})
         self.memory = self._remember()
         return self.history[-1]
+
+    def _average(self) -> None:
+        """Let the averaged weights follow the trained ones; early on they follow faster, so that the start is forgotten."""
+        self.steps += 1
+        decay = min(self.settings.average, self.steps / (self.steps + 10)) if self.settings.average else 0.0
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.averaged.parameters()), list(self.network.parameters()), 1 - decay)
 
     def prior(self) -> FlowPrior:
         network = VelocityMLP(self.architecture["dim"], self.settings.hidden, self.settings.embedding, stream(self.seed, "weights"))
         network.load_state_dict(self.best)
         record = {"pairs": len(self.pairs[0]) + len(self.validation[0]) // self.settings.validation_draws, "epochs": self.epoch, "best_epoch": self.best_epoch}
         record |= {"validation_loss": self.best_loss, "seed": self.seed, "settings": dataclasses.asdict(self.settings)}
-        return FlowPrior(network, self.location, self.scale, self.architecture, record)
+        return FlowPrior(network, self.location, self.scale, self.architecture, json.loads(json.dumps(record)))   # as it will be read back
 
     def _remember(self) -> dict:
         return {
             "fingerprint": self.fingerprint,
             "network": _copied(self.network.state_dict()),
+            "averaged": _copied(self.averaged.state_dict()),
             "optimiser": _copied(self.optimiser.state_dict()),
             "schedule": _copied(self.schedule.state_dict()),
             "generator": self.generator.get_state(),
             "best": self.best,
-            "numbers": [self.epoch, self.best_epoch, self.best_loss],
+            "numbers": [self.epoch, self.best_epoch, self.best_loss, self.steps],
             "history": list(self.history),
         }
 
@@ -456,11 +479,12 @@ class _Training:
         if not same:
             raise ValueError(f"checkpoint: {path} belongs to a training with other settings, seed or pairs; move it away to start anew")
         self.network.load_state_dict(memory["network"])
+        self.averaged.load_state_dict(memory["averaged"])
         self.optimiser.load_state_dict(memory["optimiser"])
         self.schedule.load_state_dict(memory["schedule"])
         self.generator.set_state(memory["generator"])
         self.best, self.history = memory["best"], memory["history"]
-        self.epoch, self.best_epoch, self.best_loss = memory["numbers"]
+        self.epoch, self.best_epoch, self.best_loss, self.steps = memory["numbers"]
         self.memory = memory
 
 
