@@ -148,7 +148,7 @@ def conditional_coupling(source: Tensor, analysis: Tensor, background: Tensor, b
         return Coupling(torch.arange(len(source)), 0.0, 0.0)
     lengths = torch.cdist(source, analysis).square()
     cost = (lengths + beta * torch.cdist(background, background).square()).double().numpy()
-    index = torch.from_numpy(ot.emd([], [], cost).argmax(1))
+    index = torch.from_numpy(ot.emd([], [], cost, numItermax=10_000_000).argmax(1))
     before, after = lengths.diagonal().mean(), lengths[torch.arange(len(index)), index].mean()
     return Coupling(index, float((index != torch.arange(len(index))).double().mean()), float(1 - after / before))
 

@@ -23,6 +23,7 @@ COLOURS = {
     "enkf": "#CC79A7",
     "enrda": "#56B4E9",
     "pnpda": "#009E73",
+    "pnpda_small_alpha": "#56B4E9",
     "conditional_mean": "#D55E00",
 }
 LINES = {
@@ -32,6 +33,7 @@ LINES = {
     "enkf": (0, (5, 1)),
     "conditional_mean": (0, (1, 3)),
     "pnpda": "-",
+    "pnpda_small_alpha": (0, (8, 2)),
 }
 LABELS = {
     "free_run": "free run",
@@ -41,6 +43,7 @@ LABELS = {
     "enrda": "EnRDA",
     "conditional_mean": "conditional mean",
     "pnpda": "PnP-DA",
+    "pnpda_small_alpha": "PnP-DA (small α)",
 }
 
 

@@ -23,7 +23,7 @@ from .observing import Observations, ObservingNetwork
 
 # %% auto #0
 __all__ = ['TwinExperiment', 'nature_run', 'observe_truth', 'Method', 'FreeRun', 'RunNoise', 'cycle', 'scores', 'score_table',
-           'Tuned', 'tune']
+           'stack_methods', 'Tuned', 'tune']
 
 # %% ../nbs/03_twin.ipynb #cf0d14c8
 @dataclass(frozen=True, eq=False)
@@ -291,6 +291,14 @@ def score_table(results: Mapping[str, xr.Dataset], condition: str = "") -> pd.Da
                 mean, std = (kept.mean(), kept.std(ddof=1) if len(kept) > 1 else np.nan) if len(kept) else (np.nan, np.nan)
                 rows.append((result.attrs["experiment"], condition, method, metric, variable, mean, std, len(kept)))
     return pd.DataFrame(rows, columns=["experiment", "condition", "method", "metric", "variable", "mean", "std", "runs"])
+
+# %% ../nbs/03_twin.ipynb #3f4d7b14
+def stack_methods(results: Mapping[str, xr.Dataset]) -> xr.Dataset:
+    """Cycles of several methods in one dataset: `truth` and `observations` once, everything else along `method`."""
+    shared = ["truth", "observations"]
+    first = next(iter(results.values()))
+    stacked = xr.concat([r.drop_vars(shared) for r in results.values()], dim=pd.Index(list(results), name="method"), data_vars="all", combine_attrs="drop")
+    return stacked.assign({name: first[name] for name in shared}).assign_attrs({k: v for k, v in first.attrs.items() if k not in ("method", "members")})
 
 # %% ../nbs/03_twin.ipynb #c7705ba9
 @dataclass(frozen=True)

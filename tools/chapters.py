@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,7 +102,8 @@ def execute(name: str) -> tuple[str, float, str]:
 
 def execute_all(names: list[str], workers: int) -> None:
     failed = []
-    with ProcessPoolExecutor(max_workers=workers) as pool:
+    # a fresh process for every chapter: what one leaves behind must not help the next
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         for name, seconds, error in pool.map(execute, names):
             print(f"{'FAILED' if error else 'ran   '} {name:24s} {seconds:6.1f} s", flush=True)
             if error:
