@@ -64,7 +64,8 @@ def run(
     table = score_table(results)
     _write_results(folder, study, results, table)
     manifest = {
-        "experiment": experiment, "preset": preset, "methods": list(chosen), "settings": vars(settings),
+        "experiment": experiment, "preset": preset, "settings": vars(settings),
+        "methods": {name: json.loads(result.attrs["method_settings"]) for name, result in results.items()},
         "failed_runs": {name: int((result.failed >= 0).sum()) for name, result in results.items()},
         "versions": {"python": platform.python_version()} | {name: installed_version(name) for name in ("pnpda_nb", "torch", "numpy", "scipy", "pot", "xarray")},
         "code": code_version(), "wall_seconds": round(time.perf_counter() - start, 1),

@@ -171,25 +171,30 @@ class FourierEmbedding(nn.Module):
 class VelocityMLP(nn.Module):
     """v_θ(x, τ, x_b) of the appendix of PnP-DA: states `(..., dim)`, pseudo-times `(..., 1)`, velocities `(..., dim)`."""
 
-    def __init__(self, dim: int, hidden: tuple[int, ...], embedding: int, generator: torch.Generator, embedding_scale: float = 10.0):
+    def __init__(self, dim: int, hidden: tuple[int, ...], embedding: int, generator: torch.Generator, embedding_scale: float = 10.0, linear_skip: bool = False):
         super().__init__()
         self.embed = FourierEmbedding(embedding, generator, embedding_scale)
         widths = (2 * dim + embedding, *hidden)
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:]))
+        self.layers = nn.ModuleList(nn.utils.skip_init(nn.Linear, a, b) for a, b in zip(widths, widths[1:]))
         self.norms = nn.ModuleList(nn.LayerNorm(b) for b in hidden)
-        self.last = nn.Linear(hidden[-1], dim)
-        with torch.no_grad():   # torch's usual uniform law, but from our stream rather than the global one
+        self.last = nn.utils.skip_init(nn.Linear, hidden[-1], dim)
+        self.skip = nn.utils.skip_init(nn.Linear, 4 * dim, dim, bias=False) if linear_skip else None
+        with torch.no_grad():   # torch's usual uniform law, but from our stream: the global one stays untouched
             for layer in (*self.layers, self.last):
                 bound = layer.in_features**-0.5
                 for parameter in (layer.weight, layer.bias):
                     parameter.copy_(bound * (2 * torch.rand(parameter.shape, generator=generator) - 1))
+            if linear_skip:
+                self.skip.weight.zero_()
 
     def forward(self, x: Tensor, tau: Tensor, background: Tensor) -> Tensor:
         h = torch.cat((x, self.embed(tau).expand(*x.shape[:-1], -1), background), dim=-1)
         for layer, norm in zip(self.layers, self.norms):
             new = nn.functional.silu(norm(layer(h)))
             h = h + new if h.shape == new.shape else new
-        return self.last(h)
+        if self.skip is None:
+            return self.last(h)
+        return self.last(h) + self.skip(torch.cat((x, background, tau * x, tau * background), dim=-1))
 
 # %% ../nbs/07_flow_matching.ipynb #c786c336
 FORMAT = "pnpda_nb.prior/1"
@@ -258,7 +263,7 @@ class FlowPrior:
             raise ValueError(f"prior: expected format {FORMAT!r} in {path}, got {header.get('format')!r}")
         try:
             architecture = json.loads(header["architecture"])
-            network = VelocityMLP(architecture["dim"], tuple(architecture["hidden"]), architecture["embedding"], stream(0))
+            network = VelocityMLP(architecture["dim"], tuple(architecture["hidden"]), architecture["embedding"], stream(0), linear_skip=architecture["linear_skip"])
             network.load_state_dict({k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")})
             prior = cls(network, tensors["location"], tensors["scale"], architecture, json.loads(header["training"]))
         except (KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
@@ -273,7 +278,8 @@ class TrainingSettings:
     """How a `FlowPrior` is trained. The defaults are this book's; `PAPER_TRAINING` has those of the appendix of PnP-DA.
 
     `embedding_scale` is the standard deviation of the Fourier frequencies, `beta` the weight of the coupling (0: off), `average` the
-    decay of an exponential average of the weights (0: off), `standardise` whether the network works in standardised units.
+    decay of an exponential average of the weights (0: off), `standardise` whether the network works in standardised units,
+    `start_fraction` the share of pseudo-times that are drawn at exactly 0, where conditional means are read off.
     """
 
     hidden: tuple[int, ...] = (32, 64, 64, 32)
@@ -284,6 +290,8 @@ class TrainingSettings:
     epochs: int = 1000
     learning_rate: float = 2e-3
     average: float = 0.999
+    linear_skip: bool = True
+    start_fraction: float = 0.1
     weight_decay: float = 1e-5
     plateau_factor: float = 0.5
     plateau_patience: int = 10
@@ -293,6 +301,8 @@ class TrainingSettings:
     standardise: bool = True
 
     def __post_init__(self):
+        if not 0 <= self.start_fraction < 1:
+            raise ValueError(f"start_fraction: expected a share from 0 to less than 1, got {self.start_fraction}")
         if not 0 <= self.average < 1:
             raise ValueError(f"average: expected a decay from 0 to less than 1, got {self.average}")
         for name in ("embedding", "batch", "epochs", "patience", "plateau_patience", "validation_draws"):
@@ -308,7 +318,8 @@ class TrainingSettings:
             raise ValueError(f"hidden: expected one or more positive widths, got {self.hidden}")
 
 
-PAPER_TRAINING = TrainingSettings(embedding_scale=10.0, beta=1000.0, batch=32, learning_rate=3e-4, average=0.0, standardise=False)
+PAPER_TRAINING = TrainingSettings(embedding_scale=10.0, beta=1000.0, batch=32, learning_rate=3e-4, average=0.0,
+                                  linear_skip=False, start_fraction=0.0, standardise=False)
 
 # %% ../nbs/07_flow_matching.ipynb #68202b45
 def flow_matching_loss(network: nn.Module, source: Tensor, analysis: Tensor, background: Tensor, tau: Tensor) -> Tensor:
@@ -371,7 +382,7 @@ class _Training:
 
     def __init__(self, background: Tensor, analysis: Tensor, held_out: int, settings: TrainingSettings, seed: int):
         self.settings, self.seed, dim = settings, seed, analysis.shape[1]
-        self.architecture = {"network": "VelocityMLP", "dim": dim, "hidden": list(settings.hidden), "embedding": settings.embedding}
+        self.architecture = {"network": "VelocityMLP", "dim": dim, "hidden": list(settings.hidden), "embedding": settings.embedding, "linear_skip": settings.linear_skip}
         both = torch.cat((background, analysis))
         self.location = both.mean(0) if settings.standardise else torch.zeros(dim, dtype=torch.float64)
         self.scale = both.std(0) if settings.standardise else torch.ones(dim, dtype=torch.float64)
@@ -384,7 +395,7 @@ class _Training:
         self.pairs = tuple(x[order[held_out:]] for x in (b, a))
         fixed = stream(seed, "validation noise")
         self.validation_noise = torch.randn(held_out * repeat, dim, generator=fixed), torch.rand(held_out * repeat, 1, generator=fixed)
-        self.network = VelocityMLP(dim, settings.hidden, settings.embedding, stream(seed, "weights"), settings.embedding_scale)
+        self.network = VelocityMLP(dim, settings.hidden, settings.embedding, stream(seed, "weights"), settings.embedding_scale, settings.linear_skip)
         self.averaged = copy.deepcopy(self.network).requires_grad_(False)
         self.steps = 0
         self.generator = stream(seed, "training noise")
@@ -407,6 +418,8 @@ class _Training:
         order = torch.randperm(len(a), generator=self.generator)
         noise = torch.randn(a.shape, generator=self.generator)
         tau = torch.rand(len(a), 1, generator=self.generator)
+        if settings.start_fraction:
+            tau = tau.masked_fill(torch.rand(tau.shape, generator=self.generator) < settings.start_fraction, 0.0)
         losses, coupled = [], []
         for start in range(0, len(a) - settings.batch + 1, settings.batch):
             pick = order[start : start + settings.batch]
@@ -443,7 +456,7 @@ class _Training:
             torch._foreach_lerp_(list(self.averaged.parameters()), list(self.network.parameters()), 1 - decay)
 
     def prior(self) -> FlowPrior:
-        network = VelocityMLP(self.architecture["dim"], self.settings.hidden, self.settings.embedding, stream(self.seed, "weights"))
+        network = VelocityMLP(self.architecture["dim"], self.settings.hidden, self.settings.embedding, stream(self.seed, "weights"), linear_skip=self.settings.linear_skip)
         network.load_state_dict(self.best)
         record = {"pairs": len(self.pairs[0]) + len(self.validation[0]) // self.settings.validation_draws, "epochs": self.epoch, "best_epoch": self.best_epoch}
         record |= {"validation_loss": self.best_loss, "seed": self.seed, "settings": dataclasses.asdict(self.settings)}

@@ -126,11 +126,11 @@ class Covariance:
             raise ValueError(f"{name}: expected finite numbers, got {int((~torch.isfinite(matrix)).sum())} that are not")
         if not torch.allclose(matrix, matrix.T, rtol=1e-8, atol=1e-12):
             raise ValueError(f"{name}: expected a symmetric matrix, got one that differs from its transpose")
+        eigenvalues = torch.linalg.eigvalsh(matrix)
+        if not eigenvalues[0] > 1e-14 * eigenvalues[-1].abs():   # zero up to rounding is not positive
+            raise ValueError(f"{name}: expected a positive definite matrix, got one with smallest eigenvalue {eigenvalues[0].item():.3g}")
         self.matrix = matrix
-        self.factor, failed = torch.linalg.cholesky_ex(matrix)
-        if failed:
-            smallest = torch.linalg.eigvalsh(matrix)[0].item()
-            raise ValueError(f"{name}: expected a positive definite matrix, got one with smallest eigenvalue {smallest:.3g}")
+        self.factor = torch.linalg.cholesky(matrix)
 
     def __repr__(self) -> str:
         return f"Covariance(size={self.size}, variances {self.matrix.diagonal().min():.3g} to {self.matrix.diagonal().max():.3g})"

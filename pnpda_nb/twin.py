@@ -5,7 +5,9 @@
 # %% ../nbs/03_twin.ipynb #cfb7e3fe
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
 import warnings
 from dataclasses import dataclass, field, replace
 from typing import Callable, Mapping, Protocol, Sequence, runtime_checkable
@@ -191,11 +193,17 @@ def cycle(
         backgrounds.append(background)
         analyses.append(state)
     result = _as_dataset(experiment, truth, observations, torch.cat(estimates), torch.stack(backgrounds), torch.stack(analyses), failed, keep_members)
-    result.attrs = {"experiment": experiment.name, "method": repr(method), "members": members, "runs": runs, "seed": seed, "split": split}
+    result.attrs = {"experiment": experiment.name, "method": repr(method), "method_settings": _settings_of(method), "members": members, "runs": runs, "seed": seed, "split": split}
     if (failed >= 0).any():
         where = ", ".join(f"run {run} at cycle {failed[run]}" for run in (failed >= 0).nonzero()[:, 0].tolist()[:5])
         warnings.warn(f"{type(method).__name__}: {int((failed >= 0).sum())} of {runs} runs became non-finite ({where}); they are left out of the scores", stacklevel=2)
     return result
+
+
+def _settings_of(method: Method) -> str:
+    """The plain settings of a method, as JSON: numbers and words, not priors or matrices."""
+    fields = dataclasses.fields(method) if dataclasses.is_dataclass(method) else ()
+    return json.dumps({f.name: v for f in fields if f.init and isinstance(v := getattr(method, f.name), (int, float, str))})
 
 
 def _set_aside(state: Tensor, first: Tensor, failed: Tensor, k: int) -> Tensor:
@@ -298,7 +306,7 @@ def stack_methods(results: Mapping[str, xr.Dataset]) -> xr.Dataset:
     shared = ["truth", "observations"]
     first = next(iter(results.values()))
     stacked = xr.concat([r.drop_vars(shared) for r in results.values()], dim=pd.Index(list(results), name="method"), data_vars="all", combine_attrs="drop")
-    return stacked.assign({name: first[name] for name in shared}).assign_attrs({k: v for k, v in first.attrs.items() if k not in ("method", "members")})
+    return stacked.assign({name: first[name] for name in shared}).assign_attrs({k: v for k, v in first.attrs.items() if not k.startswith("method") and k != "members"})
 
 # %% ../nbs/03_twin.ipynb #c7705ba9
 @dataclass(frozen=True)

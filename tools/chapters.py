@@ -69,8 +69,8 @@ def _plain_metadata(path: Path) -> None:
     write_nb(book, path)
 
 
-def execute(name: str) -> tuple[str, float, str]:
-    """Run one notebook by nbdev's own skip rules and store its outputs. Returns (name, seconds, error)."""
+def execute(name: str, keep: bool = True) -> tuple[str, float, str]:
+    """Run one notebook by nbdev's own skip rules and (if `keep`) store its outputs. Returns (name, seconds, error)."""
     # CaptureShell chooses matplotlib's inline backend itself; IN_TEST is what nbdev_test sets
     os.environ.update(IN_TEST="1", OMP_NUM_THREADS="1", PYTHONHASHSEED="0")
     from execnb.nbio import read_nb, write_nb
@@ -96,7 +96,8 @@ def execute(name: str) -> tuple[str, float, str]:
             shell.run_all(book, exc_stop=True, preproc=skip)
     except BaseException:  # noqa: BLE001 - the traceback is what the caller prints
         return name, time.perf_counter() - start, shell.prettytb(fname=path)
-    write_nb(book, path)
+    if keep:
+        write_nb(book, path)
     return name, time.perf_counter() - start, ""
 
 

@@ -84,13 +84,15 @@ class Lorenz63Settings:
     learning_rate: float = PAPER_TRAINING.learning_rate
     embedding_scale: float = PAPER_TRAINING.embedding_scale
     average: float = PAPER_TRAINING.average
+    linear_skip: bool = PAPER_TRAINING.linear_skip
+    start_fraction: float = PAPER_TRAINING.start_fraction
     standardise: bool = PAPER_TRAINING.standardise
     iterations: int = 100
     alpha: float = 0.5
     small_alpha: float = 0.05
     step_rule: str = "paper"
     draws: int = 1
-    gc_variance: float = 10.0
+    gc_variance: float = 20.0
     gc_half_width: float = 2.0
     tuning_runs: int = 50
     archive: str = ""
@@ -304,7 +306,7 @@ PAPER = Lorenz63Settings()
 LORENZ63 = Study(
     name="lorenz63",
     description="Lorenz-63 with a wrong and noisy model, x and z observed: Table 1 and Figure 2 of PnP-DA",
-    presets={"smoke": dataclasses.replace(PAPER, runs=10, archive_runs=10, tuning_runs=10, epochs=250, patience=25), "paper": PAPER},
+    presets={"smoke": dataclasses.replace(PAPER, runs=20, tuning_runs=20, patience=20), "paper": PAPER},
     methods=tuple(NEEDS),
     default_methods=tuple(NEEDS),
     run=run_lorenz63,
