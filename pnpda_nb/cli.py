@@ -75,7 +75,7 @@ def run(
     for name, count in manifest["failed_runs"].items():
         if count:
             typer.echo(f"{name}: {count} of {settings.runs} runs became non-finite and are left out")
-    typer.echo(f"\n{folder}: scores.csv, cycles.nc, manifest.json and {len(list(folder.glob('*.png')))} figures, in {manifest['wall_seconds']:.0f} s")
+    typer.echo(f"\nIn {folder}: scores.csv, cycles.nc, manifest.json and {len(list(folder.glob('*.png')))} figures, in {manifest['wall_seconds']:.0f} s")
 
 # %% ../nbs/92_cli.ipynb #82c79c2b
 def _key_value(text: str) -> tuple[str, str]:
@@ -144,11 +144,13 @@ def main() -> None:
     except (ValueError, FileNotFoundError, TypeError) as error:
         _fail(str(error), 2)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted; what was finished is on disk, and the same command goes on from there", 130)
+        status = 130
     except Exception as error:
         if hasattr(error, "format_message"):   # a usage error of the option parser
             _fail(error.format_message(), 2)
         raise
+    if status == 130:   # the option parser turns Ctrl-C into this
+        _fail("interrupted; what was finished is on disk, and the same command goes on from there", 130)
     sys.exit(status if isinstance(status, int) else 0)
 
 

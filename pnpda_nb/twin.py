@@ -302,10 +302,13 @@ def score_table(results: Mapping[str, xr.Dataset], condition: str = "") -> pd.Da
 
 # %% ../nbs/03_twin.ipynb #3f4d7b14
 def stack_methods(results: Mapping[str, xr.Dataset]) -> xr.Dataset:
-    """Cycles of several methods in one dataset: `truth` and `observations` once, everything else along `method`."""
+    """Cycles of several methods in one dataset: `truth` and `observations` once, everything else along `scheme`.
+
+    (Not along `method`: `.sel(method=...)` means something else to xarray, and would silently select nothing.)
+    """
     shared = ["truth", "observations"]
     first = next(iter(results.values()))
-    stacked = xr.concat([r.drop_vars(shared) for r in results.values()], dim=pd.Index(list(results), name="method"), data_vars="all", combine_attrs="drop")
+    stacked = xr.concat([r.drop_vars(shared) for r in results.values()], dim=xr.IndexVariable("scheme", np.array(list(results))), data_vars="all", combine_attrs="drop")
     return stacked.assign({name: first[name] for name in shared}).assign_attrs({k: v for k, v in first.attrs.items() if not k.startswith("method") and k != "members"})
 
 # %% ../nbs/03_twin.ipynb #c7705ba9

@@ -5,24 +5,12 @@ import os
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 CHAPTERS = sorted(p.stem for p in (ROOT / "nbs").glob("*.ipynb"))
-sys.path.insert(0, str(ROOT / "tools"))
-import chapters as loop  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def executions():
-    """All chapters, two at a time, each in a process of its own, longest first; nothing is written back."""
-    order = sorted(CHAPTERS, key=lambda name: (ROOT / "nbs" / f"{name}.ipynb").stat().st_size, reverse=True)
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        yield {name: pool.submit(loop.execute, name, False) for name in order}
 
 
 @pytest.mark.parametrize("name", CHAPTERS)
