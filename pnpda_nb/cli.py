@@ -19,7 +19,13 @@ import typer
 __all__ = ['app', 'list_studies', 'run', 'train', 'main']
 
 # %% ../nbs/92_cli.ipynb #d9b03bd7
-app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, help="Data assimilation with learned priors.")
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Data assimilation with learned priors.",
+)
 
 # %% ../nbs/92_cli.ipynb #dc58c518
 @app.command("list")
@@ -37,13 +43,23 @@ def list_studies() -> None:
 @app.command()
 def run(
     experiment: Annotated[str, typer.Argument(help="name of an experiment, as given by `pnpda list`")],
-    preset: Annotated[str, typer.Option(help="smoke (about a minute) or paper (the paper's size)")] = "smoke",
-    methods: Annotated[Optional[str], typer.Option(help="comma-separated names; default: all of the paper and its baselines")] = None,
+    preset: Annotated[
+        str, typer.Option(help="smoke (about a minute) or paper (the paper's size)")
+    ] = "smoke",
+    methods: Annotated[
+        Optional[str],
+        typer.Option(help="comma-separated names; default: all of the paper and its baselines"),
+    ] = None,
     runs: Annotated[Optional[int], typer.Option(help="independent runs per method")] = None,
     members: Annotated[Optional[int], typer.Option(help="members of the ensemble methods")] = None,
     seed: Annotated[Optional[int], typer.Option(help="seed of every random stream")] = None,
-    set_: Annotated[Optional[list[str]], typer.Option("--set", help="key=value; a setting of the experiment, may be repeated")] = None,
-    out: Annotated[Optional[Path], typer.Option(help="folder for the results; default: runs/EXPERIMENT_PRESET")] = None,
+    set_: Annotated[
+        Optional[list[str]],
+        typer.Option("--set", help="key=value; a setting of the experiment, may be repeated"),
+    ] = None,
+    out: Annotated[
+        Optional[Path], typer.Option(help="folder for the results; default: runs/EXPERIMENT_PRESET")
+    ] = None,
 ) -> None:
     """Run an experiment and write scores, cycles, figures and a manifest."""
     start = time.perf_counter()
@@ -53,7 +69,9 @@ def run(
     from pnpda_nb.sweep import Store, code_version
     from pnpda_nb.twin import score_table
 
-    torch.set_num_threads(1)   # states are small, and one thread adds numbers up in one order on every machine
+    torch.set_num_threads(
+        1
+    )  # states are small, and one thread adds numbers up in one order on every machine
     study = find_study(experiment)
     changes = dict(_key_value(text) for text in set_ or [])
     settings = study.settings(preset, changes, runs=runs, members=members, seed=seed)
@@ -64,18 +82,29 @@ def run(
     table = score_table(results)
     _write_results(folder, study, results, table)
     manifest = {
-        "experiment": experiment, "preset": preset, "settings": vars(settings),
-        "methods": {name: json.loads(result.attrs["method_settings"]) for name, result in results.items()},
+        "experiment": experiment,
+        "preset": preset,
+        "settings": vars(settings),
+        "methods": {
+            name: json.loads(result.attrs["method_settings"]) for name, result in results.items()
+        },
         "failed_runs": {name: int((result.failed >= 0).sum()) for name, result in results.items()},
-        "versions": {"python": platform.python_version()} | {name: installed_version(name) for name in ("pnpda_nb", "torch", "numpy", "scipy", "pot", "xarray")},
-        "code": code_version(), "wall_seconds": round(time.perf_counter() - start, 1),
+        "versions": {"python": platform.python_version()}
+        | {
+            name: installed_version(name)
+            for name in ("pnpda_nb", "torch", "numpy", "scipy", "pot", "xarray")
+        },
+        "code": code_version(),
+        "wall_seconds": round(time.perf_counter() - start, 1),
     }
     _write_text(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
     typer.echo(study.report(table))
     for name, count in manifest["failed_runs"].items():
         if count:
             typer.echo(f"{name}: {count} of {settings.runs} runs became non-finite and are left out")
-    typer.echo(f"\nIn {folder}: scores.csv, cycles.nc, manifest.json and {len(list(folder.glob('*.png')))} figures, in {manifest['wall_seconds']:.0f} s")
+    typer.echo(
+        f"\nIn {folder}: scores.csv, cycles.nc, manifest.json and {len(list(folder.glob('*.png')))} figures, in {manifest['wall_seconds']:.0f} s"
+    )
 
 # %% ../nbs/92_cli.ipynb #82c79c2b
 def _key_value(text: str) -> tuple[str, str]:
@@ -113,10 +142,15 @@ def _write_results(folder: Path, study, results, table) -> None:
 # %% ../nbs/92_cli.ipynb #19660dee
 @app.command()
 def train(
-    pairs: Annotated[Path, typer.Argument(help="NetCDF archive with variables background and analysis (sample, variable)")],
+    pairs: Annotated[
+        Path,
+        typer.Argument(help="NetCDF archive with variables background and analysis (sample, variable)"),
+    ],
     out: Annotated[Path, typer.Option(help="where to write the prior (safetensors)")],
     seed: Annotated[int, typer.Option(help="seed of the training")] = 0,
-    epochs: Annotated[int, typer.Option(help="epochs at the most; training stops earlier when it has converged")] = 1000,
+    epochs: Annotated[
+        int, typer.Option(help="epochs at the most; training stops earlier when it has converged")
+    ] = 1000,
     paper: Annotated[bool, typer.Option(help="train exactly as the paper does")] = False,
 ) -> None:
     """Train a prior on an archive of pairs."""
@@ -131,8 +165,15 @@ def train(
     torch.set_num_threads(1)
     background, analysis = pairs_of(read_archive(pairs))
     settings = dataclasses.replace(PAPER_TRAINING if paper else TrainingSettings(), epochs=epochs)
-    writable(out.parent)   # an unwritable place is found out now, not after the training
-    prior, history = train_prior(background, analysis, settings, seed=seed, checkpoint=out.with_name(f"{out.name}.training"), progress=True)
+    writable(out.parent)  # an unwritable place is found out now, not after the training
+    prior, history = train_prior(
+        background,
+        analysis,
+        settings,
+        seed=seed,
+        checkpoint=out.with_name(f"{out.name}.training"),
+        progress=True,
+    )
     prior.save(out)
     typer.echo(f"{out}: {prior}, validation loss {history.validation.min():.4f}")
 
@@ -146,10 +187,10 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         status = 130
     except Exception as error:
-        if hasattr(error, "format_message"):   # a usage error of the option parser
+        if hasattr(error, "format_message"):  # a usage error of the option parser
             _fail(error.format_message(), 2)
         raise
-    if status == 130:   # the option parser turns Ctrl-C into this
+    if status == 130:  # the option parser turns Ctrl-C into this
         _fail("interrupted; what was finished is on disk, and the same command goes on from there", 130)
     sys.exit(status if isinstance(status, int) else 0)
 

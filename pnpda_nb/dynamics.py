@@ -21,8 +21,9 @@ __all__ = ['Model', 'rk4', 'Lorenz63', 'FunctionModel', 'trajectory', 'stream', 
 class Model(Protocol):
     """A deterministic map of states over one time step.
 
-    `dim` is the state dimension, `dt` the length of a step in model time units, and `names` labels the variables
-    (empty for none). `step` takes and returns `(..., dim)` tensors; any leading dimensions are a batch.
+    `dim` is the state dimension, `dt` the length of a step in model time units, and `names` labels
+    the variables (empty for none). `step` takes and returns `(..., dim)` tensors; any leading
+    dimensions are a batch.
     """
 
     dim: int
@@ -59,7 +60,9 @@ class Lorenz63:
 
     def tendency(self, state: Tensor) -> Tensor:
         x, y, z = state.unbind(-1)
-        return torch.stack((self.sigma * (y - x), x * (self.rho - z) - y, x * y - self.beta * z), dim=-1)
+        return torch.stack(
+            (self.sigma * (y - x), x * (self.rho - z) - y, x * y - self.beta * z), dim=-1
+        )
 
     def step(self, state: Tensor) -> Tensor:
         return rk4(self.tendency, state, self.dt)
@@ -85,15 +88,17 @@ class FunctionModel:
     def step(self, state: Tensor) -> Tensor:
         moved = self.function(state)
         if moved.shape != state.shape:
-            raise ValueError(f"function: expected a state of shape {tuple(state.shape)}, got {tuple(moved.shape)}")
+            raise ValueError(
+                f"function: expected a state of shape {tuple(state.shape)}, got {tuple(moved.shape)}"
+            )
         return moved
 
 # %% ../nbs/01_dynamics.ipynb #9796cb3b
 def trajectory(model: Model, initial: Tensor, steps: int, error: Tensor | None = None) -> Tensor:
     """All states from `initial` `(..., dim)` on: a tensor `(steps + 1, ..., dim)` with time first.
 
-    `error` holds the additive model errors η_t of eq. 3 of PnP-DA, one for every step: `(steps, ..., dim)`.
-    Raises `ValueError` for a state of the wrong size or errors of the wrong shape.
+    `error` holds the additive model errors η_t of eq. 3 of PnP-DA, one for every step: `(steps,
+    ..., dim)`. Raises `ValueError` for a state of the wrong size or errors of the wrong shape.
     """
     if initial.shape[-1] != model.dim:
         raise ValueError(f"initial: expected states of size {model.dim}, got {initial.shape[-1]}")
@@ -110,7 +115,9 @@ def trajectory(model: Model, initial: Tensor, steps: int, error: Tensor | None =
 
 # %% ../nbs/01_dynamics.ipynb #41fb2385
 def stream(seed: int, *names: str | int) -> torch.Generator:
-    """The random stream called `names` of the experiment `seed`: a generator that depends on nothing else."""
+    """The random stream called `names` of the experiment `seed`: a generator that depends on
+    nothing else.
+    """
     digest = hashlib.sha256(repr((int(seed), *names)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
@@ -122,7 +129,9 @@ def standard_normal(shape: tuple[int, ...], generator: torch.Generator) -> Tenso
 # %% ../nbs/01_dynamics.ipynb #a05fc542
 @dataclass(frozen=True)
 class AdditiveModelError:
-    """White additive model error η ~ N(0, `variance` · I), drawn at every time step (eq. 3 of PnP-DA)."""
+    """White additive model error η ~ N(0, `variance` · I), drawn at every time step (eq. 3 of
+    PnP-DA).
+    """
 
     variance: float
 
@@ -135,8 +144,10 @@ class AdditiveModelError:
 
 # %% ../nbs/01_dynamics.ipynb #cbea615b
 def lyapunov_exponents(model: Model, states: Tensor, steps: int, spin_up: int = 200) -> Tensor:
-    """Lyapunov exponents in inverse time units, `(batch, dim)`, largest first, along `steps` steps from
-    `states` `(batch, dim)` on the attractor (Benettin et al. 1980). The first `spin_up` steps only align the frame."""
+    """Lyapunov exponents in inverse time units, `(batch, dim)`, largest first, along `steps` steps
+    from `states` `(batch, dim)` on the attractor (Benettin et al. 1980). The first `spin_up` steps
+    only align the frame.
+    """
     jacobian = torch.func.vmap(torch.func.jacfwd(model.step))
     frame = torch.eye(model.dim, dtype=states.dtype).expand(*states.shape, -1)
     stretch = torch.zeros_like(states)

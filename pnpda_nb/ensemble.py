@@ -18,8 +18,12 @@ from .observing import Covariance, Observations
 __all__ = ['perturbed_observations', 'EnKF', 'entropic_plan', 'EnRDA']
 
 # %% ../nbs/05_ensemble.ipynb #0b22eb8f
-def perturbed_observations(observations: Observations, members: int, generator: torch.Generator, centred: bool = True) -> Tensor:
-    """`members` perturbed copies `(..., member, size)` of the observed values; centred perturbations have mean exactly zero."""
+def perturbed_observations(
+    observations: Observations, members: int, generator: torch.Generator, centred: bool = True
+) -> Tensor:
+    """`members` perturbed copies `(..., member, size)` of the observed values; centred
+    perturbations have mean exactly zero.
+    """
     values = observations.values.unsqueeze(-2)
     delta = observations.covariance.draw((*values.shape[:-2], members), generator).to(values)
     if centred:
@@ -49,25 +53,32 @@ class EnKF:
         states, shown = (x - x.mean(-2, keepdim=True) for x in (background, seen))
         covariance = shown.mT @ shown + (members - 1) * observations.covariance.matrix
         innovations = perturbed_observations(observations, members, generator) - seen
-        weights = torch.linalg.solve_ex(covariance, innovations.mT).result      # (..., size, member)
+        weights = torch.linalg.solve_ex(covariance, innovations.mT).result  # (..., size, member)
         analysis = background + (states.mT @ shown @ weights).mT
         mean = analysis.mean(-2, keepdim=True)
         return mean + self.inflation * (analysis - mean)
 
 # %% ../nbs/05_ensemble.ipynb #4cc99c94
-def entropic_plan(source: Tensor, target: Tensor, regularisation: float = 10.0, iterations: int = 300) -> Tensor:
-    """Entropic optimal-transport plans `(batch, n, m)` between uniform clouds `(batch, n, dim)` and `(batch, m, dim)`,
-    squared Euclidean cost, by POT's log-domain Sinkhorn; `regularisation` is the γ of the entropy in the cost's units."""
+def entropic_plan(
+    source: Tensor, target: Tensor, regularisation: float = 10.0, iterations: int = 300
+) -> Tensor:
+    """Entropic optimal-transport plans `(batch, n, m)` between uniform clouds `(batch, n, dim)` and
+    `(batch, m, dim)`, squared Euclidean cost, by POT's log-domain Sinkhorn; `regularisation` is the
+    γ of the entropy in the cost's units.
+    """
     cost = dist_batch(source, target, metric="sqeuclidean")
-    return solve_batch(cost, reg=regularisation, max_iter=iterations, tol=1e-10, method="log_sinkhorn", grad="detach").plan
+    return solve_batch(
+        cost, reg=regularisation, max_iter=iterations, tol=1e-10, method="log_sinkhorn", grad="detach"
+    ).plan
 
 # %% ../nbs/05_ensemble.ipynb #bb853392
 @dataclass(frozen=True)
 class EnRDA:
     """Ensemble Riemannian data assimilation (Tamang et al. 2021), as in the appendix of PnP-DA.
 
-    `weight` is the η of the background; `None` takes tr(P) / (tr(P) + tr(B)) from the ensemble of each run. Raises
-    `ValueError` if the network does not observe the whole state, or for an ensemble of one.
+    `weight` is the η of the background; `None` takes tr(P) / (tr(P) + tr(B)) from the ensemble of
+    each run. Raises `ValueError` if the network does not observe the whole state, or for an
+    ensemble of one.
     """
 
     weight: float | None = None
@@ -86,13 +97,27 @@ class EnRDA:
         if members < 2:
             raise ValueError(f"members: EnRDA needs an ensemble of at least 2, got {members}")
         operator = observations.operator
-        if not (operator.linear and operator.size == dim and torch.equal(operator.jacobian(background[..., 0, :]).reshape(-1, dim, dim)[0], torch.eye(dim, dtype=background.dtype))):
-            raise ValueError("observations: EnRDA needs every component of the state observed, in order")
-        copies = perturbed_observations(observations, members, generator, centred=False)   # as in the paper's appendix
+        if not (
+            operator.linear
+            and operator.size == dim
+            and torch.equal(
+                operator.jacobian(background[..., 0, :]).reshape(-1, dim, dim)[0],
+                torch.eye(dim, dtype=background.dtype),
+            )
+        ):
+            raise ValueError(
+                "observations: EnRDA needs every component of the state observed, in order"
+            )
+        copies = perturbed_observations(
+            observations, members, generator, centred=False
+        )  # as in the paper's appendix
         clouds = (background.reshape(-1, members, dim), copies.reshape(-1, members, dim))
         plan = entropic_plan(*clouds, self.regularisation, self.iterations).flatten(1)
         pairs = torch.multinomial(plan.clamp_min(0), members, replacement=True, generator=generator)
-        first, second = (cloud.gather(1, index.unsqueeze(-1).expand(-1, -1, dim)) for cloud, index in zip(clouds, (pairs // members, pairs % members)))
+        first, second = (
+            cloud.gather(1, index.unsqueeze(-1).expand(-1, -1, dim))
+            for cloud, index in zip(clouds, (pairs // members, pairs % members))
+        )
         eta = self._weight(clouds[0], observations.covariance)
         return (eta * first + (1 - eta) * second).reshape(background.shape)
 

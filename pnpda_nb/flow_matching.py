@@ -57,12 +57,16 @@ class Prior(Protocol):
 
 # %% ../nbs/07_flow_matching.ipynb #a3494bcd
 class Denoiser:
-    """D_τ(x_b, ·) of eq. 13 of PnP-DA for given backgrounds `(..., dim)`; `denoiser(x, tau)` is the expected analysis.
+    """D_τ(x_b, ·) of eq. 13 of PnP-DA for given backgrounds `(..., dim)`; `denoiser(x, tau)` is the
+    expected analysis.
 
-    `velocity(x, tau)` is a function of states of the background's shape; `source` draws the noise that the flow starts from.
+    `velocity(x, tau)` is a function of states of the background's shape; `source` draws the noise
+    that the flow starts from.
     """
 
-    def __init__(self, background: Tensor, velocity: Callable[[Tensor, float], Tensor], source: Callable):
+    def __init__(
+        self, background: Tensor, velocity: Callable[[Tensor, float], Tensor], source: Callable
+    ):
         self.background, self.velocity, self.source = background, velocity, source
 
     def __repr__(self) -> str:
@@ -72,7 +76,9 @@ class Denoiser:
         return denoised_from_velocity(x, self.velocity(x, tau), tau)
 
     def conditional_mean(self, generator: torch.Generator, draws: int = 1) -> Tensor:
-        """E[x_a | x_b] as D_0, averaged over `draws` draws of noise (which, for an exact prior, would make no difference)."""
+        """E[x_a | x_b] as D_0, averaged over `draws` draws of noise (which, for an exact prior,
+        would make no difference).
+        """
         shape = tuple(self.background.shape)
         return sum(self(self.source(shape, generator), 0.0) for _ in range(draws)) / draws
 
@@ -88,17 +94,23 @@ class Denoiser:
 
 # %% ../nbs/07_flow_matching.ipynb #510b9a6a
 class GaussianPrior:
-    """The exact prior of x_a = `matrix` x_b + `offset` + N(0, `covariance`), with source N(0, I); float64, no network."""
+    """The exact prior of x_a = `matrix` x_b + `offset` + N(0, `covariance`), with source N(0, I);
+    float64, no network.
+    """
 
     def __init__(self, matrix: Tensor, offset: Tensor, covariance: Covariance):
         self.matrix, self.offset, self.covariance = matrix, offset, covariance
         self.dim = covariance.size
         if matrix.shape != (self.dim, self.dim) or offset.shape != (self.dim,):
-            raise ValueError(f"matrix, offset: expected sizes {self.dim} as the covariance's, got {tuple(matrix.shape)} and {tuple(offset.shape)}")
+            raise ValueError(
+                f"matrix, offset: expected sizes {self.dim} as the covariance's, got {tuple(matrix.shape)} and {tuple(offset.shape)}"
+            )
 
     @classmethod
     def from_pairs(cls, background: Tensor, analysis: Tensor) -> "GaussianPrior":
-        """The Gaussian prior with the sample mean and covariance of pairs `(sample, dim)`: a linear regression."""
+        """The Gaussian prior with the sample mean and covariance of pairs `(sample, dim)`: a linear
+        regression.
+        """
         joint = torch.cov(torch.cat((background, analysis), -1).T)
         n = background.shape[-1]
         matrix = torch.linalg.solve(joint[:n, :n], joint[:n, n:]).T
@@ -129,8 +141,9 @@ class GaussianPrior:
 # %% ../nbs/07_flow_matching.ipynb #a5a54ed0
 @dataclass(frozen=True)
 class Coupling:
-    """`index[i]` is the analysis paired with noise i; `repaired` the fraction that changed partners; `gain` the relative
-    fall of the mean squared path length."""
+    """`index[i]` is the analysis paired with noise i; `repaired` the fraction that changed
+    partners; `gain` the relative fall of the mean squared path length.
+    """
 
     index: Tensor
     repaired: float
@@ -138,9 +151,11 @@ class Coupling:
 
 # %% ../nbs/07_flow_matching.ipynb #185906b7
 def conditional_coupling(source: Tensor, analysis: Tensor, background: Tensor, beta: float) -> Coupling:
-    """Exact conditional optimal-transport pairing of a minibatch, all `(batch, dim)` (eq. 8 and the appendix of PnP-DA).
+    """Exact conditional optimal-transport pairing of a minibatch, all `(batch, dim)` (eq. 8 and the
+    appendix of PnP-DA).
 
-    `beta = 0` switches the coupling off, as in the paper (it does not mean "ignore the background").
+    `beta = 0` switches the coupling off, as in the paper (it does not mean "ignore the
+    background").
     """
     if not beta >= 0:
         raise ValueError(f"beta: expected zero or a positive number, got {beta}")
@@ -150,11 +165,15 @@ def conditional_coupling(source: Tensor, analysis: Tensor, background: Tensor, b
     cost = (lengths + beta * torch.cdist(background, background).square()).double().numpy()
     index = torch.from_numpy(ot.emd([], [], cost, numItermax=10_000_000).argmax(1))
     before, after = lengths.diagonal().mean(), lengths[torch.arange(len(index)), index].mean()
-    return Coupling(index, float((index != torch.arange(len(index))).double().mean()), float(1 - after / before))
+    return Coupling(
+        index, float((index != torch.arange(len(index))).double().mean()), float(1 - after / before)
+    )
 
 # %% ../nbs/07_flow_matching.ipynb #44810249
 class FourierEmbedding(nn.Module):
-    """Embedding of pseudo-time in `size` features: sine and cosine at `size / 2` fixed frequencies ~ N(0, `scale`²)."""
+    """Embedding of pseudo-time in `size` features: sine and cosine at `size / 2` fixed frequencies
+    ~ N(0, `scale`²).
+    """
 
     def __init__(self, size: int, generator: torch.Generator, scale: float = 10.0):
         super().__init__()
@@ -169,17 +188,31 @@ class FourierEmbedding(nn.Module):
 
 # %% ../nbs/07_flow_matching.ipynb #64bad89a
 class VelocityMLP(nn.Module):
-    """v_θ(x, τ, x_b) of the appendix of PnP-DA: states `(..., dim)`, pseudo-times `(..., 1)`, velocities `(..., dim)`."""
+    """v_θ(x, τ, x_b) of the appendix of PnP-DA: states `(..., dim)`, pseudo-times `(..., 1)`,
+    velocities `(..., dim)`.
+    """
 
-    def __init__(self, dim: int, hidden: tuple[int, ...], embedding: int, generator: torch.Generator, embedding_scale: float = 10.0, linear_skip: bool = False):
+    def __init__(
+        self,
+        dim: int,
+        hidden: tuple[int, ...],
+        embedding: int,
+        generator: torch.Generator,
+        embedding_scale: float = 10.0,
+        linear_skip: bool = False,
+    ):
         super().__init__()
         self.embed = FourierEmbedding(embedding, generator, embedding_scale)
         widths = (2 * dim + embedding, *hidden)
-        self.layers = nn.ModuleList(nn.utils.skip_init(nn.Linear, a, b) for a, b in zip(widths, widths[1:]))
+        self.layers = nn.ModuleList(
+            nn.utils.skip_init(nn.Linear, a, b) for a, b in zip(widths, widths[1:])
+        )
         self.norms = nn.ModuleList(nn.LayerNorm(b) for b in hidden)
         self.last = nn.utils.skip_init(nn.Linear, hidden[-1], dim)
         self.skip = nn.utils.skip_init(nn.Linear, 4 * dim, dim, bias=False) if linear_skip else None
-        with torch.no_grad():   # torch's usual uniform law, but from our stream: the global one stays untouched
+        with (
+            torch.no_grad()
+        ):  # torch's usual uniform law, but from our stream: the global one stays untouched
             for layer in (*self.layers, self.last):
                 bound = layer.in_features**-0.5
                 for parameter in (layer.weight, layer.bias):
@@ -201,18 +234,31 @@ FORMAT = "pnpda_nb.prior/1"
 
 
 class FlowPrior:
-    """A learned prior: a velocity network, and the `location` and `scale` `(dim,)` of the units that it works in.
+    """A learned prior: a velocity network, and the `location` and `scale` `(dim,)` of the units
+    that it works in.
 
-    The source of the flow is N(`location`, `scale`²). `training` is a plain record of how it was trained.
+    The source of the flow is N(`location`, `scale`²). `training` is a plain record of how it was
+    trained.
     """
 
-    def __init__(self, network: VelocityMLP, location: Tensor, scale: Tensor, architecture: dict, training: dict | None = None):
+    def __init__(
+        self,
+        network: VelocityMLP,
+        location: Tensor,
+        scale: Tensor,
+        architecture: dict,
+        training: dict | None = None,
+    ):
         self.network, self.location, self.scale = network.eval().requires_grad_(False), location, scale
         self.architecture, self.training = architecture, training or {}
         self.dim = len(location)
 
     def __repr__(self) -> str:
-        seen = f", trained on {self.training['pairs']} pairs for {self.training['epochs']} epochs" if self.training else ""
+        seen = (
+            f", trained on {self.training['pairs']} pairs for {self.training['epochs']} epochs"
+            if self.training
+            else ""
+        )
         return f"FlowPrior(dim={self.dim}, hidden={list(self.architecture['hidden'])}{seen})"
 
     def source(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -220,7 +266,9 @@ class FlowPrior:
 
     def __call__(self, background: Tensor) -> Denoiser:
         if background.shape[-1] != self.dim:
-            raise ValueError(f"background: expected states of size {self.dim} as the prior's, got {background.shape[-1]}")
+            raise ValueError(
+                f"background: expected states of size {self.dim} as the prior's, got {background.shape[-1]}"
+            )
         given = ((background - self.location) / self.scale).float()
 
         def velocity(x: Tensor, tau: float) -> Tensor:
@@ -235,7 +283,11 @@ class FlowPrior:
         path = Path(path)
         tensors = {f"network.{k}": v.contiguous() for k, v in self.network.state_dict().items()}
         tensors |= {"location": self.location, "scale": self.scale}
-        header = {"format": FORMAT, "architecture": json.dumps(self.architecture), "training": json.dumps(self.training)}
+        header = {
+            "format": FORMAT,
+            "architecture": json.dumps(self.architecture),
+            "training": json.dumps(self.training),
+        }
         beside = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
             save_file(tensors, beside, metadata=header)
@@ -248,7 +300,8 @@ class FlowPrior:
     def load(cls, path: str | os.PathLike) -> "FlowPrior":
         """Read a prior that `save` wrote. Nothing in the file is executed.
 
-        Raises `FileNotFoundError` for no file, `ValueError` for one that is truncated, foreign or of an unknown format.
+        Raises `FileNotFoundError` for no file, `ValueError` for one that is truncated, foreign or
+        of an unknown format.
         """
         path = Path(path)
         if not path.is_file():
@@ -258,16 +311,36 @@ class FlowPrior:
                 header = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"prior: {path} is not a readable safetensors file (truncated or foreign)") from error
+            raise ValueError(
+                f"prior: {path} is not a readable safetensors file (truncated or foreign)"
+            ) from error
         if header.get("format") != FORMAT:
-            raise ValueError(f"prior: expected format {FORMAT!r} in {path}, got {header.get('format')!r}")
+            raise ValueError(
+                f"prior: expected format {FORMAT!r} in {path}, got {header.get('format')!r}"
+            )
         try:
             architecture = json.loads(header["architecture"])
-            network = VelocityMLP(architecture["dim"], tuple(architecture["hidden"]), architecture["embedding"], stream(0), linear_skip=architecture["linear_skip"])
-            network.load_state_dict({k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")})
-            prior = cls(network, tensors["location"], tensors["scale"], architecture, json.loads(header["training"]))
+            network = VelocityMLP(
+                architecture["dim"],
+                tuple(architecture["hidden"]),
+                architecture["embedding"],
+                stream(0),
+                linear_skip=architecture["linear_skip"],
+            )
+            network.load_state_dict(
+                {k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")}
+            )
+            prior = cls(
+                network,
+                tensors["location"],
+                tensors["scale"],
+                architecture,
+                json.loads(header["training"]),
+            )
         except (KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
-            raise ValueError(f"prior: {path} has a header that does not fit its contents ({type(error).__name__})") from error
+            raise ValueError(
+                f"prior: {path} has a header that does not fit its contents ({type(error).__name__})"
+            ) from error
         if not all(torch.isfinite(t).all() for t in tensors.values()):
             raise ValueError(f"prior: {path} holds weights that are not finite")
         return prior
@@ -275,11 +348,13 @@ class FlowPrior:
 # %% ../nbs/07_flow_matching.ipynb #ed4b74d3
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How a `FlowPrior` is trained. The defaults are this book's; `PAPER_TRAINING` has those of the appendix of PnP-DA.
+    """How a `FlowPrior` is trained. The defaults are this book's; `PAPER_TRAINING` has those of the
+    appendix of PnP-DA.
 
-    `embedding_scale` is the standard deviation of the Fourier frequencies, `beta` the weight of the coupling (0: off), `average` the
-    decay of an exponential average of the weights (0: off), `standardise` whether the network works in standardised units,
-    `start_fraction` the share of pseudo-times that are drawn at exactly 0, where conditional means are read off.
+    `embedding_scale` is the standard deviation of the Fourier frequencies, `beta` the weight of the
+    coupling (0: off), `average` the decay of an exponential average of the weights (0: off),
+    `standardise` whether the network works in standardised units, `start_fraction` the share of
+    pseudo-times that are drawn at exactly 0, where conditional means are read off.
     """
 
     hidden: tuple[int, ...] = (32, 64, 64, 32)
@@ -302,10 +377,19 @@ class TrainingSettings:
 
     def __post_init__(self):
         if not 0 <= self.start_fraction < 1:
-            raise ValueError(f"start_fraction: expected a share from 0 to less than 1, got {self.start_fraction}")
+            raise ValueError(
+                f"start_fraction: expected a share from 0 to less than 1, got {self.start_fraction}"
+            )
         if not 0 <= self.average < 1:
             raise ValueError(f"average: expected a decay from 0 to less than 1, got {self.average}")
-        for name in ("embedding", "batch", "epochs", "patience", "plateau_patience", "validation_draws"):
+        for name in (
+            "embedding",
+            "batch",
+            "epochs",
+            "patience",
+            "plateau_patience",
+            "validation_draws",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         for name in ("embedding_scale", "learning_rate", "plateau_factor", "validation_fraction"):
@@ -313,17 +397,31 @@ class TrainingSettings:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
         for name in ("beta", "weight_decay"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: expected zero or a positive number, got {getattr(self, name)}")
+                raise ValueError(
+                    f"{name}: expected zero or a positive number, got {getattr(self, name)}"
+                )
         if not self.hidden or min(self.hidden) < 1:
             raise ValueError(f"hidden: expected one or more positive widths, got {self.hidden}")
 
 
-PAPER_TRAINING = TrainingSettings(embedding_scale=10.0, beta=1000.0, batch=32, learning_rate=3e-4, average=0.0,
-                                  linear_skip=False, start_fraction=0.0, standardise=False)
+PAPER_TRAINING = TrainingSettings(
+    embedding_scale=10.0,
+    beta=1000.0,
+    batch=32,
+    learning_rate=3e-4,
+    average=0.0,
+    linear_skip=False,
+    start_fraction=0.0,
+    standardise=False,
+)
 
 # %% ../nbs/07_flow_matching.ipynb #68202b45
-def flow_matching_loss(network: nn.Module, source: Tensor, analysis: Tensor, background: Tensor, tau: Tensor) -> Tensor:
-    """Mean squared error of the velocity at x_τ = (1 − τ) z + τ x_a, eq. 11 of PnP-DA; all `(batch, dim)`, `tau` `(batch, 1)`."""
+def flow_matching_loss(
+    network: nn.Module, source: Tensor, analysis: Tensor, background: Tensor, tau: Tensor
+) -> Tensor:
+    """Mean squared error of the velocity at x_τ = (1 − τ) z + τ x_a, eq. 11 of PnP-DA; all `(batch,
+    dim)`, `tau` `(batch, 1)`.
+    """
     target = analysis - source
     return (network(source + tau * target, tau, background) - target).square().sum(-1).mean()
 
@@ -338,23 +436,36 @@ def train_prior(
     progress: bool = False,
     callback: Callable[[int, dict], None] | None = None,
 ) -> tuple[FlowPrior, pd.DataFrame]:
-    """Train a `FlowPrior` on pairs `(sample, dim)`; returns it with the history of its losses (one row per epoch).
+    """Train a `FlowPrior` on pairs `(sample, dim)`; returns it with the history of its losses (one
+    row per epoch).
 
-    With `checkpoint`, an interrupted training is resumed. `callback(epoch, row)` is called after every epoch. Raises `ValueError` for pairs
-    that are too few, of different shapes or not finite, for a checkpoint of another training, and if the loss stops being finite.
+    With `checkpoint`, an interrupted training is resumed. `callback(epoch, row)` is called after
+    every epoch. Raises `ValueError` for pairs that are too few, of different shapes or not finite,
+    for a checkpoint of another training, and if the loss stops being finite.
     """
     if background.shape != analysis.shape or background.ndim != 2:
-        raise ValueError(f"analysis: expected pairs (sample, dim) of one shape, got {tuple(background.shape)} and {tuple(analysis.shape)}")
+        raise ValueError(
+            f"analysis: expected pairs (sample, dim) of one shape, got {tuple(background.shape)} and {tuple(analysis.shape)}"
+        )
     if not (torch.isfinite(background).all() and torch.isfinite(analysis).all()):
         raise ValueError("background, analysis: expected finite pairs")
     held_out = max(1, round(settings.validation_fraction * len(analysis)))
     if len(analysis) - held_out < settings.batch:
-        raise ValueError(f"analysis: expected at least {settings.batch} pairs to train on besides {held_out} for validation, got {len(analysis) - held_out}")
+        raise ValueError(
+            f"analysis: expected at least {settings.batch} pairs to train on besides {held_out} for validation, got {len(analysis) - held_out}"
+        )
     state = _Training(background, analysis, held_out, settings, seed)
     path = Path(checkpoint) if checkpoint else None
     if path and path.exists():
         state.restore(path)
-    bar = tqdm(total=settings.epochs, initial=state.epoch, desc="training", unit="epoch", disable=None if progress else True, leave=False)
+    bar = tqdm(
+        total=settings.epochs,
+        initial=state.epoch,
+        desc="training",
+        unit="epoch",
+        disable=None if progress else True,
+        leave=False,
+    )
     saved = time.monotonic()
     try:
         while not state.finished:
@@ -378,29 +489,58 @@ def train_prior(
 
 # %% ../nbs/07_flow_matching.ipynb #0bbfe3f6
 class _Training:
-    """Everything that changes while a prior is trained. `memory` is a copy of it as it was after the last whole epoch."""
+    """Everything that changes while a prior is trained. `memory` is a copy of it as it was after
+    the last whole epoch.
+    """
 
-    def __init__(self, background: Tensor, analysis: Tensor, held_out: int, settings: TrainingSettings, seed: int):
+    def __init__(
+        self, background: Tensor, analysis: Tensor, held_out: int, settings: TrainingSettings, seed: int
+    ):
         self.settings, self.seed, dim = settings, seed, analysis.shape[1]
-        self.architecture = {"network": "VelocityMLP", "dim": dim, "hidden": list(settings.hidden), "embedding": settings.embedding, "linear_skip": settings.linear_skip}
+        self.architecture = {
+            "network": "VelocityMLP",
+            "dim": dim,
+            "hidden": list(settings.hidden),
+            "embedding": settings.embedding,
+            "linear_skip": settings.linear_skip,
+        }
         both = torch.cat((background, analysis))
         self.location = both.mean(0) if settings.standardise else torch.zeros(dim, dtype=torch.float64)
         self.scale = both.std(0) if settings.standardise else torch.ones(dim, dtype=torch.float64)
         if not (self.scale > 0).all():
-            raise ValueError("analysis: a variable is constant over all pairs and cannot be standardised")
+            raise ValueError(
+                "analysis: a variable is constant over all pairs and cannot be standardised"
+            )
         b, a = (((x.double() - self.location) / self.scale).float() for x in (background, analysis))
         order = torch.randperm(len(a), generator=stream(seed, "split of the pairs"))
         repeat = settings.validation_draws
         self.validation = tuple(x[order[:held_out]].repeat(repeat, 1) for x in (b, a))
         self.pairs = tuple(x[order[held_out:]] for x in (b, a))
         fixed = stream(seed, "validation noise")
-        self.validation_noise = torch.randn(held_out * repeat, dim, generator=fixed), torch.rand(held_out * repeat, 1, generator=fixed)
-        self.network = VelocityMLP(dim, settings.hidden, settings.embedding, stream(seed, "weights"), settings.embedding_scale, settings.linear_skip)
+        self.validation_noise = (
+            torch.randn(held_out * repeat, dim, generator=fixed),
+            torch.rand(held_out * repeat, 1, generator=fixed),
+        )
+        self.network = VelocityMLP(
+            dim,
+            settings.hidden,
+            settings.embedding,
+            stream(seed, "weights"),
+            settings.embedding_scale,
+            settings.linear_skip,
+        )
         self.averaged = copy.deepcopy(self.network).requires_grad_(False)
         self.steps = 0
         self.generator = stream(seed, "training noise")
-        self.optimiser = torch.optim.AdamW(self.network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
-        self.schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(self.optimiser, factor=settings.plateau_factor, patience=settings.plateau_patience)
+        self.optimiser = torch.optim.AdamW(
+            self.network.parameters(),
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+        self.schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            self.optimiser, factor=settings.plateau_factor, patience=settings.plateau_patience
+        )
         self.epoch, self.best_epoch, self.best_loss, self.history = 0, 0, math.inf, []
         self.best = _copied(self.network.state_dict())
         digest = hashlib.sha256(json.dumps([dataclasses.asdict(settings), seed]).encode())
@@ -411,7 +551,9 @@ class _Training:
 
     @property
     def finished(self) -> bool:
-        return self.epoch >= self.settings.epochs or self.epoch - self.best_epoch >= self.settings.patience
+        return (
+            self.epoch >= self.settings.epochs or self.epoch - self.best_epoch >= self.settings.patience
+        )
 
     def run_epoch(self) -> dict:
         settings, (b, a) = self.settings, self.pairs
@@ -419,14 +561,18 @@ class _Training:
         noise = torch.randn(a.shape, generator=self.generator)
         tau = torch.rand(len(a), 1, generator=self.generator)
         if settings.start_fraction:
-            tau = tau.masked_fill(torch.rand(tau.shape, generator=self.generator) < settings.start_fraction, 0.0)
+            tau = tau.masked_fill(
+                torch.rand(tau.shape, generator=self.generator) < settings.start_fraction, 0.0
+            )
         losses, coupled = [], []
         for start in range(0, len(a) - settings.batch + 1, settings.batch):
             pick = order[start : start + settings.batch]
             z, given, target = noise[start : start + settings.batch], b[pick], a[pick]
             coupling = conditional_coupling(z, target, given, settings.beta)
             # the background stays with the noise: with it, an analysis of (almost) the same background is paired
-            loss = flow_matching_loss(self.network, z, target[coupling.index], given, tau[start : start + settings.batch])
+            loss = flow_matching_loss(
+                self.network, z, target[coupling.index], given, tau[start : start + settings.batch]
+            )
             self.optimiser.zero_grad(set_to_none=True)
             loss.backward()
             self.optimiser.step()
@@ -434,33 +580,78 @@ class _Training:
             losses.append(loss.detach())
             coupled.append((coupling.repaired, coupling.gain))
         with torch.no_grad():
-            validation = float(flow_matching_loss(self.averaged, self.validation_noise[0], self.validation[1], self.validation[0], self.validation_noise[1]))
+            validation = float(
+                flow_matching_loss(
+                    self.averaged,
+                    self.validation_noise[0],
+                    self.validation[1],
+                    self.validation[0],
+                    self.validation_noise[1],
+                )
+            )
         training = float(torch.stack(losses).mean())
         if not (math.isfinite(validation) and math.isfinite(training)):
-            raise ValueError(f"training: the loss became non-finite in epoch {self.epoch + 1}; try a smaller learning rate")
+            raise ValueError(
+                f"training: the loss became non-finite in epoch {self.epoch + 1}; try a smaller learning rate"
+            )
         rate = self.optimiser.param_groups[0]["lr"]
         self.schedule.step(validation)
         self.epoch += 1
         if validation < self.best_loss:
-            self.best_loss, self.best_epoch, self.best = validation, self.epoch, _copied(self.averaged.state_dict())
+            self.best_loss, self.best_epoch, self.best = (
+                validation,
+                self.epoch,
+                _copied(self.averaged.state_dict()),
+            )
         repaired, gain = np.mean(coupled, axis=0)
-        self.history.append({"epoch": self.epoch, "training": training, "validation": validation, "learning_rate": rate, "repaired": float(repaired), "path_gain": float(gain)})
+        self.history.append(
+            {
+                "epoch": self.epoch,
+                "training": training,
+                "validation": validation,
+                "learning_rate": rate,
+                "repaired": float(repaired),
+                "path_gain": float(gain),
+            }
+        )
         self.memory = self._remember()
         return self.history[-1]
 
     def _average(self) -> None:
-        """Let the averaged weights follow the trained ones; early on they follow faster, so that the start is forgotten."""
+        """Let the averaged weights follow the trained ones; early on they follow faster, so that
+        the start is forgotten.
+        """
         self.steps += 1
-        decay = min(self.settings.average, self.steps / (self.steps + 10)) if self.settings.average else 0.0
+        decay = (
+            min(self.settings.average, self.steps / (self.steps + 10)) if self.settings.average else 0.0
+        )
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.averaged.parameters()), list(self.network.parameters()), 1 - decay)
+            torch._foreach_lerp_(
+                list(self.averaged.parameters()), list(self.network.parameters()), 1 - decay
+            )
 
     def prior(self) -> FlowPrior:
-        network = VelocityMLP(self.architecture["dim"], self.settings.hidden, self.settings.embedding, stream(self.seed, "weights"), linear_skip=self.settings.linear_skip)
+        network = VelocityMLP(
+            self.architecture["dim"],
+            self.settings.hidden,
+            self.settings.embedding,
+            stream(self.seed, "weights"),
+            linear_skip=self.settings.linear_skip,
+        )
         network.load_state_dict(self.best)
-        record = {"pairs": len(self.pairs[0]) + len(self.validation[0]) // self.settings.validation_draws, "epochs": self.epoch, "best_epoch": self.best_epoch}
-        record |= {"validation_loss": self.best_loss, "seed": self.seed, "settings": dataclasses.asdict(self.settings)}
-        return FlowPrior(network, self.location, self.scale, self.architecture, json.loads(json.dumps(record)))   # as it will be read back
+        record = {
+            "pairs": len(self.pairs[0]) + len(self.validation[0]) // self.settings.validation_draws,
+            "epochs": self.epoch,
+            "best_epoch": self.best_epoch,
+        }
+        record |= {
+            "validation_loss": self.best_loss,
+            "seed": self.seed,
+            "settings": dataclasses.asdict(self.settings),
+        }
+        return FlowPrior(
+            network, self.location, self.scale, self.architecture, json.loads(json.dumps(record))
+        )  # as it will be read back
 
     def _remember(self) -> dict:
         return {
@@ -488,9 +679,13 @@ class _Training:
             memory = torch.load(path, weights_only=True)
             same = memory["fingerprint"] == self.fingerprint
         except Exception as error:  # torch has many ways to say that a file is not its own
-            raise ValueError(f"checkpoint: {path} is not a readable training checkpoint ({type(error).__name__})") from error
+            raise ValueError(
+                f"checkpoint: {path} is not a readable training checkpoint ({type(error).__name__})"
+            ) from error
         if not same:
-            raise ValueError(f"checkpoint: {path} belongs to a training with other settings, seed or pairs; move it away to start anew")
+            raise ValueError(
+                f"checkpoint: {path} belongs to a training with other settings, seed or pairs; move it away to start anew"
+            )
         self.network.load_state_dict(memory["network"])
         self.averaged.load_state_dict(memory["averaged"])
         self.optimiser.load_state_dict(memory["optimiser"])

@@ -43,7 +43,9 @@ class Select:
         object.__setattr__(self, "indices", tuple(int(i) for i in self.indices))
         wrong = [i for i in self.indices if not 0 <= i < self.dim]
         if wrong or len(set(self.indices)) != len(self.indices):
-            raise ValueError(f"indices: expected distinct numbers from 0 to {self.dim - 1}, got {self.indices}")
+            raise ValueError(
+                f"indices: expected distinct numbers from 0 to {self.dim - 1}, got {self.indices}"
+            )
 
     @property
     def size(self) -> int:
@@ -57,7 +59,9 @@ class Select:
         return rows.expand(*state.shape[:-1], self.size, self.dim)
 
     def adjoint(self, state: Tensor, misfit: Tensor) -> Tensor:
-        return torch.zeros_like(state).index_copy(-1, torch.tensor(self.indices, device=state.device), misfit)
+        return torch.zeros_like(state).index_copy(
+            -1, torch.tensor(self.indices, device=state.device), misfit
+        )
 
 
 def _sized(state: Tensor, dim: int) -> Tensor:
@@ -75,7 +79,9 @@ class Linear:
 
     def __post_init__(self):
         if self.matrix.ndim != 2:
-            raise ValueError(f"matrix: expected two dimensions (size, dim), got shape {tuple(self.matrix.shape)}")
+            raise ValueError(
+                f"matrix: expected two dimensions (size, dim), got shape {tuple(self.matrix.shape)}"
+            )
 
     @property
     def size(self) -> int:
@@ -93,7 +99,9 @@ class Linear:
 # %% ../nbs/02_observing.ipynb #da188256
 @dataclass(frozen=True)
 class Nonlinear:
-    """Observe any differentiable `function` of a state; it must take `(..., dim)` to `(..., size)`, each state by itself."""
+    """Observe any differentiable `function` of a state; it must take `(..., dim)` to `(..., size)`,
+    each state by itself.
+    """
 
     function: Callable[[Tensor], Tensor]
     size: int
@@ -102,7 +110,9 @@ class Nonlinear:
     def __call__(self, state: Tensor) -> Tensor:
         seen = self.function(state)
         if seen.shape != (*state.shape[:-1], self.size):
-            raise ValueError(f"function: expected observations of shape {(*state.shape[:-1], self.size)}, got {tuple(seen.shape)}")
+            raise ValueError(
+                f"function: expected observations of shape {(*state.shape[:-1], self.size)}, got {tuple(seen.shape)}"
+            )
         return seen
 
     def jacobian(self, state: Tensor) -> Tensor:
@@ -116,19 +126,27 @@ class Nonlinear:
 
 # %% ../nbs/02_observing.ipynb #61fef8bf
 class Covariance:
-    """A symmetric positive definite `matrix` `(size, size)`, factored once. Raises `ValueError` if it is not one."""
+    """A symmetric positive definite `matrix` `(size, size)`, factored once. Raises `ValueError` if
+    it is not one.
+    """
 
     def __init__(self, matrix: Tensor | Sequence, name: str = "covariance"):
         matrix = torch.as_tensor(matrix, dtype=torch.float64)
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
             raise ValueError(f"{name}: expected a square matrix, got shape {tuple(matrix.shape)}")
         if not torch.isfinite(matrix).all():
-            raise ValueError(f"{name}: expected finite numbers, got {int((~torch.isfinite(matrix)).sum())} that are not")
+            raise ValueError(
+                f"{name}: expected finite numbers, got {int((~torch.isfinite(matrix)).sum())} that are not"
+            )
         if not torch.allclose(matrix, matrix.T, rtol=1e-8, atol=1e-12):
-            raise ValueError(f"{name}: expected a symmetric matrix, got one that differs from its transpose")
+            raise ValueError(
+                f"{name}: expected a symmetric matrix, got one that differs from its transpose"
+            )
         eigenvalues = torch.linalg.eigvalsh(matrix)
-        if not eigenvalues[0] > 1e-14 * eigenvalues[-1].abs():   # zero up to rounding is not positive
-            raise ValueError(f"{name}: expected a positive definite matrix, got one with smallest eigenvalue {eigenvalues[0].item():.3g}")
+        if not eigenvalues[0] > 1e-14 * eigenvalues[-1].abs():  # zero up to rounding is not positive
+            raise ValueError(
+                f"{name}: expected a positive definite matrix, got one with smallest eigenvalue {eigenvalues[0].item():.3g}"
+            )
         self.matrix = matrix
         self.factor = torch.linalg.cholesky(matrix)
 
@@ -145,7 +163,9 @@ class Covariance:
 
     @cached_property
     def largest_precision(self) -> float:
-        """The largest eigenvalue of the inverse: the curvature of the misfit in its stiffest direction."""
+        """The largest eigenvalue of the inverse: the curvature of the misfit in its stiffest
+        direction.
+        """
         return 1 / torch.linalg.eigvalsh(self.matrix)[0].item()
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -163,7 +183,9 @@ class Covariance:
 # %% ../nbs/02_observing.ipynb #bbc0eb7c
 @dataclass(frozen=True, eq=False)
 class Observations:
-    """What was seen at one time: `values` `(..., size)`, with the operator and the error covariance behind them."""
+    """What was seen at one time: `values` `(..., size)`, with the operator and the error covariance
+    behind them.
+    """
 
     values: Tensor
     operator: Operator
@@ -171,18 +193,28 @@ class Observations:
 
     def __post_init__(self):
         if self.values.shape[-1] != self.operator.size:
-            raise ValueError(f"values: expected {self.operator.size} observations, got {self.values.shape[-1]}")
+            raise ValueError(
+                f"values: expected {self.operator.size} observations, got {self.values.shape[-1]}"
+            )
         if self.covariance.size != self.operator.size:
-            raise ValueError(f"covariance: expected size {self.operator.size}, got {self.covariance.size}")
+            raise ValueError(
+                f"covariance: expected size {self.operator.size}, got {self.covariance.size}"
+            )
         if not torch.isfinite(self.values).all():
-            raise ValueError(f"values: expected finite observations, got {int((~torch.isfinite(self.values)).sum())} that are not")
+            raise ValueError(
+                f"values: expected finite observations, got {int((~torch.isfinite(self.values)).sum())} that are not"
+            )
 
     def innovation(self, state: Tensor) -> Tensor:
-        """Observations minus what `state` `(..., member, dim)` would have shown: `(..., member, size)`."""
+        """Observations minus what `state` `(..., member, dim)` would have shown: `(..., member,
+        size)`.
+        """
         return self.values.unsqueeze(-2) - self.operator(state)
 
     def misfit_gradient(self, state: Tensor) -> Tensor:
-        """Gradient of ½‖y − H(x)‖² in the norm of the inverse covariance, at `state` `(..., member, dim)`."""
+        """Gradient of ½‖y − H(x)‖² in the norm of the inverse covariance, at `state` `(..., member,
+        dim)`.
+        """
         return -self.operator.adjoint(state, self.covariance.solve(self.innovation(state)))
 
 
@@ -195,7 +227,9 @@ class ObservingNetwork:
 
     def __post_init__(self):
         if self.covariance.size != self.operator.size:
-            raise ValueError(f"covariance: expected size {self.operator.size} as the operator's, got {self.covariance.size}")
+            raise ValueError(
+                f"covariance: expected size {self.operator.size} as the operator's, got {self.covariance.size}"
+            )
 
     def observe(self, state: Tensor, generator: torch.Generator) -> Observations:
         """Noisy observations of `state` `(..., dim)`, eq. 1 of PnP-DA."""

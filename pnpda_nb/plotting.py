@@ -48,14 +48,14 @@ LABELS = {
 
 
 def line_style(method: str) -> dict:
-    """Colour, line style and label of a method, for `ax.plot(..., **line_style(method))`; any name is accepted."""
+    """Colour, line style and label of a method, for `ax.plot(..., **line_style(method))`; any name
+    is accepted.
+    """
     return {
         "color": COLOURS.get(method, "#56B4E9"),
         "linestyle": LINES.get(method, "-"),
         "label": LABELS.get(method, method.replace("_", " ")),
     }
-
-
 
 # %% ../nbs/90_plotting.ipynb #549d5021
 def book_style() -> None:
@@ -80,7 +80,8 @@ def book_style() -> None:
 
 # %% ../nbs/90_plotting.ipynb #1bb7c37f
 def mean_and_band(ax, x: np.ndarray, runs: np.ndarray, **style):
-    """Draw the mean over the first axis of `runs` `(runs, len(x))` and a band of ± one standard deviation.
+    """Draw the mean over the first axis of `runs` `(runs, len(x))` and a band of ± one standard
+    deviation.
 
     Runs that are not finite (they diverged) are left out of both; at least one must remain.
     """

@@ -19,25 +19,31 @@ __all__ = ['step_size', 'PnPDA']
 
 # %% ../nbs/08_pnp.ipynb #9c5cc870
 def step_size(observations: Observations, state: Tensor, rule: str) -> Tensor | float:
-    """The factor in front of (1 − τ)^α by one of the rules "paper", "scaled" or "lipschitz"; for the last, the curvature is that at
-    `state` `(..., member, dim)`, and the factor `(..., member, 1)`."""
+    """The factor in front of (1 − τ)^α by one of the rules "paper", "scaled" or "lipschitz"; for
+    the last, the curvature is that at `state` `(..., member, dim)`, and the factor `(..., member,
+    1)`.
+    """
     covariance = observations.covariance
     if rule == "paper":
         return 1.0
     if rule == "scaled":
         return covariance.matrix.diagonal().mean().item()
     if rule == "lipschitz":
-        whitened = torch.linalg.solve_triangular(covariance.factor, observations.operator.jacobian(state), upper=False)
+        whitened = torch.linalg.solve_triangular(
+            covariance.factor, observations.operator.jacobian(state), upper=False
+        )
         return 1 / torch.linalg.matrix_norm(whitened, ord=2).square().clamp_min(1e-300)[..., None]
     raise ValueError(f"step_rule: expected 'paper', 'scaled' or 'lipschitz', got {rule!r}")
 
 # %% ../nbs/08_pnp.ipynb #4dc4ed00
 @dataclass(frozen=True, eq=False)
 class PnPDA:
-    """Plug-and-play data assimilation, Algorithm 1 of PnP-DA (3D), with any `prior` of the flow-matching chapter.
+    """Plug-and-play data assimilation, Algorithm 1 of PnP-DA (3D), with any `prior` of the
+    flow-matching chapter.
 
-    `iterations` pseudo-times n/N; steps (1 − τ)^`alpha` times the factor of `step_rule` ("paper", "scaled", "lipschitz");
-    `draws` of noise averaged per iteration. Raises `ValueError` for settings out of range or a prior of another size.
+    `iterations` pseudo-times n/N; steps (1 − τ)^`alpha` times the factor of `step_rule` ("paper",
+    "scaled", "lipschitz"); `draws` of noise averaged per iteration. Raises `ValueError` for
+    settings out of range or a prior of another size.
     """
 
     prior: Prior
@@ -54,18 +60,29 @@ class PnPDA:
         if not self.alpha >= 0:
             raise ValueError(f"alpha: expected zero or a positive exponent, got {self.alpha}")
         if self.step_rule not in ("paper", "scaled", "lipschitz"):
-            raise ValueError(f"step_rule: expected 'paper', 'scaled' or 'lipschitz', got {self.step_rule!r}")
+            raise ValueError(
+                f"step_rule: expected 'paper', 'scaled' or 'lipschitz', got {self.step_rule!r}"
+            )
 
-    def iterates(self, background: Tensor, observations: Observations, generator: torch.Generator) -> Iterator[Tensor]:
-        """The states x⁽¹⁾, x⁽²⁾, … of Algorithm 1, each of the background's shape `(..., member, dim)`."""
+    def iterates(
+        self, background: Tensor, observations: Observations, generator: torch.Generator
+    ) -> Iterator[Tensor]:
+        """The states x⁽¹⁾, x⁽²⁾, … of Algorithm 1, each of the background's shape `(..., member,
+        dim)`.
+        """
         if background.shape[-1] != self.prior.dim:
-            raise ValueError(f"background: expected states of size {self.prior.dim} as the prior's, got {background.shape[-1]}")
+            raise ValueError(
+                f"background: expected states of size {self.prior.dim} as the prior's, got {background.shape[-1]}"
+            )
         denoiser, x = self.prior(background), background
         length = step_size(observations, background, self.step_rule)
         for n in range(self.iterations):
             tau = n / self.iterations
             w = x - length * (1 - tau) ** self.alpha * observations.misfit_gradient(x)
-            noisy = [(1 - tau) * self.prior.source(tuple(x.shape), generator) + tau * w for _ in range(self.draws)]
+            noisy = [
+                (1 - tau) * self.prior.source(tuple(x.shape), generator) + tau * w
+                for _ in range(self.draws)
+            ]
             x = sum(denoiser(blend, tau) for blend in noisy) / self.draws
             yield x
 

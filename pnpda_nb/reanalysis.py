@@ -29,29 +29,58 @@ def make_archive(
     discard: int = 5,
     progress: bool | str = False,
 ) -> xr.Dataset:
-    """Cycle `method` on truths of its own (`split="archive"`) and collect its (background, analysis) pairs.
+    """Cycle `method` on truths of its own (`split="archive"`) and collect its (background,
+    analysis) pairs.
 
-    `pairs` is "means" (of the ensemble) or "members"; the first `discard` cycles of every run are left out, and so are runs that
-    failed. Returns a dataset of `background`, `analysis` and `truth`, each `(sample, variable)`. Raises `ValueError` if nothing is left.
+    `pairs` is "means" (of the ensemble) or "members"; the first `discard` cycles of every run are
+    left out, and so are runs that failed. Returns a dataset of `background`, `analysis` and
+    `truth`, each `(sample, variable)`. Raises `ValueError` if nothing is left.
     """
     if pairs not in ("means", "members"):
         raise ValueError(f"pairs: expected 'means' or 'members', got {pairs!r}")
     if not 0 <= discard < experiment.cycles:
-        raise ValueError(f"discard: expected fewer than the {experiment.cycles} cycles of a run, got {discard}")
-    result = cycle(experiment, method, members=members, runs=runs, seed=seed, split="archive", keep_members=pairs == "members", progress=progress)
+        raise ValueError(
+            f"discard: expected fewer than the {experiment.cycles} cycles of a run, got {discard}"
+        )
+    result = cycle(
+        experiment,
+        method,
+        members=members,
+        runs=runs,
+        seed=seed,
+        split="archive",
+        keep_members=pairs == "members",
+        progress=progress,
+    )
     kept = result.isel(run=result.failed.values < 0, cycle=slice(discard, None))
     if kept.sizes["run"] == 0:
-        raise ValueError(f"method: all {runs} runs of {type(method).__name__} became non-finite; there is no archive")
-    truth = kept.truth.isel(time=slice(experiment.interval - 1, None, experiment.interval)).isel(time=slice(discard, None)).rename(time="cycle").drop_vars("cycle")
+        raise ValueError(
+            f"method: all {runs} runs of {type(method).__name__} became non-finite; there is no archive"
+        )
+    truth = (
+        kept.truth.isel(time=slice(experiment.interval - 1, None, experiment.interval))
+        .isel(time=slice(discard, None))
+        .rename(time="cycle")
+        .drop_vars("cycle")
+    )
     if pairs == "members":
         kept = kept.assign(background=kept.background_members, analysis=kept.analysis_members)
         truth = truth.expand_dims(member=kept.sizes["member"])
-    order = ("run", "cycle", "member", "variable") if pairs == "members" else ("run", "cycle", "variable")
-    flat = {name: x.transpose(*order).values.reshape(-1, experiment.dim) for name, x in (("background", kept.background), ("analysis", kept.analysis), ("truth", truth))}
+    order = (
+        ("run", "cycle", "member", "variable") if pairs == "members" else ("run", "cycle", "variable")
+    )
+    flat = {
+        name: x.transpose(*order).values.reshape(-1, experiment.dim)
+        for name, x in (("background", kept.background), ("analysis", kept.analysis), ("truth", truth))
+    }
     return xr.Dataset(
         {name: (("sample", "variable"), values) for name, values in flat.items()},
         coords={"variable": experiment.variables},
-        attrs={**result.attrs, "pairs": pairs, "title": f"{type(method).__name__} reanalysis of {experiment.name}"},
+        attrs={
+            **result.attrs,
+            "pairs": pairs,
+            "title": f"{type(method).__name__} reanalysis of {experiment.name}",
+        },
     )
 
 # %% ../nbs/06_reanalysis.ipynb #36f2ea48
@@ -68,9 +97,11 @@ def write_netcdf(dataset: xr.Dataset, path: str | os.PathLike) -> Path:
 
 
 def read_archive(path: str | os.PathLike) -> xr.Dataset:
-    """Read an archive of pairs and check that it can teach: `background` and `analysis` `(sample, variable)`, finite, of one size.
+    """Read an archive of pairs and check that it can teach: `background` and `analysis` `(sample,
+    variable)`, finite, of one size.
 
-    Raises `FileNotFoundError` for no file and `ValueError` for a file that is truncated, foreign, or holds a value that is not finite.
+    Raises `FileNotFoundError` for no file and `ValueError` for a file that is truncated, foreign,
+    or holds a value that is not finite.
     """
     path = Path(path)
     if not path.is_file():
@@ -79,7 +110,9 @@ def read_archive(path: str | os.PathLike) -> xr.Dataset:
         with xr.open_dataset(path, engine="h5netcdf") as opened:
             archive = opened.load()
     except Exception as error:  # the many errors of HDF5 mean one thing here
-        raise ValueError(f"archive: {path} is not a readable NetCDF file ({type(error).__name__})") from error
+        raise ValueError(
+            f"archive: {path} is not a readable NetCDF file ({type(error).__name__})"
+        ) from error
     return check_archive(archive, str(path))
 
 
@@ -88,10 +121,14 @@ def check_archive(archive: xr.Dataset, name: str = "archive") -> xr.Dataset:
     for field in ("background", "analysis"):
         if field not in archive or archive[field].dims != ("sample", "variable"):
             found = archive[field].dims if field in archive else "no such variable"
-            raise ValueError(f"{name}: expected '{field}' with dimensions (sample, variable), got {found}")
+            raise ValueError(
+                f"{name}: expected '{field}' with dimensions (sample, variable), got {found}"
+            )
         bad = int((~np.isfinite(archive[field].values)).any(axis=1).sum())
         if bad:
-            raise ValueError(f"{name}: '{field}' is not finite in {bad} of {archive.sizes['sample']} samples")
+            raise ValueError(
+                f"{name}: '{field}' is not finite in {bad} of {archive.sizes['sample']} samples"
+            )
     if archive.sizes["sample"] < 2:
         raise ValueError(f"{name}: expected at least 2 samples, got {archive.sizes['sample']}")
     return archive

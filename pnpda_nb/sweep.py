@@ -36,15 +36,23 @@ def code_version() -> str:
 
 # %% ../nbs/91_sweep.ipynb #57bbee08
 def task_key(settings: Mapping[str, Any]) -> str:
-    """A short digest of `settings` (anything that JSON can hold) and of the code version; the order of names does not matter."""
-    return hashlib.sha256(json.dumps([code_version(), dict(settings)], sort_keys=True).encode()).hexdigest()[:12]
+    """A short digest of `settings` (anything that JSON can hold) and of the code version; the order
+    of names does not matter.
+    """
+    return hashlib.sha256(
+        json.dumps([code_version(), dict(settings)], sort_keys=True).encode()
+    ).hexdigest()[:12]
 
 # %% ../nbs/91_sweep.ipynb #4721750f
 @contextmanager
 def whole_file(path: str | os.PathLike):
-    """Give a temporary path beside `path` to write to; it is renamed to `path` if the block ends well, removed if it does not."""
+    """Give a temporary path beside `path` to write to; it is renamed to `path` if the block ends
+    well, removed if it does not.
+    """
     path = Path(path)
-    beside = path.with_name(f".{os.getpid()}.part.{path.name}")   # keeps the suffix, which some writers go by
+    beside = path.with_name(
+        f".{os.getpid()}.part.{path.name}"
+    )  # keeps the suffix, which some writers go by
     try:
         yield beside
         os.replace(beside, path)
@@ -81,12 +89,16 @@ class Store:
         """Where the part `name` made from `settings` is, or will be."""
         return self.parts / f"{name}-{task_key(settings)}.{suffix}"
 
-    def dataset(self, name: str, settings: Mapping[str, Any], make: Callable[[], xr.Dataset]) -> xr.Dataset:
+    def dataset(
+        self, name: str, settings: Mapping[str, Any], make: Callable[[], xr.Dataset]
+    ) -> xr.Dataset:
         """The part as a dataset: read if it is there, else made and written."""
         path = self.path(name, settings, "nc")
         if not path.exists():
             write_netcdf(make(), path)
-        return xr.load_dataset(path, engine="h5netcdf")   # read back in both cases, so that both are the same
+        return xr.load_dataset(
+            path, engine="h5netcdf"
+        )  # read back in both cases, so that both are the same
 
     def record(self, name: str, settings: Mapping[str, Any], make: Callable[[], dict]) -> dict:
         """The part as a plain record: read if it is there, else made and written."""
@@ -99,8 +111,10 @@ class Store:
 # %% ../nbs/91_sweep.ipynb #6af0c26b
 @dataclass(frozen=True)
 class Study:
-    """A named experiment with presets. `run(settings, methods, store, progress)` gives one cycled dataset per method;
-    `figures(results)` gives named matplotlib figures; `published` has columns method, metric, variable, mean, std."""
+    """A named experiment with presets. `run(settings, methods, store, progress)` gives one cycled
+    dataset per method; `figures(results)` gives named matplotlib figures; `published` has columns
+    method, metric, variable, mean, std.
+    """
 
     name: str
     description: str
@@ -113,9 +127,11 @@ class Study:
     published: pd.DataFrame
 
     def settings(self, preset: str, changes: Mapping[str, str] | None = None, **overrides) -> Any:
-        """The settings of `preset` with `changes` given as text (from a command line) and `overrides` given as values.
+        """The settings of `preset` with `changes` given as text (from a command line) and
+        `overrides` given as values.
 
-        Raises `ValueError` for an unknown preset or setting, or a text that does not fit the setting's type.
+        Raises `ValueError` for an unknown preset or setting, or a text that does not fit the
+        setting's type.
         """
         if preset not in self.presets:
             raise ValueError(f"preset: unknown preset {preset!r}; known: {', '.join(self.presets)}")
@@ -129,10 +145,14 @@ class Study:
         return dataclasses.replace(base, **values)
 
     def choose(self, methods: Sequence[str] | None) -> tuple[str, ...]:
-        """The methods named, in the study's own order; all default ones for none. Raises `ValueError` for an unknown name."""
+        """The methods named, in the study's own order; all default ones for none. Raises
+        `ValueError` for an unknown name.
+        """
         unknown = [m for m in methods or () if m not in self.methods]
         if unknown:
-            raise ValueError(f"methods: unknown method {unknown[0]!r}; known: {', '.join(self.methods)}")
+            raise ValueError(
+                f"methods: unknown method {unknown[0]!r}; known: {', '.join(self.methods)}"
+            )
         return tuple(m for m in self.methods if m in (methods or self.default_methods))
 
 # %% ../nbs/91_sweep.ipynb #03afecae
@@ -140,7 +160,9 @@ def parse_as(name: str, text: str, like: Any) -> Any:
     """`text` as a value of the type of `like`; raises `ValueError` that names the setting."""
     try:
         if isinstance(like, bool):
-            return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[text.lower()]
+            return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[
+                text.lower()
+            ]
         if isinstance(like, (int, float)):
             return type(like)(text)
         if isinstance(like, tuple):

@@ -32,9 +32,9 @@ __all__ = ['TwinExperiment', 'nature_run', 'observe_truth', 'Method', 'FreeRun',
 class TwinExperiment:
     """Everything about a twin experiment but the method, the number of runs and the seed.
 
-    Truths start from N(`start`, `start_variance` · I) and run `spin_up` steps of `nature` before anything is recorded. The
-    first background is the truth plus N(0, `background_variance` · I). The network reports every `interval` model
-    steps, `cycles` times, never at the start.
+    Truths start from N(`start`, `start_variance` · I) and run `spin_up` steps of `nature` before
+    anything is recorded. The first background is the truth plus N(0, `background_variance` · I).
+    The network reports every `interval` model steps, `cycles` times, never at the start.
     """
 
     name: str
@@ -50,11 +50,19 @@ class TwinExperiment:
     model_error: AdditiveModelError = field(default_factory=lambda: AdditiveModelError(0.0))
 
     def __post_init__(self):
-        for name, least in (("interval", 1), ("cycles", 1), ("spin_up", 0), ("start_variance", 0), ("background_variance", 0)):
+        for name, least in (
+            ("interval", 1),
+            ("cycles", 1),
+            ("spin_up", 0),
+            ("start_variance", 0),
+            ("background_variance", 0),
+        ):
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
         if self.nature.dim != self.forecast_model.dim:
-            raise ValueError(f"forecast_model: expected states of size {self.nature.dim} as nature's, got {self.forecast_model.dim}")
+            raise ValueError(
+                f"forecast_model: expected states of size {self.nature.dim} as nature's, got {self.forecast_model.dim}"
+            )
         if len(self.start) != self.nature.dim:
             raise ValueError(f"start: expected {self.nature.dim} numbers, got {len(self.start)}")
 
@@ -76,10 +84,14 @@ class TwinExperiment:
 
 # %% ../nbs/03_twin.ipynb #2aefed0c
 def nature_run(experiment: TwinExperiment, runs: int, seed: int, split: str = "test") -> Tensor:
-    """True states `(steps + 1, run, dim)`, the first of them on nature's attractor after the spin-up."""
+    """True states `(steps + 1, run, dim)`, the first of them on nature's attractor after the
+    spin-up.
+    """
     if runs < 1:
         raise ValueError(f"runs: expected at least 1, got {runs}")
-    draws = torch.stack([standard_normal((experiment.dim,), stream(seed, split, "truth", run)) for run in range(runs)])
+    draws = torch.stack(
+        [standard_normal((experiment.dim,), stream(seed, split, "truth", run)) for run in range(runs)]
+    )
     state = torch.tensor(experiment.start, dtype=torch.float64) + experiment.start_variance**0.5 * draws
     for _ in range(experiment.spin_up):
         state = experiment.nature.step(state)
@@ -89,11 +101,19 @@ def nature_run(experiment: TwinExperiment, runs: int, seed: int, split: str = "t
     return truth
 
 
-def observe_truth(experiment: TwinExperiment, truth: Tensor, seed: int, split: str = "test") -> list[Observations]:
-    """One `Observations` with values `(run, size)` for every observation time of `truth` `(steps + 1, run, dim)`."""
+def observe_truth(
+    experiment: TwinExperiment, truth: Tensor, seed: int, split: str = "test"
+) -> list[Observations]:
+    """One `Observations` with values `(run, size)` for every observation time of `truth` `(steps +
+    1, run, dim)`.
+    """
     network, seen = experiment.network, truth[experiment.interval :: experiment.interval]
     errors = torch.stack(
-        [network.covariance.draw((experiment.cycles,), stream(seed, split, "observations", run)) for run in range(truth.shape[1])], dim=1
+        [
+            network.covariance.draw((experiment.cycles,), stream(seed, split, "observations", run))
+            for run in range(truth.shape[1])
+        ],
+        dim=1,
     )
     return [network.report(values) for values in network.operator(seen) + errors]
 
@@ -102,15 +122,21 @@ def observe_truth(experiment: TwinExperiment, truth: Tensor, seed: int, split: s
 class Method(Protocol):
     """One question: background + observations -> analysis.
 
-    `window` is the number of observation times that one analysis consumes (1: a filter). `analyse` takes the background
-    `(..., member, dim)` and what was seen at its time, and returns the analysis in the same shape. `forecast(states, steps)`
-    is the forecast model without its error, for methods that need it; `generator` is the method's own stream.
+    `window` is the number of observation times that one analysis consumes (1: a filter). `analyse`
+    takes the background `(..., member, dim)` and what was seen at its time, and returns the
+    analysis in the same shape. `forecast(states, steps)` is the forecast model without its error,
+    for methods that need it; `generator` is the method's own stream.
     """
 
     window: int
 
     def analyse(
-        self, background: Tensor, observations: Observations, *, forecast: Callable[[Tensor, int], Tensor], generator: torch.Generator
+        self,
+        background: Tensor,
+        observations: Observations,
+        *,
+        forecast: Callable[[Tensor, int], Tensor],
+        generator: torch.Generator,
     ) -> Tensor: ...
 
 
@@ -125,7 +151,9 @@ class FreeRun:
 
 # %% ../nbs/03_twin.ipynb #189cfb48
 class RunNoise:
-    """Draws for `runs` runs, each from its own two streams: one for the first member, one for all others."""
+    """Draws for `runs` runs, each from its own two streams: one for the first member, one for all
+    others.
+    """
 
     def __init__(self, seed: int, split: str, name: str, runs: int):
         self.first = [stream(seed, split, name, run, "first member") for run in range(runs)]
@@ -134,7 +162,13 @@ class RunNoise:
     def draw(self, steps: int, members: int, dim: int) -> Tensor:
         """Independent N(0, 1) draws `(steps, run, member, dim)`."""
         blocks = [
-            torch.cat((standard_normal((steps, 1, dim), first), standard_normal((steps, members - 1, dim), others)), dim=1)
+            torch.cat(
+                (
+                    standard_normal((steps, 1, dim), first),
+                    standard_normal((steps, members - 1, dim), others),
+                ),
+                dim=1,
+            )
             for first, others in zip(self.first, self.others)
         ]
         return torch.stack(blocks, dim=1)
@@ -153,16 +187,19 @@ def cycle(
 ) -> xr.Dataset:
     """Run `method` through `runs` independent twin experiments at once.
 
-    Returns an `xarray.Dataset` with dimensions run, time (every model step, after the start), cycle, variable: `truth` and
-    `estimate` (the ensemble mean; at an observation time, the analysis), `rmse` over variables at every step, `background` and
-    `analysis` means and their spreads, `observations`, the fair `crps` of the analysis ensemble, and `failed`, the cycle
-    (counted from 0) at which a run became non-finite, or -1. With `keep_members`, also the ensembles themselves.
-    Raises `ValueError` for fewer than one run or member.
+    Returns an `xarray.Dataset` with dimensions run, time (every model step, after the start),
+    cycle, variable: `truth` and `estimate` (the ensemble mean; at an observation time, the
+    analysis), `rmse` over variables at every step, `background` and `analysis` means and their
+    spreads, `observations`, the fair `crps` of the analysis ensemble, and `failed`, the cycle
+    (counted from 0) at which a run became non-finite, or -1. With `keep_members`, also the
+    ensembles themselves. Raises `ValueError` for fewer than one run or member.
     """
     if members < 1:
         raise ValueError(f"members: expected at least 1, got {members}")
     if getattr(method, "window", None) != 1:
-        raise ValueError(f"method: expected one that consumes one observation time per analysis, got window={getattr(method, 'window', None)}")
+        raise ValueError(
+            f"method: expected one that consumes one observation time per analysis, got window={getattr(method, 'window', None)}"
+        )
     truth = nature_run(experiment, runs, seed, split)
     observations = observe_truth(experiment, truth, seed, split)
     model, interval = experiment.forecast_model, experiment.interval
@@ -177,7 +214,12 @@ def cycle(
     failed = torch.full((runs,), -1)
     estimates, backgrounds, analyses = [], [], []
     # bars go away when done, and stay off where there is no terminal to draw them on
-    bar = tqdm(range(experiment.cycles), desc=progress if isinstance(progress, str) else type(method).__name__, disable=None if progress else True, leave=False)
+    bar = tqdm(
+        range(experiment.cycles),
+        desc=progress if isinstance(progress, str) else type(method).__name__,
+        disable=None if progress else True,
+        leave=False,
+    )
     for k in bar:
         error = None
         if experiment.model_error.variance > 0:
@@ -186,41 +228,77 @@ def cycle(
         background = _set_aside(states[-1].clone(), first, failed, k)
         analysis = method.analyse(background, observations[k], forecast=forecast, generator=generator)
         if analysis.shape != background.shape:
-            raise ValueError(f"{type(method).__name__}: expected an analysis of shape {tuple(background.shape)}, got {tuple(analysis.shape)}")
+            raise ValueError(
+                f"{type(method).__name__}: expected an analysis of shape {tuple(background.shape)}, got {tuple(analysis.shape)}"
+            )
         state = _set_aside(analysis, first, failed, k)
         states[-1] = state
         estimates.append(states[1:].mean(-2))
         backgrounds.append(background)
         analyses.append(state)
-    result = _as_dataset(experiment, truth, observations, torch.cat(estimates), torch.stack(backgrounds), torch.stack(analyses), failed, keep_members)
-    result.attrs = {"experiment": experiment.name, "method": repr(method), "method_settings": _settings_of(method), "members": members, "runs": runs, "seed": seed, "split": split}
+    result = _as_dataset(
+        experiment,
+        truth,
+        observations,
+        torch.cat(estimates),
+        torch.stack(backgrounds),
+        torch.stack(analyses),
+        failed,
+        keep_members,
+    )
+    result.attrs = {
+        "experiment": experiment.name,
+        "method": repr(method),
+        "method_settings": _settings_of(method),
+        "members": members,
+        "runs": runs,
+        "seed": seed,
+        "split": split,
+    }
     if (failed >= 0).any():
-        where = ", ".join(f"run {run} at cycle {failed[run]}" for run in (failed >= 0).nonzero()[:, 0].tolist()[:5])
-        warnings.warn(f"{type(method).__name__}: {int((failed >= 0).sum())} of {runs} runs became non-finite ({where}); they are left out of the scores", stacklevel=2)
+        where = ", ".join(
+            f"run {run} at cycle {failed[run]}" for run in (failed >= 0).nonzero()[:, 0].tolist()[:5]
+        )
+        warnings.warn(
+            f"{type(method).__name__}: {int((failed >= 0).sum())} of {runs} runs became non-finite ({where}); they are left out of the scores",
+            stacklevel=2,
+        )
     return result
 
 
 def _settings_of(method: Method) -> str:
     """The plain settings of a method, as JSON: numbers and words, not priors or matrices."""
     fields = dataclasses.fields(method) if dataclasses.is_dataclass(method) else ()
-    return json.dumps({f.name: v for f in fields if f.init and isinstance(v := getattr(method, f.name), (int, float, str))})
+    return json.dumps(
+        {
+            f.name: v
+            for f in fields
+            if f.init and isinstance(v := getattr(method, f.name), (int, float, str))
+        }
+    )
 
 
 def _set_aside(state: Tensor, first: Tensor, failed: Tensor, k: int) -> Tensor:
-    """Note runs of `state` `(run, member, dim)` that are not finite, and put a harmless state in their place."""
+    """Note runs of `state` `(run, member, dim)` that are not finite, and put a harmless state in
+    their place.
+    """
     broken = ~torch.isfinite(state).flatten(1).all(1)
     failed[broken & (failed < 0)] = k
     gone = failed >= 0
     return torch.where(gone[:, None, None], first, state) if gone.any() else state
 
 # %% ../nbs/03_twin.ipynb #d118dd54
-def _as_dataset(experiment, truth, observations, estimate, background, analysis, failed, keep_members) -> xr.Dataset:
+def _as_dataset(
+    experiment, truth, observations, estimate, background, analysis, failed, keep_members
+) -> xr.Dataset:
     """Collect a cycle's tensors; set-aside runs become nan from the cycle of their failure on."""
     interval, members = experiment.interval, background.shape[2]
     bad_cycle = (failed >= 0)[None] & (torch.arange(experiment.cycles)[:, None] >= failed[None])
     bad_step = bad_cycle.repeat_interleave(interval, dim=0)
     estimate = estimate.masked_fill(bad_step[..., None], torch.nan)
-    background, analysis = (x.masked_fill(bad_cycle[..., None, None], torch.nan) for x in (background, analysis))
+    background, analysis = (
+        x.masked_fill(bad_cycle[..., None, None], torch.nan) for x in (background, analysis)
+    )
     at_cycles = truth[interval::interval]
 
     def spread(x: Tensor) -> Tensor:
@@ -237,22 +315,38 @@ def _as_dataset(experiment, truth, observations, estimate, background, analysis,
             "rmse": (("run", "time"), by_run((estimate - truth[1:]).square().mean(-1).sqrt())),
             "background": (per_cycle, by_run(background.mean(-2))),
             "analysis": (per_cycle, by_run(analysis.mean(-2))),
-            "observations": (("run", "cycle", "observation"), by_run(torch.stack([o.values for o in observations]))),
+            "observations": (
+                ("run", "cycle", "observation"),
+                by_run(torch.stack([o.values for o in observations])),
+            ),
             "failed": (("run",), failed.numpy()),
         },
         coords={
-            "time": ("time", np.arange(1, experiment.steps + 1) * experiment.nature.dt, {"units": "model time units"}),
-            "cycle_time": ("cycle", np.arange(1, experiment.cycles + 1) * interval * experiment.nature.dt),
+            "time": (
+                "time",
+                np.arange(1, experiment.steps + 1) * experiment.nature.dt,
+                {"units": "model time units"},
+            ),
+            "cycle_time": (
+                "cycle",
+                np.arange(1, experiment.cycles + 1) * interval * experiment.nature.dt,
+            ),
             "variable": experiment.variables,
         },
     )
     if members > 1:
         result["background_spread"] = (("run", "cycle"), by_run(spread(background)))
         result["analysis_spread"] = (("run", "cycle"), by_run(spread(analysis)))
-        result["crps"] = (per_cycle, crps_ensemble(by_run(at_cycles), by_run(analysis), m_axis=2, estimator="fair"))
+        result["crps"] = (
+            per_cycle,
+            crps_ensemble(by_run(at_cycles), by_run(analysis), m_axis=2, estimator="fair"),
+        )
     if keep_members:
         whole = ("run", "cycle", "member", "variable")
-        result["background_members"], result["analysis_members"] = (whole, by_run(background)), (whole, by_run(analysis))
+        result["background_members"], result["analysis_members"] = (
+            (whole, by_run(background)),
+            (whole, by_run(analysis)),
+        )
     return result
 
 # %% ../nbs/03_twin.ipynb #1d321234
@@ -287,34 +381,68 @@ def scores(result: xr.Dataset) -> xr.Dataset:
 
 
 def score_table(results: Mapping[str, xr.Dataset], condition: str = "") -> pd.DataFrame:
-    """One row per method, metric and variable: mean and standard deviation over the runs that did not fail."""
+    """One row per method, metric and variable: mean and standard deviation over the runs that did
+    not fail.
+    """
     rows = []
     for method, result in results.items():
         for metric, values in scores(result).data_vars.items():
-            by_variable = [("all", values.mean("variable", skipna=False) if "variable" in values.dims else values)]
+            by_variable = [
+                ("all", values.mean("variable", skipna=False) if "variable" in values.dims else values)
+            ]
             if "variable" in values.dims:
-                by_variable += [(str(name), values.sel(variable=name)) for name in values["variable"].values]
+                by_variable += [
+                    (str(name), values.sel(variable=name)) for name in values["variable"].values
+                ]
             for variable, value in by_variable:
                 kept = value.values[np.isfinite(value.values)]
-                mean, std = (kept.mean(), kept.std(ddof=1) if len(kept) > 1 else np.nan) if len(kept) else (np.nan, np.nan)
-                rows.append((result.attrs["experiment"], condition, method, metric, variable, mean, std, len(kept)))
-    return pd.DataFrame(rows, columns=["experiment", "condition", "method", "metric", "variable", "mean", "std", "runs"])
+                mean, std = (
+                    (kept.mean(), kept.std(ddof=1) if len(kept) > 1 else np.nan)
+                    if len(kept)
+                    else (np.nan, np.nan)
+                )
+                rows.append(
+                    (
+                        result.attrs["experiment"],
+                        condition,
+                        method,
+                        metric,
+                        variable,
+                        mean,
+                        std,
+                        len(kept),
+                    )
+                )
+    return pd.DataFrame(
+        rows, columns=["experiment", "condition", "method", "metric", "variable", "mean", "std", "runs"]
+    )
 
 # %% ../nbs/03_twin.ipynb #3f4d7b14
 def stack_methods(results: Mapping[str, xr.Dataset]) -> xr.Dataset:
-    """Cycles of several methods in one dataset: `truth` and `observations` once, everything else along `scheme`.
+    """Cycles of several methods in one dataset: `truth` and `observations` once, everything else
+    along `scheme`.
 
-    (Not along `method`: `.sel(method=...)` means something else to xarray, and would silently select nothing.)
+    (Not along `method`: `.sel(method=...)` means something else to xarray, and would silently
+    select nothing.)
     """
     shared = ["truth", "observations"]
     first = next(iter(results.values()))
-    stacked = xr.concat([r.drop_vars(shared) for r in results.values()], dim=xr.IndexVariable("scheme", np.array(list(results))), data_vars="all", combine_attrs="drop")
-    return stacked.assign({name: first[name] for name in shared}).assign_attrs({k: v for k, v in first.attrs.items() if not k.startswith("method") and k != "members"})
+    stacked = xr.concat(
+        [r.drop_vars(shared) for r in results.values()],
+        dim=xr.IndexVariable("scheme", np.array(list(results))),
+        data_vars="all",
+        combine_attrs="drop",
+    )
+    return stacked.assign({name: first[name] for name in shared}).assign_attrs(
+        {k: v for k, v in first.attrs.items() if not k.startswith("method") and k != "members"}
+    )
 
 # %% ../nbs/03_twin.ipynb #c7705ba9
 @dataclass(frozen=True)
 class Tuned:
-    """The `method` with the best `setting` on training truths, and the `table` of all settings tried."""
+    """The `method` with the best `setting` on training truths, and the `table` of all settings
+    tried.
+    """
 
     method: Method
     setting: dict
@@ -332,20 +460,31 @@ def tune(
     seed: int = 0,
     progress: bool = False,
 ) -> Tuned:
-    """Try `make(**setting)` for every combination in `grid`; choose the lowest mean `metric` on *training* truths.
+    """Try `make(**setting)` for every combination in `grid`; choose the lowest mean `metric` on
+    *training* truths.
 
-    A setting of which runs fail is never chosen while another one has none. Raises `ValueError` if all settings fail in every run.
+    A setting of which runs fail is never chosen while another one has none. Raises `ValueError` if
+    all settings fail in every run.
     """
     rows = []
     settings = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
     for setting in tqdm(settings, desc="tuning", disable=None if progress else True, leave=False):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")   # the table counts failed runs
-            result = cycle(experiment, make(**setting), members=members, runs=runs, seed=seed, split="training")
+            warnings.simplefilter("ignore")  # the table counts failed runs
+            result = cycle(
+                experiment, make(**setting), members=members, runs=runs, seed=seed, split="training"
+            )
         values = scores(result)[metric]
         values = (values.mean("variable", skipna=False) if "variable" in values.dims else values).values
         kept = values[np.isfinite(values)]
-        rows.append({**setting, "mean": kept.mean() if len(kept) else np.nan, "std": kept.std(ddof=1) if len(kept) > 1 else np.nan, "failed": runs - len(kept)})
+        rows.append(
+            {
+                **setting,
+                "mean": kept.mean() if len(kept) else np.nan,
+                "std": kept.std(ddof=1) if len(kept) > 1 else np.nan,
+                "failed": runs - len(kept),
+            }
+        )
     table = pd.DataFrame(rows)
     if table["mean"].isna().all():
         raise ValueError(f"tune: every run of every setting in {dict(grid)} became non-finite")

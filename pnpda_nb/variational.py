@@ -17,8 +17,9 @@ __all__ = ['kalman_gain', 'ThreeDVar', 'gaspari_cohn_background', 'climatologica
 
 # %% ../nbs/04_variational.ipynb #c9a1cd25
 def kalman_gain(background: Tensor, jacobian: Tensor, error: Tensor) -> Tensor:
-    """The gain K of eq. 5 of PnP-DA for covariances `background` `(..., dim, dim)` and `error` `(size, size)`, with an operator
-    of `jacobian` `(..., size, dim)`: shape `(..., dim, size)`."""
+    """The gain K of eq. 5 of PnP-DA for covariances `background` `(..., dim, dim)` and `error`
+    `(size, size)`, with an operator of `jacobian` `(..., size, dim)`: shape `(..., dim, size)`.
+    """
     observed = jacobian @ background
     innovation_covariance = observed @ jacobian.mT + error
     return torch.linalg.solve_ex(innovation_covariance, observed).result.mT
@@ -26,7 +27,8 @@ def kalman_gain(background: Tensor, jacobian: Tensor, error: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class ThreeDVar:
-    """3D-Var with a static background covariance `scale` · `covariance`, minimised in closed form (eq. 5 of PnP-DA).
+    """3D-Var with a static background covariance `scale` · `covariance`, minimised in closed form
+    (eq. 5 of PnP-DA).
 
     Raises `TypeError` for a nonlinear observation operator.
     """
@@ -43,27 +45,45 @@ class ThreeDVar:
         if not observations.operator.linear:
             raise TypeError("ThreeDVar: expected a linear observation operator, got a nonlinear one")
         if self.covariance.size != background.shape[-1]:
-            raise ValueError(f"covariance: expected size {background.shape[-1]} as the state's, got {self.covariance.size}")
-        jacobian = observations.operator.jacobian(background[..., 0, :])   # linear: the same for all members
-        gain = kalman_gain(self.scale * self.covariance.matrix.to(background), jacobian, observations.covariance.matrix)
+            raise ValueError(
+                f"covariance: expected size {background.shape[-1]} as the state's, got {self.covariance.size}"
+            )
+        jacobian = observations.operator.jacobian(
+            background[..., 0, :]
+        )  # linear: the same for all members
+        gain = kalman_gain(
+            self.scale * self.covariance.matrix.to(background), jacobian, observations.covariance.matrix
+        )
         return background + observations.innovation(background) @ gain.mT
 
 # %% ../nbs/04_variational.ipynb #66c6b34f
-def gaspari_cohn_background(dim: int, variance: float, half_width: float, periodic: bool = False) -> Covariance:
-    """B = `variance` × Gaspari-Cohn correlations of `half_width` grid intervals, as in PnP-DA's 3D-Var."""
+def gaspari_cohn_background(
+    dim: int, variance: float, half_width: float, periodic: bool = False
+) -> Covariance:
+    """B = `variance` × Gaspari-Cohn correlations of `half_width` grid intervals, as in PnP-DA's
+    3D-Var.
+    """
     if not variance > 0:
         raise ValueError(f"variance: expected a positive number, got {variance}")
-    return Covariance(variance * gaspari_cohn_matrix(dim, half_width, periodic), name="Gaspari-Cohn background")
+    return Covariance(
+        variance * gaspari_cohn_matrix(dim, half_width, periodic), name="Gaspari-Cohn background"
+    )
 
 # %% ../nbs/04_variational.ipynb #dc898b38
 def climatological_background(states: Tensor) -> Covariance:
     """B = covariance of `states` `(..., dim)`, taken over all leading dimensions."""
-    return Covariance(torch.cov(states.reshape(-1, states.shape[-1]).T), name="climatological background")
+    return Covariance(
+        torch.cov(states.reshape(-1, states.shape[-1]).T), name="climatological background"
+    )
 
 # %% ../nbs/04_variational.ipynb #bee4b500
 def archive_background(background: Tensor, analysis: Tensor) -> Covariance:
-    """B = covariance of the differences `background - analysis`, both `(..., dim)`, over all leading dimensions."""
+    """B = covariance of the differences `background - analysis`, both `(..., dim)`, over all
+    leading dimensions.
+    """
     if background.shape != analysis.shape:
-        raise ValueError(f"analysis: expected shape {tuple(background.shape)} as the background's, got {tuple(analysis.shape)}")
+        raise ValueError(
+            f"analysis: expected shape {tuple(background.shape)} as the background's, got {tuple(analysis.shape)}"
+        )
     difference = (background - analysis).reshape(-1, background.shape[-1])
     return Covariance(torch.cov(difference.T), name="archive background")

@@ -8,8 +8,24 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pnpda_nb.dynamics import AdditiveModelError, FunctionModel, Lorenz63, Model, standard_normal, stream, trajectory
-from pnpda_nb.observing import Covariance, Linear, Nonlinear, ObservingNetwork, Select, gaspari_cohn, gaspari_cohn_matrix
+from pnpda_nb.dynamics import (
+    AdditiveModelError,
+    FunctionModel,
+    Lorenz63,
+    Model,
+    standard_normal,
+    stream,
+    trajectory,
+)
+from pnpda_nb.observing import (
+    Covariance,
+    Linear,
+    Nonlinear,
+    ObservingNetwork,
+    Select,
+    gaspari_cohn,
+    gaspari_cohn_matrix,
+)
 
 seeds = st.integers(0, 10**6)
 

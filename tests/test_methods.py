@@ -12,8 +12,22 @@ from pnpda_nb.experiments import lorenz63
 from pnpda_nb.flow_matching import GaussianPrior
 from pnpda_nb.observing import Covariance, Nonlinear, ObservingNetwork, Select
 from pnpda_nb.pnp import PnPDA
-from pnpda_nb.twin import FreeRun, Method, TwinExperiment, cycle, nature_run, score_table, scores, tune
-from pnpda_nb.variational import ThreeDVar, climatological_background, gaspari_cohn_background, kalman_gain
+from pnpda_nb.twin import (
+    FreeRun,
+    Method,
+    TwinExperiment,
+    cycle,
+    nature_run,
+    score_table,
+    scores,
+    tune,
+)
+from pnpda_nb.variational import (
+    ThreeDVar,
+    climatological_background,
+    gaspari_cohn_background,
+    kalman_gain,
+)
 
 SHORT = lorenz63(observed=(0, 1, 2), cycles=3)
 B = gaspari_cohn_background(3, 20.0, 2.0)

@@ -75,8 +75,8 @@ def execute(name: str, keep: bool = True) -> tuple[str, float, str]:
     os.environ.update(IN_TEST="1", OMP_NUM_THREADS="1", PYTHONHASHSEED="0")
     from execnb.nbio import read_nb, write_nb
     from execnb.shell import CaptureShell
-    from nbdev.process import extract_directives
     from fastcore.xtras import working_directory
+    from nbdev.process import extract_directives
 
     path = NOTEBOOKS / f"{name}.ipynb"
     book = read_nb(path)
@@ -94,7 +94,7 @@ def execute(name: str, keep: bool = True) -> tuple[str, float, str]:
     try:
         with working_directory(NOTEBOOKS):
             shell.run_all(book, exc_stop=True, preproc=skip)
-    except BaseException:  # noqa: BLE001 - the traceback is what the caller prints
+    except BaseException:
         return name, time.perf_counter() - start, shell.prettytb(fname=path)
     if keep:
         write_nb(book, path)

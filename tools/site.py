@@ -152,7 +152,7 @@ def process(book: Book, only: str | None, fresh: bool) -> None:
     skip = rf"^(?!{re.escape(only)}$)" if only else None
     try:
         proc_nbs(n_workers=min(4, os.cpu_count() or 1), force=fresh, skip_file_re=skip)
-    except Exception as error:  # noqa: BLE001 -- nbdev raises plain Exception for whatever a cell raised
+    except Exception as error:
         # from another process the cause comes as the text of a traceback, whose first error line says what happened
         cause = re.search(r"^\w*(?:Error|Exception)\b.*", str(error.__cause__), re.MULTILINE)
         reason = cause[0] if cause else repr(error.__cause__ or error)

@@ -42,8 +42,9 @@ def lorenz63(
 ) -> TwinExperiment:
     """The Lorenz-63 twin experiment of PnP-DA (section 3 and appendix A).
 
-    `observed` components (0: x, 1: y, 2: z) are seen every 40 steps of 0.01 with errors of covariance `variance` · `correlation`^|i−j|;
-    the forecast model has σ = 10.5, ρ = 27, β = 10/3 and noise of `model_error_variance` at every step.
+    `observed` components (0: x, 1: y, 2: z) are seen every 40 steps of 0.01 with errors of
+    covariance `variance` · `correlation`^|i−j|; the forecast model has σ = 10.5, ρ = 27, β = 10/3
+    and noise of `model_error_variance` at every step.
     """
     index = torch.arange(3, dtype=torch.float64)
     error = variance * correlation ** (index[:, None] - index[None]).abs()
@@ -53,7 +54,9 @@ def lorenz63(
         nature=Lorenz63(),
         forecast_model=Lorenz63(sigma=10.5, rho=27.0, beta=10 / 3),
         model_error=AdditiveModelError(model_error_variance),
-        network=ObservingNetwork(Select(observed, dim=3), Covariance(error[seen][:, seen], "observation error covariance")),
+        network=ObservingNetwork(
+            Select(observed, dim=3), Covariance(error[seen][:, seen], "observation error covariance")
+        ),
         interval=40,
         cycles=cycles,
         start=(1.509, -1.531, 25.46),
@@ -63,7 +66,9 @@ def lorenz63(
 # %% ../../nbs/10_lorenz63.ipynb #530a6c75
 @dataclass(frozen=True)
 class Lorenz63Settings:
-    """Everything that the study depends on. `archive` and `prior` name files to use instead of making them."""
+    """Everything that the study depends on. `archive` and `prior` name files to use instead of
+    making them.
+    """
 
     runs: int = 50
     members: int = 20
@@ -92,7 +97,7 @@ class Lorenz63Settings:
     small_alpha: float = 0.05
     step_rule: str = "paper"
     draws: int = 1
-    gc_variance: float = 20.0
+    gc_variance: float = 15.0
     gc_half_width: float = 2.0
     tuning_runs: int = 50
     archive: str = ""
@@ -102,20 +107,35 @@ class Lorenz63Settings:
         for name in ("runs", "members", "cycles", "archive_runs", "archive_cycles", "tuning_runs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        self.experiment(), self.training(), PnPDA(None, self.iterations, self.alpha, self.step_rule, self.draws)   # they check the rest
+        (
+            self.experiment(),
+            self.training(),
+            PnPDA(None, self.iterations, self.alpha, self.step_rule, self.draws),
+        )  # they check the rest
 
     def experiment(self, **changes) -> TwinExperiment:
         """The twin experiment that methods are judged on; `changes` as for `lorenz63`."""
-        given = {"observed": self.observed, "cycles": self.cycles, "variance": self.observation_variance, "correlation": self.observation_correlation}
+        given = {
+            "observed": self.observed,
+            "cycles": self.cycles,
+            "variance": self.observation_variance,
+            "correlation": self.observation_correlation,
+        }
         return lorenz63(**(given | {"model_error_variance": self.model_error_variance} | changes))
 
     def training(self) -> TrainingSettings:
-        names = {f.name for f in dataclasses.fields(TrainingSettings)} & {f.name for f in dataclasses.fields(self)}
+        names = {f.name for f in dataclasses.fields(TrainingSettings)} & {
+            f.name for f in dataclasses.fields(self)
+        }
         return dataclasses.replace(PAPER_TRAINING, **{name: getattr(self, name) for name in names})
 
     def about(self, *prefixes: str) -> dict:
         """The settings whose names begin with one of `prefixes`, as a part of a key."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name.startswith(prefixes)}
+        return {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if f.name.startswith(prefixes)
+        }
 
 # %% ../../nbs/10_lorenz63.ipynb #506ab6ec
 WORLD = ("seed", "observation_", "model_error_")
@@ -127,10 +147,26 @@ TRIAL = (*WORLD, "runs", "cycles", "observed")
 def lorenz63_archive(settings: Lorenz63Settings, store: Store, progress: bool = False) -> xr.Dataset:
     """The EnRDA archive of the appendix (or the file that the settings name)."""
     if settings.archive:
-        return read_archive(settings.archive)
+        archive = read_archive(settings.archive)
+        if archive.sizes["variable"] != 3:
+            raise ValueError(
+                f"archive: expected states of size 3 in {settings.archive}, got {archive.sizes['variable']}"
+            )
+        return archive
     full = settings.experiment(observed=(0, 1, 2), cycles=settings.archive_cycles + 5)
-    return store.dataset("archive", settings.about(*ARCHIVE), lambda: make_archive(
-        full, EnRDA(), members=settings.archive_members, runs=settings.archive_runs, seed=settings.seed, pairs=settings.pairs, progress=progress and "archive (EnRDA)"))
+    return store.dataset(
+        "archive",
+        settings.about(*ARCHIVE),
+        lambda: make_archive(
+            full,
+            EnRDA(),
+            members=settings.archive_members,
+            runs=settings.archive_runs,
+            seed=settings.seed,
+            pairs=settings.pairs,
+            progress=progress and "archive (EnRDA)",
+        ),
+    )
 
 # %% ../../nbs/10_lorenz63.ipynb #f8e298b4
 def lorenz63_prior(settings: Lorenz63Settings, store: Store, progress: bool = False) -> FlowPrior:
@@ -141,7 +177,13 @@ def lorenz63_prior(settings: Lorenz63Settings, store: Store, progress: bool = Fa
         path = store.path("prior", settings.about(*TRAINING), "safetensors")
         if not path.exists():
             pairs = pairs_of(lorenz63_archive(settings, store, progress))
-            train_prior(*pairs, settings.training(), seed=settings.seed, checkpoint=path.with_suffix(".training"), progress=progress)[0].save(path)
+            train_prior(
+                *pairs,
+                settings.training(),
+                seed=settings.seed,
+                checkpoint=path.with_suffix(".training"),
+                progress=progress,
+            )[0].save(path)
         prior = FlowPrior.load(path)
     if prior.dim != 3:
         raise ValueError(f"prior: expected one for states of size 3, got size {prior.dim}")
@@ -149,14 +191,34 @@ def lorenz63_prior(settings: Lorenz63Settings, store: Store, progress: bool = Fa
     return prior
 
 # %% ../../nbs/10_lorenz63.ipynb #3e6cd260
-def lorenz63_method(name: str, settings: Lorenz63Settings, store: Store, progress: bool = False) -> Method:
-    """Build a method by name; what needs an archive, a prior or tuning makes it, or finds it in the store."""
+def lorenz63_method(
+    name: str, settings: Lorenz63Settings, store: Store, progress: bool = False
+) -> Method:
+    """Build a method by name; what needs an archive, a prior or tuning makes it, or finds it in the
+    store.
+    """
     experiment = settings.experiment()
 
     def tuned(make, grid: dict, members: int, about: tuple[str, ...]) -> dict:
-        key = settings.about(*about, "cycles", "observed", "tuning_runs") | {"grid": grid, "members": members}
-        return store.record(f"tuning-{name}", key, lambda: tune(
-            make, grid, experiment, members=members, runs=settings.tuning_runs, seed=settings.seed, progress=progress).setting)
+        key = settings.about(*about, "cycles", "observed", "tuning_runs") | {
+            "grid": grid,
+            "members": members,
+        }
+        return store.record(
+            f"tuning-{name}",
+            key,
+            lambda: (
+                tune(
+                    make,
+                    grid,
+                    experiment,
+                    members=members,
+                    runs=settings.tuning_runs,
+                    seed=settings.seed,
+                    progress=progress,
+                ).setting
+            ),
+        )
 
     if name == "free_run":
         return FreeRun()
@@ -164,12 +226,37 @@ def lorenz63_method(name: str, settings: Lorenz63Settings, store: Store, progres
         return ThreeDVar(gaspari_cohn_background(3, settings.gc_variance, settings.gc_half_width))
     if name == "var3d":
         background = archive_background(*pairs_of(lorenz63_archive(settings, store, progress)))
-        return ThreeDVar(background, **tuned(lambda scale: ThreeDVar(background, scale), {"scale": [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0]}, 1, ARCHIVE))
+        return ThreeDVar(
+            background,
+            **tuned(
+                lambda scale: ThreeDVar(background, scale),
+                {"scale": [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0]},
+                1,
+                ARCHIVE,
+            ),
+        )
     if name == "enkf":
-        return EnKF(**tuned(EnKF, {"inflation": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.8, 2.0]}, settings.members, WORLD))
+        return EnKF(
+            **tuned(
+                EnKF,
+                {"inflation": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.8, 2.0]},
+                settings.members,
+                WORLD,
+            )
+        )
     prior = lorenz63_prior(settings, store, progress)
-    iterations, alpha = {"pnpda": (settings.iterations, settings.alpha), "pnpda_small_alpha": (settings.iterations, settings.small_alpha), "conditional_mean": (1, settings.alpha)}[name]
-    return PnPDA(prior, iterations, alpha, settings.step_rule, 20 if name == "conditional_mean" else settings.draws)
+    iterations, alpha = {
+        "pnpda": (settings.iterations, settings.alpha),
+        "pnpda_small_alpha": (settings.iterations, settings.small_alpha),
+        "conditional_mean": (1, settings.alpha),
+    }[name]
+    return PnPDA(
+        prior,
+        iterations,
+        alpha,
+        settings.step_rule,
+        20 if name == "conditional_mean" else settings.draws,
+    )
 
 # %% ../../nbs/10_lorenz63.ipynb #9daff042
 NEEDS = {
@@ -183,14 +270,30 @@ NEEDS = {
 }
 
 
-def run_lorenz63(settings: Lorenz63Settings, methods: tuple[str, ...], store: Store, progress: bool = False) -> dict[str, xr.Dataset]:
-    """Cycle every method on the same truths, observations and model noise; finished parts are found in the store."""
+def run_lorenz63(
+    settings: Lorenz63Settings, methods: tuple[str, ...], store: Store, progress: bool = False
+) -> dict[str, xr.Dataset]:
+    """Cycle every method on the same truths, observations and model noise; finished parts are found
+    in the store.
+    """
     results = {}
     for name in methods:
         members = settings.members if name == "enkf" else 1
-        key = settings.about(*TRIAL, *NEEDS[name]) | {file: _digest(getattr(settings, file)) for file in ("archive", "prior")}
-        results[name] = store.dataset(name, key, lambda: cycle(
-            settings.experiment(), lorenz63_method(name, settings, store, progress), members=members, runs=settings.runs, seed=settings.seed, progress=progress and name))
+        key = settings.about(*TRIAL, *NEEDS[name]) | {
+            file: _digest(getattr(settings, file)) for file in ("archive", "prior")
+        }
+        results[name] = store.dataset(
+            name,
+            key,
+            lambda: cycle(
+                settings.experiment(),
+                lorenz63_method(name, settings, store, progress),
+                members=members,
+                runs=settings.runs,
+                seed=settings.seed,
+                progress=progress and name,
+            ),
+        )
     return results
 
 
@@ -207,21 +310,32 @@ def _published() -> pd.DataFrame:
         "var3d_gc": [(4.61, 1.85), (6.74, 2.27), (5.13, 1.36)],
         "pnpda": [(2.54, 0.79), (3.94, 1.18), (3.58, 1.01)],
     }
-    rows = [(method, "mae", variable, *number) for method, numbers in table_1.items() for variable, number in zip("xyz", numbers)]
-    rows += [("var3d_gc", "step_rmse", "all", 6.19, np.nan), ("pnpda", "step_rmse", "all", 3.82, np.nan)]
+    rows = [
+        (method, "mae", variable, *number)
+        for method, numbers in table_1.items()
+        for variable, number in zip("xyz", numbers)
+    ]
+    rows += [
+        ("var3d_gc", "step_rmse", "all", 6.19, np.nan),
+        ("pnpda", "step_rmse", "all", 3.82, np.nan),
+    ]
     return pd.DataFrame(rows, columns=["method", "metric", "variable", "mean", "std"])
 
 
-PUBLISHED = _published()   # Table 1 and the text of appendix C of PnP-DA
+PUBLISHED = _published()  # Table 1 and the text of appendix C of PnP-DA
 
 # %% ../../nbs/10_lorenz63.ipynb #be90f91a
 def table_1(scores: pd.DataFrame) -> pd.DataFrame:
     """Ours and the paper's, side by side: step RMSE and MAE per variable as `mean ± std`."""
     columns = [("step_rmse", "all"), ("mae", "x"), ("mae", "y"), ("mae", "z")]
-    names = {column: "step RMSE" if column[0] == "step_rmse" else f"MAE {column[1]}" for column in columns}
+    names = {
+        column: "step RMSE" if column[0] == "step_rmse" else f"MAE {column[1]}" for column in columns
+    }
 
     def cell(table: pd.DataFrame, method: str, column: tuple[str, str]) -> str:
-        row = table[(table.method == method) & (table.metric == column[0]) & (table.variable == column[1])]
+        row = table[
+            (table.method == method) & (table.metric == column[0]) & (table.variable == column[1])
+        ]
         if row.empty or not np.isfinite(row["mean"].iloc[0]):
             return "–"
         std = row["std"].iloc[0]
@@ -229,7 +343,9 @@ def table_1(scores: pd.DataFrame) -> pd.DataFrame:
 
     methods = list(dict.fromkeys(scores.method))
     ours = pd.DataFrame({("ours", names[c]): [cell(scores, m, c) for m in methods] for c in columns})
-    paper = pd.DataFrame({("paper", names[c]): [cell(PUBLISHED, m, c) for m in methods] for c in columns})
+    paper = pd.DataFrame(
+        {("paper", names[c]): [cell(PUBLISHED, m, c) for m in methods] for c in columns}
+    )
     table = pd.concat([ours, paper], axis=1)
     table.index = pd.Index([LABELS.get(m, m) for m in methods], name="method")
     return table
@@ -240,7 +356,11 @@ def report_lorenz63(scores: pd.DataFrame) -> str:
     table = table_1(scores)
     width = max(map(len, table.index)) + 2
     head = "".join(f"{name:>14}" for _, name in table.columns[:4])
-    lines = [f"\nLorenz-63, {int(scores.runs.max())} runs: mean ± standard deviation over runs; below each method, the paper's numbers", "", " " * width + head]
+    lines = [
+        f"\nLorenz-63, {int(scores.runs.max())} runs: mean ± standard deviation over runs; below each method, the paper's numbers",
+        "",
+        " " * width + head,
+    ]
     for method, row in table.iterrows():
         lines.append(f"{method:<{width}}" + "".join(f"{v:>14}" for v in row["ours"]))
         if (row["paper"] != "–").any():
@@ -255,24 +375,38 @@ def figure_time(results: dict[str, xr.Dataset]):
     figure, ax = plt.subplots(figsize=(8, 3.4))
     for name, result in results.items():
         mean_and_band(ax, result.time.values, result.rmse.values, **line_style(name))
-    ax.set(xlabel="time (model units)", ylabel=f"RMSE over x, y, z (mean of {result.sizes['run']} runs)", ylim=(0, None))
+    ax.set(
+        xlabel="time (model units)",
+        ylabel=f"RMSE over x, y, z (mean of {result.sizes['run']} runs)",
+        ylim=(0, None),
+    )
     ax.legend(ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
     return figure
 
 # %% ../../nbs/10_lorenz63.ipynb #4ee66add
 def figure_phase(results: dict[str, xr.Dataset], bins: int = 40):
-    """The upper panel of Figure 2: the mean RMSE of all runs while the truth was in each cell of the x-z plane."""
+    """The upper panel of Figure 2: the mean RMSE of all runs while the truth was in each cell of
+    the x-z plane.
+    """
     import matplotlib.pyplot as plt
 
-    shown = [name for name in ("free_run", "var3d_gc", "var3d", "pnpda") if name in results] or list(results)[:4]
-    figure, axes = plt.subplots(1, len(shown), figsize=(2.6 * len(shown) + 1, 2.8), sharex=True, sharey=True, squeeze=False)
+    shown = [name for name in ("free_run", "var3d_gc", "var3d", "pnpda") if name in results] or list(
+        results
+    )[:4]
+    figure, axes = plt.subplots(
+        1, len(shown), figsize=(2.6 * len(shown) + 1, 2.8), sharex=True, sharey=True, squeeze=False
+    )
     for ax, name in zip(axes[0], shown):
         truth, rmse = results[name].truth.values.reshape(-1, 3), results[name].rmse.values.ravel()
         kept = np.isfinite(rmse)
         visits, x, z = np.histogram2d(truth[kept, 0], truth[kept, 2], bins, range=((-20, 20), (0, 50)))
-        total, _, _ = np.histogram2d(truth[kept, 0], truth[kept, 2], bins, range=((-20, 20), (0, 50)), weights=rmse[kept])
+        total, _, _ = np.histogram2d(
+            truth[kept, 0], truth[kept, 2], bins, range=((-20, 20), (0, 50)), weights=rmse[kept]
+        )
         with np.errstate(invalid="ignore"):
-            mesh = ax.pcolormesh(x, z, (total / visits).T, vmin=0, vmax=14, cmap="cividis_r", rasterized=True)
+            mesh = ax.pcolormesh(
+                x, z, (total / visits).T, vmin=0, vmax=14, cmap="cividis_r", rasterized=True
+            )
         ax.set(title=LABELS.get(name, name), xlabel="x of the truth")
     axes[0, 0].set_ylabel("z of the truth")
     figure.colorbar(mesh, ax=axes, label="mean RMSE", extend="max")
@@ -289,7 +423,12 @@ def figure_trajectories(results: dict[str, xr.Dataset], run: int = 0):
         one = results[shown[0]].isel(run=run)
         ax.plot(one.time, one.truth.sel(variable=variable), color="k", lw=2, alpha=0.7, label="truth")
         for name in shown:
-            ax.plot(one.time, results[name].isel(run=run).estimate.sel(variable=variable), lw=1, **line_style(name))
+            ax.plot(
+                one.time,
+                results[name].isel(run=run).estimate.sel(variable=variable),
+                lw=1,
+                **line_style(name),
+            )
         ax.set_ylabel(variable)
     axes[0].legend(ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
     axes[-1].set_xlabel("time (model units)")
@@ -299,7 +438,11 @@ def figure_trajectories(results: dict[str, xr.Dataset], run: int = 0):
 def figures_lorenz63(results: dict[str, xr.Dataset]) -> dict:
     """All figures of the study by name."""
     book_style()
-    return {"figure_2_time": figure_time(results), "figure_2_phase": figure_phase(results), "trajectories": figure_trajectories(results)}
+    return {
+        "figure_2_time": figure_time(results),
+        "figure_2_phase": figure_phase(results),
+        "trajectories": figure_trajectories(results),
+    }
 
 
 PAPER = Lorenz63Settings()
