@@ -203,7 +203,8 @@ def code_cell(book: Book, page: Page, files: Path, name: str, source: str, outpu
         fold = options.get("code-fold", html_format.get("code-fold", False))
         if fold:
             summary = html.escape(str(options.get("code-summary", html_format.get("code-summary", "Code"))))
-            is_open = " open" if fold == "show" else ""
+            # the signature and docstring stand above an exported source, so a long one starts folded
+            is_open = " open" if fold == "show" and code.count("\n") < 30 else ""
             opening = fence(f'<details class="code-fold"{is_open}><summary>{summary}</summary>', "=html")
             block = f"{opening}\n\n{block}\n\n{fence('</details>', '=html')}"
         blocks.append(block)

@@ -369,12 +369,12 @@ def report_lorenz63(scores: pd.DataFrame) -> str:
 
 # %% ../../nbs/10_lorenz63.ipynb #6555efb7
 def figure_time(results: dict[str, xr.Dataset]):
-    """The lower panel of Figure 2: RMSE against time, mean and one standard deviation over runs."""
+    """The lower panel of Figure 2: RMSE against time, the mean over runs and its standard error."""
     import matplotlib.pyplot as plt
 
     figure, ax = plt.subplots(figsize=(8, 3.4))
     for name, result in results.items():
-        mean_and_band(ax, result.time.values, result.rmse.values, **line_style(name))
+        mean_and_band(ax, result.time.values, result.rmse.values, standard_error=True, **line_style(name))
     ax.set(
         xlabel="time (model units)",
         ylabel=f"RMSE over x, y, z (mean of {result.sizes['run']} runs)",
