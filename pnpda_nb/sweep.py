@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import xarray as xr
 from .reanalysis import write_netcdf
 
 # %% auto #0
-__all__ = ['code_version', 'task_key', 'whole_file', 'writable', 'Store', 'Study', 'parse_as']
+__all__ = ['code_version', 'task_key', 'whole_file', 'writable', 'write_record', 'read_record', 'Store', 'Study', 'parse_as']
 
 # %% ../nbs/91_sweep.ipynb #5890fc25
 @cache
@@ -72,6 +72,17 @@ def writable(folder: str | os.PathLike) -> Path:
     return folder
 
 # %% ../nbs/91_sweep.ipynb #ebdb3f95
+def write_record(record: dict, path: str | os.PathLike) -> None:
+    """Write `record` as JSON, whole or not at all."""
+    with whole_file(path) as beside:
+        beside.write_text(json.dumps(record, indent=1) + "\n")
+
+# %% ../nbs/91_sweep.ipynb #f0b58edd
+def read_record(path: str | os.PathLike) -> dict:
+    """Read a record that `write_record` wrote."""
+    return json.loads(Path(path).read_text())
+
+# %% ../nbs/91_sweep.ipynb #ae009826
 class Store:
     """Results in `folder`, and the finished parts that they were made from in `folder/parts`.
 
@@ -89,24 +100,39 @@ class Store:
         """Where the part `name` made from `settings` is, or will be."""
         return self.parts / f"{name}-{task_key(settings)}.{suffix}"
 
+    def part(
+        self,
+        name: str,
+        settings: Mapping[str, Any],
+        suffix: str,
+        make: Callable[[], Any],
+        write: Callable[[Any, Path], Any],
+        read: Callable[[Path], Any],
+    ) -> Any:
+        """The part `name`: read if it is there, else made, written and read.
+
+        It is always read back, so that a part that was there and one that was not are the same. A file that
+        cannot be read (damaged from outside: ours are written whole) is made again.
+        """
+        path = self.path(name, settings, suffix)
+        if path.exists():
+            try:
+                return read(path)
+            except (OSError, ValueError, KeyError):
+                path.unlink()
+        write(make(), path)
+        return read(path)
+
     def dataset(
         self, name: str, settings: Mapping[str, Any], make: Callable[[], xr.Dataset]
     ) -> xr.Dataset:
-        """The part as a dataset: read if it is there, else made and written."""
-        path = self.path(name, settings, "nc")
-        if not path.exists():
-            write_netcdf(make(), path)
-        return xr.load_dataset(
-            path, engine="h5netcdf"
-        )  # read back in both cases, so that both are the same
+        """A part that is a dataset, in a NetCDF file."""
+        read = partial(xr.load_dataset, engine="h5netcdf")
+        return self.part(name, settings, "nc", make, write_netcdf, read)
 
     def record(self, name: str, settings: Mapping[str, Any], make: Callable[[], dict]) -> dict:
-        """The part as a plain record: read if it is there, else made and written."""
-        path = self.path(name, settings, "json")
-        if not path.exists():
-            with whole_file(path) as beside:
-                beside.write_text(json.dumps(make(), indent=1))
-        return json.loads(path.read_text())
+        """A part that is a plain record, in a JSON file."""
+        return self.part(name, settings, "json", make, write_record, read_record)
 
 # %% ../nbs/91_sweep.ipynb #6af0c26b
 @dataclass(frozen=True)

@@ -174,17 +174,15 @@ def lorenz63_prior(settings: Lorenz63Settings, store: Store, progress: bool = Fa
     if settings.prior:
         prior = FlowPrior.load(settings.prior)
     else:
-        path = store.path("prior", settings.about(*TRAINING), "safetensors")
-        if not path.exists():
+        key = settings.about(*TRAINING)
+        checkpoint = store.path("prior", key, "training")
+
+        def make() -> FlowPrior:
             pairs = pairs_of(lorenz63_archive(settings, store, progress))
-            train_prior(
-                *pairs,
-                settings.training(),
-                seed=settings.seed,
-                checkpoint=path.with_suffix(".training"),
-                progress=progress,
-            )[0].save(path)
-        prior = FlowPrior.load(path)
+            options = {"seed": settings.seed, "checkpoint": checkpoint, "progress": progress}
+            return train_prior(*pairs, settings.training(), **options)[0]
+
+        prior = store.part("prior", key, "safetensors", make, FlowPrior.save, FlowPrior.load)
     if prior.dim != 3:
         raise ValueError(f"prior: expected one for states of size 3, got size {prior.dim}")
     prior.save(store.folder / "prior.safetensors")
