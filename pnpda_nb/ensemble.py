@@ -108,18 +108,21 @@ class EnRDA:
             raise ValueError(
                 "observations: EnRDA needs every component of the state observed, in order"
             )
-        copies = perturbed_observations(
-            observations, members, generator, centred=False
-        )  # as in the paper's appendix
+        # not centred, as in the paper's appendix
+        copies = perturbed_observations(observations, members, generator, centred=False)
         clouds = (background.reshape(-1, members, dim), copies.reshape(-1, members, dim))
         plan = entropic_plan(*clouds, self.regularisation, self.iterations).flatten(1)
-        pairs = torch.multinomial(plan.clamp_min(0), members, replacement=True, generator=generator)
+        lost = ~(torch.isfinite(plan).all(1) & (plan.sum(1) > 0))   # clouds too far apart for numbers
+        plan = plan.masked_fill(lost[:, None], 1.0).clamp_min(0)
+        pairs = torch.multinomial(plan, members, replacement=True, generator=generator)
         first, second = (
             cloud.gather(1, index.unsqueeze(-1).expand(-1, -1, dim))
             for cloud, index in zip(clouds, (pairs // members, pairs % members))
         )
         eta = self._weight(clouds[0], observations.covariance)
-        return (eta * first + (1 - eta) * second).reshape(background.shape)
+        analysis = eta * first + (1 - eta) * second
+        # a run without a plan has no analysis: nan, which the cycle reports
+        return analysis.masked_fill(lost[:, None, None], torch.nan).reshape(background.shape)
 
     def _weight(self, background: Tensor, covariance: Covariance) -> Tensor | float:
         if self.weight is not None:

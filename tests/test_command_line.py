@@ -126,6 +126,8 @@ WRONG_WORDS = [
     (["run", "lorenz63", "--set", "model_error_variance=-0.1"], "variance: expected zero or a positive number"),
     (["run", "lorenz63", "--set", "observation_variance=-2"], "expected a positive definite matrix"),
     (["run", "lorenz63", "--set", "observation_correlation=1"], "expected a positive definite matrix"),
+    (["run", "lorenz63", "--seed", "99999999999999999999"], "seed: expected a number of at most 63 bits"),
+    (["run", "lorenz63", "--set", "gc_variance=-1"], "variance: expected a positive number"),
     (["run", "lorenz63", "--set", "observed=0,7"], "indices: expected distinct numbers from 0 to 2"),
     (["run", "lorenz63", "--set", "prior=missing.safetensors"], "no file missing.safetensors"),
     (["run", "lorenz63", "--out", "/dev/null/results"], "out: cannot write to"),

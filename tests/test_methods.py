@@ -101,6 +101,39 @@ def test_that_truths_for_tuning_are_not_those_for_testing():
     assert not any(torch.equal(a, b) for a, b in zip(truths, truths[1:] + truths[:1]))
 
 
+@pytest.mark.parametrize("shape", [(6, 3), (4, 6, 3), (2, 4, 6, 3)])
+def test_that_any_leading_dimensions_are_a_batch(method, shape):
+    background = 5 * standard_normal(shape, stream(1, "background"))
+    seen = SHORT.network.observe(background[..., 0, :], stream(1, "observations"))
+    analysis = analyse(method, background, seen)
+    assert analysis.shape == shape and torch.isfinite(analysis).all()
+
+
+def test_that_members_that_agree_are_no_error(method):
+    background = torch.ones(2, 6, 3, dtype=torch.float64)
+    seen = SHORT.network.report(torch.zeros(2, 3, dtype=torch.float64))
+    assert torch.isfinite(analyse(method, background, seen)).all()
+
+
+def test_that_a_run_of_absurd_size_does_not_spoil_the_others(method):
+    background, seen = background_and_observations()
+    absurd = background.clone()
+    absurd[1] *= 1e200
+    others = [0, 2, 3]
+    assert torch.isfinite(analyse(method, absurd, seen)[others]).all()
+
+
+def test_that_every_method_survives_a_forecast_model_that_explodes(method):
+    explodes = FunctionModel(lambda x: torch.where(x.abs() > 6, 1e308 * 10 * x, 1.02 * x), dim=3)
+    experiment = replace(SHORT, forecast_model=explodes, nature=FunctionModel(lambda x: x, 3), start=(1.0, 1.0, 1.0), spin_up=0, interval=5)
+    with pytest.warns(UserWarning, match="runs became non-finite"):
+        result = cycle(experiment, method, members=6, runs=30, seed=1)
+    failed = int((result.failed >= 0).sum())
+    table = score_table({"m": result})
+    assert 0 < failed and (table["runs"] == 30 - failed).all()
+    assert failed == 30 or np.isfinite(table["mean"]).all()
+
+
 @dataclass(frozen=True)
 class Breaks:
     """Turns chosen runs into nan at a chosen cycle (it counts cycles by the observations it is given)."""

@@ -107,11 +107,16 @@ class Lorenz63Settings:
         for name in ("runs", "members", "cycles", "archive_runs", "archive_cycles", "tuning_runs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        (
-            self.experiment(),
-            self.training(),
-            PnPDA(None, self.iterations, self.alpha, self.step_rule, self.draws),
-        )  # they check the rest
+        if not abs(self.seed) < 2**63:
+            raise ValueError(f"seed: expected a number of at most 63 bits, got {self.seed}")
+        if self.pairs not in ("means", "members"):
+            raise ValueError(f"pairs: expected 'means' or 'members', got {self.pairs!r}")
+        # what the settings describe is built once, so that a wrong one is found before any work
+        self.experiment()
+        self.training()
+        gaspari_cohn_background(3, self.gc_variance, self.gc_half_width)
+        for alpha in (self.alpha, self.small_alpha):
+            PnPDA(None, self.iterations, alpha, self.step_rule, self.draws)
 
     def experiment(self, **changes) -> TwinExperiment:
         """The twin experiment that methods are judged on; `changes` as for `lorenz63`."""
