@@ -466,7 +466,7 @@ def train_prior(
         disable=None if progress else True,
         leave=False,
     )
-    saved = time.monotonic()
+    saved = -math.inf   # the first epoch is written at once
     try:
         while not state.finished:
             row = state.run_epoch()
