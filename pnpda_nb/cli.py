@@ -165,6 +165,8 @@ def train(
     torch.set_num_threads(1)
     background, analysis = pairs_of(read_archive(pairs))
     settings = dataclasses.replace(PAPER_TRAINING if paper else TrainingSettings(), epochs=epochs)
+    if out.is_dir():
+        raise ValueError(f"out: expected a file to write, got the folder {out}")
     writable(out.parent)  # an unwritable place is found out now, not after the training
     prior, history = train_prior(
         background,
@@ -182,7 +184,7 @@ def main() -> None:
     """Entry point of the `pnpda` command."""
     try:
         status = app(standalone_mode=False)
-    except (ValueError, FileNotFoundError, TypeError) as error:
+    except (ValueError, OSError, TypeError) as error:
         _fail(str(error), 2)
     except (KeyboardInterrupt, typer.Abort):
         status = 130

@@ -137,4 +137,5 @@ def check_archive(archive: xr.Dataset, name: str = "archive") -> xr.Dataset:
 def pairs_of(archive: xr.Dataset) -> tuple[torch.Tensor, torch.Tensor]:
     """Backgrounds and analyses of an archive as two tensors `(sample, dim)`."""
     check_archive(archive)
-    return torch.tensor(archive.background.values), torch.tensor(archive.analysis.values)
+    background, analysis = (archive[name].values.astype("float64") for name in ("background", "analysis"))
+    return torch.tensor(background), torch.tensor(analysis)

@@ -118,7 +118,7 @@ class Store:
         if path.exists():
             try:
                 return read(path)
-            except (OSError, ValueError, KeyError):
+            except (OSError, ValueError, KeyError, RuntimeError):   # HDF5 has many ways to say it
                 path.unlink()
         write(make(), path)
         return read(path)

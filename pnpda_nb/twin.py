@@ -212,6 +212,7 @@ def cycle(
     first_error = RunNoise(seed, split, "first background", runs).draw(1, members, experiment.dim)[0]
     state = first = truth[0].unsqueeze(-2) + experiment.background_variance**0.5 * first_error
     failed = torch.full((runs,), -1)
+    limit = 1e6 * max(1.0, float(truth.abs().max()))   # a million times nature's size is no state
     estimates, backgrounds, analyses = [], [], []
     # bars go away when done, and stay off where there is no terminal to draw them on
     bar = tqdm(
@@ -225,13 +226,13 @@ def cycle(
         if experiment.model_error.variance > 0:
             error = experiment.model_error.variance**0.5 * noise.draw(interval, members, experiment.dim)
         states = trajectory(model, state, interval, error)
-        background = _set_aside(states[-1].clone(), first, failed, k)
+        background = _set_aside(states[-1].clone(), first, failed, k, limit)
         analysis = method.analyse(background, observations[k], forecast=forecast, generator=generator)
         if analysis.shape != background.shape:
             raise ValueError(
                 f"{type(method).__name__}: expected an analysis of shape {tuple(background.shape)}, got {tuple(analysis.shape)}"
             )
-        state = _set_aside(analysis, first, failed, k)
+        state = _set_aside(analysis, first, failed, k, limit)
         states[-1] = state
         estimates.append(states[1:].mean(-2))
         backgrounds.append(background)
@@ -278,11 +279,11 @@ def _settings_of(method: Method) -> str:
     )
 
 
-def _set_aside(state: Tensor, first: Tensor, failed: Tensor, k: int) -> Tensor:
-    """Note runs of `state` `(run, member, dim)` that are not finite, and put a harmless state in
-    their place.
+def _set_aside(state: Tensor, first: Tensor, failed: Tensor, k: int, limit: float) -> Tensor:
+    """Note runs of `state` `(run, member, dim)` that are not finite, or beyond `limit` and about to
+    be so, and put a harmless state in their place.
     """
-    broken = ~torch.isfinite(state).flatten(1).all(1)
+    broken = ~(state.abs() <= limit).flatten(1).all(1)
     failed[broken & (failed < 0)] = k
     gone = failed >= 0
     return torch.where(gone[:, None, None], first, state) if gone.any() else state

@@ -73,7 +73,7 @@ def gaspari_cohn_background(
 def climatological_background(states: Tensor) -> Covariance:
     """B = covariance of `states` `(..., dim)`, taken over all leading dimensions."""
     return Covariance(
-        torch.cov(states.reshape(-1, states.shape[-1]).T), name="climatological background"
+        torch.atleast_2d(torch.cov(states.reshape(-1, states.shape[-1]).T)), name="climatological background"
     )
 
 # %% ../nbs/04_variational.ipynb #bee4b500
@@ -86,4 +86,4 @@ def archive_background(background: Tensor, analysis: Tensor) -> Covariance:
             f"analysis: expected shape {tuple(background.shape)} as the background's, got {tuple(analysis.shape)}"
         )
     difference = (background - analysis).reshape(-1, background.shape[-1])
-    return Covariance(torch.cov(difference.T), name="archive background")
+    return Covariance(torch.atleast_2d(torch.cov(difference.T)), name="archive background")

@@ -159,6 +159,24 @@ def test_that_a_run_that_breaks_is_reported_counted_and_left_out():
     assert np.isfinite(table["mean"]).all()
 
 
+def test_that_a_run_of_absurd_but_finite_size_is_set_aside_too():
+    @dataclass(frozen=True)
+    class Absurd:
+        window: int = 1
+
+        def analyse(self, background, observations, *, forecast, generator):
+            return background * torch.tensor([1.0, 1e200, 1.0], dtype=torch.float64)[:, None, None]
+
+    with pytest.warns(UserWarning, match="run 1 at cycle 0"):
+        table = score_table({"a": cycle(lorenz63(cycles=1), Absurd(), runs=3)})
+    assert (table["runs"] == 2).all() and (table["mean"] < 100).all()
+
+
+def test_that_background_covariances_work_in_one_dimension():
+    errors = standard_normal((500, 1), stream(1))
+    assert climatological_background(errors).matrix.shape == (1, 1)
+
+
 def test_that_scores_of_no_surviving_run_are_nan_with_no_runs():
     with pytest.warns(UserWarning):
         broken = cycle(SHORT, Breaks((0, 1)), runs=2)

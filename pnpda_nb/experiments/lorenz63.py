@@ -135,12 +135,12 @@ class Lorenz63Settings:
         return dataclasses.replace(PAPER_TRAINING, **{name: getattr(self, name) for name in names})
 
     def about(self, *prefixes: str) -> dict:
-        """The settings whose names begin with one of `prefixes`, as a part of a key."""
-        return {
-            f.name: getattr(self, f.name)
-            for f in dataclasses.fields(self)
-            if f.name.startswith(prefixes)
-        }
+        """The settings whose names begin with one of `prefixes`, as a part of a key; files count by
+        what is in them.
+        """
+        names = [f.name for f in dataclasses.fields(self) if f.name.startswith(prefixes)]
+        files = ("archive", "prior")
+        return {n: _digest(getattr(self, n)) if n in files else getattr(self, n) for n in names}
 
 # %% ../../nbs/10_lorenz63.ipynb #506ab6ec
 WORLD = ("seed", "observation_", "model_error_")
@@ -439,8 +439,11 @@ def figure_trajectories(results: dict[str, xr.Dataset], run: int = 0):
 
 # %% ../../nbs/10_lorenz63.ipynb #19073b6f
 def figures_lorenz63(results: dict[str, xr.Dataset]) -> dict:
-    """All figures of the study by name."""
+    """All figures of the study by name; methods of which no run survived are not drawn."""
     book_style()
+    results = {name: result for name, result in results.items() if (result.failed < 0).any()}
+    if not results:
+        return {}
     return {
         "figure_2_time": figure_time(results),
         "figure_2_phase": figure_phase(results),
