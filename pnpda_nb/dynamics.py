@@ -6,14 +6,22 @@
 from __future__ import annotations
 
 import hashlib
+import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Callable, Protocol, runtime_checkable
+from functools import lru_cache
+from numbers import Integral, Real
+from typing import Callable, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 import torch
+from scipy.integrate import odeint
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['Model', 'rk4', 'Lorenz63', 'FunctionModel', 'trajectory', 'stream', 'standard_normal', 'AdditiveModelError',
+__all__ = ['Model', 'rk4', 'Lorenz63', 'FunctionModel', 'trajectory', 'stream', 'RunStreams', 'standard_normal',
+           'AdditiveModelError', 'Lorenz96', 'TwoScaleLorenz96', 'ETDRK4Weights', 'etdrk4_weights', 'etdrk4',
+           'KuramotoSivashinsky', 'DoubleWell', 'Pendulum', 'tangent_linear', 'adjoint', 'jacobian',
            'lyapunov_exponents']
 
 # %% ../nbs/01_dynamics.ipynb #e446c603
@@ -23,7 +31,8 @@ class Model(Protocol):
 
     `dim` is the state dimension, `dt` the length of a step in model time units, and `names` labels
     the variables (empty for none). `step` takes and returns `(..., dim)` tensors; any leading
-    dimensions are a batch.
+    dimensions are a batch. A model whose step torch cannot differentiate says so by an attribute
+    `differentiable = False`.
     """
 
     dim: int
@@ -42,6 +51,39 @@ def rk4(tendency: Callable[[Tensor], Tensor], state: Tensor, dt: float) -> Tenso
     return state + dt / 6 * (k1 + 2 * (k2 + k3) + k4)
 
 # %% ../nbs/01_dynamics.ipynb #3b50dcb3
+def _require(holds: bool, argument: str, expected: str, got: object) -> None:
+    """Raise a `ValueError` that names the argument, unless what is asked of it holds."""
+    if not holds:
+        raise ValueError(f"{argument}: expected {expected}, got {got}")
+
+
+def _require_numbers(record: object, *arguments: str, positive: bool = True) -> None:
+    """Ask that these fields of a record are finite numbers (and positive ones)."""
+    for argument in arguments:
+        value = getattr(record, argument)
+        expected = "a positive number" if positive else "a finite number"
+        holds = isinstance(value, Real) and math.isfinite(value) and (value > 0 or not positive)
+        _require(holds, argument, expected, value)
+
+
+def _require_size(record: object, argument: str, least: int) -> None:
+    """Ask that this field of a record is a whole number, `least` or more."""
+    value = getattr(record, argument)
+    _require(
+        isinstance(value, Integral) and value >= least,
+        argument,
+        f"a whole number of {least} or more",
+        value,
+    )
+
+
+def _require_states(model: Model, argument: str, states: Tensor) -> None:
+    """Ask that the last dimension of a tensor is the model's."""
+    _require(
+        states.shape[-1:] == (model.dim,), argument, f"states of size {model.dim}", tuple(states.shape)
+    )
+
+# %% ../nbs/01_dynamics.ipynb #5e0a6a1b
 @dataclass(frozen=True)
 class Lorenz63:
     """Lorenz (1963), eq. 15 of PnP-DA, stepped by RK4. Dimensionless; the paper's operational model is
@@ -55,8 +97,8 @@ class Lorenz63:
     names: tuple[str, ...] = field(default=("x", "y", "z"), init=False, repr=False)
 
     def __post_init__(self):
-        if not self.dt > 0:
-            raise ValueError(f"dt: expected a positive time step, got {self.dt}")
+        _require_numbers(self, "dt")
+        _require_numbers(self, "sigma", "rho", "beta", positive=False)
 
     def tendency(self, state: Tensor) -> Tensor:
         x, y, z = state.unbind(-1)
@@ -70,27 +112,40 @@ class Lorenz63:
 # %% ../nbs/01_dynamics.ipynb #ad7265ea
 @dataclass(frozen=True)
 class FunctionModel:
-    """Any function `(..., dim) -> (..., dim)` over one time step `dt` as a `Model`."""
+    """Any function `(..., dim) -> (..., dim)` over one time step `dt` as a `Model`.
 
-    function: Callable[[Tensor], Tensor]
+    With `numpy=True` the function is given numpy arrays, its own copies, and returns arrays; such a model is
+    not `differentiable`. `step` raises `ValueError` where the function returns another shape.
+    """
+
+    function: Callable[[Tensor], Tensor] | Callable[[np.ndarray], np.ndarray]
     dim: int
     dt: float = 1.0
     names: tuple[str, ...] = ()
+    numpy: bool = False
 
     def __post_init__(self):
-        if self.dim < 1:
-            raise ValueError(f"dim: expected a positive state dimension, got {self.dim}")
-        if not self.dt > 0:
-            raise ValueError(f"dt: expected a positive time step, got {self.dt}")
-        if self.names and len(self.names) != self.dim:
-            raise ValueError(f"names: expected {self.dim} variable names, got {len(self.names)}")
+        _require_size(self, "dim", 1)
+        _require_numbers(self, "dt")
+        _require(
+            len(self.names) in (0, self.dim), "names", f"{self.dim} variable names", len(self.names)
+        )
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether torch can differentiate the step."""
+        return not self.numpy
 
     def step(self, state: Tensor) -> Tensor:
-        moved = self.function(state)
-        if moved.shape != state.shape:
-            raise ValueError(
-                f"function: expected a state of shape {tuple(state.shape)}, got {tuple(moved.shape)}"
-            )
+        if self.numpy:
+            moved = np.asarray(self.function(state.detach().cpu().numpy().copy()))
+            moved = torch.tensor(moved, dtype=state.dtype, device=state.device)
+        else:
+            moved = self.function(state)
+        shape = tuple(state.shape)
+        _require(
+            tuple(moved.shape) == shape, "function", f"a state of shape {shape}", tuple(moved.shape)
+        )
         return moved
 
 # %% ../nbs/01_dynamics.ipynb #9796cb3b
@@ -100,10 +155,8 @@ def trajectory(model: Model, initial: Tensor, steps: int, error: Tensor | None =
     `error` holds the additive model errors η_t of eq. 3 of PnP-DA, one for every step: `(steps,
     ..., dim)`. Raises `ValueError` for a state of the wrong size or errors of the wrong shape.
     """
-    if initial.shape[-1] != model.dim:
-        raise ValueError(f"initial: expected states of size {model.dim}, got {initial.shape[-1]}")
-    if steps < 0:
-        raise ValueError(f"steps: expected zero or more, got {steps}")
+    _require_states(model, "initial", initial)
+    _require(steps >= 0, "steps", "zero or more", steps)
     if error is not None and error.shape != (steps, *initial.shape):
         raise ValueError(f"error: expected shape {(steps, *initial.shape)}, got {tuple(error.shape)}")
     states = initial.new_empty((steps + 1, *initial.shape))
@@ -122,9 +175,37 @@ def stream(seed: int, *names: str | int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
+class RunStreams(torch.Generator):
+    """The stream called `names` of the experiment `seed`, and beside it one stream for each of
+    `runs` runs.
+
+    By itself it draws what `stream(seed, *names)` draws. `self.runs[r]` is `stream(seed, *names, r)`,
+    so what run r draws does not depend on how many runs there are. Raises `ValueError` for no runs.
+    """
+
+    runs: list[torch.Generator]
+
+    def __new__(cls, seed: int, *names: str | int, runs: int):
+        return super().__new__(cls)
+
+    def __init__(self, seed: int, *names: str | int, runs: int):
+        _require(runs >= 1, "runs", "one or more", runs)
+        self.manual_seed(stream(seed, *names).initial_seed())
+        self.runs = [stream(seed, *names, run) for run in range(runs)]
+
+
 def standard_normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Independent N(0, 1) draws in double precision, on the generator's device."""
-    return torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device)
+    """Independent N(0, 1) draws in double precision, on the generator's device.
+
+    From `RunStreams` whose number of runs is `shape[0]`, run r's block is drawn from run r's stream.
+    """
+
+    def draw(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device)
+
+    if isinstance(generator, RunStreams) and len(shape) and shape[0] == len(generator.runs):
+        return torch.stack([draw(tuple(shape[1:]), run) for run in generator.runs])
+    return draw(shape, generator)
 
 # %% ../nbs/01_dynamics.ipynb #a05fc542
 @dataclass(frozen=True)
@@ -136,23 +217,372 @@ class AdditiveModelError:
     variance: float
 
     def __post_init__(self):
-        if not self.variance >= 0:
-            raise ValueError(f"variance: expected zero or a positive number, got {self.variance}")
+        holds = math.isfinite(self.variance) and self.variance >= 0
+        _require(holds, "variance", "zero or a positive number", self.variance)
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         return self.variance**0.5 * standard_normal(shape, generator)
 
+# %% ../nbs/01_dynamics.ipynb #98ec047b
+@dataclass(frozen=True)
+class Lorenz96:
+    """Lorenz (1996) on a ring of `dim` sites, eq. 17 of PnP-DA, stepped by RK4. Dimensionless; the cost of a
+    step grows linearly with `dim` (at least 4). The paper's operational model is
+    `Lorenz96(dim=8, forcing=18, dt=0.005)`."""
+
+    dim: int = 40
+    forcing: float = 8.0
+    dt: float = 0.05
+    names: tuple[str, ...] = field(default=(), init=False, repr=False)
+
+    def __post_init__(self):
+        _require_size(self, "dim", 4)
+        _require_numbers(self, "dt")
+        _require_numbers(self, "forcing", positive=False)
+
+    def tendency(self, state: Tensor) -> Tensor:
+        ring = torch.cat((state[..., -2:], state, state[..., :1]), dim=-1)
+        return ring[..., 1:-2] * (ring[..., 3:] - ring[..., :-3]) - state + self.forcing
+
+    def step(self, state: Tensor) -> Tensor:
+        _require_states(self, "state", state)
+        return rk4(self.tendency, state, self.dt)
+
+# %% ../nbs/01_dynamics.ipynb #712d43b6
+@dataclass(frozen=True)
+class TwoScaleLorenz96:
+    """The two-scale model of Lorenz (1996), eq. 16 of PnP-DA, stepped by RK4: `slow` variables X, then for each
+    of them `fast` variables Y, as a state of size `dim = slow * (1 + fast)`.
+
+    `coupling` is h, `amplitude_ratio` b and `time_ratio` c; `feedback` is the sign of h c / b ΣY in the equation
+    of X: -1 in Lorenz's paper, +1 as printed in PnP-DA.
+    """
+
+    slow: int = 8
+    fast: int = 32
+    forcing: float = 18.0
+    coupling: float = 1.0
+    amplitude_ratio: float = 10.0
+    time_ratio: float = 10.0
+    dt: float = 0.005
+    feedback: int = -1
+    names: tuple[str, ...] = field(default=(), init=False, repr=False)
+
+    def __post_init__(self):
+        _require_size(self, "slow", 4)
+        _require_size(self, "fast", 1)
+        _require_numbers(self, "dt", "amplitude_ratio", "time_ratio")
+        _require_numbers(self, "forcing", "coupling", positive=False)
+        _require(self.feedback in (-1, 1), "feedback", "-1 or +1", self.feedback)
+
+    @property
+    def dim(self) -> int:
+        """The size of the whole state, slow and fast."""
+        return self.slow * (1 + self.fast)
+
+    def resolved(self, state: Tensor) -> Tensor:
+        """The slow part `(..., slow)` of states `(..., dim)`: all that a one-scale model knows of."""
+        return state[..., : self.slow]
+
+    def tendency(self, state: Tensor) -> Tensor:
+        b, c, link = (
+            self.amplitude_ratio,
+            self.time_ratio,
+            self.coupling * self.time_ratio / self.amplitude_ratio,
+        )
+        x, y = state[..., : self.slow], state[..., self.slow :]
+        xs = torch.cat((x[..., -2:], x, x[..., :1]), dim=-1)
+        ys = torch.cat((y[..., -1:], y, y[..., :2]), dim=-1)
+        push = self.feedback * link * y.unflatten(-1, (self.slow, self.fast)).sum(-1)
+        dx = xs[..., 1:-2] * (xs[..., 3:] - xs[..., :-3]) - x + self.forcing + push
+        dy = c * (b * ys[..., 2:-1] * (ys[..., :-3] - ys[..., 3:]) - y)
+        return torch.cat((dx, dy + link * x.repeat_interleave(self.fast, dim=-1)), dim=-1)
+
+    def step(self, state: Tensor) -> Tensor:
+        _require_states(self, "state", state)
+        return rk4(self.tendency, state, self.dt)
+
+# %% ../nbs/01_dynamics.ipynb #c53dfc81
+class ETDRK4Weights(NamedTuple):
+    """What ETDRK4 multiplies with for a given step: e^{λh}, e^{λh/2}, and the weights of the nonlinear part."""
+
+    full: Tensor
+    half: Tensor
+    midpoint: Tensor
+    first: Tensor
+    middle: Tensor
+    last: Tensor
+
+
+def etdrk4_weights(rates: Tensor, dt: float) -> ETDRK4Weights:
+    """The weights of a step `dt` for linear growth `rates` `(modes,)`, by means over 64 points of a circle around
+    each λh (Kassam and Trefethen 2005, eqs. 2.5 and 3.1)."""
+    z = rates * dt
+    angles = (torch.arange(64, dtype=z.dtype, device=z.device) + 0.5) * (2 * math.pi / 64)
+    c = z[:, None] + torch.polar(torch.ones_like(angles), angles)
+    e = c.exp()
+    around = [
+        ((c / 2).exp() - 1) / c,
+        (-4 - c + e * (4 - 3 * c + c**2)) / c**3,
+        (2 + c + e * (c - 2)) / c**3,
+        (-4 - 3 * c - c**2 + e * (4 - c)) / c**3,
+    ]
+    return ETDRK4Weights(z.exp(), (z / 2).exp(), *(dt * values.real.mean(-1) for values in around))
+
+
+def etdrk4(nonlinear: Callable[[Tensor], Tensor], modes: Tensor, weights: ETDRK4Weights) -> Tensor:
+    """One exponential Runge-Kutta step of order four for dv/dt = λv + N(v) (Cox and Matthews 2002, eqs. 26-29;
+    Kassam and Trefethen 2005)."""
+    w = weights
+    n1 = nonlinear(modes)
+    a = w.half * modes + w.midpoint * n1
+    n2 = nonlinear(a)
+    b = w.half * modes + w.midpoint * n2
+    n3 = nonlinear(b)
+    c = w.half * a + w.midpoint * (2 * n3 - n1)
+    n4 = nonlinear(c)
+    return w.full * modes + w.first * n1 + 2 * w.middle * (n2 + n3) + w.last * n4
+
+# %% ../nbs/01_dynamics.ipynb #69a351d1
+def _ks_linear(u: Tensor, dx: float, viscosity: float, boundary: str) -> Tensor:
+    """-u_xx - ν u_xxxx by central differences of second order, between clamped or hinged walls."""
+    mirror = 1.0 if boundary == "clamped" else -1.0
+    wall = torch.zeros_like(u[..., :1])
+    wide = torch.cat((mirror * u[..., :1], wall, u, wall, mirror * u[..., -1:]), dim=-1)
+    near, far = wide[..., 3:-1] + wide[..., 1:-3], wide[..., 4:] + wide[..., :-4]
+    return (2 * u - near) / dx**2 - viscosity * (far - 4 * near + 6 * u) / dx**4
+
+
+@lru_cache(maxsize=64)
+def _ks_spectrum(
+    model: KuramotoSivashinsky, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, ETDRK4Weights]:
+    """Growth rates, their eigenvectors (between walls) or i k (periodic), and the weights of one substep."""
+
+    def build() -> tuple[Tensor, Tensor, ETDRK4Weights]:
+        if model.boundary == "periodic":
+            k = 2 * math.pi * torch.fft.rfftfreq(model.dim, model.dx, dtype=torch.float64)
+            rates = k**2 - model.viscosity * k**4
+            k[2 * torch.arange(len(k)) == model.dim] = (
+                0  # the sawtooth has no derivative on its own points
+            )
+            basis = torch.complex(torch.zeros_like(k), k).to(device, dtype.to_complex())
+        else:
+            unit = torch.eye(model.dim, dtype=torch.float64)
+            rates, basis = torch.linalg.eigh(
+                _ks_linear(unit, model.dx, model.viscosity, model.boundary)
+            )
+            basis = basis.to(device, dtype)
+        weights = etdrk4_weights(rates, model.dt / model.substeps)
+        return rates.to(device, dtype), basis, ETDRK4Weights(*(w.to(device, dtype) for w in weights))
+
+    # what is kept must not belong to a torch.func transform or inference mode that is active only now,
+    # and both of those are local to a thread
+    with ThreadPoolExecutor(1) as apart:
+        return apart.submit(build).result()
+
+# %% ../nbs/01_dynamics.ipynb #872da50e
+@dataclass(frozen=True)
+class KuramotoSivashinsky:
+    """Kuramoto-Sivashinsky, eq. 18 of PnP-DA: u_t = -u u_x - u_xx - ν u_xxxx on a domain of `length`, stepped by
+    `substeps` ETDRK4 steps (Kassam and Trefethen 2005) per `dt`.
+
+    `boundary` is "clamped" (u = u_x = 0 at the walls), "hinged" (u = u_xx = 0) or "periodic". Between walls the
+    state holds the `dim` interior points, `length / (dim + 1)` apart, and one step costs O(dim²); a periodic
+    domain has points `length / dim` apart and Fourier modes. Kassam and Trefethen's own case is
+    `KuramotoSivashinsky(dim=128, length=32 * math.pi, viscosity=1, boundary="periodic", substeps=1)`.
+    """
+
+    dim: int = 127
+    length: float = 50.0
+    viscosity: float = 0.5
+    boundary: str = "clamped"
+    dt: float = 0.25
+    substeps: int = 3
+    names: tuple[str, ...] = field(default=(), init=False, repr=False)
+
+    def __post_init__(self):
+        _require_size(self, "dim", 4)
+        _require_numbers(self, "length", "viscosity", "dt")
+        known = ("clamped", "hinged", "periodic")
+        _require(self.boundary in known, "boundary", " or ".join(known), repr(self.boundary))
+        _require_size(self, "substeps", 1)
+
+    @property
+    def dx(self) -> float:
+        """The distance between neighbouring points, in units of `length`."""
+        return self.length / (self.dim if self.boundary == "periodic" else self.dim + 1)
+
+    @property
+    def grid(self) -> Tensor:
+        """The positions `(dim,)` of the points."""
+        first = 0 if self.boundary == "periodic" else 1
+        return self.dx * torch.arange(first, first + self.dim, dtype=torch.float64)
+
+    def _to_modes(self, state: Tensor, basis: Tensor) -> Tensor:
+        return torch.fft.rfft(state) if self.boundary == "periodic" else state @ basis
+
+    def _to_field(self, modes: Tensor, basis: Tensor) -> Tensor:
+        return torch.fft.irfft(modes, n=self.dim) if self.boundary == "periodic" else modes @ basis.mT
+
+    def _advection(self, modes: Tensor, basis: Tensor) -> Tensor:
+        """-u u_x in flux form, from modes to modes."""
+        square = self._to_field(modes, basis).square()
+        if self.boundary == "periodic":
+            return -basis / 2 * torch.fft.rfft(square)
+        square = torch.nn.functional.pad(square, (1, 1))  # u = 0 at the walls
+        return (square[..., :-2] - square[..., 2:]) / (4 * self.dx) @ basis
+
+    def tendency(self, state: Tensor) -> Tensor:
+        """du/dt `(..., dim)` at the points."""
+        rates, basis, _ = _ks_spectrum(self, state.dtype, state.device)
+        modes = self._to_modes(state, basis)
+        return self._to_field(rates * modes + self._advection(modes, basis), basis)
+
+    def step(self, state: Tensor) -> Tensor:
+        _require_states(self, "state", state)
+        _, basis, weights = _ks_spectrum(self, state.dtype, state.device)
+        modes = self._to_modes(state, basis)
+        for _ in range(self.substeps):
+            modes = etdrk4(lambda v: self._advection(v, basis), modes, weights)
+        return self._to_field(modes, basis)
+
+    def reference(
+        self, state: Tensor, steps: int, rtol: float = 1.49e-8, atol: float = 1.49e-8
+    ) -> Tensor:
+        """What `trajectory(self, state, steps)` should be, by the paper's solver: LSODA (scipy's `odeint`, with its
+        default tolerances), one state after the other. Raises `RuntimeError` where LSODA gives up.
+        """
+        _require_states(self, "state", state)
+        times = self.dt * np.arange(steps + 1)
+        band = {} if self.boundary == "periodic" else {"ml": 2, "mu": 2}
+        runs = []
+        for initial in state.detach().cpu().double().reshape(-1, self.dim).numpy():
+            states, report = odeint(
+                lambda t, u: self.tendency(torch.from_numpy(u)).numpy(),
+                initial, times, rtol=rtol, atol=atol, mxstep=100_000, tfirst=True, full_output=True, **band,
+            )  # fmt: skip
+            if report["message"] != "Integration successful.":
+                raise RuntimeError(f"reference: LSODA stopped with {report['message']!r}")
+            runs.append(torch.from_numpy(states))
+        return torch.stack(runs, dim=1).reshape(steps + 1, *state.shape).to(state)
+
+# %% ../nbs/01_dynamics.ipynb #1c443f68
+@dataclass(frozen=True)
+class DoubleWell:
+    """The scalar double well dx/dt = `rate` x (1 - x²) of Miller, Ghil and Gauthiez (1994), without its noise,
+    stepped by RK4. Still at ±1 (stable) and 0 (unstable)."""
+
+    rate: float = 4.0
+    dt: float = 0.01
+    dim: int = field(default=1, init=False, repr=False)
+    names: tuple[str, ...] = field(default=("x",), init=False, repr=False)
+
+    def __post_init__(self):
+        _require_numbers(self, "rate", "dt")
+
+    def tendency(self, state: Tensor) -> Tensor:
+        return self.rate * state * (1 - state**2)
+
+    def step(self, state: Tensor) -> Tensor:
+        _require_states(self, "state", state)
+        return rk4(self.tendency, state, self.dt)
+
+# %% ../nbs/01_dynamics.ipynb #ac539729
+@dataclass(frozen=True)
+class Pendulum:
+    """A pendulum with friction, q'' = -`omega2` sin q - `friction` q', stepped by RK4. The state is the angle q in
+    radians (not wrapped) and the velocity p = q'."""
+
+    omega2: float = 2.0
+    friction: float = 0.1
+    dt: float = 0.1
+    dim: int = field(default=2, init=False, repr=False)
+    names: tuple[str, ...] = field(default=("angle", "velocity"), init=False, repr=False)
+
+    def __post_init__(self):
+        _require_numbers(self, "omega2", "dt")
+        _require_numbers(self, "friction", positive=False)
+        _require(self.friction >= 0, "friction", "zero or a positive number", self.friction)
+
+    def tendency(self, state: Tensor) -> Tensor:
+        q, p = state.unbind(-1)
+        return torch.stack((p, -self.omega2 * q.sin() - self.friction * p), dim=-1)
+
+    def step(self, state: Tensor) -> Tensor:
+        _require_states(self, "state", state)
+        return rk4(self.tendency, state, self.dt)
+
+# %% ../nbs/01_dynamics.ipynb #fba65024
+def _walk(model: Model, steps: int) -> Callable[[Tensor], Tensor]:
+    """`steps` steps of the model as one function."""
+    _require(steps >= 1, "steps", "one or more", steps)
+
+    def walk(state: Tensor) -> Tensor:
+        for _ in range(steps):
+            state = model.step(state)
+        return state
+
+    return walk
+
+
+def _require_derivatives(model: Model, states: Tensor, argument: str, vectors: Tensor) -> None:
+    if not getattr(model, "differentiable", True):
+        raise TypeError(
+            f"model: {type(model).__name__} has no derivatives; use `jacobian`, by differences"
+        )
+    _require_states(model, "states", states)
+    _require(
+        vectors.shape == states.shape, argument, f"shape {tuple(states.shape)}", tuple(vectors.shape)
+    )
+
+
+def tangent_linear(model: Model, states: Tensor, perturbations: Tensor, steps: int = 1) -> Tensor:
+    """M δ `(..., dim)` for each of the `states` and `perturbations` δ `(..., dim)`, M the Jacobian of `steps`
+    steps. Raises `TypeError` for a model that is not differentiable."""
+    _require_derivatives(model, states, "perturbations", perturbations)
+    return torch.func.jvp(_walk(model, steps), (states,), (perturbations,))[1]
+
+
+def adjoint(model: Model, states: Tensor, sensitivities: Tensor, steps: int = 1) -> Tensor:
+    """Mᵀ w `(..., dim)` for each of the `states` and `sensitivities` w `(..., dim)` at the end, M the Jacobian of
+    `steps` steps. Raises `TypeError` for a model that is not differentiable."""
+    _require_derivatives(model, states, "sensitivities", sensitivities)
+    return torch.func.vjp(_walk(model, steps), states)[1](sensitivities)[0]
+
+# %% ../nbs/01_dynamics.ipynb #25380fa6
+def jacobian(model: Model, states: Tensor, steps: int = 1) -> Tensor:
+    """The Jacobians `(..., dim, dim)` of `steps` steps at `states` `(..., dim)`: row i, column j is the derivative
+    of the i-th variable at the end by the j-th at the start. By forward differentiation; by central
+    differences, good to about ten digits, for a model that is not differentiable.
+    """
+    _require_states(model, "states", states)
+    walk = _walk(model, steps)
+    unit = torch.eye(model.dim, dtype=states.dtype, device=states.device)
+    if getattr(model, "differentiable", True):
+        column = lambda vector: torch.func.jvp(walk, (states,), (vector.expand_as(states),))[1]
+        return torch.func.vmap(column)(unit).movedim(0, -1)
+    width = torch.finfo(states.dtype).eps ** (1 / 3) * states.abs().clamp(min=1).unsqueeze(-1)
+    moved = (walk(states.unsqueeze(-2) + sign * width * unit) for sign in (1, -1))
+    return ((next(moved) - next(moved)) / (2 * width)).mT
+
 # %% ../nbs/01_dynamics.ipynb #cbea615b
-def lyapunov_exponents(model: Model, states: Tensor, steps: int, spin_up: int = 200) -> Tensor:
+def lyapunov_exponents(
+    model: Model, states: Tensor, steps: int, spin_up: int = 200, count: int | None = None
+) -> Tensor:
     """Lyapunov exponents in inverse time units, `(batch, dim)`, largest first, along `steps` steps
     from `states` `(batch, dim)` on the attractor (Benettin et al. 1980). The first `spin_up` steps
-    only align the frame.
+    only align the frame. With `count`, only so many of the leading ones, which is cheaper.
     """
-    jacobian = torch.func.vmap(torch.func.jacfwd(model.step))
-    frame = torch.eye(model.dim, dtype=states.dtype).expand(*states.shape, -1)
-    stretch = torch.zeros_like(states)
+    count = model.dim if count is None else count
+    _require(1 <= count <= model.dim, "count", f"1 to {model.dim}", count)
+    unit = torch.eye(model.dim, dtype=states.dtype, device=states.device)
+    frame = unit[:, :count].expand(*states.shape, -1)
+    stretch = states.new_zeros(*states.shape[:-1], count)
+    columns = torch.func.vmap(lambda vector: tangent_linear(model, states, vector), -1, -1)
+    by_columns = count < model.dim and getattr(model, "differentiable", True)
     for t in range(spin_up + steps):
-        frame, r = torch.linalg.qr(jacobian(states) @ frame)
+        frame, r = torch.linalg.qr(columns(frame) if by_columns else jacobian(model, states) @ frame)
         if t >= spin_up:
             stretch += r.diagonal(dim1=-2, dim2=-1).abs().log()
         states = model.step(states)

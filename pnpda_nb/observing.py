@@ -5,7 +5,7 @@
 # %% ../nbs/02_observing.ipynb #6baf3751
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Callable, Protocol, Sequence, runtime_checkable
 
@@ -15,16 +15,21 @@ from torch import Tensor
 from .dynamics import standard_normal
 
 # %% auto #0
-__all__ = ['Operator', 'Select', 'Linear', 'Nonlinear', 'Covariance', 'Observations', 'ObservingNetwork', 'gaspari_cohn',
-           'gaspari_cohn_matrix']
+__all__ = ['Operator', 'Select', 'Linear', 'Nonlinear', 'Covariance', 'DiagonalCovariance', 'Present', 'Observations',
+           'ObservingNetwork', 'gaspari_cohn', 'gaspari_cohn_matrix']
 
 # %% ../nbs/02_observing.ipynb #6d36892a
 @runtime_checkable
 class Operator(Protocol):
-    """An observation operator: `operator(state)` maps `(..., dim)` to `(..., size)`."""
+    """An observation operator: `operator(state)` maps `(..., dim)` to `(..., size)`.
+
+    `sites` holds, for every observation, the index of the state component that it is nearest to
+    (`None` if there is none): localised methods need it, others do not.
+    """
 
     size: int
     linear: bool
+    sites: tuple[int, ...] | None
 
     def __call__(self, state: Tensor) -> Tensor: ...
     def jacobian(self, state: Tensor) -> Tensor: ...
@@ -51,17 +56,23 @@ class Select:
     def size(self) -> int:
         return len(self.indices)
 
+    @property
+    def sites(self) -> tuple[int, ...]:
+        return self.indices
+
+    @cached_property
+    def _index(self) -> Tensor:
+        return torch.tensor(self.indices, dtype=torch.long)
+
     def __call__(self, state: Tensor) -> Tensor:
-        return _sized(state, self.dim)[..., list(self.indices)]
+        return _sized(state, self.dim).index_select(-1, self._index.to(state.device))
 
     def jacobian(self, state: Tensor) -> Tensor:
-        rows = torch.eye(self.dim, dtype=state.dtype, device=state.device)[list(self.indices)]
-        return rows.expand(*state.shape[:-1], self.size, self.dim)
+        columns = self._index.to(state.device)[:, None] == torch.arange(self.dim, device=state.device)
+        return columns.to(state.dtype).expand(*state.shape[:-1], self.size, self.dim)
 
     def adjoint(self, state: Tensor, misfit: Tensor) -> Tensor:
-        return torch.zeros_like(state).index_copy(
-            -1, torch.tensor(self.indices, device=state.device), misfit
-        )
+        return torch.zeros_like(state).index_copy(-1, self._index.to(state.device), misfit)
 
 
 def _sized(state: Tensor, dim: int) -> Tensor:
@@ -69,12 +80,18 @@ def _sized(state: Tensor, dim: int) -> Tensor:
         raise ValueError(f"state: expected size {dim}, got {state.shape[-1]}")
     return state
 
+
+def _sited(operator: Operator) -> None:
+    if operator.sites is not None and len(operator.sites) != operator.size:
+        raise ValueError(f"sites: expected {operator.size}, one an observation, got {len(operator.sites)}")
+
 # %% ../nbs/02_observing.ipynb #0664b7cb
 @dataclass(frozen=True, eq=False)
 class Linear:
-    """Observe `matrix @ state`, with a `matrix` of shape `(size, dim)`."""
+    """Observe `matrix @ state`, with a `matrix` of shape `(size, dim)`; `sites` as in `Operator`."""
 
     matrix: Tensor
+    sites: tuple[int, ...] | None = None
     linear = True
 
     def __post_init__(self):
@@ -82,6 +99,7 @@ class Linear:
             raise ValueError(
                 f"matrix: expected two dimensions (size, dim), got shape {tuple(self.matrix.shape)}"
             )
+        _sited(self)
 
     @property
     def size(self) -> int:
@@ -100,12 +118,16 @@ class Linear:
 @dataclass(frozen=True)
 class Nonlinear:
     """Observe any differentiable `function` of a state; it must take `(..., dim)` to `(..., size)`,
-    each state by itself.
+    each state by itself. `sites` as in `Operator`.
     """
 
     function: Callable[[Tensor], Tensor]
     size: int
+    sites: tuple[int, ...] | None = None
     linear = False
+
+    def __post_init__(self):
+        _sited(self)
 
     def __call__(self, state: Tensor) -> Tensor:
         seen = self.function(state)
@@ -143,7 +165,8 @@ class Covariance:
                 f"{name}: expected a symmetric matrix, got one that differs from its transpose"
             )
         eigenvalues = torch.linalg.eigvalsh(matrix)
-        if not eigenvalues[0] > 1e-14 * eigenvalues[-1].abs():  # zero up to rounding is not positive
+        # zero up to rounding is not positive
+        if len(matrix) and not eigenvalues[0] > 1e-14 * eigenvalues[-1].abs():
             raise ValueError(
                 f"{name}: expected a positive definite matrix, got one with smallest eigenvalue {eigenvalues[0].item():.3g}"
             )
@@ -151,11 +174,16 @@ class Covariance:
         self.factor = torch.linalg.cholesky(matrix)
 
     def __repr__(self) -> str:
-        return f"Covariance(size={self.size}, variances {self.matrix.diagonal().min():.3g} to {self.matrix.diagonal().max():.3g})"
+        between = f", variances {self.variances.min():.3g} to {self.variances.max():.3g}" if self.size else ""
+        return f"{type(self).__name__}(size={self.size}{between})"
 
     @property
     def size(self) -> int:
-        return self.matrix.shape[0]
+        return self.matrix.shape[-1]
+
+    @property
+    def variances(self) -> Tensor:
+        return self.matrix.diagonal(dim1=-2, dim2=-1)
 
     @cached_property
     def inverse(self) -> Tensor:
@@ -166,11 +194,11 @@ class Covariance:
         """The largest eigenvalue of the inverse: the curvature of the misfit in its stiffest
         direction.
         """
-        return 1 / torch.linalg.eigvalsh(self.matrix)[0].item()
+        return 1 / torch.linalg.eigvalsh(self.matrix)[0].item() if self.size else 0.0
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """Errors ~ N(0, matrix), of shape `(*shape, size)`."""
-        return standard_normal((*shape, self.size), generator) @ self.factor.T
+        return standard_normal((*shape, self.size), generator) @ self.factor.mT
 
     def solve(self, vectors: Tensor) -> Tensor:
         """The inverse applied to `vectors` `(..., size)`."""
@@ -180,16 +208,123 @@ class Covariance:
         """The squared Mahalanobis norm of `vectors` `(..., size)`: shape `(...)`."""
         return (vectors * self.solve(vectors)).sum(-1)
 
+    def without(self, missing: Tensor) -> "Covariance":
+        """This covariance where `missing` `(..., size)` components are cut off from all others, with
+        variance 1 in their place: a batch of matrices `(..., size, size)`.
+        """
+        present = ~missing
+        both = present.unsqueeze(-1) & present.unsqueeze(-2)
+        cut = object.__new__(Covariance)
+        cut.matrix = torch.where(both, self.matrix, torch.diag_embed(missing.to(self.matrix)))
+        cut.factor = torch.linalg.cholesky(cut.matrix)
+        # the largest precision of a part is at most that of the whole
+        cut.__dict__["largest_precision"] = self.largest_precision
+        return cut
+
 # %% ../nbs/02_observing.ipynb #bbc0eb7c
+class DiagonalCovariance(Covariance):
+    """Independent errors with `variances` `(size,)`: everything that a `Covariance` does, in linear
+    time and memory. Raises `ValueError` for variances that are not positive.
+    """
+
+    def __init__(self, variances: Tensor | Sequence, name: str = "covariance"):
+        variances = torch.as_tensor(variances, dtype=torch.float64)
+        if variances.ndim != 1:
+            raise ValueError(f"{name}: expected a vector of variances, got shape {tuple(variances.shape)}")
+        if not (torch.isfinite(variances) & (variances > 0)).all():
+            raise ValueError(f"{name}: expected finite positive variances, got {variances.tolist()[:5]}")
+        self._variances = variances
+
+    @property
+    def variances(self) -> Tensor:
+        return self._variances
+
+    @property
+    def size(self) -> int:
+        return self._variances.shape[-1]
+
+    @cached_property
+    def matrix(self) -> Tensor:
+        return torch.diag_embed(self._variances)
+
+    @cached_property
+    def factor(self) -> Tensor:
+        return torch.diag_embed(self._variances.sqrt())
+
+    @cached_property
+    def inverse(self) -> Tensor:
+        return torch.diag_embed(1 / self._variances)
+
+    @property
+    def largest_precision(self) -> float:
+        return float(1 / self._variances.min()) if self.size else 0.0
+
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        scale = self._variances.sqrt()
+        return standard_normal((*shape, self.size), generator) * _beside(scale, len(shape))
+
+    def solve(self, vectors: Tensor) -> Tensor:
+        return vectors / _beside(self._variances, vectors.ndim - 1)
+
+    def without(self, missing: Tensor) -> "DiagonalCovariance":
+        return DiagonalCovariance._unchecked(torch.where(missing, 1.0, self._variances))
+
+    @classmethod
+    def _unchecked(cls, variances: Tensor) -> "DiagonalCovariance":
+        cut = object.__new__(cls)
+        cut._variances = variances
+        return cut
+
+
+def _beside(values: Tensor, leading: int) -> Tensor:
+    """Batched `values` `(..., size)` with a member axis if what they meet has one."""
+    return values.unsqueeze(-2) if 1 < values.ndim == leading else values
+
+# %% ../nbs/02_observing.ipynb #8fb9a7f8
+@dataclass(frozen=True, eq=False)
+class Present:
+    """An `operator` that shows zero for every observation that is not `present` `(..., size)`."""
+
+    operator: Operator
+    present: Tensor
+
+    @property
+    def size(self) -> int:
+        return self.operator.size
+
+    @property
+    def linear(self) -> bool:
+        return self.operator.linear
+
+    @property
+    def sites(self) -> tuple[int, ...] | None:
+        return self.operator.sites
+
+    def __call__(self, state: Tensor) -> Tensor:
+        return self.operator(state) * _beside(self.present, state.ndim - 1)
+
+    def jacobian(self, state: Tensor) -> Tensor:
+        return self.operator.jacobian(state) * _beside(self.present, state.ndim - 1).unsqueeze(-1)
+
+    def adjoint(self, state: Tensor, misfit: Tensor) -> Tensor:
+        return self.operator.adjoint(state, misfit * _beside(self.present, state.ndim - 1))
+
+# %% ../nbs/02_observing.ipynb #f300329e
 @dataclass(frozen=True, eq=False)
 class Observations:
     """What was seen at one time: `values` `(..., size)`, with the operator and the error covariance
     behind them.
+
+    A value of nan is missing: `missing` `(..., size)` says where (`None` for nowhere), and operator
+    and covariance are replaced by those of the values that are present. Raises `ValueError` for
+    infinite values and for sizes that do not agree.
     """
 
     values: Tensor
     operator: Operator
     covariance: Covariance
+
+    missing: Tensor | None = field(default=None, init=False)
 
     def __post_init__(self):
         if self.values.shape[-1] != self.operator.size:
@@ -200,14 +335,23 @@ class Observations:
             raise ValueError(
                 f"covariance: expected size {self.operator.size}, got {self.covariance.size}"
             )
-        if not torch.isfinite(self.values).all():
+        if torch.isinf(self.values).any():
             raise ValueError(
-                f"values: expected finite observations, got {int((~torch.isfinite(self.values)).sum())} that are not"
+                f"values: expected finite observations, got {int(torch.isinf(self.values).sum())} infinite"
             )
+        missing = torch.isnan(self.values)
+        if missing.any():
+            for name, value in (
+                ("values", self.values.masked_fill(missing, 0.0)),
+                ("operator", Present(self.operator, ~missing)),
+                ("covariance", self.covariance.without(missing)),
+                ("missing", missing),
+            ):
+                object.__setattr__(self, name, value)
 
     def innovation(self, state: Tensor) -> Tensor:
         """Observations minus what `state` `(..., member, dim)` would have shown: `(..., member,
-        size)`.
+        size)`; zero where a value is missing.
         """
         return self.values.unsqueeze(-2) - self.operator(state)
 
@@ -220,20 +364,33 @@ class Observations:
 
 @dataclass(frozen=True, eq=False)
 class ObservingNetwork:
-    """An operator with the covariance of its errors; `observe` shows it states."""
+    """An operator with the covariance of its errors; `observe` shows it states. A fraction `missing`
+    of the values, chosen at random, does not arrive and is nan.
+    """
 
     operator: Operator
     covariance: Covariance
+    missing: float = 0.0
 
     def __post_init__(self):
         if self.covariance.size != self.operator.size:
             raise ValueError(
                 f"covariance: expected size {self.operator.size} as the operator's, got {self.covariance.size}"
             )
+        if not 0 <= self.missing <= 1:
+            raise ValueError(f"missing: expected a fraction from 0 to 1, got {self.missing}")
+
+    def errors(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """Observation errors `(*shape, size)`, nan where a value is missing."""
+        errors = self.covariance.draw(shape, generator)
+        if self.missing:
+            lost = torch.rand(errors.shape, generator=generator, dtype=errors.dtype) < self.missing
+            errors = errors.masked_fill(lost, torch.nan)
+        return errors
 
     def observe(self, state: Tensor, generator: torch.Generator) -> Observations:
         """Noisy observations of `state` `(..., dim)`, eq. 1 of PnP-DA."""
-        errors = self.covariance.draw(state.shape[:-1], generator).to(state.device)
+        errors = self.errors(state.shape[:-1], generator).to(state.device)
         return self.report(self.operator(state) + errors)
 
     def report(self, values: Tensor) -> Observations:

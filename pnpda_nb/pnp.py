@@ -27,10 +27,14 @@ def step_size(observations: Observations, state: Tensor, rule: str) -> Tensor | 
     if rule == "paper":
         return 1.0
     if rule == "scaled":
-        return covariance.matrix.diagonal().mean().item()
+        if observations.missing is None:
+            return covariance.variances.mean().item()
+        there = ~observations.missing  # each run its own mean, over what was seen
+        return ((covariance.variances * there).sum(-1) / there.sum(-1).clamp_min(1))[..., None, None]
     if rule == "lipschitz":
+        factor = covariance.factor if covariance.factor.ndim == 2 else covariance.factor.unsqueeze(-3)
         whitened = torch.linalg.solve_triangular(
-            covariance.factor, observations.operator.jacobian(state), upper=False
+            factor, observations.operator.jacobian(state), upper=False
         )
         return 1 / torch.linalg.matrix_norm(whitened, ord=2).square().clamp_min(1e-300)[..., None]
     raise ValueError(f"step_rule: expected 'paper', 'scaled' or 'lipschitz', got {rule!r}")

@@ -9,8 +9,9 @@ import dataclasses
 import itertools
 import json
 import warnings
+from collections import deque
 from dataclasses import dataclass, field, replace
-from typing import Callable, Mapping, Protocol, Sequence, runtime_checkable
+from typing import Callable, Iterator, Literal, Mapping, Protocol, Sequence, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -20,12 +21,22 @@ from scoringrules import crps_ensemble
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .dynamics import AdditiveModelError, Model, standard_normal, stream, trajectory
+from pnpda_nb.dynamics import (
+    AdditiveModelError,
+    Model,
+    RunStreams,
+    jacobian,
+    standard_normal,
+    stream,
+    trajectory,
+)
 from .observing import Observations, ObservingNetwork
 
 # %% auto #0
-__all__ = ['TwinExperiment', 'nature_run', 'observe_truth', 'Method', 'FreeRun', 'RunNoise', 'cycle', 'scores', 'score_table',
-           'stack_methods', 'Tuned', 'tune']
+__all__ = ['TwinExperiment', 'nature_start', 'nature_intervals', 'nature_run', 'observation_errors', 'observe_truth', 'Method',
+           'FreeRun', 'RunNoise', 'Forecast', 'Stretch', 'watch_nature', 'filter_cycle', 'window_cycle', 'cycle',
+           'scores', 'score_table', 'stack_methods', 'time_mean', 'mean_and_error', 'rank_histogram', 'spread_skill',
+           'Tuned', 'tune']
 
 # %% ../nbs/03_twin.ipynb #cf0d14c8
 @dataclass(frozen=True, eq=False)
@@ -33,8 +44,12 @@ class TwinExperiment:
     """Everything about a twin experiment but the method, the number of runs and the seed.
 
     Truths start from N(`start`, `start_variance` · I) and run `spin_up` steps of `nature` before
-    anything is recorded. The first background is the truth plus N(0, `background_variance` · I).
-    The network reports every `interval` model steps, `cycles` times, never at the start.
+    anything is recorded. The first background is the truth plus N(0, `background_variance` · I); with
+    `first_ensemble="same_law"` it is drawn, like the truth, from N(`start`, `start_variance` · I).
+    The network reports every `interval` model steps, `cycles` times, never at the start. The forecast
+    model is perturbed by `model_error` at every step, and nature, after the spin-up, by
+    `nature_error`. The first `burn_in` cycles are run but not scored. Nature may have more variables than the forecast model:
+    `resolve` then maps its states to those that are forecast, observed and scored.
     """
 
     name: str
@@ -48,6 +63,10 @@ class TwinExperiment:
     spin_up: int = 1000
     background_variance: float = 1.0
     model_error: AdditiveModelError = field(default_factory=lambda: AdditiveModelError(0.0))
+    nature_error: AdditiveModelError = field(default_factory=lambda: AdditiveModelError(0.0))
+    burn_in: int = 0
+    first_ensemble: Literal["around_truth", "same_law"] = "around_truth"
+    resolve: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self):
         for name, least in (
@@ -56,19 +75,33 @@ class TwinExperiment:
             ("spin_up", 0),
             ("start_variance", 0),
             ("background_variance", 0),
+            ("burn_in", 0),
         ):
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
-        if self.nature.dim != self.forecast_model.dim:
-            raise ValueError(
-                f"forecast_model: expected states of size {self.nature.dim} as nature's, got {self.forecast_model.dim}"
-            )
         if len(self.start) != self.nature.dim:
             raise ValueError(f"start: expected {self.nature.dim} numbers, got {len(self.start)}")
+        resolved = self.resolved(torch.tensor(self.start, dtype=torch.float64)).shape[-1]
+        if resolved != self.forecast_model.dim:
+            raise ValueError(
+                f"forecast_model: expected states of size {resolved} as nature's, got {self.forecast_model.dim}"
+            )
+        if self.burn_in >= self.cycles:
+            raise ValueError(f"burn_in: expected fewer than the {self.cycles} cycles, got {self.burn_in}")
+        if self.first_ensemble not in ("around_truth", "same_law"):
+            raise ValueError(
+                f"first_ensemble: expected 'around_truth' or 'same_law', got {self.first_ensemble!r}"
+            )
+        if self.first_ensemble == "same_law" and (self.spin_up or self.resolve):
+            raise ValueError("first_ensemble: 'same_law' needs spin_up=0 and no `resolve`")
 
     @property
     def dim(self) -> int:
-        return self.nature.dim
+        return self.forecast_model.dim
+
+    def resolved(self, state: Tensor) -> Tensor:
+        """The part of nature's states that is forecast, observed and scored."""
+        return state if self.resolve is None else self.resolve(state)
 
     @property
     def steps(self) -> int:
@@ -76,29 +109,63 @@ class TwinExperiment:
 
     @property
     def variables(self) -> list[str]:
-        return list(self.nature.names) or [f"x{i}" for i in range(self.dim)]
+        return list(self.forecast_model.names) or [f"x{i}" for i in range(self.dim)]
 
     def with_network(self, network: ObservingNetwork) -> "TwinExperiment":
         """The same experiment seen by another network."""
         return replace(self, network=network)
 
 # %% ../nbs/03_twin.ipynb #2aefed0c
+def nature_start(experiment: TwinExperiment, runs: int, seed: int, split: str = "test") -> Tensor:
+    """Nature's states `(run, dim of nature)` when the experiment begins, after the spin-up."""
+    if runs < 1:
+        raise ValueError(f"runs: expected at least 1, got {runs}")
+    draws = standard_normal((runs, experiment.nature.dim), RunStreams(seed, split, "truth", runs=runs))
+    state = torch.tensor(experiment.start, dtype=torch.float64) + experiment.start_variance**0.5 * draws
+    for _ in range(experiment.spin_up):
+        state = experiment.nature.step(state)
+    return state
+
+
+def nature_intervals(
+    experiment: TwinExperiment, runs: int, seed: int, split: str = "test"
+) -> Iterator[Tensor]:
+    """The true states when the experiment begins `(1, run, dim)`, and then those of one interval after
+    the other `(interval, run, dim)`.
+    """
+    state = nature_start(experiment, runs, seed, split)
+    yield experiment.resolved(state)[None]
+    streams = RunStreams(seed, split, "nature error", runs=runs)
+    for _ in range(experiment.cycles):
+        error = None
+        if experiment.nature_error.variance > 0:
+            draws = standard_normal((runs, experiment.interval, experiment.nature.dim), streams)
+            error = experiment.nature_error.variance**0.5 * draws.transpose(0, 1)
+        states = trajectory(experiment.nature, state, experiment.interval, error)[1:]
+        if not torch.isfinite(states).all():
+            raise ValueError("nature: the nature run became non-finite; is the time step too long?")
+        state = states[-1]
+        yield experiment.resolved(states)
+
+
 def nature_run(experiment: TwinExperiment, runs: int, seed: int, split: str = "test") -> Tensor:
     """True states `(steps + 1, run, dim)`, the first of them on nature's attractor after the
     spin-up.
     """
-    if runs < 1:
-        raise ValueError(f"runs: expected at least 1, got {runs}")
-    draws = torch.stack(
-        [standard_normal((experiment.dim,), stream(seed, split, "truth", run)) for run in range(runs)]
-    )
-    state = torch.tensor(experiment.start, dtype=torch.float64) + experiment.start_variance**0.5 * draws
-    for _ in range(experiment.spin_up):
-        state = experiment.nature.step(state)
-    truth = trajectory(experiment.nature, state, experiment.steps)
-    if not torch.isfinite(truth).all():
-        raise ValueError("nature: the nature run became non-finite; is the time step too long?")
-    return truth
+    return torch.cat(list(nature_intervals(experiment, runs, seed, split)))
+
+
+def observation_errors(
+    experiment: TwinExperiment, runs: int, seed: int, split: str = "test"
+) -> Iterator[Tensor]:
+    """The errors `(run, size)` of every observation time, drawn in blocks, so that a long experiment
+    does not need them all at once; nan where a value is missing.
+    """
+    network, streams = experiment.network, RunStreams(seed, split, "observations", runs=runs).runs
+    block = max(1, min(1000, 100_000 // max(1, network.operator.size)))
+    for first in range(0, experiment.cycles, block):
+        times = min(block, experiment.cycles - first)
+        yield from torch.stack([network.errors((times,), one) for one in streams], dim=1)
 
 
 def observe_truth(
@@ -108,24 +175,25 @@ def observe_truth(
     1, run, dim)`.
     """
     network, seen = experiment.network, truth[experiment.interval :: experiment.interval]
-    errors = torch.stack(
-        [
-            network.covariance.draw((experiment.cycles,), stream(seed, split, "observations", run))
-            for run in range(truth.shape[1])
-        ],
-        dim=1,
-    )
-    return [network.report(values) for values in network.operator(seen) + errors]
+    errors = observation_errors(experiment, truth.shape[1], seed, split)
+    return [network.report(network.operator(state) + error) for state, error in zip(seen, errors)]
 
 # %% ../nbs/03_twin.ipynb #a0857f8a
 @runtime_checkable
 class Method(Protocol):
     """One question: background + observations -> analysis.
 
-    `window` is the number of observation times that one analysis consumes (1: a filter). `analyse`
-    takes the background `(..., member, dim)` and what was seen at its time, and returns the
-    analysis in the same shape. `forecast(states, steps)` is the forecast model without its error,
-    for methods that need it; `generator` is the method's own stream.
+    A **filter** (`window` 1) takes the background `(..., member, dim)` and what was seen at its time,
+    and returns the analysis in the same shape. `forecast(states, steps)` is the forecast model
+    without its error, for methods that need it (without `steps`: to the next observation time);
+    `generator` is the method's own stream.
+
+    Three optional attributes make other methods. With `from_start` (implied by a `window` above 1)
+    the background is valid at the *start* of the window, one interval before the first of a list of
+    `window` observations; the analysis is one of that time, or of all times of the window, `(window
+    + 1, ..., member, dim)`. `shift` says by how many observation times the window moves on (default:
+    `window`). A method with a `lag` is also given `past` `(lag, ..., member, dim)`, the analyses
+    before, and returns them improved, followed by the new one.
     """
 
     window: int
@@ -174,6 +242,128 @@ class RunNoise:
         return torch.stack(blocks, dim=1)
 
 # %% ../nbs/03_twin.ipynb #f1029884
+@dataclass(frozen=True, eq=False)
+class Forecast:
+    """The forecast `model`, without its error, over `interval` steps or as many as asked for."""
+
+    model: Model
+    interval: int
+
+    def __call__(self, states: Tensor, steps: int | None = None) -> Tensor:
+        for _ in range(self.interval if steps is None else steps):
+            states = self.model.step(states)
+        return states
+
+    def linearised(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """The forecast of `states` `(..., dim)` to the next observation time, and its derivatives
+        `(..., dim, dim)` with respect to them: the product of those of all steps.
+        """
+        path = trajectory(self.model, states, self.interval)
+        each = jacobian(self.model, path[:-1])  # of all steps at once
+        product = each[0]
+        for step in each[1:]:
+            product = step @ product
+        return path[-1], product
+
+# %% ../nbs/03_twin.ipynb #d118dd54
+@dataclass
+class Stretch:
+    """One interval of a cycle: nature's states `truth` and the `estimate` of them `(steps, run, dim)`,
+    and what there is at its end: `observations`, and the ensembles `background`, `analysis` and
+    `smoothed` (what later observations made of the analysis) `(run, member, dim)`.
+    """
+
+    truth: Tensor
+    observations: Observations
+    estimate: Tensor
+    background: Tensor
+    analysis: Tensor
+    smoothed: Tensor
+
+
+def watch_nature(
+    experiment: TwinExperiment, runs: int, seed: int, split: str
+) -> Iterator[tuple[Tensor, Observations | None]]:
+    """True states of one interval after the other, and what is seen at its end: nothing at the start."""
+    network, nature = experiment.network, nature_intervals(experiment, runs, seed, split)
+    yield next(nature), None
+    for truth, error in zip(nature, observation_errors(experiment, runs, seed, split)):
+        yield truth, network.report(network.operator(truth[-1]) + error)
+
+# %% ../nbs/03_twin.ipynb #1de61724
+def filter_cycle(method, nature, forecast, advance, state, set_aside, generator) -> Iterator[Stretch]:
+    """Cycle a filter: `advance(state)` forecasts one interval, `(steps + 1, run, member, dim)`, and
+    `set_aside(state, k)` takes runs that failed at cycle k out of harm's way.
+    """
+    lag = getattr(method, "lag", 0)
+    waiting: deque[Stretch] = deque()
+    for k, (truth, observations) in enumerate(nature):
+        states = advance(state)
+        background = set_aside(states[-1].clone(), k)
+        past = {"past": torch.stack([s.smoothed for s in waiting])} if lag and waiting else {}
+        analysis = method.analyse(background, observations, forecast=forecast, generator=generator, **past)
+        if past:
+            for stretch, smoothed in zip(waiting, analysis[:-1]):
+                stretch.smoothed = set_aside(smoothed, k)
+            analysis = analysis[-1]
+        _same_shape(method, background, analysis)
+        states[-1] = state = set_aside(analysis, k)
+        waiting.append(Stretch(truth, observations, states[1:], background, state, state))
+        if len(waiting) > lag:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def _same_shape(method: Method, background: Tensor, analysis: Tensor) -> None:
+    if analysis.shape != background.shape:
+        raise ValueError(
+            f"{type(method).__name__}: expected an analysis of shape {tuple(background.shape)}, got {tuple(analysis.shape)}"
+        )
+
+# %% ../nbs/03_twin.ipynb #4224b0f9
+def window_cycle(method, nature, forecast, advance, state, set_aside, generator) -> Iterator[Stretch]:
+    """Cycle a method that analyses the start of a window; arguments as for `filter_cycle`."""
+    window, shift = method.window, getattr(method, "shift", method.window)
+    if not 1 <= shift <= window:
+        raise ValueError(f"shift: expected 1 to {window}, the method's window, got {shift}")
+    inside: deque[Stretch] = deque()
+    arrivals, end, path = iter(nature), 0, [state]
+    while True:
+        arrived = list(itertools.islice(arrivals, shift))
+        if not arrived:
+            break
+        # move the start of the window on: along the analysed states if the method gave them, or by forecasts
+        for _ in range(max(0, len(inside) + len(arrived) - window)):
+            yield inside.popleft()
+            path = path[1:] if len(path) > 1 else [advance(path[0])[-1]]
+        end += len(arrived)
+        background = set_aside(path[0], end - 1)
+        before = [trajectory(forecast.model, background, forecast.interval)]
+        for _ in range(len(inside) + len(arrived) - 1):
+            before.append(trajectory(forecast.model, before[-1][-1], forecast.interval))
+        for (truth, observations), states in zip(arrived, before[len(inside) :]):
+            last = set_aside(states[-1], end - 1)
+            inside.append(Stretch(truth, observations, states[1:], last, last, last))
+        seen = [stretch.observations for stretch in inside]
+        analysed = method.analyse(background, seen, forecast=forecast, generator=generator)
+        whole = analysed.ndim == background.ndim + 1
+        if whole and len(analysed) != len(seen) + 1:
+            raise ValueError(
+                f"{type(method).__name__}: expected analyses of {len(seen) + 1} times, got {len(analysed)}"
+            )
+        _same_shape(method, background, analysed[0] if whole else analysed)
+        path = [set_aside(x, end - 1) for x in analysed] if whole else [set_aside(analysed, end - 1)]
+        start = path[0]
+        for j, stretch in enumerate(inside):
+            states = trajectory(forecast.model, path[j] if whole else start, forecast.interval)
+            start = path[j + 1] if whole else set_aside(states[-1], end - 1)
+            if j >= len(inside) - len(arrived):
+                states[-1] = stretch.analysis = start
+                stretch.estimate = states[1:]
+            stretch.smoothed = start
+    yield from inside
+
+# %% ../nbs/03_twin.ipynb #9f846bee
 def cycle(
     experiment: TwinExperiment,
     method: Method,
@@ -182,6 +372,7 @@ def cycle(
     runs: int = 1,
     seed: int = 0,
     split: str = "test",
+    keep: Literal["all", "scores"] = "all",
     keep_members: bool = False,
     progress: bool | str = False,
 ) -> xr.Dataset:
@@ -190,63 +381,67 @@ def cycle(
     Returns an `xarray.Dataset` with dimensions run, time (every model step, after the start),
     cycle, variable: `truth` and `estimate` (the ensemble mean; at an observation time, the
     analysis), `rmse` over variables at every step, `background` and `analysis` means and their
-    spreads, `observations`, the fair `crps` of the analysis ensemble, and `failed`, the cycle
-    (counted from 0) at which a run became non-finite, or -1. With `keep_members`, also the
-    ensembles themselves. Raises `ValueError` for fewer than one run or member.
+    spreads, `smoothed` means for methods that look back, `observations`, the fair `crps` of the
+    analysis ensemble and the `rank` of the truth in it, the number of observations `missing`, and
+    `failed`, the cycle (counted from 0) at which a run became non-finite, or -1. With
+    `keep_members`, also the ensembles themselves. With `keep="scores"` only what `scores` and the
+    other summaries need, in memory that does not grow with the number of cycles. Raises
+    `ValueError` for fewer than one run or member, or a method without a `window`.
     """
     if members < 1:
         raise ValueError(f"members: expected at least 1, got {members}")
-    if getattr(method, "window", None) != 1:
-        raise ValueError(
-            f"method: expected one that consumes one observation time per analysis, got window={getattr(method, 'window', None)}"
-        )
-    truth = nature_run(experiment, runs, seed, split)
-    observations = observe_truth(experiment, truth, seed, split)
+    window = getattr(method, "window", None)
+    if not isinstance(window, int) or window < 1:
+        raise ValueError(f"method: expected one with a window of at least 1, got window={window}")
+    if keep not in ("all", "scores"):
+        raise ValueError(f"keep: expected 'all' or 'scores', got {keep!r}")
     model, interval = experiment.forecast_model, experiment.interval
     noise = RunNoise(seed, split, "model error", runs)
-    generator = stream(seed, split, "method")
-
-    def forecast(states: Tensor, steps: int) -> Tensor:
-        return trajectory(model, states, steps)[-1]
-
     first_error = RunNoise(seed, split, "first background", runs).draw(1, members, experiment.dim)[0]
-    state = first = truth[0].unsqueeze(-2) + experiment.background_variance**0.5 * first_error
+    nature = watch_nature(experiment, runs, seed, split)
+    beginning = next(nature)[0][0].unsqueeze(-2)
+    if experiment.first_ensemble == "around_truth":
+        first = beginning + experiment.background_variance**0.5 * first_error
+    else:
+        centre = torch.tensor(experiment.start, dtype=torch.float64)
+        first = centre + experiment.start_variance**0.5 * first_error
     failed = torch.full((runs,), -1)
-    limit = 1e6 * max(1.0, float(truth.abs().max()))   # a million times nature's size is no state
-    estimates, backgrounds, analyses = [], [], []
+    size = max(1.0, float(beginning.abs().max()))
+
+    def watched():
+        nonlocal size
+        for truth, observations in nature:
+            size = max(size, float(truth.abs().max()))
+            yield truth, observations
+
+    def set_aside(state: Tensor, k: int) -> Tensor:
+        # a million times nature's size is no state
+        return _set_aside(state, first, failed, k, 1e6 * size)
+
+    def advance(state: Tensor) -> Tensor:
+        error = None
+        if experiment.model_error.variance > 0:
+            error = experiment.model_error.variance**0.5 * noise.draw(interval, members, experiment.dim)
+        return trajectory(model, state, interval, error)
+
+    loop = window_cycle if getattr(method, "from_start", window > 1) else filter_cycle
+    stretches = loop(
+        method, watched(), Forecast(model, interval), advance, first, set_aside,
+        RunStreams(seed, split, "method", runs=runs),
+    )  # fmt: skip
     # bars go away when done, and stay off where there is no terminal to draw them on
     bar = tqdm(
-        range(experiment.cycles),
+        stretches,
+        total=experiment.cycles,
         desc=progress if isinstance(progress, str) else type(method).__name__,
         disable=None if progress else True,
         leave=False,
     )
-    for k in bar:
-        error = None
-        if experiment.model_error.variance > 0:
-            error = experiment.model_error.variance**0.5 * noise.draw(interval, members, experiment.dim)
-        states = trajectory(model, state, interval, error)
-        background = _set_aside(states[-1].clone(), first, failed, k, limit)
-        analysis = method.analyse(background, observations[k], forecast=forecast, generator=generator)
-        if analysis.shape != background.shape:
-            raise ValueError(
-                f"{type(method).__name__}: expected an analysis of shape {tuple(background.shape)}, got {tuple(analysis.shape)}"
-            )
-        state = _set_aside(analysis, first, failed, k, limit)
-        states[-1] = state
-        estimates.append(states[1:].mean(-2))
-        backgrounds.append(background)
-        analyses.append(state)
-    result = _as_dataset(
-        experiment,
-        truth,
-        observations,
-        torch.cat(estimates),
-        torch.stack(backgrounds),
-        torch.stack(analyses),
-        failed,
-        keep_members,
-    )
+    if keep == "all":
+        result = _as_dataset(experiment, method, list(bar), 0, failed, keep_members)
+    else:
+        result = _blocks_of_scores(experiment, method, bar, failed)
+    result["failed"] = (("run",), failed.numpy())
     result.attrs = {
         "experiment": experiment.name,
         "method": repr(method),
@@ -255,6 +450,7 @@ def cycle(
         "runs": runs,
         "seed": seed,
         "split": split,
+        "burn_in": experiment.burn_in,
     }
     if (failed >= 0).any():
         where = ", ".join(
@@ -288,19 +484,22 @@ def _set_aside(state: Tensor, first: Tensor, failed: Tensor, k: int, limit: floa
     gone = failed >= 0
     return torch.where(gone[:, None, None], first, state) if gone.any() else state
 
-# %% ../nbs/03_twin.ipynb #d118dd54
+# %% ../nbs/03_twin.ipynb #f29b533a
 def _as_dataset(
-    experiment, truth, observations, estimate, background, analysis, failed, keep_members
+    experiment, method, stretches: list[Stretch], first_cycle: int, failed: Tensor, keep_members: bool
 ) -> xr.Dataset:
-    """Collect a cycle's tensors; set-aside runs become nan from the cycle of their failure on."""
-    interval, members = experiment.interval, background.shape[2]
-    bad_cycle = (failed >= 0)[None] & (torch.arange(experiment.cycles)[:, None] >= failed[None])
+    """Collect stretches of a cycle; set-aside runs become nan from the cycle of their failure on."""
+    interval, count = experiment.interval, len(stretches)
+    truth = torch.cat([s.truth for s in stretches])
+    bad_cycle = (failed >= 0)[None] & (first_cycle + torch.arange(count)[:, None] >= failed[None])
     bad_step = bad_cycle.repeat_interleave(interval, dim=0)
+    estimate = torch.cat([s.estimate.mean(-2) for s in stretches])
     estimate = estimate.masked_fill(bad_step[..., None], torch.nan)
     background, analysis = (
-        x.masked_fill(bad_cycle[..., None, None], torch.nan) for x in (background, analysis)
+        torch.stack(x).masked_fill(bad_cycle[..., None, None], torch.nan)
+        for x in ([s.background for s in stretches], [s.analysis for s in stretches])
     )
-    at_cycles = truth[interval::interval]
+    members, at_cycles = analysis.shape[2], truth[interval - 1 :: interval]
 
     def spread(x: Tensor) -> Tensor:
         return x.var(-2, unbiased=True).mean(-1).sqrt()
@@ -309,39 +508,46 @@ def _as_dataset(
         return x.transpose(0, 1).numpy()
 
     step, per_cycle = ("run", "time", "variable"), ("run", "cycle", "variable")
+    values = torch.stack([s.observations.values for s in stretches])
+    lost = [s.observations.missing for s in stretches]
+    missing = torch.stack([torch.zeros_like(v, dtype=bool) if m is None else m for v, m in zip(values, lost)])
     result = xr.Dataset(
         {
-            "truth": (step, by_run(truth[1:])),
+            "truth": (step, by_run(truth)),
             "estimate": (step, by_run(estimate)),
-            "rmse": (("run", "time"), by_run((estimate - truth[1:]).square().mean(-1).sqrt())),
+            "rmse": (("run", "time"), by_run((estimate - truth).square().mean(-1).sqrt())),
             "background": (per_cycle, by_run(background.mean(-2))),
             "analysis": (per_cycle, by_run(analysis.mean(-2))),
             "observations": (
                 ("run", "cycle", "observation"),
-                by_run(torch.stack([o.values for o in observations])),
+                by_run(values.masked_fill(missing, torch.nan)),
             ),
-            "failed": (("run",), failed.numpy()),
+            "missing": (("run", "cycle"), by_run(missing.sum(-1))),
         },
         coords={
             "time": (
                 "time",
-                np.arange(1, experiment.steps + 1) * experiment.nature.dt,
+                (first_cycle * interval + np.arange(1, count * interval + 1)) * experiment.nature.dt,
                 {"units": "model time units"},
             ),
             "cycle_time": (
                 "cycle",
-                np.arange(1, experiment.cycles + 1) * interval * experiment.nature.dt,
+                (first_cycle + np.arange(1, count + 1)) * interval * experiment.nature.dt,
             ),
             "variable": experiment.variables,
         },
     )
+    if getattr(method, "lag", 0) or getattr(method, "shift", method.window) < method.window:
+        smoothed = torch.stack([s.smoothed.mean(-2) for s in stretches])
+        result["smoothed"] = (per_cycle, by_run(smoothed.masked_fill(bad_cycle[..., None], torch.nan)))
     if members > 1:
         result["background_spread"] = (("run", "cycle"), by_run(spread(background)))
         result["analysis_spread"] = (("run", "cycle"), by_run(spread(analysis)))
         result["crps"] = (
             per_cycle,
-            crps_ensemble(by_run(at_cycles), by_run(analysis), m_axis=2, estimator="fair"),
+            crps_ensemble(by_run(at_cycles), by_run(analysis), m_axis=2, estimator="pwm"),
         )
+        result["rank"] = (per_cycle, by_run((analysis < at_cycles.unsqueeze(2)).sum(2)))
     if keep_members:
         whole = ("run", "cycle", "member", "variable")
         result["background_members"], result["analysis_members"] = (
@@ -352,35 +558,93 @@ def _as_dataset(
 
 # %% ../nbs/03_twin.ipynb #1d321234
 def scores(result: xr.Dataset) -> xr.Dataset:
-    """Scores of every run of a cycle; `mae`, `bias` and `rmse` (root mean over steps) also by variable.
+    """Scores of every run of a cycle after its burn-in; `mae`, `bias` and `rmse` (root mean over
+    steps) also by variable.
 
     Runs that failed are nan throughout: half a run is not a run.
     """
+    return _statistics(result).drop_vars(_HIDDEN, errors="ignore")
+
+
+_HIDDEN = ("squared_error", "variance", "ranks", "squared")
+
+# %% ../nbs/03_twin.ipynb #3d35a943
+def _scored(result: xr.Dataset) -> xr.Dataset:
+    """The part of a cycle that counts."""
+    burn_in = result.attrs.get("burn_in", 0)
+    interval = result.sizes["time"] // result.sizes["cycle"]
+    return result.isel(cycle=slice(burn_in, None), time=slice(burn_in * interval, None))
+
+
+def _spatial_rmse(x: xr.DataArray, truth: xr.DataArray) -> xr.DataArray:
+    return xr.DataArray(np.sqrt(((x.values - truth.values) ** 2).mean(-1)), dims=("run", "cycle"))
+
+
+def _statistics(result: xr.Dataset) -> xr.Dataset:
+    """Time means over a cycle, or pooled from those of its blocks."""
+    if "block" in result.dims:
+        blocks = result.drop_vars(["failed", "missing", "cycles"])
+        pooled = blocks.weighted(result.cycles).mean("block", skipna=False)
+        return pooled.assign(rmse=np.sqrt(pooled.squared))
+    result = _scored(result)
     error = result.estimate - result.truth
     at_cycles = result.truth.sel(time=result.cycle_time, method="nearest")
-
-    def spatial_rmse(x: xr.DataArray) -> xr.DataArray:
-        squared = (x.values - at_cycles.values) ** 2
-        return xr.DataArray(np.sqrt(squared.mean(-1)).mean(-1), dims="run")
-
+    squared = (error**2).mean("time", skipna=False)
     out = xr.Dataset(
         {
             "step_rmse": result.rmse.mean("time", skipna=False),
-            "analysis_rmse": spatial_rmse(result.analysis),
-            "background_rmse": spatial_rmse(result.background),
+            "analysis_rmse": _spatial_rmse(result.analysis, at_cycles).mean("cycle", skipna=False),
+            "background_rmse": _spatial_rmse(result.background, at_cycles).mean("cycle", skipna=False),
             "mae": abs(error).mean("time", skipna=False),
             "bias": error.mean("time", skipna=False),
-            "rmse": np.sqrt((error**2).mean("time", skipna=False)),
+            "rmse": np.sqrt(squared),
+            "squared": squared,
         }
     )
+    if "smoothed" in result:
+        out["smoother_rmse"] = _spatial_rmse(result.smoothed, at_cycles).mean("cycle", skipna=False)
     if "crps" in result:
         out["crps"] = result.crps.mean("cycle", skipna=False)
         out["spread"] = result.analysis_spread.mean("cycle", skipna=False)
+        out["variance"] = (result.analysis_spread**2).mean("cycle", skipna=False)
+        out["squared_error"] = (("run",), ((result.analysis - at_cycles.values) ** 2).values.mean((1, 2)))
+        bins = np.arange(result.attrs.get("members", int(result["rank"].max())) + 1)
+        counts = (result["rank"].values[..., None] == bins).mean((1, 2))
+        out["ranks"] = (("run", "bin"), np.where(np.isfinite(out.step_rmse.values)[:, None], counts, np.nan))
     else:
         out["crps"] = abs(result.analysis - at_cycles.values).mean("cycle", skipna=False)
     return out
 
 
+def _blocks_of_scores(
+    experiment, method, stretches, failed: Tensor, length: int = 50, most: int = 64
+) -> xr.Dataset:
+    """Statistics of blocks of `length` cycles; when there are `most`, neighbours are merged and blocks
+    are twice as long from then on.
+    """
+    blocks: list[xr.Dataset] = []
+    missing, full, done, stretches = 0, length, experiment.burn_in, iter(stretches)
+    for _ in itertools.islice(stretches, experiment.burn_in):
+        pass
+    while part := list(itertools.islice(stretches, length)):
+        block = _as_dataset(experiment, method, part, done, failed, False)
+        block.attrs["members"] = part[0].analysis.shape[1]
+        missing, done = missing + block.missing.sum("cycle"), done + len(part)
+        block = _statistics(block).drop_vars("rmse").assign(cycles=float(len(part)))
+        if blocks and blocks[-1].cycles < full:
+            block = _merge((blocks.pop(), block))
+        blocks.append(block)
+        if len(blocks) == most:
+            blocks, full = [_merge(pair) for pair in zip(blocks[::2], blocks[1::2])], 2 * full
+    return xr.concat(blocks, "block").assign(missing=missing)
+
+
+def _merge(blocks: tuple[xr.Dataset, ...]) -> xr.Dataset:
+    both = xr.concat(blocks, "block")
+    means = both.drop_vars("cycles").weighted(both.cycles).mean("block", skipna=False)
+    return means.assign(cycles=both.cycles.sum())
+
+# %% ../nbs/03_twin.ipynb #d22b8799
 def score_table(results: Mapping[str, xr.Dataset], condition: str = "") -> pd.DataFrame:
     """One row per method, metric and variable: mean and standard deviation over the runs that did
     not fail.
@@ -437,6 +701,90 @@ def stack_methods(results: Mapping[str, xr.Dataset]) -> xr.Dataset:
     return stacked.assign({name: first[name] for name in shared}).assign_attrs(
         {k: v for k, v in first.attrs.items() if not k.startswith("method") and k != "members"}
     )
+
+# %% ../nbs/03_twin.ipynb #941e54e6
+def time_mean(series: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean of a correlated `series` `(..., time)` over time, and the standard error of that mean.
+
+    The autocorrelation time is summed up to the first lag beyond five times itself (Sokal 1997).
+    """
+    series = np.asarray(series, dtype=float)
+    n, mean = series.shape[-1], series.mean(-1)
+    power = np.abs(np.fft.rfft(series - mean[..., None], 2 * n)) ** 2
+    covariance = np.fft.irfft(power)[..., :n] / n
+    variance = covariance[..., 0]
+    rho = covariance / np.where(variance > 0, variance, 1.0)[..., None]
+    tau = np.maximum(2 * rho.cumsum(-1) - 1, 1 / n)
+    stop = np.argmax(np.arange(n) >= 5 * tau, axis=-1)
+    tau = np.take_along_axis(tau, np.where(stop > 0, stop, n - 1)[..., None], -1)[..., 0]
+    return mean, np.sqrt(variance * tau / n)
+
+# %% ../nbs/03_twin.ipynb #cc57a926
+def mean_and_error(result: xr.Dataset, metric: str = "analysis_rmse") -> tuple[float, float]:
+    """A score of a cycle with its standard error, over the runs that did not fail.
+
+    From the spread between runs if ten or more are left, from the autocorrelation within them if there
+    are fewer. Raises `ValueError` for a metric that the cycle does not have.
+    """
+    known = scores(result)
+    if metric not in known:
+        raise ValueError(f"metric: expected one of {', '.join(map(str, known.data_vars))}, got {metric!r}")
+    values = known[metric].mean("variable", skipna=False) if "variable" in known[metric].dims else known[metric]
+    kept = np.isfinite(values.values)
+    values = values.values[kept]
+    if len(values) >= 10 or not len(values):
+        error = values.std(ddof=1) / len(values) ** 0.5 if len(values) else np.nan
+    elif "block" in result.dims:
+        blocks = result[metric if metric != "rmse" else "squared"].transpose("block", "run", ...).values[:, kept]
+        blocks = blocks.reshape(*blocks.shape[:2], -1).mean(-1)
+        many = len(blocks) > 1
+        error = (blocks.var(0, ddof=1).mean() / len(blocks) / len(values)) ** 0.5 if many else np.nan
+    else:
+        within = time_mean(_series(result, metric)[kept])[1]
+        error = np.sqrt((within**2).mean() / len(values))
+    return (float(values.mean()) if len(values) else np.nan), float(error)
+
+
+def _series(result: xr.Dataset, metric: str) -> np.ndarray:
+    """What `metric` is the time mean of, `(run, time)`."""
+    result = _scored(result)
+    at_cycles = result.truth.sel(time=result.cycle_time, method="nearest")
+    error = (result.estimate - result.truth).values
+    return {
+        "step_rmse": lambda: result.rmse.values,
+        "analysis_rmse": lambda: _spatial_rmse(result.analysis, at_cycles).values,
+        "background_rmse": lambda: _spatial_rmse(result.background, at_cycles).values,
+        "smoother_rmse": lambda: _spatial_rmse(result.smoothed, at_cycles).values,
+        "mae": lambda: abs(error).mean(-1),
+        "bias": lambda: error.mean(-1),
+        "rmse": lambda: np.sqrt((error**2).mean(-1)),
+        "spread": lambda: result.analysis_spread.values,
+        "crps": lambda: (
+            result.crps if "crps" in result else abs(result.analysis - at_cycles.values)
+        ).values.mean(-1),
+    }[metric]()
+
+# %% ../nbs/03_twin.ipynb #d4ba5043
+def rank_histogram(result: xr.Dataset) -> np.ndarray:
+    """How often the truth had each rank in the analysis ensemble: `members + 1` fractions that add up
+    to one, over the variables, cycles and runs that count. Raises `ValueError` for a single forecast.
+    """
+    statistics = _statistics(result)
+    if "ranks" not in statistics:
+        raise ValueError("members: a rank histogram needs an ensemble of at least 2, got 1")
+    return statistics.ranks.mean("run").values
+
+
+def spread_skill(result: xr.Dataset) -> xr.DataArray:
+    """Spread over skill of every run: the root of (N+1)/N times the mean variance of the analysis
+    ensemble, over the root mean squared error of its mean; 1 is honest, less is overconfident (Fortin
+    et al. 2014). Raises `ValueError` for a single forecast.
+    """
+    statistics = _statistics(result)
+    if "variance" not in statistics:
+        raise ValueError("members: spread and skill need an ensemble of at least 2, got 1")
+    n = result.attrs["members"]
+    return np.sqrt((n + 1) / n * statistics.variance / statistics.squared_error)
 
 # %% ../nbs/03_twin.ipynb #c7705ba9
 @dataclass(frozen=True)
