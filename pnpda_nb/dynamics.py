@@ -45,10 +45,10 @@ class Model(Protocol):
 def rk4(tendency: Callable[[Tensor], Tensor], state: Tensor, dt: float) -> Tensor:
     """One classical fourth-order Runge-Kutta step of length `dt` from `state` `(..., dim)`."""
     k1 = tendency(state)
-    k2 = tendency(state + dt / 2 * k1)
-    k3 = tendency(state + dt / 2 * k2)
-    k4 = tendency(state + dt * k3)
-    return state + dt / 6 * (k1 + 2 * (k2 + k3) + k4)
+    k2 = tendency(torch.add(state, k1, alpha=dt / 2))  # state + dt / 2 * k1, in one pass
+    k3 = tendency(torch.add(state, k2, alpha=dt / 2))
+    k4 = tendency(torch.add(state, k3, alpha=dt))
+    return torch.add(state, torch.add(k1 + k4, k2 + k3, alpha=2), alpha=dt / 6)
 
 # %% ../nbs/01_dynamics.ipynb #3b50dcb3
 def _require(holds: bool, argument: str, expected: str, got: object) -> None:
@@ -102,9 +102,9 @@ class Lorenz63:
 
     def tendency(self, state: Tensor) -> Tensor:
         x, y, z = state.unbind(-1)
-        return torch.stack(
-            (self.sigma * (y - x), x * (self.rho - z) - y, x * y - self.beta * z), dim=-1
-        )
+        slope_y = torch.addcmul(self.rho * x - y, x, z, value=-1)  # ρ x - y - x z
+        slope_z = torch.sub(x * y, z, alpha=self.beta)
+        return torch.stack((self.sigma * (y - x), slope_y, slope_z), dim=-1)
 
     def step(self, state: Tensor) -> Tensor:
         return rk4(self.tendency, state, self.dt)
@@ -390,7 +390,8 @@ class KuramotoSivashinsky:
     `boundary` is "clamped" (u = u_x = 0 at the walls), "hinged" (u = u_xx = 0) or "periodic". Between walls the
     state holds the `dim` interior points, `length / (dim + 1)` apart, and one step costs O(dim²); a periodic
     domain has points `length / dim` apart and Fourier modes. Kassam and Trefethen's own case is
-    `KuramotoSivashinsky(dim=128, length=32 * math.pi, viscosity=1, boundary="periodic", substeps=1)`.
+    `KuramotoSivashinsky(dim=128, length=32 * math.pi, viscosity=1, boundary="periodic")`, and their step of a
+    quarter is the default here.
     """
 
     dim: int = 127
@@ -398,7 +399,7 @@ class KuramotoSivashinsky:
     viscosity: float = 0.5
     boundary: str = "clamped"
     dt: float = 0.25
-    substeps: int = 3
+    substeps: int = 1
     names: tuple[str, ...] = field(default=(), init=False, repr=False)
 
     def __post_init__(self):

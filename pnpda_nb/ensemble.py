@@ -122,15 +122,15 @@ class EnKF(EnsembleFilter):
         return lambda states: states + (anomalies(states).mT @ shown @ weights).mT
 
 # %% ../nbs/05_ensemble.ipynb #0e6e83d0
-def ensemble_weights(precision: Tensor, pull: Tensor) -> tuple[Tensor, Tensor]:
+def ensemble_weights(information: Tensor, pull: Tensor) -> tuple[Tensor, Tensor]:
     """The weights of the mean `(..., member)` and the transform `(..., member, member)` of the ETKF, from
-    C = `precision` `(..., member, member)` and Y P⁻¹ (y − ȳ) = `pull` `(..., member)`.
+    C = `information` `(..., member, member)` and Y P⁻¹ (y − ȳ) = `pull` `(..., member)`.
 
     A matrix that is not finite gives weights of nan, and leaves the rest of the batch alone.
     """
-    members = precision.shape[-1]
-    broken = ~torch.isfinite(precision).all(-1, keepdim=True).all(-2, keepdim=True)
-    safe = torch.where(broken, torch.zeros_like(precision), precision)
+    members = information.shape[-1]
+    broken = ~torch.isfinite(information).all(-1, keepdim=True).all(-2, keepdim=True)
+    safe = torch.where(broken, torch.zeros_like(information), information)
     values, vectors = torch.linalg.eigh(safe)
     values = values.clamp_min(0) + (members - 1)
     mean = (vectors @ ((vectors.mT @ pull.unsqueeze(-1)) / values.unsqueeze(-1))).squeeze(-1)
@@ -250,7 +250,7 @@ class LETKF(EnsembleFilter):
         if self.rotate:
             rotation = random_rotation(tuple(batch), members, generator).to(states)
             rotation = rotation.reshape(-1, 1, members, members)
-        shown, spread = anomalies(shown), anomalies(states)
+        shown, departures = anomalies(shown), anomalies(states)
         analysis = torch.empty_like(states)
         # as many variables at a time as fit into a modest piece of memory
         most = len(states) * members * max(members, number.shape[1], 1)
@@ -258,7 +258,7 @@ class LETKF(EnsembleFilter):
             local = self._local(shown, innovation, observations, number[block], taper[block])
             mean, transform = ensemble_weights(*local)
             transform = transform if rotation is None else rotation @ transform
-            anomaly = spread[..., block].mT.unsqueeze(-1)  # (batch, block, member, 1)
+            anomaly = departures[..., block].mT.unsqueeze(-1)  # (batch, block, member, 1)
             moved = (mean.unsqueeze(-2) @ anomaly + transform @ anomaly).squeeze(-1)
             analysis[..., block] = states[..., block].mean(-2, keepdim=True) + moved.mT
         return inflate(
@@ -315,8 +315,8 @@ class EnKS(EnsembleFilter):
     ) -> Tensor:
         if background.shape[-2] < 2:
             raise ValueError(f"members: EnKS needs an ensemble of at least 2, got {background.shape[-2]}")
-        filter = EnKF() if self.kind == "stochastic" else ETKF(rotate=self.rotate)
-        update = filter.update(background, observations, generator)
+        method = EnKF() if self.kind == "stochastic" else ETKF(rotate=self.rotate)
+        update = method.update(background, observations, generator)
         analysis = inflate(
             update(background), background, generator, self.inflation, self.relaxation, self.additive
         )
@@ -328,6 +328,7 @@ def systematic_resampling(weights: Tensor, generator: torch.Generator) -> Tensor
     add up to one; a particle of weight w is drawn N w times, rounded up or down.
     """
     members = weights.shape[-1]
+    # a uniform number from every run's own stream
     start = torch.special.ndtr(standard_normal((*weights.shape[:-1], 1), generator)).to(weights)
     comb = (start + torch.arange(members, device=weights.device)) / members
     return torch.searchsorted(weights.cumsum(-1).contiguous(), comb).clamp_max(members - 1)
@@ -419,6 +420,7 @@ class EnRDA:
         plan = entropic_plan(*clouds, self.regularisation, self.iterations).flatten(1)
         lost = ~(torch.isfinite(plan).all(1) & (plan.sum(1) > 0))   # clouds too far apart for numbers
         plan = plan.masked_fill(lost[:, None], 1.0).clamp_min(0)
+        # uniform numbers from every run's own stream
         chance = torch.special.ndtr(standard_normal((*batch, members), generator)).to(plan).reshape(-1, members)
         mass = (plan / plan.sum(1, keepdim=True)).cumsum(1)
         pairs = torch.searchsorted(mass, chance).clamp_max(members**2 - 1)

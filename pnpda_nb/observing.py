@@ -412,7 +412,9 @@ def gaspari_cohn(distance: Tensor, half_width: float) -> Tensor:
 
 # %% ../nbs/02_observing.ipynb #039ced53
 def gaspari_cohn_matrix(dim: int, half_width: float, periodic: bool = False) -> Tensor:
-    """Correlations `(dim, dim)` between grid points; `half_width` in grid intervals."""
+    """Correlations `(dim, dim)` between grid points; `half_width` in grid intervals. Positive definite on a
+    periodic domain for half-widths up to `dim / 4`.
+    """
     index = torch.arange(dim, dtype=torch.float64)
     distance = (index[:, None] - index[None, :]).abs()
     return gaspari_cohn(torch.minimum(distance, dim - distance) if periodic else distance, half_width)

@@ -388,8 +388,9 @@ def cycle(
     other summaries need, in memory that does not grow with the number of cycles. Raises
     `ValueError` for fewer than one run or member, or a method without a `window`.
     """
-    if members < 1:
-        raise ValueError(f"members: expected at least 1, got {members}")
+    for name, count in (("members", members), ("runs", runs)):
+        if count < 1:
+            raise ValueError(f"{name}: expected at least 1, got {count}")
     window = getattr(method, "window", None)
     if not isinstance(window, int) or window < 1:
         raise ValueError(f"method: expected one with a window of at least 1, got window={window}")
@@ -547,7 +548,8 @@ def _as_dataset(
             per_cycle,
             crps_ensemble(by_run(at_cycles), by_run(analysis), m_axis=2, estimator="pwm"),
         )
-        result["rank"] = (per_cycle, by_run((analysis < at_cycles.unsqueeze(2)).sum(2)))
+        rank = (analysis < at_cycles.unsqueeze(2)).sum(2).double()
+        result["rank"] = (per_cycle, by_run(rank.masked_fill(bad_cycle[..., None], torch.nan)))
     if keep_members:
         whole = ("run", "cycle", "member", "variable")
         result["background_members"], result["analysis_members"] = (
@@ -608,7 +610,7 @@ def _statistics(result: xr.Dataset) -> xr.Dataset:
         out["spread"] = result.analysis_spread.mean("cycle", skipna=False)
         out["variance"] = (result.analysis_spread**2).mean("cycle", skipna=False)
         out["squared_error"] = (("run",), ((result.analysis - at_cycles.values) ** 2).values.mean((1, 2)))
-        bins = np.arange(result.attrs.get("members", int(result["rank"].max())) + 1)
+        bins = np.arange(result.attrs["members"] + 1)
         counts = (result["rank"].values[..., None] == bins).mean((1, 2))
         out["ranks"] = (("run", "bin"), np.where(np.isfinite(out.step_rmse.values)[:, None], counts, np.nan))
     else:
@@ -617,15 +619,18 @@ def _statistics(result: xr.Dataset) -> xr.Dataset:
 
 
 def _blocks_of_scores(
-    experiment, method, stretches, failed: Tensor, length: int = 50, most: int = 64
+    experiment, method, stretches, failed: Tensor, most: int = 16
 ) -> xr.Dataset:
-    """Statistics of blocks of `length` cycles; when there are `most`, neighbours are merged and blocks
-    are twice as long from then on.
+    """Statistics of blocks of at most 50 cycles, fewer if states are large; when there are `most`,
+    neighbours are merged and blocks are twice as long from then on.
     """
     blocks: list[xr.Dataset] = []
-    missing, full, done, stretches = 0, length, experiment.burn_in, iter(stretches)
+    missing, done, stretches = 0, experiment.burn_in, iter(stretches)
     for _ in itertools.islice(stretches, experiment.burn_in):
         pass
+    first = next(stretches)
+    stretches = itertools.chain([first], stretches)
+    length = full = max(1, min(50, 2_000_000 // (first.analysis.numel() + first.estimate.numel())))
     while part := list(itertools.islice(stretches, length)):
         block = _as_dataset(experiment, method, part, done, failed, False)
         block.attrs["members"] = part[0].analysis.shape[1]
@@ -723,8 +728,8 @@ def time_mean(series: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def mean_and_error(result: xr.Dataset, metric: str = "analysis_rmse") -> tuple[float, float]:
     """A score of a cycle with its standard error, over the runs that did not fail.
 
-    From the spread between runs if ten or more are left, from the autocorrelation within them if there
-    are fewer. Raises `ValueError` for a metric that the cycle does not have.
+    From the spread between runs if ten or more are left; if there are fewer, from the autocorrelation
+    within them or, of a cycle that kept its scores alone, from the spread of its blocks. Raises `ValueError` for a metric that the cycle does not have.
     """
     known = scores(result)
     if metric not in known:
@@ -735,13 +740,15 @@ def mean_and_error(result: xr.Dataset, metric: str = "analysis_rmse") -> tuple[f
     if len(values) >= 10 or not len(values):
         error = values.std(ddof=1) / len(values) ** 0.5 if len(values) else np.nan
     elif "block" in result.dims:
-        blocks = result[metric if metric != "rmse" else "squared"].transpose("block", "run", ...).values[:, kept]
-        blocks = blocks.reshape(*blocks.shape[:2], -1).mean(-1)
+        blocks = result["squared" if metric == "rmse" else metric].transpose("block", "run", ...)
+        blocks = blocks.values[:, kept].reshape(result.sizes["block"], len(values), -1).mean(-1)
         many = len(blocks) > 1
         error = (blocks.var(0, ddof=1).mean() / len(blocks) / len(values)) ** 0.5 if many else np.nan
     else:
         within = time_mean(_series(result, metric)[kept])[1]
         error = np.sqrt((within**2).mean() / len(values))
+    if metric == "rmse" and len(values) < 10:  # what is averaged over time are squares
+        error = error / (2 * values.mean())
     return (float(values.mean()) if len(values) else np.nan), float(error)
 
 
@@ -757,7 +764,7 @@ def _series(result: xr.Dataset, metric: str) -> np.ndarray:
         "smoother_rmse": lambda: _spatial_rmse(result.smoothed, at_cycles).values,
         "mae": lambda: abs(error).mean(-1),
         "bias": lambda: error.mean(-1),
-        "rmse": lambda: np.sqrt((error**2).mean(-1)),
+        "rmse": lambda: (error**2).mean(-1),
         "spread": lambda: result.analysis_spread.values,
         "crps": lambda: (
             result.crps if "crps" in result else abs(result.analysis - at_cycles.values)

@@ -78,7 +78,7 @@ def test_that_streams_repeat_themselves_and_not_each_other(seed, name):
         (lambda: Covariance([[math.nan]], "P"), "P"),
         (lambda: Covariance([1.0, 2.0], "P"), "P"),
         (lambda: ObservingNetwork(Select((0,), 3), Covariance(np.eye(2))), "covariance"),
-        (lambda: ObservingNetwork(Select((0,), 3), Covariance([[1.0]])).report(torch.tensor([math.nan])), "values"),
+        (lambda: ObservingNetwork(Select((0,), 3), Covariance([[1.0]])).report(torch.tensor([math.inf])), "values"),
         (lambda: gaspari_cohn(1.0, half_width=0), "half_width"),
     ],
 )

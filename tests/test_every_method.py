@@ -10,10 +10,30 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pnpda_nb.dynamics import FunctionModel, KuramotoSivashinsky, Lorenz63, standard_normal, stream
-from pnpda_nb.observing import Covariance, DiagonalCovariance, Linear, Nonlinear, ObservingNetwork, Select
+from pnpda_nb.dynamics import (
+    FunctionModel,
+    KuramotoSivashinsky,
+    Lorenz63,
+    standard_normal,
+    stream,
+)
+from pnpda_nb.observing import (
+    Covariance,
+    DiagonalCovariance,
+    Linear,
+    Nonlinear,
+    ObservingNetwork,
+    Select,
+)
 from pnpda_nb.testbeds import METHODS, TESTBEDS, climate_of, method_by_name
-from pnpda_nb.twin import Forecast, cycle, mean_and_error, rank_histogram, scores, spread_skill
+from pnpda_nb.twin import (
+    Forecast,
+    cycle,
+    mean_and_error,
+    rank_histogram,
+    scores,
+    spread_skill,
+)
 from pnpda_nb.variational import FourDVar, ThreeDVar, WeakFourDVar
 
 NEEDS_ENSEMBLE = ("enkf", "etkf", "letkf", "enks", "enrda")

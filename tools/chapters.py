@@ -90,6 +90,9 @@ def execute(name: str, keep: bool = True) -> tuple[str, float, str]:
         return bool(SLOW_FLAGS & directives.keys())
 
     sys.path.insert(0, str(ROOT))
+    for cell in book.cells:  # a cell that prints nothing any more must not keep what it once printed
+        if not skip(cell):
+            cell.outputs = []
     shell, start = CaptureShell(path, mpl_format="png"), time.perf_counter()
     try:
         with working_directory(NOTEBOOKS):
