@@ -69,7 +69,8 @@ def inflate(
 @dataclass(frozen=True)
 class EnsembleFilter:
     """What all ensemble Kalman filters share: `inflation` multiplies the anomalies after the analysis,
-    `relaxation` is RTPS's α, `additive` the standard deviation of added noise.
+    `relaxation` is RTPS's α, `additive` the standard deviation of added noise. All three act at every
+    analysis, also where nothing was observed.
 
     Raises `ValueError` for an ensemble of one, and for settings out of range.
     """
@@ -237,6 +238,8 @@ class LETKF(EnsembleFilter):
             raise ValueError(f"members: LETKF needs an ensemble of at least 2, got {members}")
         if observations.operator.sites is None:
             raise ValueError("sites: LETKF needs an operator that says where its observations are")
+        if not all(0 <= site < dim for site in observations.operator.sites):
+            raise ValueError(f"sites: expected numbers from 0 to {dim - 1}, got one that is not")
         number, apart = neighbours(dim, observations.operator.sites, 2 * self.half_width, self.distance)
         taper = torch.ones_like(apart)
         if self.half_width < float("inf"):
@@ -305,8 +308,8 @@ class EnKS(EnsembleFilter):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.lag >= 1:
-            raise ValueError(f"lag: expected at least 1, got {self.lag}")
+        if not (isinstance(self.lag, int) and self.lag >= 1):
+            raise ValueError(f"lag: expected a whole number of at least 1, got {self.lag}")
         if self.kind not in ("stochastic", "symmetric"):
             raise ValueError(f"kind: expected 'stochastic' or 'symmetric', got {self.kind!r}")
 
@@ -402,6 +405,10 @@ class EnRDA:
         *batch, members, dim = background.shape
         if members < 2:
             raise ValueError(f"members: EnRDA needs an ensemble of at least 2, got {members}")
+        if observations.missing is not None:
+            raise ValueError(
+                "observations: EnRDA needs every component of the state observed, got missing values"
+            )
         operator = observations.operator
         if not (
             operator.linear

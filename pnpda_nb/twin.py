@@ -8,9 +8,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import warnings
 from collections import deque
 from dataclasses import dataclass, field, replace
+from functools import partial
+from numbers import Integral
 from typing import Callable, Iterator, Literal, Mapping, Protocol, Sequence, runtime_checkable
 
 import numpy as np
@@ -39,6 +42,13 @@ __all__ = ['TwinExperiment', 'nature_start', 'nature_intervals', 'nature_run', '
            'Tuned', 'tune']
 
 # %% ../nbs/03_twin.ipynb #cf0d14c8
+def _require_count(name: str, value: object, least: int) -> None:
+    if not isinstance(value, Integral):
+        raise ValueError(f"{name}: expected a whole number, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+# %% ../nbs/03_twin.ipynb #a1703d7c
 @dataclass(frozen=True, eq=False)
 class TwinExperiment:
     """Everything about a twin experiment but the method, the number of runs and the seed.
@@ -69,16 +79,15 @@ class TwinExperiment:
     resolve: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self):
-        for name, least in (
-            ("interval", 1),
-            ("cycles", 1),
-            ("spin_up", 0),
-            ("start_variance", 0),
-            ("background_variance", 0),
-            ("burn_in", 0),
-        ):
-            if not getattr(self, name) >= least:
-                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        for name, least in (("interval", 1), ("cycles", 1), ("spin_up", 0), ("burn_in", 0)):
+            _require_count(name, getattr(self, name), least)
+        for name in ("start_variance", "background_variance"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        if not math.isclose(self.nature.dt, self.forecast_model.dt):
+            raise ValueError(
+                f"forecast_model: expected time steps of {self.nature.dt} as nature's, got {self.forecast_model.dt}"
+            )
         if len(self.start) != self.nature.dim:
             raise ValueError(f"start: expected {self.nature.dim} numbers, got {len(self.start)}")
         resolved = self.resolved(torch.tensor(self.start, dtype=torch.float64)).shape[-1]
@@ -143,7 +152,10 @@ def nature_intervals(
             error = experiment.nature_error.variance**0.5 * draws.transpose(0, 1)
         states = trajectory(experiment.nature, state, experiment.interval, error)[1:]
         if not torch.isfinite(states).all():
-            raise ValueError("nature: the nature run became non-finite; is the time step too long?")
+            lost = (~torch.isfinite(states)).any(-1).any(0).nonzero()[:, 0].tolist()
+            raise ValueError(
+                f"nature: the nature run became non-finite in runs {lost[:5]}; is the time step too long?"
+            )
         state = states[-1]
         yield experiment.resolved(states)
 
@@ -321,28 +333,31 @@ def _same_shape(method: Method, background: Tensor, analysis: Tensor) -> None:
         )
 
 # %% ../nbs/03_twin.ipynb #4224b0f9
-def window_cycle(method, nature, forecast, advance, state, set_aside, generator) -> Iterator[Stretch]:
-    """Cycle a method that analyses the start of a window; arguments as for `filter_cycle`."""
+def window_cycle(
+    method, nature, forecast, advance, state, set_aside, generator, cycles: int
+) -> Iterator[Stretch]:
+    """Cycle a method that analyses the start of a window; arguments as for `filter_cycle`. If the number
+    of `cycles` is no multiple of the shift, the first move is shorter.
+    """
     window, shift = method.window, getattr(method, "shift", method.window)
     if not 1 <= shift <= window:
         raise ValueError(f"shift: expected 1 to {window}, the method's window, got {shift}")
     inside: deque[Stretch] = deque()
     arrivals, end, path = iter(nature), 0, [state]
-    while True:
-        arrived = list(itertools.islice(arrivals, shift))
-        if not arrived:
-            break
+    for move in [cycles % shift] * bool(cycles % shift) + [shift] * (cycles // shift):
+        arrived = list(itertools.islice(arrivals, move))
+        now = end  # the first cycle that this move adds, counted from 0
         # move the start of the window on: along the analysed states if the method gave them, or by forecasts
         for _ in range(max(0, len(inside) + len(arrived) - window)):
             yield inside.popleft()
             path = path[1:] if len(path) > 1 else [advance(path[0])[-1]]
         end += len(arrived)
-        background = set_aside(path[0], end - 1)
+        background = set_aside(path[0], now)
         before = [trajectory(forecast.model, background, forecast.interval)]
         for _ in range(len(inside) + len(arrived) - 1):
             before.append(trajectory(forecast.model, before[-1][-1], forecast.interval))
         for (truth, observations), states in zip(arrived, before[len(inside) :]):
-            last = set_aside(states[-1], end - 1)
+            last = set_aside(states[-1], now)
             inside.append(Stretch(truth, observations, states[1:], last, last, last))
         seen = [stretch.observations for stretch in inside]
         analysed = method.analyse(background, seen, forecast=forecast, generator=generator)
@@ -352,11 +367,11 @@ def window_cycle(method, nature, forecast, advance, state, set_aside, generator)
                 f"{type(method).__name__}: expected analyses of {len(seen) + 1} times, got {len(analysed)}"
             )
         _same_shape(method, background, analysed[0] if whole else analysed)
-        path = [set_aside(x, end - 1) for x in analysed] if whole else [set_aside(analysed, end - 1)]
+        path = [set_aside(x, now) for x in analysed] if whole else [set_aside(analysed, now)]
         start = path[0]
         for j, stretch in enumerate(inside):
             states = trajectory(forecast.model, path[j] if whole else start, forecast.interval)
-            start = path[j + 1] if whole else set_aside(states[-1], end - 1)
+            start = path[j + 1] if whole else set_aside(states[-1], now)
             if j >= len(inside) - len(arrived):
                 states[-1] = stretch.analysis = start
                 stretch.estimate = states[1:]
@@ -389,10 +404,9 @@ def cycle(
     `ValueError` for fewer than one run or member, or a method without a `window`.
     """
     for name, count in (("members", members), ("runs", runs)):
-        if count < 1:
-            raise ValueError(f"{name}: expected at least 1, got {count}")
+        _require_count(name, count, 1)
     window = getattr(method, "window", None)
-    if not isinstance(window, int) or window < 1:
+    if not isinstance(window, Integral) or window < 1:
         raise ValueError(f"method: expected one with a window of at least 1, got window={window}")
     if keep not in ("all", "scores"):
         raise ValueError(f"keep: expected 'all' or 'scores', got {keep!r}")
@@ -407,12 +421,12 @@ def cycle(
         centre = torch.tensor(experiment.start, dtype=torch.float64)
         first = centre + experiment.start_variance**0.5 * first_error
     failed = torch.full((runs,), -1)
-    size = max(1.0, float(beginning.abs().max()))
+    size = beginning.abs().amax((1, 2), keepdim=True).clamp_min(1.0)  # of each run
 
     def watched():
         nonlocal size
         for truth, observations in nature:
-            size = max(size, float(truth.abs().max()))
+            size = torch.maximum(size, truth.abs().amax((0, 2))[:, None, None])
             yield truth, observations
 
     def set_aside(state: Tensor, k: int) -> Tensor:
@@ -425,14 +439,16 @@ def cycle(
             error = experiment.model_error.variance**0.5 * noise.draw(interval, members, experiment.dim)
         return trajectory(model, state, interval, error)
 
-    loop = window_cycle if getattr(method, "from_start", window > 1) else filter_cycle
+    loop = filter_cycle
+    if getattr(method, "from_start", window > 1):
+        loop = partial(window_cycle, cycles=experiment.cycles)
     stretches = loop(
         method, watched(), Forecast(model, interval), advance, first, set_aside,
         RunStreams(seed, split, "method", runs=runs),
     )  # fmt: skip
     # bars go away when done, and stay off where there is no terminal to draw them on
     bar = tqdm(
-        stretches,
+        map(_averaged, stretches),
         total=experiment.cycles,
         desc=progress if isinstance(progress, str) else type(method).__name__,
         disable=None if progress else True,
@@ -464,6 +480,12 @@ def cycle(
     return result
 
 
+def _averaged(stretch: Stretch) -> Stretch:
+    """Of the states between analyses only the mean is of use, and they are many."""
+    stretch.estimate = stretch.estimate.mean(-2, keepdim=True)
+    return stretch
+
+
 def _settings_of(method: Method) -> str:
     """The plain settings of a method, as JSON: numbers and words, not priors or matrices."""
     fields = dataclasses.fields(method) if dataclasses.is_dataclass(method) else ()
@@ -476,7 +498,7 @@ def _settings_of(method: Method) -> str:
     )
 
 
-def _set_aside(state: Tensor, first: Tensor, failed: Tensor, k: int, limit: float) -> Tensor:
+def _set_aside(state: Tensor, first: Tensor, failed: Tensor, k: int, limit: Tensor) -> Tensor:
     """Note runs of `state` `(run, member, dim)` that are not finite, or beyond `limit` and about to
     be so, and put a harmless state in their place.
     """
@@ -540,7 +562,8 @@ def _as_dataset(
     )
     if getattr(method, "lag", 0) or getattr(method, "shift", method.window) < method.window:
         smoothed = torch.stack([s.smoothed.mean(-2) for s in stretches])
-        result["smoothed"] = (per_cycle, by_run(smoothed.masked_fill(bad_cycle[..., None], torch.nan)))
+        # a failure reaches back as far as the method looks: nothing of such a run is kept
+        result["smoothed"] = (per_cycle, by_run(smoothed.masked_fill((failed >= 0)[:, None], torch.nan)))
     if members > 1:
         result["background_spread"] = (("run", "cycle"), by_run(spread(background)))
         result["analysis_spread"] = (("run", "cycle"), by_run(spread(analysis)))
@@ -621,7 +644,7 @@ def _statistics(result: xr.Dataset) -> xr.Dataset:
 def _blocks_of_scores(
     experiment, method, stretches, failed: Tensor, most: int = 16
 ) -> xr.Dataset:
-    """Statistics of blocks of at most 50 cycles, fewer if states are large; when there are `most`,
+    """Statistics of blocks of at most 50 cycles, fewer if there are few or states are large; when there are `most`,
     neighbours are merged and blocks are twice as long from then on.
     """
     blocks: list[xr.Dataset] = []
@@ -630,7 +653,8 @@ def _blocks_of_scores(
         pass
     first = next(stretches)
     stretches = itertools.chain([first], stretches)
-    length = full = max(1, min(50, 2_000_000 // (first.analysis.numel() + first.estimate.numel())))
+    scored = experiment.cycles - experiment.burn_in
+    length = full = max(1, min(50, scored // 8, 2_000_000 // first.analysis.numel()))
     while part := list(itertools.islice(stretches, length)):
         block = _as_dataset(experiment, method, part, done, failed, False)
         block.attrs["members"] = part[0].analysis.shape[1]
@@ -711,18 +735,24 @@ def stack_methods(results: Mapping[str, xr.Dataset]) -> xr.Dataset:
 def time_mean(series: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean of a correlated `series` `(..., time)` over time, and the standard error of that mean.
 
-    The autocorrelation time is summed up to the first lag beyond five times itself (Sokal 1997).
+    The autocorrelation is summed over its initial positive monotone sequence (Geyer 1992); a single time
+    has an error of nan. Raises `ValueError` for none.
     """
     series = np.asarray(series, dtype=float)
-    n, mean = series.shape[-1], series.mean(-1)
+    n = series.shape[-1]
+    if n < 1:
+        raise ValueError("series: expected at least one time, got none")
+    mean = series.mean(-1)
+    if n == 1:
+        return mean, np.full_like(mean, np.nan)
     power = np.abs(np.fft.rfft(series - mean[..., None], 2 * n)) ** 2
     covariance = np.fft.irfft(power)[..., :n] / n
     variance = covariance[..., 0]
     rho = covariance / np.where(variance > 0, variance, 1.0)[..., None]
-    tau = np.maximum(2 * rho.cumsum(-1) - 1, 1 / n)
-    stop = np.argmax(np.arange(n) >= 5 * tau, axis=-1)
-    tau = np.take_along_axis(tau, np.where(stop > 0, stop, n - 1)[..., None], -1)[..., 0]
-    return mean, np.sqrt(variance * tau / n)
+    pairs = rho[..., : n - n % 2].reshape(*rho.shape[:-1], -1, 2).sum(-1)
+    pairs = np.where(np.cumprod(pairs > 0, -1), pairs, 0.0)
+    tau = 2 * np.minimum.accumulate(pairs, -1).sum(-1) - 1
+    return mean, np.sqrt(variance * np.maximum(tau, 1 / n) / n)
 
 # %% ../nbs/03_twin.ipynb #cc57a926
 def mean_and_error(result: xr.Dataset, metric: str = "analysis_rmse") -> tuple[float, float]:
@@ -742,8 +772,11 @@ def mean_and_error(result: xr.Dataset, metric: str = "analysis_rmse") -> tuple[f
     elif "block" in result.dims:
         blocks = result["squared" if metric == "rmse" else metric].transpose("block", "run", ...)
         blocks = blocks.values[:, kept].reshape(result.sizes["block"], len(values), -1).mean(-1)
+        weight = (result.cycles / result.cycles.sum()).values
+        apart = (weight[:, None] * (blocks - weight @ blocks)) ** 2
         many = len(blocks) > 1
-        error = (blocks.var(0, ddof=1).mean() / len(blocks) / len(values)) ** 0.5 if many else np.nan
+        within = apart.sum(0) / (1 - (weight**2).sum()) if many else np.full(len(values), np.nan)
+        error = np.sqrt(within.mean() / len(values))
     else:
         within = time_mean(_series(result, metric)[kept])[1]
         error = np.sqrt((within**2).mean() / len(values))

@@ -203,7 +203,9 @@ class FourDVar:
 
     def __post_init__(self):
         _check_scale(self.scale)
-        if not 1 <= self.shift <= self.window:
+        if not (isinstance(self.window, int) and self.window >= 1):
+            raise ValueError(f"window: expected a whole number of at least 1, got {self.window!r}")
+        if not (isinstance(self.shift, int) and 1 <= self.shift <= self.window):
             raise ValueError(f"shift: expected 1 to {self.window}, the window, got {self.shift}")
         if not self.iterations >= 1:
             raise ValueError(f"iterations: expected at least 1, got {self.iterations}")
@@ -281,8 +283,9 @@ class WeakFourDVar:
     """Weak-constraint 4D-Var: the states at the start and at all observation times of a window, with
     model errors of covariance `model_error` per observation interval, by Gauss-Newton (Trémolet 2006).
 
-    The other settings are those of `FourDVar`; returns all states of the window `(window + 1, ...,
-    member, dim)`.
+    All observations of the window are used, by every window that they are in: what earlier windows made
+    of them is in the background only as far as it concerns the start. The other settings are those of
+    `FourDVar`; returns all states of the window `(window + 1, ..., member, dim)`.
     """
 
     covariance: Covariance
@@ -302,7 +305,7 @@ class WeakFourDVar:
         _check_size(self.model_error, background)
         precision = self.covariance.inverse.to(background) / self.scale
         rigidity = self.model_error.inverse.to(background)
-        old, times = max(0, len(observations) - self.shift), len(observations) + 1
+        times = len(observations) + 1
 
         def unstack(flat: Tensor) -> Tensor:
             """All states of the window with time first, from one long vector per member."""
@@ -315,8 +318,8 @@ class WeakFourDVar:
             x = unstack(flat)
             total = self.covariance.squared_norm(x[0] - background) / self.scale
             total = total + self.model_error.squared_norm(x[1:] - forecast(x[:-1])).sum(0)
-            for i in range(old, times - 1):
-                total = total + observations[i].covariance.squared_norm(observations[i].innovation(x[i + 1]))
+            for seen, at in zip(observations, x[1:]):
+                total = total + seen.covariance.squared_norm(seen.innovation(at))
             return total / 2
 
         def direction(flat: Tensor) -> Tensor:
@@ -328,10 +331,10 @@ class WeakFourDVar:
             diagonal[:-1] += M.mT @ rigidity @ M
             descent = torch.cat(((background - x[0])[None] @ precision, -jump @ rigidity))
             descent[:-1] += _apply(M.mT, jump @ rigidity)
-            for i in range(old, times - 1):
-                curvature, slope = _misfit(observations[i], x[i + 1])
-                diagonal[i + 1] += curvature
-                descent[i + 1] += slope
+            for i, seen in enumerate(observations, start=1):
+                curvature, slope = _misfit(seen, x[i])
+                diagonal[i] += curvature
+                descent[i] += slope
             return stack(solve_block_tridiagonal(diagonal, below, descent))
 
         guess = [background]
