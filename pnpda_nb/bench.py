@@ -501,15 +501,18 @@ def state(sizes: Sizes) -> Iterator[dict]:
 def memory(sizes: Sizes) -> Iterator[dict]:
     """Peak memory of a cycle of which scores are kept, against one of which everything is kept."""
     few = {size: rise for size, _, rise in needs("scores", sizes.lengths)}
+    everything = {}
     for size, _, rise in needs("all", sizes.lengths):
+        everything[size] = rise
         yield _row(
             "memory", f"{size} cycles", few[size], "MiB", "ours: keep='scores', peer: keep='all'", size=size,
             peer=rise, ratio=rise / few[size] if few[size] else nan,
         )  # fmt: skip
-    longest, shortest = max(few), min(few)
+    *_, before, longest = sorted(few)
     yield _row(
-        "memory", f"{longest} cycles over {shortest}", few[longest] / few[shortest] if few[shortest] else nan,
-        note="ours; 1 if the memory that keep='scores' needs does not depend on the length",
+        "memory", f"from {before} to {longest} cycles", few[longest] - few[before], "MiB",
+        "growth; 0 if the memory that keep='scores' needs does not depend on the length",
+        peer=everything[longest] - everything[before],
     )  # fmt: skip
 
 # %% ../nbs/95_bench.ipynb #5fe46b7c

@@ -159,12 +159,11 @@ def trajectory(model: Model, initial: Tensor, steps: int, error: Tensor | None =
     _require(steps >= 0, "steps", "zero or more", steps)
     if error is not None and error.shape != (steps, *initial.shape):
         raise ValueError(f"error: expected shape {(steps, *initial.shape)}, got {tuple(error.shape)}")
-    states = initial.new_empty((steps + 1, *initial.shape))
-    states[0] = state = initial
+    states = [initial]
     for t in range(steps):
-        state = model.step(state) if error is None else model.step(state) + error[t]
-        states[t + 1] = state
-    return states
+        state = model.step(states[-1])
+        states.append(state if error is None else state + error[t])
+    return torch.stack(states)
 
 # %% ../nbs/01_dynamics.ipynb #41fb2385
 def stream(seed: int, *names: str | int) -> torch.Generator:

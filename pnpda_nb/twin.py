@@ -174,7 +174,7 @@ def observation_errors(
     does not need them all at once; nan where a value is missing.
     """
     network, streams = experiment.network, RunStreams(seed, split, "observations", runs=runs).runs
-    block = max(1, min(1000, 100_000 // max(1, network.operator.size)))
+    block = max(1, min(64, 100_000 // max(1, network.operator.size)))
     for first in range(0, experiment.cycles, block):
         times = min(block, experiment.cycles - first)
         yield from torch.stack([network.errors((times,), one) for one in streams], dim=1)
@@ -654,7 +654,7 @@ def _blocks_of_scores(
     first = next(stretches)
     stretches = itertools.chain([first], stretches)
     scored = experiment.cycles - experiment.burn_in
-    length = full = max(1, min(50, scored // 8, 2_000_000 // first.analysis.numel()))
+    length = full = max(1, min(50, scored // 5, 2_000_000 // first.analysis.numel()))
     while part := list(itertools.islice(stretches, length)):
         block = _as_dataset(experiment, method, part, done, failed, False)
         block.attrs["members"] = part[0].analysis.shape[1]

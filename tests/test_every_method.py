@@ -33,6 +33,7 @@ from pnpda_nb.twin import (
     rank_histogram,
     scores,
     spread_skill,
+    time_mean,
 )
 from pnpda_nb.variational import FourDVar, ThreeDVar, WeakFourDVar
 
@@ -303,3 +304,83 @@ def test_that_a_climate_is_taken_from_training_truths_only():
     test = torch.tensor(cycle(experiment, METHODS["free_run"](experiment), runs=5).truth.values)
     assert climate.mean.shape == (3,) and (climate.mean - test.mean((0, 1))).abs().max() < 10
     assert climate_of(experiment) is climate
+
+
+class Spy:
+    """A window method that notes which observations it is shown and leaves the background as it is."""
+
+    def __init__(self, window, shift):
+        self.window, self.shift, self.from_start, self.new = window, shift, True, []
+
+    def analyse(self, background, observations, *, forecast, generator):
+        self.new.append([float(o.values[0, 0]) for o in observations[max(0, len(observations) - self.shift) :]])
+        return background
+
+
+@pytest.mark.parametrize(("cycles", "window", "shift"), [(5, 4, 2), (7, 4, 3), (6, 3, 3), (5, 1, 1), (2, 4, 3)])
+def test_that_every_observation_is_assimilated_once_whatever_the_windows(cycles, window, shift):
+    experiment, spy = replace(small("sakov2012"), cycles=cycles), Spy(window, shift)
+    result = cycle(experiment, spy, seed=1)
+    assert sum(spy.new, []) == result.observations[0, :, 0].values.tolist()
+    free = cycle(experiment, METHODS["free_run"](experiment), seed=1)
+    assert np.allclose(result.estimate, free.estimate, atol=1e-9)  # windows that change nothing are a free run
+
+
+def test_that_a_longer_weak_window_is_no_worse_and_smooths():
+    model = FunctionModel(lambda x: 0.9 * x, 1)
+    one = ObservingNetwork(Select((0,), 1), DiagonalCovariance([1.0]))
+    experiment = replace(
+        small("double_well"), nature=model, forecast_model=model, network=one, interval=1, cycles=300, burn_in=20,
+        nature_error=type(small("double_well").model_error)(1.0), model_error=type(small("double_well").model_error)(0.0),
+    )  # fmt: skip
+    unit, found = Covariance([[1.0]]), {}
+    for window in (1, 4):
+        result = cycle(experiment, WeakFourDVar(unit, unit, window=window, iterations=2), runs=20, seed=1)
+        found[window] = scores(result)
+    assert found[4].analysis_rmse.mean() < 1.01 * found[1].analysis_rmse.mean()
+    assert found[4].smoother_rmse.mean() < 0.95 * found[4].analysis_rmse.mean()
+
+
+def test_that_a_run_that_breaks_inside_a_window_shows_nothing_from_there_on():
+    experiment = replace(small("sakov2012"), cycles=6, spin_up=300, first_ensemble="around_truth", background_variance=2.0)
+    made = FourDVar(Covariance(np.eye(3)), window=3, shift=3, iterations=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        broken = cycle(replace(experiment, forecast_model=Fragile(1e300)), made, runs=12, seed=3)
+    whole = cycle(experiment, made, runs=12, seed=3)
+    assert (broken.failed >= 0).any()
+    shown = np.isfinite(broken.analysis.values)
+    assert np.allclose(broken.analysis.values[shown], whole.analysis.values[shown], atol=1e-6)
+
+
+@pytest.mark.parametrize("phi", [-0.6, 0.0, 0.6, 0.9])
+def test_that_the_error_of_a_time_mean_is_the_scatter_of_time_means(phi):
+    noise = np.random.default_rng(3).standard_normal((300, 1200))
+    series = np.zeros_like(noise)
+    for t in range(1, 1200):
+        series[:, t] = phi * series[:, t - 1] + noise[:, t]
+    mean, error = time_mean(series[:, 200:])
+    assert abs(error.mean() / mean.std() - 1) < 0.15
+    assert np.isnan(time_mean([3.0])[1])
+    with pytest.raises(ValueError, match="series"):
+        time_mean([])
+
+
+def test_that_short_cycles_have_standard_errors_too():
+    experiment = replace(small("sakov2012"), cycles=40)
+    full, lean = (cycle(experiment, method_by_name("etkf", experiment), members=6, runs=3, seed=1, keep=k) for k in ("all", "scores"))
+    for metric in ("analysis_rmse", "rmse", "crps"):
+        a, b = (mean_and_error(x, metric) for x in (full, lean))
+        assert abs(a[0] - b[0]) < 1e-9 and 0.2 * a[1] < b[1] < 5 * a[1]
+
+
+def test_that_enrda_says_that_it_cannot_do_without_a_value():
+    values = VALUES.clone()
+    values[1, 1] = torch.nan
+    with pytest.raises(ValueError, match="missing values"):
+        analyse("enrda", CLOUD, FULL, values)
+
+
+def test_that_models_with_different_time_steps_are_refused():
+    with pytest.raises(ValueError, match="forecast_model: expected time steps of 0.01"):
+        replace(small("sakov2012"), forecast_model=Lorenz63(dt=0.005))
