@@ -15,7 +15,6 @@ from typing import Callable, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from scipy.integrate import odeint
 from torch import Tensor
 
 # %% auto #0
@@ -454,6 +453,8 @@ class KuramotoSivashinsky:
         """What `trajectory(self, state, steps)` should be, by the paper's solver: LSODA (scipy's `odeint`, with its
         default tolerances), one state after the other. Raises `RuntimeError` where LSODA gives up.
         """
+        from scipy.integrate import odeint  # slow to import, and only needed here
+
         _require_states(self, "state", state)
         times = self.dt * np.arange(steps + 1)
         band = {} if self.boundary == "periodic" else {"ml": 2, "mu": 2}

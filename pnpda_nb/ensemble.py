@@ -12,7 +12,6 @@ from typing import Callable, Literal
 
 import numpy as np
 import torch
-from ot.batch import dist_batch, solve_batch
 from scipy.spatial import cKDTree
 from torch import Tensor
 
@@ -375,6 +374,8 @@ def entropic_plan(
     `(batch, m, dim)`, squared Euclidean cost, by POT's log-domain Sinkhorn; `regularisation` is the
     γ of the entropy in the cost's units.
     """
+    from ot.batch import dist_batch, solve_batch  # takes half a second, and only EnRDA needs it
+
     cost = dist_batch(source, target, metric="sqeuclidean")
     return solve_batch(
         cost, reg=regularisation, max_iter=iterations, tol=1e-10, method="log_sinkhorn", grad="detach"

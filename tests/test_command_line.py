@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +23,39 @@ TINY = ["--runs", "3", "--set", "cycles=5", "--set", "archive_runs=4", "--set", 
 
 def pnpda(*words, **options):
     return subprocess.run([PNPDA, *map(str, words)], capture_output=True, text=True, **options)
+
+
+# Importing torch takes longer than most commands. One process imports everything, and every command is a fork of it.
+FORKS = """
+import json, os, sys, tempfile
+import pnpda_nb.cli, pnpda_nb.experiments, pnpda_nb.flow_matching, pnpda_nb.reanalysis
+answers = []
+for words, folder in json.load(sys.stdin):
+    out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+    child = os.fork()
+    if not child:
+        os.chdir(folder)
+        os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
+        sys.argv, status = ["pnpda", *words], 1
+        try:
+            pnpda_nb.cli.main()
+        except SystemExit as end:
+            status = end.code or 0
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(status)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    texts = [(f.seek(0), f.read().decode())[1] for f in (out, err)]
+    answers.append([status, *texts])
+print(json.dumps(answers))
+"""
+
+
+def pnpda_forked(commands, folders):
+    """Each of `commands`, in a process and a folder of its own."""
+    asked = json.dumps([([str(w) for w in words], str(folder)) for words, folder in zip(commands, folders)])
+    answer = subprocess.run([sys.executable, "-c", FORKS], input=asked, capture_output=True, text=True, check=True)
+    return [subprocess.CompletedProcess(words, *rest) for words, rest in zip(commands, json.loads(answer.stdout), strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -144,10 +176,9 @@ WRONG_WORDS = [
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
-    """All wrong commands, two at a time, each in an empty folder of its own."""
+    """All wrong commands, each in an empty folder of its own."""
     folders = [tmp_path_factory.mktemp("wrong") for _ in WRONG_WORDS]
-    with ThreadPoolExecutor(2) as pool:
-        yield list(zip(pool.map(lambda case, folder: pnpda(*case[0], cwd=folder), WRONG_WORDS, folders), folders))
+    return list(zip(pnpda_forked([words for words, _ in WRONG_WORDS], folders), folders))
 
 
 @pytest.mark.parametrize("number", range(len(WRONG_WORDS)), ids=[" ".join(words) for words, _ in WRONG_WORDS])
@@ -172,8 +203,8 @@ def test_that_wrong_files_are_one_line_and_status_two(tmp_path, untrained_prior)
         (["train", nan, "--out", tmp_path / "p.safetensors"], "not finite in 1 of 100 samples"),
         (["train", tmp_path / "truncated.safetensors", "--out", tmp_path / "p.safetensors"], "not a readable NetCDF file"),
     ]
-    for words, said in cases:
-        answer = pnpda(*words, *(["--out", tmp_path / "out"] if words[0] == "run" else []))
+    commands = [words + (["--out", tmp_path / "out"] if words[0] == "run" else []) for words, _ in cases]
+    for answer, (_, said) in zip(pnpda_forked(commands, [tmp_path] * len(cases)), cases):
         assert answer.returncode == 2 and said in answer.stderr and answer.stderr.count("\n") == 1, answer.stderr
     assert not (tmp_path / "out" / "scores.csv").exists() and not (tmp_path / "p.safetensors").exists()
 

@@ -45,8 +45,8 @@ RERUN = (
 )  # fmt: skip
 # runs and cycles of the quick version, and of the long one
 QUICK = {
-    "climatology": (20, 500), "optimal_interpolation": (20, 500), "var3d": (20, 500), "etkf": (20, 500), "enkf": (20, 500),
-    "letkf": (4, 900), "var4d": (12, 200), "particle_filter": (3, 300),
+    "climatology": (20, 400), "optimal_interpolation": (20, 400), "var3d": (20, 450), "etkf": (20, 450), "enkf": (16, 450),
+    "letkf": (4, 900), "var4d": (12, 160), "particle_filter": (3, 300),
 }  # fmt: skip
 
 

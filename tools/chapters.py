@@ -11,6 +11,8 @@ Without names, `text`, `build` and `run` take every chapter. A name may be short
 from __future__ import annotations
 
 import argparse
+import base64
+import io
 import os
 import subprocess
 import sys
@@ -100,8 +102,23 @@ def execute(name: str, keep: bool = True) -> tuple[str, float, str]:
     except BaseException:
         return name, time.perf_counter() - start, shell.prettytb(fname=path)
     if keep:
+        for cell in book.cells:
+            for output in cell.get("outputs", []):
+                if "image/png" in output.get("data", {}):
+                    output["data"]["image/png"] = smaller_png(output["data"]["image/png"])
         write_nb(book, path)
     return name, time.perf_counter() - start, ""
+
+
+def smaller_png(picture: str | list[str]) -> str:
+    """A picture (base64) with a palette of 256 colours, which is a third of the size and looks the same; as it was if that is no smaller."""
+    from PIL import Image
+
+    picture = "".join(picture)
+    small = io.BytesIO()
+    Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, "png", optimize=True)
+    shorter = base64.b64encode(small.getvalue()).decode()
+    return min(picture, shorter, key=len)
 
 
 def execute_all(names: list[str], workers: int) -> None:
