@@ -11,6 +11,7 @@ from typing import Callable
 
 import pandas as pd
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from pnpda_nb.dynamics import (
