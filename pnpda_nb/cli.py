@@ -30,14 +30,18 @@ app = typer.Typer(
 # %% ../nbs/92_cli.ipynb #dc58c518
 @app.command("list")
 def list_studies() -> None:
-    """List experiments with their methods and presets."""
+    """List experiments with their methods and presets, and the testbeds and methods that Python knows by name."""
     from pnpda_nb.experiments import STUDIES
+    from pnpda_nb.testbeds import METHODS, TESTBEDS
 
     for study in STUDIES.values():
         typer.echo(f"{study.name}: {study.description}")
         typer.echo(f"  methods  {', '.join(study.methods)}")
         for name, preset in study.presets.items():
             typer.echo(f"  preset   {name}: {preset.runs} runs")
+    typer.echo("in Python, by name (pnpda_nb.testbeds):")
+    typer.echo(f"  testbeds {', '.join(TESTBEDS)}")
+    typer.echo(f"  methods  {', '.join(METHODS)}")
 
 # %% ../nbs/92_cli.ipynb #dfa8397c
 @app.command()

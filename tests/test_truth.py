@@ -51,7 +51,7 @@ QUICK = {
 
 
 def is_slow(row: Published) -> bool:
-    return row.method in ("particle_filter", "var4d") and row.settings.get("window", 2) > 1
+    return row.settings.get("window", 1) > 1
 
 
 def check(row: Published, rerun, runs: int, cycles: int):
