@@ -1,5 +1,5 @@
-"""Make the stored results of the book again: `python tools/store_results.py` (lorenz63: about five minutes; published: a
-quarter of an hour).
+"""Make the stored results of the book again: `python tools/store_results.py` (lorenz63: about five minutes; published: as
+long).
 
 Runs the paper preset of each study for several seeds and keeps what is small: for the first seed the scores, the manifest and
 the prior, for all seeds one table of scores. Chapters read these files and check a few rows against the code.
