@@ -87,17 +87,13 @@ class EnsembleFilter:
         if not 0 <= self.additive < float("inf"):
             raise ValueError(f"additive: expected zero or a positive number, got {self.additive}")
 
-    def update(
-        self, background: Tensor, observations: Observations, generator: torch.Generator
-    ) -> Callable[[Tensor], Tensor]:
-        """The map of ensembles `(..., member, dim)` that the observations ask for."""
-        raise NotImplementedError
-
-    def analyse(self, background: Tensor, observations: Observations, *, forecast, generator) -> Tensor:
+    def require_ensemble(self, background: Tensor) -> None:
         if background.shape[-2] < 2:
             name = type(self).__name__
             raise ValueError(f"members: {name} needs an ensemble of at least 2, got {background.shape[-2]}")
-        analysis = self.update(background, observations, generator)(background)
+
+    def inflated(self, analysis: Tensor, background: Tensor, generator: torch.Generator) -> Tensor:
+        """The `analysis` `(..., member, dim)`, widened as the settings say."""
         return inflate(
             analysis, background, generator, self.inflation, self.relaxation, self.additive
         )
@@ -112,7 +108,10 @@ def anomalies(ensemble: Tensor) -> Tensor:
 class EnKF(EnsembleFilter):
     """Stochastic ensemble Kalman filter with perturbed observations (Burgers et al. 1998)."""
 
-    def update(self, background, observations, generator):
+    def update(
+        self, background: Tensor, observations: Observations, generator: torch.Generator
+    ) -> Callable[[Tensor], Tensor]:
+        """The map of ensembles `(..., member, dim)` that the observations ask for."""
         members = background.shape[-2]
         seen = observations.operator(background)
         shown = anomalies(seen)
@@ -120,6 +119,11 @@ class EnKF(EnsembleFilter):
         innovations = perturbed_observations(observations, members, generator) - seen
         weights = torch.linalg.solve_ex(covariance, innovations.mT).result  # (..., size, member)
         return lambda states: states + (anomalies(states).mT @ shown @ weights).mT
+
+    def analyse(self, background: Tensor, observations: Observations, *, forecast, generator) -> Tensor:
+        self.require_ensemble(background)
+        analysis = self.update(background, observations, generator)(background)
+        return self.inflated(analysis, background, generator)
 
 # %% ../nbs/05_ensemble.ipynb #0e6e83d0
 def ensemble_weights(information: Tensor, pull: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,7 +156,7 @@ def random_rotation(batch: tuple[int, ...], members: int, generator: torch.Gener
 
 
 @dataclass(frozen=True)
-class ETKF(EnsembleFilter):
+class ETKF(EnKF):
     """Ensemble transform Kalman filter with the symmetric square root (Bishop et al. 2001, Hunt et al.
     2007); with `rotate`, a random rotation that keeps the mean follows (Sakov and Oke 2008).
     """
@@ -233,8 +237,7 @@ class LETKF(EnsembleFilter):
 
     def analyse(self, background: Tensor, observations: Observations, *, forecast, generator) -> Tensor:
         *batch, members, dim = background.shape
-        if members < 2:
-            raise ValueError(f"members: LETKF needs an ensemble of at least 2, got {members}")
+        self.require_ensemble(background)
         if observations.operator.sites is None:
             raise ValueError("sites: LETKF needs an operator that says where its observations are")
         if not all(0 <= site < dim for site in observations.operator.sites):
@@ -263,9 +266,7 @@ class LETKF(EnsembleFilter):
             anomaly = departures[..., block].mT.unsqueeze(-1)  # (batch, block, member, 1)
             moved = (mean.unsqueeze(-2) @ anomaly + transform @ anomaly).squeeze(-1)
             analysis[..., block] = states[..., block].mean(-2, keepdim=True) + moved.mT
-        return inflate(
-            analysis.reshape(background.shape), background, generator, self.inflation, self.relaxation, self.additive
-        )  # fmt: skip
+        return self.inflated(analysis.reshape(background.shape), background, generator)
 
     @staticmethod
     def _local(shown, innovation, observations, number, taper) -> tuple[Tensor, Tensor]:
@@ -315,13 +316,10 @@ class EnKS(EnsembleFilter):
     def analyse(
         self, background: Tensor, observations: Observations, *, forecast, generator, past: Tensor | None = None
     ) -> Tensor:
-        if background.shape[-2] < 2:
-            raise ValueError(f"members: EnKS needs an ensemble of at least 2, got {background.shape[-2]}")
+        self.require_ensemble(background)
         method = EnKF() if self.kind == "stochastic" else ETKF(rotate=self.rotate)
         update = method.update(background, observations, generator)
-        analysis = inflate(
-            update(background), background, generator, self.inflation, self.relaxation, self.additive
-        )
+        analysis = self.inflated(update(background), background, generator)
         return analysis if past is None else torch.cat((update(past), analysis.unsqueeze(0)))
 
 # %% ../nbs/05_ensemble.ipynb #29177d97
