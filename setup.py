@@ -23,7 +23,7 @@ setup(
     packages=find_packages(include=["pnpda_nb", "pnpda_nb.*"]),
     python_requires=f">={meta['min_python']}",
     install_requires=meta["requirements"].split(),
-    extras_require={"dev": meta["dev_requirements"].split(), "dapper": meta["dapper_requirements"].split()},
+    extras_require={name: meta[f"{name}_requirements"].split() for name in ("dev", "dapper", "distributed", "torchcfm")},
     entry_points={
         "console_scripts": meta["console_scripts"].split(),
         "nbdev": [f"{meta['lib_name']}={meta['lib_path']}._modidx:d"],  # lets `Name` in prose link to its entry
