@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from functools import partial
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
@@ -32,17 +33,21 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm.auto import tqdm
 
-from .dynamics import KuramotoSivashinsky, Lorenz63, Lorenz96, Model, standard_normal, stream
+from .dynamics import KuramotoSivashinsky, Lorenz63, Lorenz96, Model, RunStreams, standard_normal, stream
 from .ensemble import LETKF, EnKF
-from .observing import Covariance, DiagonalCovariance, ObservingNetwork, Select
+from .flow_matching import FlowPrior, VelocityMLP, conditional_coupling, flow_matching_loss
+from .observing import Covariance, DiagonalCovariance, Observations, ObservingNetwork, Select
+from .pnp import PnPDA
 from .sweep import code_version, whole_file, writable, write_record
 from .twin import TwinExperiment, cycle, scores
 
 # %% auto #0
-__all__ = ['COLUMNS', 'QUICK', 'DAPPER_MISSING', 'WORKLOADS', 'PARTS', 'seconds_of', 'speed_ratio', 'Sizes', 'sakov2012',
-           'dapper_run', 'enkf', 'arithmetic_limits', 'OperationCount', 'operations_of', 'steps', 'lsoda', 'etdrk4',
-           'ensemble_workload', 'state_workload', 'scores_workload', 'everything_workload', 'needs', 'growth_exponent',
-           'members', 'state', 'memory', 'choose_parts', 'bench', 'machine', 'report']
+__all__ = ['COLUMNS', 'QUICK', 'DAPPER_MISSING', 'NETWORKS', 'TORCHCFM_MISSING', 'WORKLOADS', 'PARTS', 'seconds_of',
+           'speed_ratio', 'Sizes', 'sakov2012', 'dapper_run', 'enkf', 'arithmetic_limits', 'OperationCount',
+           'operations_of', 'steps', 'lsoda', 'etdrk4', 'untrained_prior', 'one_analysis', 'forward_passes', 'pnpda',
+           'our_pairing', 'torchcfm_pairing', 'training_steps', 'training', 'ensemble_workload', 'state_workload',
+           'scores_workload', 'everything_workload', 'pnpda_workload', 'scaled_workload', 'needs', 'growth_exponent',
+           'members', 'state', 'memory', 'pnpda_state', 'choose_parts', 'bench', 'machine', 'report']
 
 # %% ../nbs/95_bench.ipynb #67c25ab8
 COLUMNS = ("part", "case", "size", "ours", "peer", "ratio", "low", "high", "unit", "note")
@@ -72,8 +77,10 @@ class Sizes:
     """How large the parts of the benchmark are.
 
     `runs`, `members`, `cycles` and `peer_runs` (done by the peer in each of the `repeats`, and scaled) of the EnKF; `batches` of
-    model steps; `states` and `steps` of Kuramoto-Sivashinsky; `ensembles`, `dimensions` and `lengths` (members,
-    variables, cycles) of the scalings; `repeats` of every timing, `arithmetic` its shortest length in seconds.
+    model steps; `states` and `steps` of Kuramoto-Sivashinsky; `ensembles`, `dimensions`, `lengths` and `fields` (members,
+    variables, cycles, variables of a learned prior) of the scalings; `iterations` of PnP-DA; `minibatches` of training,
+    `examples` in each of its timings and `learning` steps of its loss curves; `repeats` of every timing, `arithmetic`
+    its shortest length in seconds.
     """
 
     runs: int = 50
@@ -86,13 +93,19 @@ class Sizes:
     ensembles: tuple[int, ...] = (20, 63, 200, 632, 2000)
     dimensions: tuple[int, ...] = (40, 400, 4000, 40_000, 100_000)
     lengths: tuple[int, ...] = (250, 1000, 4000)
+    fields: tuple[int, ...] = (40, 200, 1000, 4000, 10_000)
+    iterations: int = 100
+    minibatches: tuple[int, ...] = (32, 256, 1000)
+    examples: int = 10_000
+    learning: int = 900
     repeats: int = 5
     arithmetic: float = 0.2
 
 
 QUICK = Sizes(
     runs=10, cycles=80, peer_runs=1, batches=(1, 50), states=5, steps=4, ensembles=(20, 63),
-    dimensions=(40, 400), lengths=(100, 200), repeats=2, arithmetic=0.01,
+    dimensions=(40, 400), lengths=(100, 200), fields=(40, 80), iterations=10, minibatches=(32,), examples=640, learning=90,
+    repeats=2, arithmetic=0.01,
 )  # fmt: skip
 
 # %% ../nbs/95_bench.ipynb #36005c19
@@ -383,6 +396,168 @@ def _on_attractor(count: int) -> Tensor:
     return states
 
 # %% ../nbs/95_bench.ipynb #10124a15
+NETWORKS: Mapping[str, tuple[int, tuple[int, ...]]] = {
+    "Lorenz-63": (3, (32, 64, 64, 32)),
+    "Lorenz-96": (8, (32, 64, 128, 64, 32)),
+    "Kuramoto-Sivashinsky": (127, (256, 256, 512, 256, 256)),
+}
+
+
+def untrained_prior(dim: int, hidden: tuple[int, ...]) -> FlowPrior:
+    """A prior for states of size `dim` whose network has random weights, an embedding of 32 features and no linear skip."""
+    network = VelocityMLP(dim, hidden, 32, stream(0, "weights", dim))
+    zero, one = torch.zeros(dim, dtype=torch.float64), torch.ones(dim, dtype=torch.float64)
+    return FlowPrior(network, zero, one, {"hidden": list(hidden)})
+
+
+def one_analysis(method: PnPDA, runs: int) -> Callable[[], Tensor]:
+    """One analysis of `runs` runs with one member each by `method`, as `cycle` asks for it: every second variable is observed with
+    independent errors, and each run draws from its own stream.
+    """
+    dim = method.prior.dim
+    background = standard_normal((runs, 1, dim), stream(0, "background"))
+    seen = Select(range(0, dim, 2), dim)
+    values = standard_normal((runs, seen.size), stream(0, "observations"))
+    observations = Observations(values, seen, DiagonalCovariance(torch.ones(seen.size)))
+    streams = RunStreams(0, "test", "method", runs=runs)
+    return lambda: method.analyse(background, observations, forecast=None, generator=streams)
+
+
+def forward_passes(method: PnPDA, runs: int) -> Callable[[], None]:
+    """The network passes of such an analysis, and nothing else."""
+    network, iterations = method.prior.network, method.iterations
+    states, backgrounds = (torch.randn(runs, 1, method.prior.dim, generator=stream(0, name)) for name in "xb")
+    taus = [torch.full((1,), n / iterations) for n in range(iterations)]
+
+    def passes() -> None:
+        with torch.inference_mode():
+            for tau in taus:
+                for _ in range(method.draws):
+                    network(states, tau, backgrounds)
+
+    return passes
+
+
+def pnpda(sizes: Sizes) -> Iterator[dict]:
+    """PnP-DA analyses per second with the paper's networks; as the peer, what they would be if there were only network passes."""
+    for name, (dim, hidden) in NETWORKS.items():
+        method = PnPDA(untrained_prior(dim, hidden), iterations=sizes.iterations)
+        ours, peer = one_analysis(method, sizes.runs), forward_passes(method, sizes.runs)
+        turns = np.array([(seconds_of(ours), seconds_of(peer)) for _ in range(1 + sizes.repeats)])[1:].T
+        case, note = f"{name}, {_plural(sizes.runs, 'run')}", f"{sizes.iterations} iterations, {method.step_rule}"
+        speed = speed_ratio(*turns)
+        rates = {side: sizes.runs / speed[side] for side in ("ours", "peer")}
+        yield _row("pnpda", case, unit="analyses/s", size=sizes.runs, note=note) | speed | rates
+        costs = turns[0] / turns[1]
+        yield _row(
+            "pnpda", f"{case}, cost in bare passes", statistics.median(costs), size=sizes.runs, note=note,
+            low=costs.min(), high=costs.max(),
+        )  # fmt: skip
+
+# %% ../nbs/95_bench.ipynb #5b7ecccc
+TORCHCFM_MISSING = "skipped: torchcfm is not installed (pip install 'pnpda_nb[torchcfm]')"
+
+# %% ../nbs/95_bench.ipynb #ba6d21e7
+def our_pairing(beta: float) -> Callable:
+    """`(noise, analysis, background)` of a minibatch -> the same, paired by `conditional_coupling`."""
+
+    def pair(z: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return z, a[conditional_coupling(z, a, b, beta).index], b
+
+    return pair
+
+
+def torchcfm_pairing(beta: float, replace: bool = True) -> Callable:
+    """The same by torchcfm's exact sampler, by default with replacement."""
+    from torchcfm.optimal_transport import OTPlanSampler
+
+    sampler = OTPlanSampler(method="exact")
+
+    def pair(z: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        given, dim = sqrt(beta) * b, z.shape[-1]
+        x0, x1, y0, _ = sampler.sample_plan_with_labels(torch.cat((z, given), -1), torch.cat((a, given), -1), b, replace=replace)
+        return x0[:, :dim], x1[:, :dim], y0
+
+    return pair
+
+# %% ../nbs/95_bench.ipynb #3887cd4b
+def training_steps(
+    pair: Callable, minibatches: Sequence[tuple[Tensor, ...]], until: str = "step", fused: bool = True
+) -> list[float]:
+    """Train an untrained network on `minibatches` of (noise, analysis, background, pseudo-time), paired by `pair`; the losses. Every step
+    may end before the rest is done: `until` "coupling" or "gradient".
+    """
+    dim, hidden = NETWORKS["Lorenz-96"]
+    network, losses = VelocityMLP(dim, hidden, 32, stream(0, "weights")), []
+    optimiser = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-5, **({"fused": True} if fused else {}))
+    for z, a, b, tau in minibatches:
+        z, a, b = pair(z, a, b)
+        if until == "coupling":
+            continue
+        loss = flow_matching_loss(network, z, a, b, tau)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        if until == "step":
+            optimiser.step()
+        losses.append(loss.item())
+    return losses
+
+
+def _minibatches(batch: int, count: int) -> list[tuple[Tensor, ...]]:
+    """Noise, analysis, background and pseudo-time of `count` minibatches: analyses follow from backgrounds with some noise."""
+    dim, generator = NETWORKS["Lorenz-96"][0], stream(0, "minibatches", batch)
+
+    def one() -> tuple[Tensor, ...]:
+        z, b, e = (torch.randn(batch, dim, generator=generator) for _ in range(3))
+        return z, 0.8 * b + 0.4 * e, b, torch.rand(batch, 1, generator=generator)
+
+    return [one() for _ in range(count)]
+
+
+@contextlib.contextmanager
+def _numpy_seed(seed: int) -> Iterator[None]:
+    """A seed for numpy's global generator, which is put back afterwards."""
+    before = np.random.get_state()
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        np.random.set_state(before)
+
+
+def training(sizes: Sizes) -> Iterator[dict]:
+    """Steps of training with our coupling against torchcfm's, and the losses that both come to."""
+    if find_spec("torchcfm") is None:
+        yield _row("training", TORCHCFM_MISSING, note=TORCHCFM_MISSING)
+        return
+    beta = 1000.0
+    ours, peer = our_pairing(beta), torchcfm_pairing(beta)
+    note = f"torchcfm {installed_version('torchcfm')}, beta {beta:.0f}"
+    with _numpy_seed(0):
+        for batch in sizes.minibatches:
+            steps = max(2, sizes.examples // batch)
+            minibatches = _minibatches(batch, steps)
+            for case, until, fused in (
+                ("whole step", "step", True),
+                ("without the optimiser", "gradient", True),
+                ("coupling alone", "coupling", True),
+                ("whole step, peer with the default AdamW", "step", False),
+            ):
+                mine, theirs = partial(training_steps, ours, minibatches, until), partial(training_steps, peer, minibatches, until, fused)
+                turns = np.array([(seconds_of(mine), seconds_of(theirs)) for _ in range(1 + sizes.repeats)])[1:].T / steps
+                yield _row("training", f"batch {batch}, {case}", unit="s", size=batch, note=note) | speed_ratio(*turns)
+        batch, last = min(sizes.minibatches), sizes.learning // 3
+        minibatches = _minibatches(batch, sizes.learning)
+        mine = np.array(training_steps(ours, minibatches))
+        for how, replace in (("without replacement", False), ("with replacement", True)):
+            theirs = np.array(training_steps(torchcfm_pairing(beta, replace), minibatches))
+            for when, steps in (("first", slice(None, last)), ("last", slice(-last, None))):
+                off, off_peer = (curve[steps].std(ddof=1) / sqrt(last) for curve in (mine, theirs))
+                note = f"batch {batch}, of {sizes.learning} steps; ours ± {off:.3f}, torchcfm ± {off_peer:.3f}"
+                case = f"loss, {when} {_plural(last, 'step')}, torchcfm {how}"
+                yield _row("training", case, mine[steps].mean(), note=note, size=batch, peer=theirs[steps].mean())
+
+# %% ../nbs/95_bench.ipynb #20f86c93
 def ensemble_workload(members: int, cycles: int = 20) -> Callable[[], object]:
     """An EnKF with `members` on 10 runs of Lorenz-96 (40 variables, every second one observed)."""
     experiment = _lorenz96(40, cycles)
@@ -406,6 +581,17 @@ def everything_workload(cycles: int) -> Callable[[], object]:
     return scores_workload(cycles, keep="all")
 
 
+def pnpda_workload(dim: int, step_rule: str = "lipschitz") -> Callable[[], object]:
+    """One PnP-DA analysis of `dim` variables, every second one observed, with the hidden widths of the paper's Lorenz-96 network."""
+    method = PnPDA(untrained_prior(dim, NETWORKS["Lorenz-96"][1]), step_rule=step_rule)
+    return one_analysis(method, 1)
+
+
+def scaled_workload(dim: int) -> Callable[[], object]:
+    """The same with the step rule "scaled"."""
+    return pnpda_workload(dim, "scaled")
+
+
 def _lorenz96(dim: int, cycles: int) -> TwinExperiment:
     seen = range(0, dim, 2)
     network = ObservingNetwork(Select(seen, dim), DiagonalCovariance(torch.ones(len(seen))))
@@ -414,13 +600,15 @@ def _lorenz96(dim: int, cycles: int) -> TwinExperiment:
         start=tuple(8.0 + 0.1 * (i % 7) for i in range(dim)), spin_up=0,
     )  # fmt: skip
 
-# %% ../nbs/95_bench.ipynb #1b9e1f03
+# %% ../nbs/95_bench.ipynb #a969d7da
 # name: (workload, a size to warm up with, whether it is done a second time, to be timed)
 WORKLOADS: dict[str, tuple[Callable, int, bool]] = {
     "members": (ensemble_workload, 10, True),
     "state": (state_workload, 20, True),
     "scores": (scores_workload, 10, False),
     "all": (everything_workload, 10, False),
+    "pnpda_state": (pnpda_workload, 20, True),
+    "pnpda_scaled": (scaled_workload, 20, True),
 }
 
 
@@ -515,13 +703,20 @@ def memory(sizes: Sizes) -> Iterator[dict]:
         peer=everything[longest] - everything[before],
     )  # fmt: skip
 
+
+def pnpda_state(sizes: Sizes) -> Iterator[dict]:
+    """Time and peak memory of a PnP-DA analysis as the state grows, with and without the curvature of the misfit."""
+    yield from _scaling("pnpda_state", "variables", sizes.fields, of="an analysis")
+    for row in _scaling("pnpda_scaled", "variables", sizes.fields, of="an analysis"):
+        yield row | {"part": "pnpda_state", "case": f"scaled: {row['case']}"}
+
 # %% ../nbs/95_bench.ipynb #5fe46b7c
-def _scaling(part: str, what: str, sizes: Sequence[int], cycles: int) -> Iterator[dict]:
+def _scaling(part: str, what: str, sizes: Sequence[int], cycles: int = 1, of: str = "a cycle") -> Iterator[dict]:
     """Rows of time and memory of the workload `part`, and of their exponents."""
     seconds, rises = {}, {}
     for size, took, rise in needs(part, sizes):
         seconds[size], rises[size] = took / cycles, rise
-        yield _row(part, f"time of a cycle, {size} {what}", seconds[size], "s", size=size)
+        yield _row(part, f"time of {of}, {size} {what}", seconds[size], "s", size=size)
         yield _row(part, f"peak memory, {size} {what}", rise, "MiB", size=size)
     for name, values in (("time", seconds), ("memory", rises)):
         enough = [s for s in sizes if name == "time" or values[s] >= 5]  # below 5 MiB it is mostly chance
@@ -537,6 +732,9 @@ PARTS: Mapping[str, Callable[[Sizes], Iterator[dict]]] = {
     "members": members,
     "state": state,
     "memory": memory,
+    "pnpda": pnpda,
+    "training": training,
+    "pnpda_state": pnpda_state,
 }
 
 
@@ -556,11 +754,13 @@ def bench(
 ) -> pd.DataFrame:
     """Run the parts `names` of the benchmark (all of them for none) on one thread; one row per measurement.
 
-    With `out`, the rows are in `bench.csv` of that folder, after every part, and a `manifest.json` says on which machine and with which versions
-    they were measured. Raises `ValueError` for an unknown part or a folder that cannot be written to.
+    With `out`, the rows are in `bench.csv` of that folder, after every part, beside those of other parts that are there already, and a
+    `manifest.json` says when, on which machine and with which versions they were measured. Raises `ValueError` for an unknown part, or a
+    folder that cannot be written to or whose table cannot be read.
     """
     chosen, rows, start = choose_parts(names), [], time.perf_counter()
     folder = None if out is None else writable(out)
+    earlier = _earlier(folder) if folder else None
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -572,17 +772,44 @@ def bench(
                     bar.set_postfix_str(row["case"])
                 bar.update()
                 if folder:
-                    _write(folder, pd.DataFrame(rows, columns=COLUMNS), sizes, time.perf_counter() - start)
+                    _write(folder, pd.DataFrame(rows, columns=COLUMNS), sizes, time.perf_counter() - start, *earlier)
     finally:
         torch.set_num_threads(threads)
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _write(folder: Path, table: pd.DataFrame, sizes: Sizes, seconds: float) -> None:
+def _earlier(folder: Path) -> tuple[pd.DataFrame, list[dict]]:
+    """The table and the sessions that a folder holds already."""
+    if not (folder / "bench.csv").exists():
+        return pd.DataFrame(columns=COLUMNS), []
+    try:
+        sessions = json.loads((folder / "manifest.json").read_text())["sessions"]
+        return pd.read_csv(folder / "bench.csv")[list(COLUMNS)], [dict(s, parts=list(s["parts"])) for s in sessions]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"out: {folder} holds a table that this one cannot be added to ({type(error).__name__})") from error
+
+
+def _write(
+    folder: Path, table: pd.DataFrame, sizes: Sizes, seconds: float, earlier: pd.DataFrame, sessions: list[dict]
+) -> None:
+    """Write `table`, measured in this session, over the same parts of an `earlier` one."""
+    done = [name for name in PARTS if name in set(table.part)]
+    kept = [dict(s, parts=[name for name in s["parts"] if name not in done]) for s in sessions]
+    session = {
+        "parts": done,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "code": code_version(),
+        "wall_seconds": round(seconds, 1),
+        "machine": machine(),
+        "sizes": vars(sizes),
+    }
+    kept = earlier[~earlier.part.isin(done)], [s for s in kept if s["parts"]]
+    whole = pd.concat([x for x in (kept[0], table) if len(x)])
+    order = [*PARTS, *whole.part]  # a part that is no longer known comes last
+    whole = whole.sort_values("part", key=lambda column: column.map(order.index), kind="stable")
     with whole_file(folder / "bench.csv") as beside:
-        table.to_csv(beside, index=False, float_format="%.6g")
-    record = {"machine": machine(), "sizes": vars(sizes), "code": code_version(), "wall_seconds": round(seconds, 1)}
-    write_record(record, folder / "manifest.json")
+        whole.to_csv(beside, index=False, float_format="%.6g")
+    write_record({"sessions": [*kept[1], session]}, folder / "manifest.json")
 
 # %% ../nbs/95_bench.ipynb #ac1e8ff9
 def machine() -> dict[str, object]:
@@ -592,7 +819,7 @@ def machine() -> dict[str, object]:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         processor = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), processor)
     versions = {"python": platform.python_version()}
-    for name in ("pnpda_nb", "torch", "numpy", "scipy", "dapper"):
+    for name in ("pnpda_nb", "torch", "numpy", "scipy", "pot", "dapper", "torchcfm"):
         with contextlib.suppress(PackageNotFoundError):
             versions[name] = installed_version(name)
     return {

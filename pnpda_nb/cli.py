@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import sys
 import time
@@ -64,35 +65,41 @@ def run(
     out: Annotated[
         Optional[Path], typer.Option(help="folder for the results; default: runs/EXPERIMENT_PRESET")
     ] = None,
+    workers: Annotated[
+        Optional[int], typer.Option(help="processes to use on this machine; default: one per core, at most four")
+    ] = None,
+    scheduler: Annotated[
+        Optional[str], typer.Option(help="address of a Dask scheduler, such as tcp://host:8786, to use instead")
+    ] = None,
 ) -> None:
-    """Run an experiment and write scores, cycles, figures and a manifest."""
+    """Run an experiment and write scores, cycles, figures and a manifest. Results do not depend on who computes them."""
     start = time.perf_counter()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # states are small, and one thread adds numbers up in one order
     import torch
 
     from pnpda_nb.experiments import find_study
+    from pnpda_nb.studies import conditional_scores
     from pnpda_nb.sweep import Store, code_version
-    from pnpda_nb.twin import score_table
 
-    torch.set_num_threads(
-        1
-    )  # states are small, and one thread adds numbers up in one order on every machine
+    torch.set_num_threads(1)
     study = find_study(experiment)
     changes = dict(_key_value(text) for text in set_ or [])
     settings = study.settings(preset, changes, runs=runs, members=members, seed=seed)
     chosen = study.choose([m.strip() for m in methods.split(",")] if methods else None)
     folder = out or Path("runs") / f"{experiment}_{preset}"
     store = Store(folder)
-    results = study.run(settings, chosen, store, progress=True)
-    table = score_table(results)
+    workers = min(os.cpu_count() or 1, 4) if workers is None else workers
+    results = study.run(settings, chosen, store, workers=workers, scheduler=scheduler, progress=True)
+    table = conditional_scores(results)
     _write_results(folder, study, results, table)
     manifest = {
         "experiment": experiment,
         "preset": preset,
         "settings": vars(settings),
         "methods": {
-            name: json.loads(result.attrs["method_settings"]) for name, result in results.items()
+            _case(*case): json.loads(result.attrs["method_settings"]) for case, result in results.items()
         },
-        "failed_runs": {name: int((result.failed >= 0).sum()) for name, result in results.items()},
+        "failed_runs": {_case(*case): int((result.failed >= 0).sum()) for case, result in results.items()},
         "versions": {"python": platform.python_version()}
         | {
             name: installed_version(name)
@@ -103,9 +110,11 @@ def run(
     }
     _write_text(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
     typer.echo(study.report(table))
-    for name, count in manifest["failed_runs"].items():
-        if count:
-            typer.echo(f"{name}: {count} of {settings.runs} runs became non-finite and are left out")
+    lost = {name: count for name, count in manifest["failed_runs"].items() if count}
+    for name, count in list(lost.items())[:10]:
+        typer.echo(f"{name}: {count} of {settings.runs} runs became non-finite and are left out")
+    if len(lost) > 10:
+        typer.echo(f"and {len(lost) - 10} more cases of which runs were lost; see manifest.json")
     typer.echo(
         f"\nIn {folder}: scores.csv, cycles.nc, manifest.json and {len(list(folder.glob('*.png')))} figures, in {manifest['wall_seconds']:.0f} s"
     )
@@ -116,6 +125,10 @@ def _key_value(text: str) -> tuple[str, str]:
     if not (key and equals):
         raise ValueError(f"set: expected key=value, got {text!r}")
     return key.strip(), value.strip()
+
+
+def _case(condition: str, method: str) -> str:
+    return f"{condition} {method}".strip()
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -133,11 +146,14 @@ def _write_results(folder: Path, study, results, table) -> None:
     import matplotlib.pyplot as plt
 
     from pnpda_nb.reanalysis import write_netcdf
+    from pnpda_nb.studies import stack_cases
     from pnpda_nb.sweep import whole_file
     from pnpda_nb.twin import stack_methods
 
     _write_text(folder / "scores.csv", table.to_csv(index=False, float_format="%.8g"))
-    write_netcdf(stack_methods(results), folder / "cycles.nc")
+    whole = all("estimate" in result for result in results.values())
+    cycles = stack_methods({name: r for (_, name), r in results.items()}) if whole else stack_cases(results)
+    write_netcdf(cycles, folder / "cycles.nc")
     for name, figure in study.figures(results).items():
         with whole_file(folder / f"{name}.png") as beside:
             figure.savefig(beside, metadata={"Software": None})

@@ -197,13 +197,12 @@ def standard_normal(shape: tuple[int, ...], generator: torch.Generator) -> Tenso
 
     From `RunStreams` whose number of runs is `shape[0]`, run r's block is drawn from run r's stream.
     """
-
-    def draw(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device)
-
+    out = torch.empty(shape, dtype=torch.float64, device=generator.device)
     if isinstance(generator, RunStreams) and len(shape) and shape[0] == len(generator.runs):
-        return torch.stack([draw(tuple(shape[1:]), run) for run in generator.runs])
-    return draw(shape, generator)
+        for part, run in zip(out, generator.runs):
+            part.normal_(generator=run)
+        return out
+    return out.normal_(generator=generator)
 
 # %% ../nbs/01_dynamics.ipynb #a05fc542
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from .observing import Covariance, DiagonalCovariance, Observations, gaspari_coh
 
 # %% auto #0
 __all__ = ['Distance', 'perturbed_observations', 'inflate', 'EnsembleFilter', 'anomalies', 'EnKF', 'ensemble_weights',
-           'random_rotation', 'ETKF', 'neighbours', 'LETKF', 'EnKS', 'systematic_resampling', 'ParticleFilter',
-           'entropic_plan', 'EnRDA']
+           'random_rotation', 'ETKF', 'neighbours', 'LETKF', 'tapers', 'LocalEnKF', 'EnKS', 'systematic_resampling',
+           'ParticleFilter', 'entropic_plan', 'EnRDA']
 
 # %% ../nbs/05_ensemble.ipynb #0b22eb8f
 def perturbed_observations(
@@ -292,6 +292,56 @@ def _per_run(values: Tensor, batch: int, own: int = 1) -> Tensor:
     """`values` `(..., *own)`, common or one for each of `batch` runs, with one leading dimension."""
     leading = batch if values.ndim > own else 1
     return values.reshape(leading, *values.shape[values.ndim - own :])
+
+# %% ../nbs/05_ensemble.ipynb #8051f53f
+@lru_cache(maxsize=8)
+def tapers(dim: int, sites: tuple[int, ...], half_width: float, distance: Distance = "ring") -> tuple[Tensor, Tensor]:
+    """Gaspari-Cohn correlations between variables and observations `(dim, size)`, and among observations `(size, size)`;
+    `distance` as in `neighbours`.
+    """
+    places, at = torch.arange(dim), torch.tensor(sites, dtype=torch.long)
+
+    def apart(i: Tensor, j: Tensor) -> Tensor:
+        if callable(distance):
+            return distance(i, j).double()
+        gap = (i - j).abs().double()
+        return torch.minimum(gap, dim - gap) if distance == "ring" else gap
+
+    if not callable(distance) and distance not in ("ring", "line"):
+        raise ValueError(f"distance: expected 'ring', 'line' or a function, got {distance!r}")
+    pairs = (apart(places[:, None], at), apart(at[:, None], at))
+    return tuple(torch.ones_like(x) if half_width == math.inf else gaspari_cohn(x, half_width) for x in pairs)
+
+
+@dataclass(frozen=True)
+class LocalEnKF(EnKF):
+    """Stochastic EnKF with covariance localisation (Houtekamer and Mitchell 2001): sample covariances fall off with
+    distance as a Gaspari-Cohn function of `half_width`.
+
+    `distance` as in `neighbours`. Raises `ValueError` for an operator that does not say at which `sites` it observes.
+    """
+
+    half_width: float = 4.0
+    distance: Distance = "ring"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.half_width > 0:
+            raise ValueError(f"half_width: expected a positive length, got {self.half_width}")
+
+    def update(self, background, observations, generator):
+        members, dim, sites = background.shape[-2], background.shape[-1], observations.operator.sites
+        if sites is None:
+            raise ValueError("sites: LocalEnKF needs an operator that says where its observations are")
+        if not all(0 <= site < dim for site in sites):
+            raise ValueError(f"sites: expected numbers from 0 to {dim - 1}, got one that is not")
+        between, among = tapers(dim, tuple(sites), self.half_width, self.distance)
+        seen = observations.operator(background)
+        shown = anomalies(seen)
+        covariance = among * (shown.mT @ shown) + (members - 1) * observations.covariance.matrix
+        innovations = perturbed_observations(observations, members, generator) - seen
+        weights = torch.linalg.solve_ex(covariance, innovations.mT).result  # (..., size, member)
+        return lambda states: states + ((between * (anomalies(states).mT @ shown)) @ weights).mT
 
 # %% ../nbs/05_ensemble.ipynb #8ff30dc8
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Callable, Protocol, runtime_checkable
 
 import numpy as np
-import ot
 import pandas as pd
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -162,12 +162,10 @@ def conditional_coupling(source: Tensor, analysis: Tensor, background: Tensor, b
     if beta == 0:
         return Coupling(torch.arange(len(source)), 0.0, 0.0)
     lengths = torch.cdist(source, analysis).square()
-    cost = (lengths + beta * torch.cdist(background, background).square()).double().numpy()
-    index = torch.from_numpy(ot.emd([], [], cost, numItermax=10_000_000).argmax(1))
-    before, after = lengths.diagonal().mean(), lengths[torch.arange(len(index)), index].mean()
-    return Coupling(
-        index, float((index != torch.arange(len(index))).double().mean()), float(1 - after / before)
-    )
+    cost = torch.cdist(background, background).square_().mul_(beta).add_(lengths)
+    index, own = torch.from_numpy(linear_sum_assignment(cost.numpy())[1]), torch.arange(len(source))
+    before, after = lengths.diagonal().mean(), lengths[own, index].mean()
+    return Coupling(index, float((index != own).double().mean()), float(1 - after / before))
 
 # %% ../nbs/07_flow_matching.ipynb #44810249
 class FourierEmbedding(nn.Module):
@@ -229,6 +227,31 @@ class VelocityMLP(nn.Module):
             return self.last(h)
         return self.last(h) + self.skip(torch.cat((x, background, tau * x, tau * background), dim=-1))
 
+    def given(self, background: Tensor) -> Callable[[Tensor, float], Tensor]:
+        """`velocity(x, tau)` for one `background` `(..., dim)`: what the background adds to the linear layers is
+        computed once.
+        """
+        first, dim = self.layers[0], background.shape[-1]
+        if first.out_features == first.in_features:  # a residual of the first layer, which needs its whole input
+            return lambda x, tau: self(x, torch.full((1,), tau), background)
+        for_x, for_tau, for_background = first.weight.split((dim, first.in_features - 2 * dim, dim), dim=1)
+        added = torch.nn.functional.linear(background, for_background, first.bias)
+        if self.skip is not None:
+            skip = self.skip.weight.split(dim, dim=1)
+            still, moving = background @ skip[1].T, background @ skip[3].T
+
+        def velocity(x: Tensor, tau: float) -> Tensor:
+            time = torch.nn.functional.linear(self.embed(torch.full((1,), tau)), for_tau)
+            h = nn.functional.silu(self.norms[0](nn.functional.linear(x, for_x).add_(added).add_(time)))
+            for layer, norm in zip(self.layers[1:], self.norms[1:]):
+                new = nn.functional.silu(norm(layer(h)))
+                h = h + new if h.shape == new.shape else new
+            if self.skip is None:
+                return self.last(h)
+            return self.last(h) + nn.functional.linear(x, skip[0] + tau * skip[2]) + still + tau * moving
+
+        return velocity
+
 # %% ../nbs/07_flow_matching.ipynb #c786c336
 FORMAT = "pnpda_nb.prior/1"
 
@@ -269,12 +292,13 @@ class FlowPrior:
             raise ValueError(
                 f"background: expected states of size {self.dim} as the prior's, got {background.shape[-1]}"
             )
-        given = ((background - self.location) / self.scale).float()
+        with torch.inference_mode():
+            given = self.network.given(((background - self.location) / self.scale).float())
 
         def velocity(x: Tensor, tau: float) -> Tensor:
             with torch.inference_mode():
                 inside = ((x - self.location) / self.scale).float()
-                return self.network(inside, torch.full((1,), tau), given).double() * self.scale
+                return given(inside, tau).double() * self.scale
 
         return Denoiser(background, velocity, self.source)
 
@@ -530,6 +554,7 @@ class _Training:
             settings.linear_skip,
         )
         self.averaged = copy.deepcopy(self.network).requires_grad_(False)
+        self.weights = [list(net.parameters()) for net in (self.averaged, self.network)]
         self.steps = 0
         self.generator = stream(seed, "training noise")
         self.optimiser = torch.optim.AdamW(
@@ -626,9 +651,7 @@ class _Training:
             min(self.settings.average, self.steps / (self.steps + 10)) if self.settings.average else 0.0
         )
         with torch.no_grad():
-            torch._foreach_lerp_(
-                list(self.averaged.parameters()), list(self.network.parameters()), 1 - decay
-            )
+            torch._foreach_lerp_(*self.weights, 1 - decay)
 
     def prior(self) -> FlowPrior:
         network = VelocityMLP(

@@ -25,6 +25,10 @@ COLOURS = {
     "pnpda": "#009E73",
     "pnpda_small_alpha": "#56B4E9",
     "conditional_mean": "#D55E00",
+    "enkf_large": "#882255",
+    "pnpda_paper": "#56B4E9",
+    "pnpda_large": "#117733",
+    "pnpda4d": "#332288",
 }
 LINES = {
     "free_run": (0, (1, 1)),
@@ -34,6 +38,9 @@ LINES = {
     "conditional_mean": (0, (1, 3)),
     "pnpda": "-",
     "pnpda_small_alpha": (0, (8, 2)),
+    "enkf_large": (0, (5, 1, 1, 1)),
+    "pnpda_paper": (0, (8, 2)),
+    "pnpda_large": (0, (3, 1)),
 }
 LABELS = {
     "free_run": "free run",
@@ -44,6 +51,10 @@ LABELS = {
     "conditional_mean": "conditional mean",
     "pnpda": "PnP-DA",
     "pnpda_small_alpha": "PnP-DA (small α)",
+    "enkf_large": "large EnKF (tuned)",
+    "pnpda_paper": "PnP-DA (paper's archive)",
+    "pnpda_large": "PnP-DA (large archive)",
+    "pnpda4d": "4D PnP-DA",
 }
 
 

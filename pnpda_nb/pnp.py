@@ -5,17 +5,20 @@
 # %% ../nbs/08_pnp.ipynb #2aba9f26
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+import xarray as xr
+from scoringrules import crps_ensemble
 from torch import Tensor
 
 from .flow_matching import Prior
-from .observing import Observations
+from .observing import Covariance, Observations
 
 # %% auto #0
-__all__ = ['step_size', 'PnPDA']
+__all__ = ['step_size', 'Misfit', 'PnPDA', 'convergence', 'analysis_ensemble', 'ensemble_scores', 'WindowMisfit', 'PnPDA4D']
 
 # %% ../nbs/08_pnp.ipynb #9c5cc870
 def step_size(observations: Observations, state: Tensor, rule: str) -> Tensor | float:
@@ -32,33 +35,58 @@ def step_size(observations: Observations, state: Tensor, rule: str) -> Tensor | 
         there = ~observations.missing  # each run its own mean, over what was seen
         return ((covariance.variances * there).sum(-1) / there.sum(-1).clamp_min(1))[..., None, None]
     if rule == "lipschitz":
-        factor = covariance.factor if covariance.factor.ndim == 2 else covariance.factor.unsqueeze(-3)
-        whitened = torch.linalg.solve_triangular(
-            factor, observations.operator.jacobian(state), upper=False
-        )
-        return 1 / torch.linalg.matrix_norm(whitened, ord=2).square().clamp_min(1e-300)[..., None]
+        return _flattest(_beside_members(covariance.factor), observations.operator.jacobian(state))
     raise ValueError(f"step_rule: expected 'paper', 'scaled' or 'lipschitz', got {rule!r}")
 
-# %% ../nbs/08_pnp.ipynb #4dc4ed00
-@dataclass(frozen=True, eq=False)
-class PnPDA:
-    """Plug-and-play data assimilation, Algorithm 1 of PnP-DA (3D), with any `prior` of the
-    flow-matching chapter.
 
-    `iterations` pseudo-times n/N; steps (1 − τ)^`alpha` times the factor of `step_rule` ("paper",
-    "scaled", "lipschitz"); `draws` of noise averaged per iteration. Raises `ValueError` for
-    settings out of range or a prior of another size.
+def _beside_members(matrix: Tensor) -> Tensor:
+    """A matrix for each run `(run, n, n)` beside members; a common one `(n, n)` as it is."""
+    return matrix if matrix.ndim == 2 else matrix.unsqueeze(-3)
+
+
+def _flattest(factor: Tensor, jacobian: Tensor) -> Tensor:
+    """One over the largest eigenvalue of JᵀC⁻¹J `(..., 1)`, for the Cholesky `factor` of C; nan where something is
+    not finite.
     """
+    whitened = torch.linalg.solve_triangular(factor, jacobian, upper=False)
+    fine = torch.isfinite(whitened).all(-1).all(-1)[..., None]
+    norm = torch.linalg.matrix_norm(whitened.where(fine[..., None], 0.0), ord=2)[..., None]
+    return (1 / norm.square().clamp_min(1e-300)).where(fine, torch.nan)
+
+# %% ../nbs/08_pnp.ipynb #4dc4ed00
+class Misfit:
+    """½‖y − H(x)‖² of `observations` at one time, in the norm of the inverse error covariance, beside a `background`
+    `(..., member, dim)` that is valid then.
+    """
+
+    def __init__(self, background: Tensor, observations: Observations):
+        self.background, self.observations = background, observations
+
+    def value(self, x: Tensor) -> Tensor:
+        """The misfit of states `(..., member, dim)`: shape `(..., member)`."""
+        innovation = self.observations.innovation(x)
+        return (innovation * self.observations.covariance.solve(innovation)).sum(-1) / 2
+
+    def gradient(self, x: Tensor) -> Tensor:
+        return self.observations.misfit_gradient(x)
+
+    def step_size(self, rule: str) -> Tensor | float:
+        return step_size(self.observations, self.background, rule)
+
+# %% ../nbs/08_pnp.ipynb #2b7e3135
+@dataclass(frozen=True, eq=False)
+class _PlugAndPlay:
+    """The loop that Algorithms 1 and 2 share, around the `misfit` of a subclass."""
 
     prior: Prior
     iterations: int = 100
     alpha: float = 0.5
     step_rule: str = "lipschitz"
     draws: int = 1
-    window: int = field(default=1, init=False, repr=False)
+    ensemble: int = 1
 
     def __post_init__(self):
-        for name in ("iterations", "draws"):
+        for name in ("iterations", "draws", "ensemble"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if not self.alpha >= 0:
@@ -68,21 +96,32 @@ class PnPDA:
                 f"step_rule: expected 'paper', 'scaled' or 'lipschitz', got {self.step_rule!r}"
             )
 
-    def iterates(
-        self, background: Tensor, observations: Observations, generator: torch.Generator
-    ) -> Iterator[Tensor]:
-        """The states x⁽¹⁾, x⁽²⁾, … of Algorithm 1, each of the background's shape `(..., member,
-        dim)`.
-        """
+    def misfit(self, background: Tensor, observations, forecast=None) -> Misfit:
+        """What the iteration steps down, for a background as in `analyse`."""
         if background.shape[-1] != self.prior.dim:
             raise ValueError(
                 f"background: expected states of size {self.prior.dim} as the prior's, got {background.shape[-1]}"
             )
-        denoiser, x = self.prior(background), background
-        length = step_size(observations, background, self.step_rule)
+        return Misfit(background, observations)
+
+    def towards(self, x: Tensor, misfit: Misfit, length: Tensor | float, tau: float) -> Tensor:
+        """w: the step from `x` towards the observations at pseudo-time `tau`."""
+        if not tau:  # it would be multiplied by 0
+            return x
+        return x - length * (1 - tau) ** self.alpha * misfit.gradient(x)
+
+    def iterates(
+        self, background: Tensor, observations, generator: torch.Generator, forecast=None
+    ) -> Iterator[Tensor]:
+        """The states x⁽¹⁾, x⁽²⁾, … of one answer, each of the background's shape `(..., member, dim)`."""
+        return self._iterates(self.misfit(background, observations, forecast), generator)
+
+    def _iterates(self, misfit: Misfit, generator: torch.Generator) -> Iterator[Tensor]:
+        denoiser, x = self.prior(misfit.background), misfit.background
+        length = misfit.step_size(self.step_rule)
         for n in range(self.iterations):
             tau = n / self.iterations
-            w = x - length * (1 - tau) ** self.alpha * observations.misfit_gradient(x)
+            w = self.towards(x, misfit, length, tau)
             noisy = [
                 (1 - tau) * self.prior.source(tuple(x.shape), generator) + tau * w
                 for _ in range(self.draws)
@@ -90,7 +129,272 @@ class PnPDA:
             x = sum(denoiser(blend, tau) for blend in noisy) / self.draws
             yield x
 
-    def analyse(self, background: Tensor, observations: Observations, *, forecast, generator) -> Tensor:
-        for x in self.iterates(background, observations, generator):
-            pass
+    def states(self, x: Tensor, misfit: Misfit, background: Tensor) -> Tensor:
+        """What is returned when the iteration has ended at `x`."""
         return x
+
+    def analyse(
+        self, background: Tensor, observations, *, forecast: Callable | None, generator: torch.Generator
+    ) -> Tensor:
+        answers = background if self.ensemble == 1 else background.repeat_interleave(self.ensemble, -2)
+        misfit = self.misfit(answers, observations, forecast)
+        for x in self._iterates(misfit, generator):
+            pass
+        states = self.states(x, misfit, answers)
+        if self.ensemble > 1:
+            states = states.unflatten(-2, (-1, self.ensemble)).mean(-2)
+        return states
+
+
+@dataclass(frozen=True, eq=False)
+class PnPDA(_PlugAndPlay):
+    """Plug-and-play data assimilation, Algorithm 1 of PnP-DA (3D), with any `prior` of the
+    flow-matching chapter.
+
+    `iterations` pseudo-times n/N; steps (1 − τ)^`alpha` times the factor of `step_rule` ("paper",
+    "scaled", "lipschitz"); `draws` of noise averaged per iteration; the mean of `ensemble` independent
+    answers is returned. Raises `ValueError` for settings out of range or a prior of another size.
+    """
+
+    window: int = field(default=1, init=False, repr=False)
+
+# %% ../nbs/08_pnp.ipynb #d2e014f1
+def convergence(
+    method, background: Tensor, observations, *, generator: torch.Generator, forecast=None
+) -> xr.Dataset:
+    """What each iteration of a `PnPDA` or `PnPDA4D` does, for one answer, with arguments as in `analyse`: dimensions
+    iteration, then those of the background but its last (run, member). Raises what `analyse` raises.
+
+    `misfit` is ½‖y − H(x)‖² of the new iterate; `change`, how far it is from the one before; `residual`, how far it would
+    be moved by the same iteration once more, with the mean of the noise in its place (root mean squares over
+    variables). `tau` is the pseudo-time of the iteration. The mean of the noise is the `location` of the prior's
+    source, or 0 if it has none.
+    """
+    misfit = method.misfit(background, observations, forecast)
+    denoiser, length = method.prior(misfit.background), misfit.step_size(method.step_rule)
+    mean = getattr(method.prior, "location", torch.zeros(method.prior.dim, dtype=background.dtype))
+    taus, before, rows = np.arange(method.iterations) / method.iterations, misfit.background, []
+    for tau, x in zip(taus.tolist(), method._iterates(misfit, generator)):
+        w = method.towards(x, misfit, length, tau)
+        again = denoiser((1 - tau) * mean + tau * w, tau) if tau else denoiser(mean.expand(x.shape), tau)
+        rows.append((misfit.value(x), *((x - other).square().mean(-1).sqrt() for other in (before, again))))
+        before = x
+    batch = background.ndim - 1
+    dims = ("iteration", *[f"batch{i}" for i in range(batch - 2)], *("run", "member")[2 - min(batch, 2) :])
+    values = [torch.stack(column).numpy() for column in zip(*rows)]
+    return xr.Dataset(
+        {name: (dims, column) for name, column in zip(("misfit", "change", "residual"), values)},
+        coords={"iteration": np.arange(1, method.iterations + 1), "tau": ("iteration", taus)},
+    )
+
+# %% ../nbs/08_pnp.ipynb #6af8e6ea
+def analysis_ensemble(
+    method, background: Tensor, observations, *, size: int, generator: torch.Generator, forecast=None
+) -> Tensor:
+    """`size` answers of a `PnPDA` to one `background` `(..., 1, dim)`, which differ by their noise alone: `(..., size,
+    dim)`; of a `PnPDA4D`, at all times, `(window + 1, ..., size, dim)`. Raises `ValueError` for more than one background
+    or a size below 1.
+    """
+    if background.shape[-2] != 1:
+        raise ValueError(f"background: expected one member, got {background.shape[-2]}")
+    if size < 1:
+        raise ValueError(f"size: expected at least 1, got {size}")
+    several = background.repeat_interleave(size, -2)
+    return method.analyse(several, observations, forecast=forecast, generator=generator)
+
+# %% ../nbs/08_pnp.ipynb #21029c39
+def ensemble_scores(truth: Tensor, ensemble: Tensor) -> dict:
+    """Scores of an `ensemble` `(..., member, dim)` against the `truth` `(..., dim)`, over everything that is given, with
+    the definitions of `cycle`: `rmse` of the mean (mean over cases), fair `crps`, `spread`, `spread_skill` and `ranks`
+    `(member + 1,)`.
+    """
+    n, mean = ensemble.shape[-2], ensemble.mean(-2)
+    error, variance = (mean - truth).square().mean(-1), ensemble.var(-2).mean(-1)
+    ranks = (ensemble < truth.unsqueeze(-2)).sum(-2)
+    crps = crps_ensemble(truth.numpy(), ensemble.numpy(), m_axis=-2, estimator="pwm")
+    return {
+        "rmse": float(error.sqrt().mean()),
+        "crps": float(crps.mean()),
+        "spread": float(variance.sqrt().mean()),
+        "spread_skill": float(((n + 1) / n * variance.mean() / error.mean()).sqrt()),
+        "ranks": torch.bincount(ranks.flatten(), minlength=n + 1).double().numpy() / ranks.numel(),
+    }
+
+# %% ../nbs/08_pnp.ipynb #3341697b
+class WindowMisfit(Misfit):
+    """½ Σ‖y_i − H_i(M_i(x))‖² of a window of `observations`, as a function of the state x at the time of the first of
+    them, with `forecast` (a `Forecast`) from each time to the next. With a `model_error` of covariance Q per interval, in
+    the norm of what observation and model errors add up to; that and step lengths are linearised at the `background`
+    `(..., member, dim)`, which is valid at the time of the first observations.
+    """
+
+    def __init__(
+        self, background: Tensor, observations: Sequence[Observations], forecast, model_error: Covariance | None = None
+    ):
+        super().__init__(background, list(observations))
+        self.forecast, self.model_error = forecast, model_error
+        self.first = Misfit(background, self.observations[0])
+        self.factor = self.jacobian = self.reach = None
+        if model_error is not None and len(self.observations) > 1:
+            self._marginalise(model_error.matrix.to(background))
+
+    def linearised_at(self, x: Tensor) -> WindowMisfit:
+        """The same misfit, linearised at x instead."""
+        return WindowMisfit(x, self.observations, self.forecast, self.model_error)
+
+    def _linearise(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Along the trajectory of the background: the Jacobians M of each interval, their products Φ from the first
+        time on, and those of the residuals, H_i Φ_i.
+        """
+        x, steps, products = self.background, [], []
+        product = torch.eye(x.shape[-1]).to(x).expand(*x.shape, -1)
+        seen_by = []
+        for i, seen in enumerate(self.observations):
+            if i:
+                x, M = self.forecast.linearised(x)
+                product = M @ product
+                steps.append(M)
+            products.append(product)
+            seen_by.append(seen.operator.jacobian(x))
+        return steps, products, seen_by
+
+    def _marginalise(self, Q: Tensor) -> None:
+        """The covariance C of the residuals, block by block, as its Cholesky `factor`; `reach` is Cov(ε, Hε)."""
+        steps, products, H = self._linearise()
+        times = range(len(H))
+        covariance = [torch.zeros_like(products[0])]
+        for M in steps:
+            covariance.append(M @ covariance[-1] @ M.mT + Q)
+        between = [[None for _ in times] for _ in times]  # Cov(ε_i, ε_j)
+        for i in times:
+            ahead = covariance[i]
+            for j in times[i:]:
+                ahead = ahead @ steps[j - 1].mT if j > i else ahead
+                between[i][j], between[j][i] = ahead, ahead.mT
+        self.reach = [torch.cat([between[i][j] @ H[j].mT for j in times], -1) for i in times]
+        C = torch.cat([H[i] @ self.reach[i] for i in times], -2)
+        place = 0
+        for seen in self.observations:
+            part = slice(place, place := place + seen.operator.size)
+            C[..., part, part] += _beside_members(seen.covariance.matrix)
+        fine = torch.isfinite(C).flatten(-2).all(-1)[..., None, None]
+        factor, failed = torch.linalg.cholesky_ex(C.where(fine, torch.eye(C.shape[-1]).to(C)))
+        self.factor = factor.masked_fill((failed != 0)[..., None, None] | ~fine, torch.nan)
+        self.jacobian = torch.cat([h @ product for h, product in zip(H, products)], -2)
+
+    def residuals(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """The states of the window from x on, and what is seen minus what they would have shown."""
+        states = [x]
+        for _ in self.observations[1:]:
+            states.append(self.forecast(states[-1]))
+        return states, [seen.innovation(at) for seen, at in zip(self.observations, states)]
+
+    def weigh(self, residuals: list[Tensor]) -> Tensor:
+        """C⁻¹r, for the residuals of all times one after the other: `(..., member, sizes)`."""
+        if self.factor is not None:
+            return torch.cholesky_solve(torch.cat(residuals, -1).unsqueeze(-1), self.factor).squeeze(-1)
+        return torch.cat([seen.covariance.solve(r) for seen, r in zip(self.observations, residuals)], -1)
+
+    def value(self, x: Tensor) -> Tensor:
+        _, residuals = self.residuals(x)
+        return (torch.cat(residuals, -1) * self.weigh(residuals)).sum(-1) / 2
+
+    def gradient(self, x: Tensor) -> Tensor:
+        """By one forecast through the window and its adjoint (at the point of linearisation, by the Jacobian that is
+        already there). Raises `ValueError` for a forecast without derivatives.
+        """
+        if x is self.background and self.jacobian is not None:
+            return -(self.jacobian.mT @ self.weigh(self.residuals(x)[1]).unsqueeze(-1)).squeeze(-1)
+        with torch.inference_mode(False), torch.enable_grad():
+            x = x.detach().clone().requires_grad_()
+            states, residuals = self.residuals(x)
+            if not states[-1].requires_grad:
+                raise ValueError("forecast: expected a model that torch can differentiate, got one without derivatives")
+            weight = self.weigh([r.detach() for r in residuals])
+            return torch.autograd.grad((torch.cat(residuals, -1) * weight).sum(), x)[0]
+
+    def step_size(self, rule: str) -> Tensor | float:
+        """The factors of `step_size` for a window: for "scaled" the mean variance of all its observations, for
+        "lipschitz" the curvature of the whole window, linearised along the trajectory of the background.
+        """
+        if len(self.observations) == 1:
+            return self.first.step_size(rule)
+        if rule == "scaled":
+            there = [torch.ones_like(o.values) if o.missing is None else ~o.missing for o in self.observations]
+            total = sum((o.covariance.variances * t).sum(-1) for o, t in zip(self.observations, there))
+            return (total / sum(t.sum(-1) for t in there).clamp_min(1))[..., None, None]
+        if rule == "lipschitz" and self.factor is not None:
+            return _flattest(self.factor, self.jacobian)
+        if rule == "lipschitz":
+            _, products, H = self._linearise()
+            factors = [_beside_members(o.covariance.factor) for o in self.observations]
+            whitened = [torch.linalg.solve_triangular(f, h @ p, upper=False) for f, h, p in zip(factors, H, products)]
+            whitened = torch.cat(whitened, -2)
+            self.jacobian = torch.cat([h @ p for h, p in zip(H, products)], -2)
+            return _flattest(torch.eye(whitened.shape[-2]).to(whitened), whitened)
+        return self.first.step_size(rule)  # of "paper", or an error
+
+    def states(self, x: Tensor) -> Tensor:
+        """The states at all observation times, most likely given that at the first: `(times, ..., member, dim)`."""
+        states, residuals = self.residuals(x)
+        if self.reach is not None:
+            weight = self.weigh(residuals).unsqueeze(-1)
+            states = [x + (reach @ weight).squeeze(-1) for x, reach in zip(states, self.reach)]
+        return torch.stack(states)
+
+# %% ../nbs/08_pnp.ipynb #a871517c
+@dataclass(frozen=True, eq=False)
+class PnPDA4D(_PlugAndPlay):
+    """Plug-and-play data assimilation over a window of `window` observation times, Algorithm 2 of PnP-DA (4D, appendix
+    B, with w(n) for its misprinted z(n)); the first settings are those of `PnPDA`.
+
+    What is looked for is the state at the first observation time of the window; the prior is given the noise-free
+    forecast to that time. Returns the states at the start, which is left as it is, and at all observation times,
+    `(window + 1, ..., member, dim)`. The window moves on by `shift` observation times: if that is less than `window`,
+    observations are used by several windows. `model_error` is the covariance of the model's error over one observation
+    interval; without it the model is taken to be perfect inside a window.
+
+    Two settings that Algorithm 2 does not have: before the pseudo-time `join` only the first observations of the window
+    count, and with `relinearise` step lengths and the norm of the misfit are those at each iterate, not at the
+    background. Raises `ValueError` for settings out of range or a forecast without derivatives.
+    """
+
+    window: int = 2
+    shift: int = 1
+    model_error: Covariance | None = None
+    join: float = 0.0
+    relinearise: bool = False
+    from_start: bool = field(default=True, init=False, repr=False)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not (isinstance(self.window, int) and self.window >= 1):
+            raise ValueError(f"window: expected a whole number of at least 1, got {self.window!r}")
+        if not (isinstance(self.shift, int) and 1 <= self.shift <= self.window):
+            raise ValueError(f"shift: expected 1 to {self.window}, the window, got {self.shift}")
+        if not 0 <= self.join < 1:
+            raise ValueError(f"join: expected a pseudo-time from 0 to less than 1, got {self.join}")
+
+    def misfit(self, background: Tensor, observations: Sequence[Observations], forecast=None) -> WindowMisfit:
+        super().misfit(background, observations)
+        if forecast is None:
+            raise ValueError("forecast: expected a forecast model to move through the window with, got None")
+        if self.model_error is not None and self.model_error.size != self.prior.dim:
+            raise ValueError(
+                f"model_error: expected size {self.prior.dim} as the prior's, got {self.model_error.size}"
+            )
+        return WindowMisfit(forecast(background), observations, forecast, self.model_error)
+
+    def towards(self, x: Tensor, misfit: WindowMisfit, length: Tensor | float, tau: float) -> Tensor:
+        if tau and len(misfit.observations) > 1:
+            if tau < self.join:
+                misfit = misfit.first
+                length = misfit.step_size(self.step_rule)
+            elif self.relinearise:
+                misfit = misfit.linearised_at(x)
+                length = misfit.step_size(self.step_rule)
+        return super().towards(x, misfit, length, tau)
+
+    def states(self, x: Tensor, misfit: WindowMisfit, background: Tensor) -> Tensor:
+        states = (misfit.linearised_at(x) if self.relinearise else misfit).states(x)
+        return torch.cat((background[None], states))

@@ -26,16 +26,23 @@ def make_archive(
     runs: int,
     seed: int,
     pairs: str = "means",
+    targets: str = "analysis",
     discard: int = 5,
     progress: bool | str = False,
 ) -> xr.Dataset:
     """Cycle `method` on truths of its own (`split="archive"`) and collect its (background,
     analysis) pairs.
 
-    `pairs` is "means" (of the ensemble) or "members"; the first `discard` cycles of every run are
+    `pairs` is "means" (of the ensemble) or "members". What the archive calls the analysis are the `targets`:
+    "analysis", "smoothed" (what a method that looks back made of it) or "truth", which only a twin experiment
+    has. The first `discard` cycles of every run are
     left out, and so are runs that failed. Returns a dataset of `background`, `analysis` and
-    `truth`, each `(sample, variable)`. Raises `ValueError` if nothing is left.
+    `truth`, each `(sample, variable)`. Raises `ValueError` if nothing is left, or the method has no such targets.
     """
+    if targets not in ("analysis", "smoothed", "truth"):
+        raise ValueError(f"targets: expected 'analysis', 'smoothed' or 'truth', got {targets!r}")
+    if pairs == "members" and targets != "analysis":
+        raise ValueError(f"targets: expected 'analysis' for pairs of members, got {targets!r}")
     if pairs not in ("means", "members"):
         raise ValueError(f"pairs: expected 'means' or 'members', got {pairs!r}")
     if not 0 <= discard < experiment.cycles:
@@ -63,6 +70,12 @@ def make_archive(
         .rename(time="cycle")
         .drop_vars("cycle")
     )
+    if targets == "smoothed":
+        if "smoothed" not in kept:
+            raise ValueError(f"targets: {type(method).__name__} does not look back, there is nothing smoothed")
+        kept = kept.assign(analysis=kept.smoothed)
+    if targets == "truth":
+        kept = kept.assign(analysis=truth.transpose(*kept.analysis.dims))
     if pairs == "members":
         kept = kept.assign(background=kept.background_members, analysis=kept.analysis_members)
         truth = truth.expand_dims(member=kept.sizes["member"])
@@ -79,6 +92,7 @@ def make_archive(
         attrs={
             **result.attrs,
             "pairs": pairs,
+            "targets": targets,
             "title": f"{type(method).__name__} reanalysis of {experiment.name}",
         },
     )

@@ -23,11 +23,10 @@ from pnpda_nb.dynamics import (
     Pendulum,
     TwoScaleLorenz96,
 )
-from .ensemble import ETKF, LETKF, EnKF, EnKS, EnRDA, ParticleFilter
-from .experiments.lorenz63 import lorenz63
+from .ensemble import ETKF, LETKF, LocalEnKF, EnKF, EnKS, EnRDA, ParticleFilter
 from .flow_matching import GaussianPrior
 from .observing import Covariance, DiagonalCovariance, ObservingNetwork, Select
-from .pnp import PnPDA
+from .pnp import PnPDA, PnPDA4D
 from .twin import FreeRun, Method, TwinExperiment, cycle, mean_and_error, nature_run
 from pnpda_nb.variational import (
     Climatology,
@@ -40,13 +39,23 @@ from pnpda_nb.variational import (
 )
 
 # %% auto #0
-__all__ = ['TESTBEDS', 'METHODS', 'PUBLISHED', 'lorenz96', 'kuramoto_sivashinsky', 'pendulum', 'double_well', 'sakov2012',
-           'sakov2008', 'bocquet2013', 'Climate', 'climate_of', 'method_by_name', 'Published', 'published_scores']
+__all__ = ['TESTBEDS', 'METHODS', 'PUBLISHED', 'lorenz63', 'lorenz96', 'kuramoto_sivashinsky', 'pendulum', 'double_well',
+           'sakov2012', 'sakov2008', 'bocquet2013', 'Climate', 'climate_of', 'method_by_name', 'Published',
+           'published_scores']
 
 # %% ../nbs/94_testbeds.ipynb #ee063f75
 def _network(sites, dim: int, variance: float) -> ObservingNetwork:
     sites = tuple(sites)
     return ObservingNetwork(Select(sites, dim), DiagonalCovariance(torch.full((len(sites),), float(variance))))
+
+
+def lorenz63(**settings) -> TwinExperiment:
+    """The Lorenz-63 twin experiment of PnP-DA, which has a [chapter](10_lorenz63.ipynb) of its own; `settings` are
+    the arguments of `experiments.lorenz63`.
+    """
+    from pnpda_nb.experiments import lorenz63 as testbed  # that chapter is built on this one
+
+    return testbed(**settings)
 
 
 def lorenz96(
@@ -206,13 +215,23 @@ def climate_of(experiment: TwinExperiment, runs: int = 20, steps: int = 2000, se
     return Climate(states.mean((0, 1)), Covariance(matrix, "climatological covariance"))
 
 # %% ../nbs/94_testbeds.ipynb #237d272e
+def _distance(experiment: TwinExperiment) -> str:
+    return "ring" if getattr(experiment.forecast_model, "boundary", "periodic") == "periodic" else "line"
+
+
+def _local_enkf(experiment: TwinExperiment, **settings) -> LocalEnKF:
+    return LocalEnKF(**({"distance": _distance(experiment)} | settings))
+
+
 def _letkf(experiment: TwinExperiment, **settings) -> LETKF:
-    walls = getattr(experiment.forecast_model, "boundary", "periodic") != "periodic"
-    return LETKF(**({"distance": "line" if walls else "ring"} | settings))
+    return LETKF(**({"distance": _distance(experiment)} | settings))
 
 
-def _var3d_gc(experiment, variance: float = 1.0, half_width: float = 2.0, **settings) -> ThreeDVar:
-    ring = getattr(experiment.forecast_model, "boundary", "periodic") == "periodic" and experiment.dim > 4
+def _var3d_gc(
+    experiment, variance: float = 1.0, half_width: float = 2.0, ring: bool | None = None, **settings
+) -> ThreeDVar:
+    if ring is None:
+        ring = _distance(experiment) == "ring" and experiment.dim > 4
     return ThreeDVar(gaspari_cohn_background(experiment.dim, variance, half_width, ring), **settings)
 
 
@@ -246,12 +265,18 @@ def _optimal_interpolation(experiment) -> OptimalInterpolation:
     return OptimalInterpolation(climate.mean, climate.covariance)
 
 
+def _gaussian_prior(experiment: TwinExperiment) -> GaussianPrior:
+    dim = experiment.dim
+    covariance = Covariance(0.1 * climate_of(experiment).covariance.matrix)
+    return GaussianPrior(torch.eye(dim, dtype=torch.float64), torch.zeros(dim, dtype=torch.float64), covariance)
+
+
 def _pnpda(experiment, prior=None, **settings) -> PnPDA:
-    if prior is None:
-        dim = experiment.dim
-        covariance = Covariance(0.1 * climate_of(experiment).covariance.matrix)
-        prior = GaussianPrior(torch.eye(dim, dtype=torch.float64), torch.zeros(dim, dtype=torch.float64), covariance)
-    return PnPDA(prior, **settings)
+    return PnPDA(_gaussian_prior(experiment) if prior is None else prior, **settings)
+
+
+def _pnpda4d(experiment, prior=None, **settings) -> PnPDA4D:
+    return PnPDA4D(_gaussian_prior(experiment) if prior is None else prior, **settings)
 
 
 METHODS: dict[str, Callable[..., Method]] = {
@@ -265,10 +290,12 @@ METHODS: dict[str, Callable[..., Method]] = {
     "enkf": lambda experiment, **s: EnKF(**s),
     "etkf": lambda experiment, **s: ETKF(**s),
     "letkf": _letkf,
+    "local_enkf": _local_enkf,
     "enks": lambda experiment, **s: EnKS(**s),
     "particle_filter": lambda experiment, **s: ParticleFilter(**s),
     "enrda": lambda experiment, **s: EnRDA(**s),
     "pnpda": _pnpda,
+    "pnpda4d": _pnpda4d,
 }
 
 
@@ -276,7 +303,7 @@ def method_by_name(name: str, experiment: TwinExperiment, **settings) -> Method:
     """The method called `name` with these `settings`, ready for `experiment`.
 
     The variational methods take B as `scale` times the experiment's climatological covariance, or with
-    `background="identity"` times the identity; `pnpda` without a `prior` takes a Gaussian one. Raises `ValueError` for an unknown name or setting.
+    `background="identity"` times the identity; `pnpda` and `pnpda4d` without a `prior` take a Gaussian one. Raises `ValueError` for an unknown name or setting.
     """
     if name not in METHODS:
         raise ValueError(f"method: unknown method {name!r}; known: {', '.join(METHODS)}")

@@ -38,8 +38,8 @@ from .observing import Observations, ObservingNetwork
 # %% auto #0
 __all__ = ['TwinExperiment', 'nature_start', 'nature_intervals', 'nature_run', 'observation_errors', 'observe_truth', 'Method',
            'FreeRun', 'RunNoise', 'Forecast', 'Stretch', 'watch_nature', 'filter_cycle', 'window_cycle', 'cycle',
-           'scores', 'score_table', 'stack_methods', 'time_mean', 'mean_and_error', 'rank_histogram', 'spread_skill',
-           'Tuned', 'tune']
+           'scores', 'summary', 'score_table', 'stack_methods', 'time_mean', 'mean_and_error', 'rank_histogram',
+           'spread_skill', 'Tuned', 'tune']
 
 # %% ../nbs/03_twin.ipynb #cf0d14c8
 def _require_count(name: str, value: object, least: int) -> None:
@@ -389,6 +389,7 @@ def cycle(
     split: str = "test",
     keep: Literal["all", "scores"] = "all",
     keep_members: bool = False,
+    nature: Sequence[tuple[Tensor, Observations | None]] | None = None,
     progress: bool | str = False,
 ) -> xr.Dataset:
     """Run `method` through `runs` independent twin experiments at once.
@@ -400,7 +401,8 @@ def cycle(
     analysis ensemble and the `rank` of the truth in it, the number of observations `missing`, and
     `failed`, the cycle (counted from 0) at which a run became non-finite, or -1. With
     `keep_members`, also the ensembles themselves. With `keep="scores"` only what `scores` and the
-    other summaries need, in memory that does not grow with the number of cycles. Raises
+    other summaries need, in memory that does not grow with the number of cycles. `nature` is what
+    `watch_nature` yields, if it is at hand. Raises
     `ValueError` for fewer than one run or member, or a method without a `window`.
     """
     for name, count in (("members", members), ("runs", runs)):
@@ -413,7 +415,7 @@ def cycle(
     model, interval = experiment.forecast_model, experiment.interval
     noise = RunNoise(seed, split, "model error", runs)
     first_error = RunNoise(seed, split, "first background", runs).draw(1, members, experiment.dim)[0]
-    nature = watch_nature(experiment, runs, seed, split)
+    nature = iter(watch_nature(experiment, runs, seed, split) if nature is None else nature)
     beginning = next(nature)[0][0].unsqueeze(-2)
     if experiment.first_ensemble == "around_truth":
         first = beginning + experiment.background_variance**0.5 * first_error
@@ -594,6 +596,25 @@ def scores(result: xr.Dataset) -> xr.Dataset:
 _HIDDEN = ("squared_error", "variance", "ranks", "squared")
 
 # %% ../nbs/03_twin.ipynb #3d35a943
+def summary(result: xr.Dataset) -> xr.Dataset:
+    """What is worth keeping of a cycle that kept everything: its scores, and for every run and cycle the RMSE of background
+    and analysis, that of the estimates since the last cycle, and the spread. All that takes scores takes it, too.
+    """
+    if "estimate" not in result:
+        raise ValueError('result: expected a cycle with keep="all"')
+    at_cycles = result.truth.sel(time=result.cycle_time, method="nearest")
+    interval = result.sizes["time"] // result.sizes["cycle"]
+    out = _statistics(result).assign(
+        failed=result.failed,
+        analysis_error=_spatial_rmse(result.analysis, at_cycles).astype("float32"),
+        background_error=_spatial_rmse(result.background, at_cycles).astype("float32"),
+        step_error=(("run", "cycle"), result.rmse.values.reshape(result.sizes["run"], -1, interval).mean(-1).astype("float32")),
+    )
+    if "analysis_spread" in result:
+        out["analysis_spread"] = result.analysis_spread.astype("float32")
+    return out.assign_coords(cycle_time=result.cycle_time).assign_attrs(result.attrs)
+
+# %% ../nbs/03_twin.ipynb #2adc63f9
 def _scored(result: xr.Dataset) -> xr.Dataset:
     """The part of a cycle that counts."""
     burn_in = result.attrs.get("burn_in", 0)
@@ -606,7 +627,9 @@ def _spatial_rmse(x: xr.DataArray, truth: xr.DataArray) -> xr.DataArray:
 
 
 def _statistics(result: xr.Dataset) -> xr.Dataset:
-    """Time means over a cycle, or pooled from those of its blocks."""
+    """Time means over a cycle, or pooled from those of its blocks, or as a summary has them."""
+    if "analysis_error" in result:
+        return result.drop_dims("cycle").drop_vars("failed")
     if "block" in result.dims:
         blocks = result.drop_vars(["failed", "missing", "cycles"])
         pooled = blocks.weighted(result.cycles).mean("block", skipna=False)
@@ -758,7 +781,7 @@ def time_mean(series: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def mean_and_error(result: xr.Dataset, metric: str = "analysis_rmse") -> tuple[float, float]:
     """A score of a cycle with its standard error, over the runs that did not fail.
 
-    From the spread between runs if ten or more are left; if there are fewer, from the autocorrelation
+    From the spread between runs if ten or more are left, or if the result is a `summary`; if there are fewer, from the autocorrelation
     within them or, of a cycle that kept its scores alone, from the spread of its blocks. Raises `ValueError` for a metric that the cycle does not have.
     """
     known = scores(result)
@@ -767,8 +790,8 @@ def mean_and_error(result: xr.Dataset, metric: str = "analysis_rmse") -> tuple[f
     values = known[metric].mean("variable", skipna=False) if "variable" in known[metric].dims else known[metric]
     kept = np.isfinite(values.values)
     values = values.values[kept]
-    if len(values) >= 10 or not len(values):
-        error = values.std(ddof=1) / len(values) ** 0.5 if len(values) else np.nan
+    if len(values) >= 10 or not len(values) or "analysis_error" in result:
+        error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
     elif "block" in result.dims:
         blocks = result["squared" if metric == "rmse" else metric].transpose("block", "run", ...)
         blocks = blocks.values[:, kept].reshape(result.sizes["block"], len(values), -1).mean(-1)
@@ -857,11 +880,12 @@ def tune(
     """
     rows = []
     settings = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
+    nature = list(watch_nature(experiment, runs, seed, "training"))  # the same for all settings
     for setting in tqdm(settings, desc="tuning", disable=None if progress else True, leave=False):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the table counts failed runs
             result = cycle(
-                experiment, make(**setting), members=members, runs=runs, seed=seed, split="training"
+                experiment, make(**setting), members=members, runs=runs, seed=seed, split="training", nature=nature
             )
         values = scores(result)[metric]
         values = (values.mean("variable", skipna=False) if "variable" in values.dims else values).values

@@ -28,14 +28,15 @@ def test_that_the_quick_benchmark_writes_whole_files_and_prints_its_table(tmp_pa
     assert np.isfinite(table[table.unit == "steps/s"].ours).all() and (table.ratio.dropna() > 0).all()
     assert all(case in answer.stdout for case in table.case)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert manifest["machine"]["threads"] == 1 and "torch" in manifest["machine"]["versions"]
-    assert manifest["sizes"]["dimensions"] == list(benchmark.QUICK.dimensions)
+    (session,) = manifest["sessions"]
+    assert session["machine"]["threads"] == 1 and "torch" in session["machine"]["versions"]
+    assert session["sizes"]["dimensions"] == list(benchmark.QUICK.dimensions) and session["parts"] == ["steps"]
 
 
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["--only", "speed"], "only: unknown part 'speed'; known: enkf, steps, etdrk4, members, state, memory"),
+        (["--only", "speed"], "only: unknown part 'speed'; known: enkf, steps, etdrk4, members, state, memory, pnpda, training, pnpda_state"),
         (["--quick", "--full"], "quick: expected one of --quick and --full"),
     ],
 )
@@ -82,3 +83,88 @@ def test_that_one_thread_is_used_only_inside_the_benchmark(monkeypatch):
         assert inside == [1] and torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def invented(part: str, value: float):
+    return lambda sizes: iter([benchmark._row(part, "invented", value)])
+
+
+def test_that_parts_that_are_run_again_replace_their_rows_and_no_others(monkeypatch, tmp_path):
+    def table_and_sessions():
+        sessions = json.loads((tmp_path / "manifest.json").read_text())["sessions"]
+        return pd.read_csv(tmp_path / "bench.csv").set_index("part").ours.to_dict(), [s["parts"] for s in sessions]
+
+    for part, value in (("enkf", 1), ("steps", 2), ("memory", 3)):
+        monkeypatch.setitem(benchmark.PARTS, part, invented(part, value))
+    benchmark.bench(["steps", "memory"], out=tmp_path)
+    answer = benchmark.bench(["enkf"], benchmark.QUICK, out=tmp_path)
+    assert set(answer.part) == {"enkf"}  # what was measured, not what is in the folder
+    assert table_and_sessions() == ({"enkf": 1, "steps": 2, "memory": 3}, [["steps", "memory"], ["enkf"]])
+    monkeypatch.setitem(benchmark.PARTS, "steps", invented("steps", 4))
+    benchmark.bench(["steps"], out=tmp_path)
+    values, sessions = table_and_sessions()
+    assert list(values.items()) == [("enkf", 1), ("steps", 4), ("memory", 3)]  # in the order of the parts
+    assert sessions == [["memory"], ["enkf"], ["steps"]]
+    benchmark.bench(["memory", "enkf"], out=tmp_path)
+    assert table_and_sessions()[1] == [["steps"], ["enkf", "memory"]]
+
+
+@pytest.mark.parametrize("manifest", [None, "{", "{}", "[]", '{"sessions": 3}'])
+def test_that_a_table_without_a_readable_manifest_is_not_written_over(monkeypatch, tmp_path, manifest):
+    (tmp_path / "bench.csv").write_text("part,case\nmine,alone\n")
+    if manifest is not None:
+        (tmp_path / "manifest.json").write_text(manifest)
+    monkeypatch.setitem(benchmark.PARTS, "steps", lambda sizes: pytest.fail("measured"))
+    with pytest.raises(ValueError, match="out: .* holds a table that this one cannot be added to"):
+        benchmark.bench(["steps"], out=tmp_path)
+    assert (tmp_path / "bench.csv").read_text() == "part,case\nmine,alone\n"
+
+
+def test_that_an_analysis_is_compared_with_its_network_passes():
+    table = benchmark.bench(["pnpda"], benchmark.QUICK)
+    speeds, costs = table[table.unit == "analyses/s"], table[table.case.str.contains("bare passes")]
+    assert len(speeds) == len(costs) == len(benchmark.NETWORKS)
+    assert (speeds[["ours", "peer", "ratio", "low", "high"]] > 0).all(axis=None) and np.isfinite(costs.ours).all()
+    assert np.allclose(costs.ours.values * speeds.ratio.values, 1, atol=0.6)  # medians of numbers and of their inverses
+
+
+def test_that_the_time_of_an_analysis_has_rows_for_every_size_and_both_rules(monkeypatch):
+    here = lambda name, sizes: ((size, *benchmark._needed(name, size)) for size in sizes)  # saves two processes
+    monkeypatch.setattr(benchmark, "needs", here)
+    table = benchmark.bench(["pnpda_state"], benchmark.QUICK)
+    for prefix in ("", "scaled: "):
+        times = table[table.case.str.startswith(f"{prefix}time of an analysis")]
+        assert list(times["size"]) == list(benchmark.QUICK.fields) and (times.ours > 0).all()
+    assert np.isfinite(table[table.case.str.contains("exponent of time")].ours).all()
+
+
+def test_that_the_training_part_is_skipped_with_a_reason_when_torchcfm_is_not_installed(monkeypatch):
+    monkeypatch.setattr(benchmark, "find_spec", lambda name: None)
+    table = benchmark.bench(["training"], benchmark.QUICK)
+    assert len(table) == 1 and "skipped: torchcfm is not installed" in benchmark.report(table) and table.ratio.isna().all()
+
+
+@pytest.mark.skipif(find_spec("torchcfm") is None, reason="torchcfm is not installed")
+def test_that_torchcfm_and_we_train_alike_and_numpy_keeps_its_random_state():
+    before = np.random.get_state()[1].copy()
+    table = benchmark.bench(["training"], benchmark.QUICK).set_index("case")
+    assert (np.random.get_state()[1] == before).all()
+    timed = table[table.unit == "s"]
+    assert len(timed) == 4 * len(benchmark.QUICK.minibatches) and (timed.ratio > 0).all()
+    losses = table[table.index.str.endswith("without replacement")]
+    assert len(losses) == 2
+    for _, row in losses.iterrows():
+        ours, theirs = (float(word.split()[0].rstrip(",")) for word in row.note.split("± ")[1:])
+        assert abs(row.ours - row.peer) < 3 * (ours**2 + theirs**2) ** 0.5
+
+
+@pytest.mark.skipif(find_spec("torchcfm") is None, reason="torchcfm is not installed")
+def test_that_torchcfm_pairs_as_we_do():
+    import torch
+
+    z, a, b, _ = benchmark._minibatches(48, 1)[0]
+    ours = torch.cat(benchmark.our_pairing(3.0)(z, a, b), -1)
+    every = torch.cat(benchmark.torchcfm_pairing(3.0, replace=False)(z, a, b), -1)
+    drawn = torch.cat(benchmark.torchcfm_pairing(3.0)(z, a, b), -1)
+    assert {tuple(x) for x in every.tolist()} == {tuple(x) for x in ours.tolist()}
+    assert {tuple(x) for x in drawn.tolist()} < {tuple(x) for x in ours.tolist()}

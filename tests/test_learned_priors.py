@@ -4,13 +4,13 @@ import dataclasses
 import math
 
 import numpy as np
+import ot
 import pytest
 import torch
 import xarray as xr
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from scipy.optimize import linear_sum_assignment
 
 from pnpda_nb.dynamics import standard_normal, stream
 from pnpda_nb.flow_matching import (
@@ -43,9 +43,8 @@ def test_that_the_coupling_is_the_optimal_assignment(seed, batch, beta):
     z, a, b = (standard_normal((batch, 2), stream(seed, name)) for name in "zab")
     cost = (torch.cdist(z, a).square() + beta * torch.cdist(b, b).square()).numpy()
     coupling = conditional_coupling(z, a, b, beta)
-    rows, columns = linear_sum_assignment(cost)
     assert sorted(coupling.index.tolist()) == list(range(batch))
-    assert np.isclose(cost[np.arange(batch), coupling.index].sum(), cost[rows, columns].sum())
+    assert np.isclose(cost[np.arange(batch), coupling.index].mean(), ot.emd2([], [], cost))  # another solver
     assert 0 <= coupling.repaired <= 1
 
 

@@ -6,11 +6,15 @@
 __all__ = ['STUDIES', 'find_study']
 
 # %% ../../nbs/93_registry.ipynb #8f871e25
+from .ablations import ABLATION_STUDY
+from .kuramoto_sivashinsky import KURAMOTO_SIVASHINSKY
 from .lorenz63 import LORENZ63, lorenz63
+from .lorenz96 import LORENZ96
 from ..sweep import Study
+from ..testbeds import kuramoto_sivashinsky, lorenz96
 
 # %% ../../nbs/93_registry.ipynb #cb2554ae
-STUDIES: dict[str, Study] = {study.name: study for study in (LORENZ63,)}
+STUDIES: dict[str, Study] = {study.name: study for study in (LORENZ63, LORENZ96, KURAMOTO_SIVASHINSKY, ABLATION_STUDY)}
 
 # %% ../../nbs/93_registry.ipynb #3b25afe6
 def find_study(name: str) -> Study:

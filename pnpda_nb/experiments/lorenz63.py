@@ -6,10 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import warnings
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -17,20 +14,19 @@ import torch
 import xarray as xr
 
 from ..dynamics import AdditiveModelError, Lorenz63
-from ..ensemble import EnKF, EnRDA
-from ..flow_matching import PAPER_TRAINING, FlowPrior, TrainingSettings, train_prior
+from ..flow_matching import PAPER_TRAINING, TrainingSettings
 from ..observing import Covariance, ObservingNetwork, Select
 from ..plotting import LABELS, book_style, line_style, mean_and_band
 from ..pnp import PnPDA
-from ..reanalysis import make_archive, pairs_of, read_archive
-from ..sweep import Store, Study, task_key, whole_file
-from ..twin import FreeRun, Method, TwinExperiment, cycle, tune
-from ..variational import ThreeDVar, archive_background, gaspari_cohn_background
+from ..studies import archive_task, cycle_task, file_task, prior_task, tuning_task
+from ..sweep import Study, Task
+from ..twin import TwinExperiment
+from ..variational import gaspari_cohn_background
 
 # %% auto #0
-__all__ = ['WORLD', 'ARCHIVE', 'TRAINING', 'TRIAL', 'NEEDS', 'PUBLISHED', 'PAPER', 'LORENZ63', 'lorenz63', 'Lorenz63Settings',
-           'lorenz63_archive', 'lorenz63_prior', 'lorenz63_method', 'run_lorenz63', 'table_1', 'report_lorenz63',
-           'figure_time', 'figure_phase', 'figure_trajectories', 'figures_lorenz63']
+__all__ = ['LORENZ63_METHODS', 'PUBLISHED', 'PAPER', 'LORENZ63', 'lorenz63', 'Lorenz63Settings', 'lorenz63_archive',
+           'lorenz63_prior', 'plan_lorenz63', 'kept_lorenz63', 'table_1', 'report_lorenz63', 'figure_time',
+           'figure_phase', 'figure_trajectories', 'figures_lorenz63']
 
 # %% ../../nbs/10_lorenz63.ipynb #7b6d8a1f
 def lorenz63(
@@ -118,15 +114,20 @@ class Lorenz63Settings:
         for alpha in (self.alpha, self.small_alpha):
             PnPDA(None, self.iterations, alpha, self.step_rule, self.draws)
 
-    def experiment(self, **changes) -> TwinExperiment:
-        """The twin experiment that methods are judged on; `changes` as for `lorenz63`."""
+    def world(self, **changes) -> dict:
+        """The arguments of `lorenz63`, with `changes`."""
         given = {
             "observed": self.observed,
             "cycles": self.cycles,
             "variance": self.observation_variance,
             "correlation": self.observation_correlation,
+            "model_error_variance": self.model_error_variance,
         }
-        return lorenz63(**(given | {"model_error_variance": self.model_error_variance} | changes))
+        return given | changes
+
+    def experiment(self, **changes) -> TwinExperiment:
+        """The twin experiment that methods are judged on; `changes` as for `lorenz63`."""
+        return lorenz63(**self.world(**changes))
 
     def training(self) -> TrainingSettings:
         names = {f.name for f in dataclasses.fields(TrainingSettings)} & {
@@ -134,177 +135,77 @@ class Lorenz63Settings:
         }
         return dataclasses.replace(PAPER_TRAINING, **{name: getattr(self, name) for name in names})
 
-    def about(self, *prefixes: str) -> dict:
-        """The settings whose names begin with one of `prefixes`, as a part of a key; files count by
-        what is in them.
-        """
-        names = [f.name for f in dataclasses.fields(self) if f.name.startswith(prefixes)]
-        files = ("archive", "prior")
-        return {n: _digest(getattr(self, n)) if n in files else getattr(self, n) for n in names}
-
 # %% ../../nbs/10_lorenz63.ipynb #506ab6ec
-WORLD = ("seed", "observation_", "model_error_")
-ARCHIVE = (*WORLD, "archive", "pairs")
-TRAINING = (*ARCHIVE, "prior", *(f.name for f in dataclasses.fields(TrainingSettings)))
-TRIAL = (*WORLD, "runs", "cycles", "observed")
-
-
-def lorenz63_archive(settings: Lorenz63Settings, store: Store, progress: bool = False) -> xr.Dataset:
+def lorenz63_archive(settings: Lorenz63Settings) -> Task:
     """The EnRDA archive of the appendix (or the file that the settings name)."""
     if settings.archive:
-        archive = read_archive(settings.archive)
-        if archive.sizes["variable"] != 3:
-            raise ValueError(
-                f"archive: expected states of size 3 in {settings.archive}, got {archive.sizes['variable']}"
-            )
-        return archive
-    full = settings.experiment(observed=(0, 1, 2), cycles=settings.archive_cycles + 5)
-    return store.dataset(
-        "archive",
-        settings.about(*ARCHIVE),
-        lambda: make_archive(
-            full,
-            EnRDA(),
-            members=settings.archive_members,
-            runs=settings.archive_runs,
-            seed=settings.seed,
-            pairs=settings.pairs,
-            progress=progress and "archive (EnRDA)",
-        ),
+        return file_task("archive", settings.archive, dim=3)
+    full = settings.world(observed=(0, 1, 2), cycles=settings.archive_cycles + 5)
+    return archive_task(
+        {"name": "lorenz63"} | full,
+        {"name": "enrda"},
+        members=settings.archive_members,
+        runs=settings.archive_runs,
+        seed=settings.seed,
+        pairs=settings.pairs,
+        cost=2,
     )
 
-# %% ../../nbs/10_lorenz63.ipynb #f8e298b4
-def lorenz63_prior(settings: Lorenz63Settings, store: Store, progress: bool = False) -> FlowPrior:
+
+def lorenz63_prior(settings: Lorenz63Settings) -> Task:
     """The prior, trained on the archive (or the file that the settings name)."""
     if settings.prior:
-        prior = FlowPrior.load(settings.prior)
-    else:
-        key = settings.about(*TRAINING)
-        checkpoint = store.path("prior", key, "training")
-
-        def make() -> FlowPrior:
-            pairs = pairs_of(lorenz63_archive(settings, store, progress))
-            options = {"seed": settings.seed, "checkpoint": checkpoint, "progress": progress}
-            return train_prior(*pairs, settings.training(), **options)[0]
-
-        prior = store.part("prior", key, "safetensors", make, FlowPrior.save, FlowPrior.load)
-    if prior.dim != 3:
-        raise ValueError(f"prior: expected one for states of size 3, got size {prior.dim}")
-    prior.save(store.folder / "prior.safetensors")
-    return prior
+        return file_task("prior", settings.prior, dim=3)
+    return prior_task(lorenz63_archive(settings), settings.training(), seed=settings.seed, cost=20)
 
 # %% ../../nbs/10_lorenz63.ipynb #3e6cd260
-def lorenz63_method(
-    name: str, settings: Lorenz63Settings, store: Store, progress: bool = False
-) -> Method:
-    """Build a method by name; what needs an archive, a prior or tuning makes it, or finds it in the
-    store.
-    """
-    experiment = settings.experiment()
-
-    def tuned(make, grid: dict, members: int, about: tuple[str, ...]) -> dict:
-        key = settings.about(*about, "cycles", "observed", "tuning_runs") | {
-            "grid": grid,
-            "members": members,
-        }
-        return store.record(
-            f"tuning-{name}",
-            key,
-            lambda: (
-                tune(
-                    make,
-                    grid,
-                    experiment,
-                    members=members,
-                    runs=settings.tuning_runs,
-                    seed=settings.seed,
-                    progress=progress,
-                ).setting
-            ),
-        )
-
-    if name == "free_run":
-        return FreeRun()
-    if name == "var3d_gc":
-        return ThreeDVar(gaspari_cohn_background(3, settings.gc_variance, settings.gc_half_width))
-    if name == "var3d":
-        background = archive_background(*pairs_of(lorenz63_archive(settings, store, progress)))
-        return ThreeDVar(
-            background,
-            **tuned(
-                lambda scale: ThreeDVar(background, scale),
-                {"scale": [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0]},
-                1,
-                ARCHIVE,
-            ),
-        )
-    if name == "enkf":
-        return EnKF(
-            **tuned(
-                EnKF,
-                {"inflation": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.8, 2.0]},
-                settings.members,
-                WORLD,
-            )
-        )
-    prior = lorenz63_prior(settings, store, progress)
-    iterations, alpha = {
-        "pnpda": (settings.iterations, settings.alpha),
-        "pnpda_small_alpha": (settings.iterations, settings.small_alpha),
-        "conditional_mean": (1, settings.alpha),
-    }[name]
-    return PnPDA(
-        prior,
-        iterations,
-        alpha,
-        settings.step_rule,
-        20 if name == "conditional_mean" else settings.draws,
-    )
-
-# %% ../../nbs/10_lorenz63.ipynb #9daff042
-NEEDS = {
-    "free_run": (),
-    "var3d_gc": ("gc_",),
-    "var3d": (*ARCHIVE, "tuning_runs"),
-    "enkf": ("members", "tuning_runs"),
-    "conditional_mean": (*TRAINING, "step_rule"),
-    "pnpda": (*TRAINING, "iterations", "alpha", "step_rule", "draws"),
-    "pnpda_small_alpha": (*TRAINING, "iterations", "small_alpha", "step_rule", "draws"),
-}
+LORENZ63_METHODS = ("free_run", "var3d_gc", "var3d", "enkf", "conditional_mean", "pnpda", "pnpda_small_alpha")
 
 
-def run_lorenz63(
-    settings: Lorenz63Settings, methods: tuple[str, ...], store: Store, progress: bool = False
-) -> dict[str, xr.Dataset]:
-    """Cycle every method on the same truths, observations and model noise; finished parts are found
-    in the store.
-    """
-    results = {}
-    for name in methods:
-        members = settings.members if name == "enkf" else 1
-        key = settings.about(*TRIAL, *NEEDS[name]) | {
-            file: _digest(getattr(settings, file)) for file in ("archive", "prior")
-        }
-        results[name] = store.dataset(
-            name,
-            key,
-            lambda: cycle(
-                settings.experiment(),
-                lorenz63_method(name, settings, store, progress),
-                members=members,
-                runs=settings.runs,
-                seed=settings.seed,
-                progress=progress and name,
-            ),
-        )
-    return results
+def plan_lorenz63(settings: Lorenz63Settings, methods: tuple[str, ...]) -> dict[tuple[str, str], Task]:
+    """The task of every method: all meet the same truths, observations and model noise."""
+    testbed = {"name": "lorenz63"} | settings.world()
+    trial = {"runs": settings.runs, "seed": settings.seed, "whole": True}
+    training = {"runs": settings.tuning_runs, "seed": settings.seed}
+    archive, prior = lorenz63_archive(settings), lorenz63_prior(settings)
+
+    def search(name: str, grid: dict, members: int = 1, **needs: Task) -> Task:
+        return tuning_task(testbed, {"name": name}, grid, members=members, needs=needs, name=f"tuning {name}", **training)
+
+    def pnpda(iterations: int, alpha: float, draws: int) -> dict:
+        return {"name": "pnpda", "iterations": iterations, "alpha": alpha, "step_rule": settings.step_rule, "draws": draws}
+
+    def task(name: str) -> Task:
+        match name:
+            case "free_run":
+                return cycle_task(testbed, {"name": name}, **trial)
+            case "var3d_gc":
+                gc = {"variance": settings.gc_variance, "half_width": settings.gc_half_width}
+                return cycle_task(testbed, {"name": name} | gc, **trial)
+            case "var3d":
+                scale = search(name, {"scale": [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0]}, archive=archive)
+                return cycle_task(testbed, {"name": name}, archive=archive, tuned=scale, **trial)
+            case "enkf":
+                inflation = {"inflation": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.8, 2.0]}
+                tuned = search(name, inflation, settings.members)
+                return cycle_task(testbed, {"name": name}, members=settings.members, tuned=tuned, **trial)
+            case "conditional_mean":
+                return cycle_task(testbed, pnpda(1, settings.alpha, 20), prior=prior, name=name, **trial)
+            case "pnpda":
+                method = pnpda(settings.iterations, settings.alpha, settings.draws)
+                return cycle_task(testbed, method, prior=prior, name=name, **trial)
+            case "pnpda_small_alpha":
+                method = pnpda(settings.iterations, settings.small_alpha, settings.draws)
+                return cycle_task(testbed, method, prior=prior, name=name, **trial)
+        raise ValueError(f"methods: unknown method {name!r}")
+
+    return {("", name): task(name) for name in methods}
 
 
-def _digest(path: str) -> str:
-    """What is in a file that the settings name; nothing for no file."""
-    if path and not Path(path).is_file():
-        raise FileNotFoundError(f"set: no file {path}")
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
+def kept_lorenz63(settings: Lorenz63Settings, methods: tuple[str, ...]) -> dict[str, Task]:
+    """The prior, if one of the `methods` has one."""
+    learned = {"conditional_mean", "pnpda", "pnpda_small_alpha"} & set(methods)
+    return {"prior.safetensors": lorenz63_prior(settings)} if learned else {}
 
 # %% ../../nbs/10_lorenz63.ipynb #eb538a99
 def _published() -> pd.DataFrame:
@@ -438,10 +339,10 @@ def figure_trajectories(results: dict[str, xr.Dataset], run: int = 0):
     return figure
 
 # %% ../../nbs/10_lorenz63.ipynb #19073b6f
-def figures_lorenz63(results: dict[str, xr.Dataset]) -> dict:
+def figures_lorenz63(results: dict[tuple[str, str], xr.Dataset]) -> dict:
     """All figures of the study by name; methods of which no run survived are not drawn."""
     book_style()
-    results = {name: result for name, result in results.items() if (result.failed < 0).any()}
+    results = {name: result for (_, name), result in results.items() if (result.failed < 0).any()}
     if not results:
         return {}
     return {
@@ -456,9 +357,10 @@ LORENZ63 = Study(
     name="lorenz63",
     description="Lorenz-63 with a wrong and noisy model, x and z observed: Table 1 and Figure 2 of PnP-DA",
     presets={"smoke": dataclasses.replace(PAPER, runs=20, tuning_runs=20, patience=20), "paper": PAPER},
-    methods=tuple(NEEDS),
-    default_methods=tuple(NEEDS),
-    run=run_lorenz63,
+    methods=LORENZ63_METHODS,
+    default_methods=LORENZ63_METHODS,
+    plan=plan_lorenz63,
+    kept=kept_lorenz63,
     figures=figures_lorenz63,
     report=report_lorenz63,
     published=PUBLISHED,
