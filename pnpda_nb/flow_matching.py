@@ -36,7 +36,7 @@ __all__ = ['FORMAT', 'PAPER_TRAINING', 'denoised_from_velocity', 'velocity_from_
 # %% ../nbs/07_flow_matching.ipynb #e074b718
 def denoised_from_velocity(x: Tensor, velocity: Tensor, tau: float) -> Tensor:
     """Where the walk from `x` at pseudo-time `tau` is expected to end: eq. 13 of PnP-DA."""
-    return x + (1 - tau) * velocity
+    return torch.add(x, velocity, alpha=1 - tau)
 
 # %% ../nbs/07_flow_matching.ipynb #4be08749
 def velocity_from_denoised(x: Tensor, denoised: Tensor, tau: float) -> Tensor:
@@ -227,22 +227,24 @@ class VelocityMLP(nn.Module):
             return self.last(h)
         return self.last(h) + self.skip(torch.cat((x, background, tau * x, tau * background), dim=-1))
 
-    def given(self, background: Tensor) -> Callable[[Tensor, float], Tensor]:
+    def given(self, background: Tensor, times: dict[float, Tensor]) -> Callable[[Tensor, float], Tensor]:
         """`velocity(x, tau)` for one `background` `(..., dim)`: what the background adds to the linear layers is
-        computed once.
+        computed once, and what a pseudo-time adds is kept in `times` for the next background (while weights stay as
+        they are).
         """
         first, dim = self.layers[0], background.shape[-1]
         if first.out_features == first.in_features:  # a residual of the first layer, which needs its whole input
             return lambda x, tau: self(x, torch.full((1,), tau), background)
         for_x, for_tau, for_background = first.weight.split((dim, first.in_features - 2 * dim, dim), dim=1)
-        added = torch.nn.functional.linear(background, for_background, first.bias)
+        added = nn.functional.linear(background, for_background, first.bias)
         if self.skip is not None:
             skip = self.skip.weight.split(dim, dim=1)
             still, moving = background @ skip[1].T, background @ skip[3].T
 
         def velocity(x: Tensor, tau: float) -> Tensor:
-            time = torch.nn.functional.linear(self.embed(torch.full((1,), tau)), for_tau)
-            h = nn.functional.silu(self.norms[0](nn.functional.linear(x, for_x).add_(added).add_(time)))
+            if tau not in times:
+                times[tau] = nn.functional.linear(self.embed(torch.full((1,), tau)), for_tau)
+            h = nn.functional.silu(self.norms[0](nn.functional.linear(x, for_x).add_(added).add_(times[tau])))
             for layer, norm in zip(self.layers[1:], self.norms[1:]):
                 new = nn.functional.silu(norm(layer(h)))
                 h = h + new if h.shape == new.shape else new
@@ -275,6 +277,7 @@ class FlowPrior:
         self.network, self.location, self.scale = network.eval().requires_grad_(False), location, scale
         self.architecture, self.training = architecture, training or {}
         self.dim = len(location)
+        self._times: dict[float, Tensor] = {}  # of the network, which is frozen
 
     def __repr__(self) -> str:
         seen = (
@@ -292,13 +295,15 @@ class FlowPrior:
             raise ValueError(
                 f"background: expected states of size {self.dim} as the prior's, got {background.shape[-1]}"
             )
+        raw = bool(not self.location.any() and (self.scale == 1).all())
         with torch.inference_mode():
-            given = self.network.given(((background - self.location) / self.scale).float())
+            given = self.network.given(((background - self.location) / self.scale).float(), self._times)
 
         def velocity(x: Tensor, tau: float) -> Tensor:
             with torch.inference_mode():
-                inside = ((x - self.location) / self.scale).float()
-                return given(inside, tau).double() * self.scale
+                inside = x.float() if raw else ((x - self.location) / self.scale).float()
+                v = given(inside, tau).double()
+                return v if raw else v * self.scale
 
         return Denoiser(background, velocity, self.source)
 

@@ -5,6 +5,7 @@
 # %% ../nbs/08_pnp.ipynb #2aba9f26
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -15,10 +16,11 @@ from scoringrules import crps_ensemble
 from torch import Tensor
 
 from .flow_matching import Prior
-from .observing import Covariance, Observations
+from .observing import Covariance, DiagonalCovariance, Observations, Present, Select
 
 # %% auto #0
-__all__ = ['step_size', 'Misfit', 'PnPDA', 'convergence', 'analysis_ensemble', 'ensemble_scores', 'WindowMisfit', 'PnPDA4D']
+__all__ = ['step_size', 'selects_alone', 'Misfit', 'PnPDA', 'convergence', 'analysis_ensemble', 'ensemble_scores', 'WindowMisfit',
+           'PnPDA4D']
 
 # %% ../nbs/08_pnp.ipynb #9c5cc870
 def step_size(observations: Observations, state: Tensor, rule: str) -> Tensor | float:
@@ -34,9 +36,20 @@ def step_size(observations: Observations, state: Tensor, rule: str) -> Tensor | 
             return covariance.variances.mean().item()
         there = ~observations.missing  # each run its own mean, over what was seen
         return ((covariance.variances * there).sum(-1) / there.sum(-1).clamp_min(1))[..., None, None]
+    if rule == "lipschitz" and selects_alone(observations):
+        present = 1.0 if observations.missing is None else ~observations.missing
+        largest = (present / covariance.variances).amax(-1).clamp_min(1e-300)
+        return (1 / largest)[..., None, None].expand(*state.shape[:-1], 1)
     if rule == "lipschitz":
         return _flattest(_beside_members(covariance.factor), observations.operator.jacobian(state))
     raise ValueError(f"step_rule: expected 'paper', 'scaled' or 'lipschitz', got {rule!r}")
+
+
+def selects_alone(observations: Observations) -> bool:
+    """Whether each observation is of one variable, with errors of its own: then the curvature is diagonal."""
+    operator = observations.operator
+    operator = operator.operator if isinstance(operator, Present) else operator
+    return isinstance(operator, Select) and isinstance(observations.covariance, DiagonalCovariance)
 
 
 def _beside_members(matrix: Tensor) -> Tensor:
@@ -61,6 +74,21 @@ class Misfit:
 
     def __init__(self, background: Tensor, observations: Observations):
         self.background, self.observations = background, observations
+        self.slope = self.curvature = None  # of a quadratic misfit: the gradient at 0, and what x adds to it
+        if isinstance(observations, Observations) and observations.operator.linear:
+            self._expand(background.new_ones(background.shape[-1]))
+
+    def _expand(self, ones: Tensor) -> None:
+        """The gradient as an affine function, where that is cheaper than going through the observations."""
+        seen = self.observations
+        if selects_alone(seen):
+            ones = ones if seen.missing is None else ones.expand(*seen.missing.shape[:-1], 1, -1)
+            self.curvature = seen.operator.adjoint(ones, seen.covariance.solve(seen.operator(ones)))
+        elif seen.missing is None and len(ones) <= 64:
+            H = seen.operator.jacobian(ones)
+            self.curvature = seen.covariance.solve(H.mT) @ H
+        if self.curvature is not None:
+            self.slope = seen.misfit_gradient(torch.zeros_like(self.background[..., :1, :]))
 
     def value(self, x: Tensor) -> Tensor:
         """The misfit of states `(..., member, dim)`: shape `(..., member)`."""
@@ -68,7 +96,11 @@ class Misfit:
         return (innovation * self.observations.covariance.solve(innovation)).sum(-1) / 2
 
     def gradient(self, x: Tensor) -> Tensor:
-        return self.observations.misfit_gradient(x)
+        if self.curvature is None:
+            return self.observations.misfit_gradient(x)
+        if self.curvature.shape[-2:] == (x.shape[-1], x.shape[-1]) and self.curvature.ndim == 2:
+            return self.slope + x @ self.curvature
+        return torch.addcmul(self.slope, x, self.curvature)
 
     def step_size(self, rule: str) -> Tensor | float:
         return step_size(self.observations, self.background, rule)
@@ -108,7 +140,22 @@ class _PlugAndPlay:
         """w: the step from `x` towards the observations at pseudo-time `tau`."""
         if not tau:  # it would be multiplied by 0
             return x
-        return x - length * (1 - tau) ** self.alpha * misfit.gradient(x)
+        gradient, fading = misfit.gradient(x), (1 - tau) ** self.alpha
+        if isinstance(length, float):
+            return torch.sub(x, gradient, alpha=length * fading)
+        return torch.addcmul(x, gradient, length, value=-fading)
+
+    def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Iterator[Tensor]:
+        """(1 − τ) z for all iterations, each `(draws, *shape)`; drawn in blocks whose size does not depend on the number
+        of runs `shape[0]`, so that neither do a run's draws.
+        """
+        one = self.draws * math.prod(shape[1:])
+        block = max(1, min(self.iterations, 200_000 // max(1, one)))
+        for start in range(0, self.iterations, block):
+            steps = torch.arange(start, min(start + block, self.iterations), dtype=torch.float64)
+            drawn = self.prior.source((shape[0], len(steps), self.draws, *shape[1:]), generator)
+            fading = (1 - steps / self.iterations).reshape(-1, *(drawn.ndim - 2) * (1,))
+            yield from (drawn * fading).movedim(0, 2)
 
     def iterates(
         self, background: Tensor, observations, generator: torch.Generator, forecast=None
@@ -119,14 +166,11 @@ class _PlugAndPlay:
     def _iterates(self, misfit: Misfit, generator: torch.Generator) -> Iterator[Tensor]:
         denoiser, x = self.prior(misfit.background), misfit.background
         length = misfit.step_size(self.step_rule)
-        for n in range(self.iterations):
+        for n, noise in enumerate(self.noise(tuple(x.shape), generator)):
             tau = n / self.iterations
             w = self.towards(x, misfit, length, tau)
-            noisy = [
-                (1 - tau) * self.prior.source(tuple(x.shape), generator) + tau * w
-                for _ in range(self.draws)
-            ]
-            x = sum(denoiser(blend, tau) for blend in noisy) / self.draws
+            answers = [denoiser(torch.add(z, w, alpha=tau), tau) for z in noise]
+            x = answers[0] if self.draws == 1 else sum(answers) / self.draws
             yield x
 
     def states(self, x: Tensor, misfit: Misfit, background: Tensor) -> Tensor:
@@ -138,9 +182,10 @@ class _PlugAndPlay:
     ) -> Tensor:
         answers = background if self.ensemble == 1 else background.repeat_interleave(self.ensemble, -2)
         misfit = self.misfit(answers, observations, forecast)
-        for x in self._iterates(misfit, generator):
-            pass
-        states = self.states(x, misfit, answers)
+        with torch.inference_mode(misfit.curvature is not None):  # nothing is differentiated then
+            for x in self._iterates(misfit, generator):
+                pass
+        states = self.states(x.clone(), misfit, answers)
         if self.ensemble > 1:
             states = states.unflatten(-2, (-1, self.ensemble)).mean(-2)
         return states
@@ -153,7 +198,7 @@ class PnPDA(_PlugAndPlay):
 
     `iterations` pseudo-times n/N; steps (1 − τ)^`alpha` times the factor of `step_rule` ("paper",
     "scaled", "lipschitz"); `draws` of noise averaged per iteration; the mean of `ensemble` independent
-    answers is returned. Raises `ValueError` for settings out of range or a prior of another size.
+    answers is returned. Every answer has its own noise, drawn at the beginning. Raises `ValueError` for settings out of range or a prior of another size.
     """
 
     window: int = field(default=1, init=False, repr=False)
@@ -231,7 +276,7 @@ class WindowMisfit(Misfit):
     def __init__(
         self, background: Tensor, observations: Sequence[Observations], forecast, model_error: Covariance | None = None
     ):
-        super().__init__(background, list(observations))
+        super().__init__(background, list(observations))  # which is no quadratic, and nothing is expanded
         self.forecast, self.model_error = forecast, model_error
         self.first = Misfit(background, self.observations[0])
         self.factor = self.jacobian = self.reach = None
@@ -303,6 +348,8 @@ class WindowMisfit(Misfit):
         """By one forecast through the window and its adjoint (at the point of linearisation, by the Jacobian that is
         already there). Raises `ValueError` for a forecast without derivatives.
         """
+        if len(self.observations) == 1:
+            return self.first.gradient(x)
         if x is self.background and self.jacobian is not None:
             return -(self.jacobian.mT @ self.weigh(self.residuals(x)[1]).unsqueeze(-1)).squeeze(-1)
         with torch.inference_mode(False), torch.enable_grad():
