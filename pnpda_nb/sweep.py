@@ -13,6 +13,7 @@ import re
 import signal
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -146,8 +147,8 @@ class Store:
 
     def path(self, task: Task, suffix: str | None = None) -> Path:
         """Where the result of `task` is, or will be."""
-        words = re.sub(r"[^a-z0-9_.]+", "-", task.name.lower()).strip("-")
-        return self.parts / f"{words}-{task.key}.{suffix or FORMATS[task.format][0]}"
+        kind = task.function.__name__.strip("_").removesuffix("_part")
+        return self.parts / f"{kind}-{task.key}.{suffix or FORMATS[task.format][0]}"
 
     def read(self, task: Task) -> Any:
         """The result of `task`, or None if there is none; a file that cannot be read is removed."""
@@ -213,17 +214,23 @@ def workplace(workers: int = 1, scheduler: str | None = None) -> Iterator[tuple[
         yield HereExecutor(), 1, lambda content: content
     else:
         before = set(active_children())
-        # Ctrl-C reaches every process of a terminal; only this one decides what it means
-        ignore = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
-        pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), **ignore)
+        pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_quiet)
         try:
             yield pool, workers, lambda content: content
-        except BaseException:
+        except KeyboardInterrupt:
             for child in set(active_children()) - before:
                 child.terminate()
             raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _quiet() -> None:
+    """In a worker: Ctrl-C reaches every process of a terminal, but only the first decides what it means; and bars, which
+    are not shown here, need no lock between processes.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    tqdm.set_lock(threading.RLock())
 
 
 def _connect(scheduler: str):
