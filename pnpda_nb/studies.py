@@ -243,12 +243,20 @@ def stack_runs(results: Mapping[tuple[str, str], xr.Dataset]) -> xr.Dataset:
 
 
 def stack_cases(results: Mapping[tuple[str, str], xr.Dataset]) -> xr.Dataset:
-    """Everything that is kept per cycle, of results by (condition, method), along `case`."""
+    """Everything that is kept per cycle, of results by (condition, method), along `case`; nan beyond the last cycle of a
+    shorter case.
+    """
     names = ("analysis_error", "background_error", "step_error", "analysis_spread")
-    out = stack_runs(results)
+    out, longest = stack_runs(results), max(r.sizes["cycle"] for r in results.values())
+
+    def series(result: xr.Dataset, name: str) -> np.ndarray:
+        values = np.full((result.sizes["run"], longest), np.nan, dtype="float32")
+        if name in result:
+            values[:, : result.sizes["cycle"]] = result[name].values
+        return values
+
     for name in names:
-        series = [r[name] if name in r else xr.full_like(r.analysis_error, np.nan) for r in results.values()]
-        out[name] = (("case", "run", "cycle"), np.stack([x.values for x in series]).astype("float32"))
+        out[name] = (("case", "run", "cycle"), np.stack([series(r, name) for r in results.values()]))
     out["failed"] = (("case", "run"), np.stack([r.failed.values for r in results.values()]))
     return out
 
