@@ -79,7 +79,7 @@ def run(
 
     from pnpda_nb.experiments import find_study
     from pnpda_nb.studies import conditional_scores
-    from pnpda_nb.sweep import Store, code_version
+    from pnpda_nb.sweep import Store, code_version, digest_of
 
     torch.set_num_threads(1)
     study = find_study(experiment)
@@ -105,6 +105,7 @@ def run(
             name: installed_version(name)
             for name in ("pnpda_nb", "torch", "numpy", "scipy", "pot", "xarray")
         },
+        "settings_hash": digest_of(vars(settings)),
         "code": code_version(),
         "wall_seconds": round(time.perf_counter() - start, 1),
     }
@@ -204,12 +205,14 @@ def train(
 def bench(
     only: Annotated[
         Optional[str],
-        typer.Option(help="comma-separated parts: enkf, steps, etdrk4, members, state, memory"),
+        typer.Option(
+            help="comma-separated parts: enkf, steps, etdrk4, members, state, memory, pnpda, training, pnpda_state"
+        ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="a small version, in seconds")] = False,
     full: Annotated[bool, typer.Option("--full", help="no run of a peer is saved by scaling")] = False,
     out: Annotated[
-        Optional[Path], typer.Option(help="folder for bench.csv and manifest.json; default: none")
+        Optional[Path], typer.Option(help="folder for bench.csv and manifest.json, where parts that are measured replace their old rows")
     ] = None,
 ) -> None:
     """Measure speed and memory on one core, against DAPPER, LSODA and the core itself."""

@@ -35,8 +35,8 @@ from .flow_matching import FlowPrior
 from .reanalysis import write_netcdf
 
 # %% auto #0
-__all__ = ['FORMATS', 'code_version', 'task_key', 'whole_file', 'writable', 'write_record', 'read_record', 'Task', 'Store',
-           'run_task', 'HereExecutor', 'workplace', 'run_tasks', 'Study', 'parse_as']
+__all__ = ['FORMATS', 'code_version', 'digest_of', 'task_key', 'whole_file', 'writable', 'write_record', 'read_record', 'Task',
+           'Store', 'run_task', 'HereExecutor', 'workplace', 'run_tasks', 'Study', 'parse_as']
 
 # %% ../nbs/91_sweep.ipynb #5890fc25
 @cache
@@ -48,13 +48,14 @@ def code_version() -> str:
     return digest.hexdigest()[:12]
 
 # %% ../nbs/91_sweep.ipynb #57bbee08
+def digest_of(settings: Any) -> str:
+    """A short digest of `settings` (anything that JSON can hold); the order of names does not matter."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
 def task_key(settings: Mapping[str, Any]) -> str:
-    """A short digest of `settings` (anything that JSON can hold) and of the code version; the order
-    of names does not matter.
-    """
-    return hashlib.sha256(
-        json.dumps([code_version(), dict(settings)], sort_keys=True).encode()
-    ).hexdigest()[:12]
+    """The digest of `settings` and of the code version."""
+    return digest_of([code_version(), dict(settings)])
 
 # %% ../nbs/91_sweep.ipynb #4721750f
 @contextmanager
