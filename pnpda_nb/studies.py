@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,6 +154,8 @@ def cycle_part(settings: dict, **learned) -> xr.Dataset:
     experiment = experiment_of(settings["testbed"])
     method = build_method(experiment, settings["method"], **learned)
     result = cycle(experiment, method, members=settings["members"], runs=settings["runs"], seed=settings["seed"])
+    chosen = dict(learned.get("tuned", {}).get("setting", {}))
+    result.attrs["method_settings"] = json.dumps(json.loads(result.attrs["method_settings"]) | chosen)
     return result if settings["whole"] else summary(result)
 
 

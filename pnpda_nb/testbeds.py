@@ -74,6 +74,7 @@ def lorenz96(
         interval=40,
         cycles=cycles,
         start=nature.dim * (0.0,),
+        start_variance=0.01,  # fast variables of order one would be too much for the time step
         spin_up=2000,
         background_variance=0.25,
         resolve=nature.resolved,

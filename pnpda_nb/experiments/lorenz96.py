@@ -70,8 +70,8 @@ class Lorenz96Settings(SweepSettings):
 LORENZ96_METHODS = (
     "free_run", "var3d_gc", "var3d", "enkf", "enkf_large", "conditional_mean", "pnpda_paper", "pnpda",
 )  # fmt: skip
-VAR3D_GRID = {"variance": [0.3, 1.0, 3.0, 10.0, 30.0], "half_width": [0.6, 1.0, 1.5, 2.0]}
-ENKF_GRID = {"inflation": [1.0, 1.1, 1.2, 1.3, 1.5], "additive": [0.0, 0.5, 1.0, 2.0]}
+VAR3D_GRID = {"variance": [1.0, 3.0, 10.0, 30.0], "half_width": [0.6, 0.8, 1.0, 1.2, 1.5]}
+ENKF_GRID = {"inflation": [1.0, 1.1, 1.2, 1.4], "additive": [0.5, 1.0, 1.5, 2.0, 3.0]}
 
 
 def lorenz96_priors(settings: Lorenz96Settings, again: int = 0) -> dict[str, Task]:
@@ -107,7 +107,8 @@ def plan_lorenz96(settings: Lorenz96Settings, methods: tuple[str, ...]) -> dict[
                 return cycle_task(testbed, {"name": name} | gc, name=label, cost=3, **trial)
             case "var3d":
                 method = {"name": "var3d_gc"}
-                tuned = tuning_task(testbed, method, VAR3D_GRID, name=f"tuning {label}", cost=18, **training)
+                more = training | {"runs": 2 * settings.tuning_runs}  # a single forecast is cheap
+                tuned = tuning_task(testbed, method, VAR3D_GRID, name=f"tuning {label}", cost=24, **more)
                 return cycle_task(testbed, method, tuned=tuned, name=label, cost=3, **trial)
             case "enkf" | "enkf_large":
                 method, cost = {"name": "enkf"}, {"enkf": 20, "enkf_large": 30}[name]
