@@ -29,6 +29,8 @@ COLOURS = {
     "pnpda_paper": "#56B4E9",
     "pnpda_large": "#117733",
     "pnpda4d": "#332288",
+    "var3d_gc_told": "#E69F00",
+    "pnpda_paper_told": "#56B4E9",
 }
 LINES = {
     "free_run": (0, (1, 1)),
@@ -41,6 +43,8 @@ LINES = {
     "enkf_large": (0, (5, 1, 1, 1)),
     "pnpda_paper": (0, (8, 2)),
     "pnpda_large": (0, (3, 1)),
+    "var3d_gc_told": ":",
+    "pnpda_paper_told": ":",
 }
 LABELS = {
     "free_run": "free run",
@@ -55,6 +59,8 @@ LABELS = {
     "pnpda_paper": "PnP-DA (paper's archive)",
     "pnpda_large": "PnP-DA (large archive)",
     "pnpda4d": "4D PnP-DA",
+    "var3d_gc_told": "3D-Var (paper's B), told σ = 0.5",
+    "pnpda_paper_told": "PnP-DA (paper's archive), told σ = 0.5",
 }
 
 

@@ -9,16 +9,19 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 import xarray as xr
+from torch import Tensor
 
 from .ensemble import EnKF
 from .flow_matching import PAPER_TRAINING, FlowPrior, TrainingSettings, train_prior
+from .observing import DiagonalCovariance, Observations
 from .plotting import LABELS, line_style
 from .pnp import PnPDA
 from .reanalysis import make_archive, pairs_of, read_archive
@@ -28,10 +31,10 @@ from .twin import Method, TwinExperiment, cycle, score_table, summary, tune
 from .variational import ThreeDVar, archive_background
 
 # %% auto #0
-__all__ = ['experiment_of', 'build_method', 'archive_part', 'archive_task', 'archive_file_part', 'prior_file_part', 'file_task',
-           'prior_part', 'prior_task', 'tuning_part', 'tuning_task', 'cycle_part', 'cycle_task', 'SweepSettings',
-           'conditional_scores', 'stack_runs', 'stack_cases', 'paired_difference', 'along', 'figure_along',
-           'table_along']
+__all__ = ['experiment_of', 'ToldOtherwise', 'build_method', 'archive_part', 'archive_task', 'archive_file_part',
+           'prior_file_part', 'file_task', 'prior_part', 'prior_task', 'tuning_part', 'tuning_task', 'cycle_part',
+           'cycle_task', 'SweepSettings', 'conditional_scores', 'stack_runs', 'stack_cases', 'paired_difference',
+           'along', 'figure_along', 'table_along']
 
 # %% ../nbs/96_studies.ipynb #2c2e0fa1
 def experiment_of(testbed: Mapping[str, Any]) -> TwinExperiment:
@@ -42,6 +45,24 @@ def experiment_of(testbed: Mapping[str, Any]) -> TwinExperiment:
     return TESTBEDS[testbed["name"]](**arguments)
 
 
+@dataclass(frozen=True, eq=False)
+class ToldOtherwise:
+    """A filter `method` that is told that all observation errors have `variance`, whatever they have."""
+
+    method: Method
+    variance: float
+    window: int = field(default=1, init=False, repr=False)
+
+    def __post_init__(self):
+        if not 0 < self.variance < float("inf"):
+            raise ValueError(f"variance: expected a positive number, got {self.variance}")
+
+    def analyse(self, background: Tensor, observations: Observations, *, forecast, generator) -> Tensor:
+        variances = torch.full((observations.operator.size,), self.variance, dtype=background.dtype)
+        told = dataclasses.replace(observations, covariance=DiagonalCovariance(variances))
+        return self.method.analyse(background, told, forecast=forecast, generator=generator)
+
+
 def build_method(
     experiment: TwinExperiment,
     method: Mapping[str, Any],
@@ -50,9 +71,13 @@ def build_method(
     tuned: Mapping[str, Any] | None = None,
 ) -> Method:
     """The method of `{"name": ..., **settings}` for `experiment`, with what was learned for it: a `prior`, the
-    `archive` that a 3D-Var takes its background covariance from, the setting that was `tuned`.
+    `archive` that a 3D-Var takes its background covariance from, the setting that was `tuned`. A setting `told` is the
+    error variance that it is told.
     """
     settings = {k: v for k, v in method.items() if k != "name"} | dict((tuned or {}).get("setting", {}))
+    if "told" in settings:
+        variance = settings.pop("told")
+        return ToldOtherwise(build_method(experiment, settings | {"name": method["name"]}, prior, archive), variance)
     if archive is not None:
         return ThreeDVar(archive_background(*pairs_of(archive)), **settings)
     if prior is not None:
