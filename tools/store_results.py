@@ -30,7 +30,9 @@ def keep(study: str, folder: Path) -> None:
     for path in (folder / "scores.csv", folder / "manifest.json", *folder.glob("prior*.safetensors")):
         shutil.copy(path, kept / path.name)
     cycles = xr.load_dataset(folder / "cycles.nc", engine="h5netcdf")
-    if "case" in cycles.dims:
+    if "case" in cycles.dims:  # many conditions: the scores by variable would be megabytes
+        table = pd.read_csv(kept / "scores.csv")
+        table[table.variable == "all"].to_csv(kept / "scores.csv", index=False, float_format="%.8g")
         write_netcdf(cycles.drop_dims("cycle"), kept / "runs.nc")
 
 
