@@ -215,7 +215,7 @@ def workplace(workers: int = 1, scheduler: str | None = None) -> Iterator[tuple[
         yield HereExecutor(), 1, lambda content: content
     else:
         before = set(active_children())
-        pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_quiet)
+        pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_quiet, initargs=(os.getpid(),))
         try:
             yield pool, workers, lambda content: content
         except KeyboardInterrupt:
@@ -226,12 +226,19 @@ def workplace(workers: int = 1, scheduler: str | None = None) -> Iterator[tuple[
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _quiet() -> None:
-    """In a worker: Ctrl-C reaches every process of a terminal, but only the first decides what it means; and bars, which
-    are not shown here, need no lock between processes.
+def _quiet(parent: int) -> None:
+    """In a worker: Ctrl-C reaches every process of a terminal, but only the first decides what it means; bars, which are
+    not shown here, need no lock between processes; and a worker whose `parent` was killed ends.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     tqdm.set_lock(threading.RLock())
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _connect(scheduler: str):

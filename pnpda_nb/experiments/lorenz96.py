@@ -27,9 +27,9 @@ from ..sweep import Study, Task
 from ..testbeds import lorenz96
 
 # %% auto #0
-__all__ = ['LORENZ96_METHODS', 'VAR3D_GRID', 'ENKF_GRID', 'PUBLISHED_96', 'PAPER_96', 'LORENZ96', 'Lorenz96Settings',
-           'lorenz96_priors', 'plan_lorenz96', 'kept_lorenz96', 'published_along', 'figures_lorenz96',
-           'report_lorenz96']
+__all__ = ['LORENZ96_METHODS', 'VAR3D_GRID', 'ENKF_GRID', 'PUBLISHED_96', 'FIGURES_96', 'PAPER_96', 'LORENZ96',
+           'Lorenz96Settings', 'lorenz96_priors', 'plan_lorenz96', 'kept_lorenz96', 'published_along',
+           'figure_lorenz96', 'figures_lorenz96', 'report_lorenz96']
 
 # %% ../../nbs/11_lorenz96.ipynb #926c2a74
 @dataclass(frozen=True)
@@ -171,20 +171,23 @@ def published_along(published: pd.DataFrame, axis: str) -> list[tuple[str, float
     return [(row.method, float(row.condition.split("=")[1]), row["mean"]) for _, row in here.iterrows()]
 
 
+FIGURES_96 = {
+    "fraction": ("figure_3_fraction", "fraction of the slow variables that is observed"),
+    "sigma": ("figure_4_sigma", "standard deviation of the observation errors"),
+}
+
+
+def figure_lorenz96(scores: pd.DataFrame, axis: str):
+    """Figure 3 ("fraction") or 4 ("sigma") of the paper, with every method that is there."""
+    return figure_along(scores, axis, label=FIGURES_96[axis][1], published=published_along(PUBLISHED_96, axis))
+
+
 def figures_lorenz96(results: dict[tuple[str, str], xr.Dataset]) -> dict:
-    """Figures 3 and 4 of the paper, with every method of the study."""
+    """Figures 3 and 4 of the paper by name."""
     book_style()
-    return _figures(conditional_scores(results))
-
-
-def _figures(scores: pd.DataFrame) -> dict:
-    labels = {"fraction": "fraction of the slow variables that is observed", "sigma": "standard deviation of the observation errors"}
-    names = {"fraction": "figure_3_fraction", "sigma": "figure_4_sigma"}
-    published = {axis: published_along(PUBLISHED_96, axis) for axis in names}
+    scores = conditional_scores(results)
     there = scores.condition.str.split("=").str[0].unique()
-    return {
-        names[axis]: figure_along(scores, axis, label=labels[axis], published=published[axis]) for axis in names if axis in there
-    }
+    return {name: figure_lorenz96(scores, axis) for axis, (name, _) in FIGURES_96.items() if axis in there}
 
 
 def report_lorenz96(scores: pd.DataFrame) -> str:
@@ -203,7 +206,7 @@ LORENZ96 = Study(
     description="two-scale Lorenz-96, one scale in the forecast: Figures 3 and 4 of PnP-DA",
     presets={
         "smoke": dataclasses.replace(
-            PAPER_96, runs=10, tuning_runs=3, cycles=25, counts=(2, 4, 8), sigmas=(0.5, 1.5, 3.0), archive_runs=10,
+            PAPER_96, runs=10, tuning_runs=3, cycles=20, counts=(2, 4), sigmas=(0.5, 2.0), archive_runs=10,
             paper_runs=4, trainings=1, patience=10, large_members=50,
         ),  # fmt: skip
         "paper": PAPER_96,
