@@ -331,7 +331,7 @@ def figure_along(
     import matplotlib.pyplot as plt
 
     rows = along(scores, axis, metric)
-    ax = ax or plt.subplots(figsize=(6.4, 3.6))[1]
+    ax = ax or plt.subplots(figsize=(7, 4.4))[1]
     for method in methods or list(dict.fromkeys(rows.method)):
         line = rows[rows.method == method].sort_values("value")
         if len(line):
@@ -340,7 +340,7 @@ def figure_along(
         colour = line_style(method)["color"]
         ax.plot(value, mean, "x", color=colour, ms=8, mew=2, label="paper" if number == 0 else None)
     ax.set(xlabel=label or axis, ylabel=metric.replace("_", " ").replace("rmse", "RMSE"), ylim=(0, None), **options)
-    ax.legend(fontsize=8, ncols=2)
+    ax.legend(fontsize=8, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
     return ax.figure
 
 

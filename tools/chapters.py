@@ -39,7 +39,8 @@ def find(names: list[str], folder: Path, suffix: str) -> list[str]:
     found = []
     for name in names:
         stem = Path(name).stem
-        hits = [k for k in known if k == stem] or [k for k in known if k.startswith(stem) or k.endswith(stem)]
+        tests = (stem.__eq__, lambda k: k.startswith(stem), lambda k: k.endswith(stem))
+        hits = next(filter(None, ([k for k in known if test(k)] for test in tests)), [])
         if len(hits) != 1:
             sys.exit(f"chapters: {name!r} names {len(hits)} chapters in {folder.name}/; known: {', '.join(known)}")
         found += hits
