@@ -129,7 +129,8 @@ def test_that_an_analysis_is_compared_with_its_network_passes():
 
 
 def test_that_the_time_of_an_analysis_has_rows_for_every_size_and_both_rules(monkeypatch):
-    here = lambda name, sizes: ((size, *benchmark._needed(name, size)) for size in sizes)  # saves two processes
+    def here(name, sizes):
+        return ((size, *benchmark._needed(name, size)) for size in sizes)  # saves two processes
     monkeypatch.setattr(benchmark, "needs", here)
     table = benchmark.bench(["pnpda_state"], benchmark.QUICK)
     for prefix in ("", "scaled: "):

@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from pnpda_nb.dynamics import FunctionModel, Lorenz63, RunStreams, standard_normal, stream
+from pnpda_nb.dynamics import (
+    FunctionModel,
+    Lorenz63,
+    RunStreams,
+    standard_normal,
+    stream,
+)
 from pnpda_nb.experiments import lorenz63
 from pnpda_nb.flow_matching import GaussianPrior
 from pnpda_nb.observing import Covariance, Nonlinear, ObservingNetwork, Select
