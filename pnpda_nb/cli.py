@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import signal
 import sys
 import time
 from importlib.metadata import version as installed_version
@@ -273,6 +274,7 @@ def published(
 # %% ../nbs/92_cli.ipynb #c8a87504
 def main() -> None:
     """Entry point of the `pnpda` command."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's way to say Ctrl-C
     try:
         status = app(standalone_mode=False)
     except (ValueError, OSError, TypeError) as error:

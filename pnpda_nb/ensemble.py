@@ -310,7 +310,16 @@ def tapers(dim: int, sites: tuple[int, ...], half_width: float, distance: Distan
     if not callable(distance) and distance not in ("ring", "line"):
         raise ValueError(f"distance: expected 'ring', 'line' or a function, got {distance!r}")
     pairs = (apart(places[:, None], at), apart(at[:, None], at))
-    return tuple(torch.ones_like(x) if half_width == math.inf else gaspari_cohn(x, half_width) for x in pairs)
+    if half_width == math.inf:
+        return tuple(torch.ones_like(x) for x in pairs)
+    if distance == "ring" and half_width > dim / 4:  # the function meets itself: drop what is negative in its spectrum
+        around = gaspari_cohn(apart(places, places[:1]), half_width)
+        row = torch.fft.irfft(torch.fft.rfft(around).real.clamp_min(0), dim)
+        return tuple((row / row[0])[x.long()] for x in pairs)
+    between, among = (gaspari_cohn(x, half_width) for x in pairs)
+    if callable(distance) and len(at) and torch.linalg.eigvalsh(among)[0] < -1e-8:
+        raise ValueError("distance: no correlation function of these distances is positive definite; try a smaller half_width")
+    return between, among
 
 
 @dataclass(frozen=True)

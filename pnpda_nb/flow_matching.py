@@ -296,11 +296,11 @@ class FlowPrior:
                 f"background: expected states of size {self.dim} as the prior's, got {background.shape[-1]}"
             )
         raw = bool(not self.location.any() and (self.scale == 1).all())
-        with torch.inference_mode():
+        with torch.no_grad():
             given = self.network.given(((background - self.location) / self.scale).float(), self._times)
 
         def velocity(x: Tensor, tau: float) -> Tensor:
-            with torch.inference_mode():
+            with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
                 inside = x.float() if raw else ((x - self.location) / self.scale).float()
                 v = given(inside, tau).double()
                 return v if raw else v * self.scale

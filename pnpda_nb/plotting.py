@@ -29,6 +29,7 @@ COLOURS = {
     "pnpda_paper": "#56B4E9",
     "pnpda_large": "#117733",
     "pnpda4d": "#332288",
+    "pnpda_printed": "#88CCEE",
     "var3d_gc_told": "#E69F00",
     "pnpda_paper_told": "#56B4E9",
 }
@@ -43,6 +44,7 @@ LINES = {
     "enkf_large": (0, (5, 1, 1, 1)),
     "pnpda_paper": (0, (8, 2)),
     "pnpda_large": (0, (3, 1)),
+    "pnpda_printed": ":",
     "var3d_gc_told": ":",
     "pnpda_paper_told": ":",
 }
@@ -59,6 +61,7 @@ LABELS = {
     "pnpda_paper": "PnP-DA (paper's archive)",
     "pnpda_large": "PnP-DA (large archive)",
     "pnpda4d": "4D PnP-DA",
+    "pnpda_printed": "PnP-DA (steps as printed)",
     "var3d_gc_told": "3D-Var (paper's B), told σ = 0.5",
     "pnpda_paper_told": "PnP-DA (paper's archive), told σ = 0.5",
 }

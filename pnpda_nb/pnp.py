@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ import xarray as xr
 from scoringrules import crps_ensemble
 from torch import Tensor
 
-from .flow_matching import Prior
+from .flow_matching import FlowPrior, Prior
 from .observing import Covariance, DiagonalCovariance, Observations, Present, Select
 
 # %% auto #0
@@ -29,6 +30,8 @@ def step_size(observations: Observations, state: Tensor, rule: str) -> Tensor | 
     1)`.
     """
     covariance = observations.covariance
+    if rule in ("scaled", "lipschitz") and not covariance.size:  # nothing was seen, and no step is taken
+        return 1.0
     if rule == "paper":
         return 1.0
     if rule == "scaled":
@@ -119,9 +122,9 @@ class _PlugAndPlay:
 
     def __post_init__(self):
         for name in ("iterations", "draws", "ensemble"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if not self.alpha >= 0:
+            if not (isinstance(getattr(self, name), Integral) and getattr(self, name) >= 1):
+                raise ValueError(f"{name}: expected a whole number of at least 1, got {getattr(self, name)}")
+        if not 0 <= self.alpha < math.inf:
             raise ValueError(f"alpha: expected zero or a positive exponent, got {self.alpha}")
         if self.step_rule not in ("paper", "scaled", "lipschitz"):
             raise ValueError(
@@ -161,11 +164,11 @@ class _PlugAndPlay:
         self, background: Tensor, observations, generator: torch.Generator, forecast=None
     ) -> Iterator[Tensor]:
         """The states x⁽¹⁾, x⁽²⁾, … of one answer, each of the background's shape `(..., member, dim)`."""
-        return self._iterates(self.misfit(background, observations, forecast), generator)
+        misfit = self.misfit(background, observations, forecast)
+        return self._iterates(misfit, self.prior(misfit.background), misfit.step_size(self.step_rule), generator)
 
-    def _iterates(self, misfit: Misfit, generator: torch.Generator) -> Iterator[Tensor]:
-        denoiser, x = self.prior(misfit.background), misfit.background
-        length = misfit.step_size(self.step_rule)
+    def _iterates(self, misfit: Misfit, denoiser, length: Tensor | float, generator: torch.Generator) -> Iterator[Tensor]:
+        x = misfit.background
         for n, noise in enumerate(self.noise(tuple(x.shape), generator)):
             tau = n / self.iterations
             w = self.towards(x, misfit, length, tau)
@@ -182,8 +185,11 @@ class _PlugAndPlay:
     ) -> Tensor:
         answers = background if self.ensemble == 1 else background.repeat_interleave(self.ensemble, -2)
         misfit = self.misfit(answers, observations, forecast)
-        with torch.inference_mode(misfit.curvature is not None):  # nothing is differentiated then
-            for x in self._iterates(misfit, generator):
+        denoiser, length = self.prior(misfit.background), misfit.step_size(self.step_rule)
+        # nothing is differentiated if the prior is a network and the misfit a quadratic
+        frozen = isinstance(self.prior, FlowPrior) and misfit.curvature is not None and not background.requires_grad
+        with torch.inference_mode(frozen or torch.is_inference_mode_enabled()):
+            for x in self._iterates(misfit, denoiser, length, generator):
                 pass
         states = self.states(x.clone(), misfit, answers)
         if self.ensemble > 1:
@@ -219,7 +225,7 @@ def convergence(
     denoiser, length = method.prior(misfit.background), misfit.step_size(method.step_rule)
     mean = getattr(method.prior, "location", torch.zeros(method.prior.dim, dtype=background.dtype))
     taus, before, rows = np.arange(method.iterations) / method.iterations, misfit.background, []
-    for tau, x in zip(taus.tolist(), method._iterates(misfit, generator)):
+    for tau, x in zip(taus.tolist(), method._iterates(misfit, denoiser, length, generator)):
         w = method.towards(x, misfit, length, tau)
         again = denoiser((1 - tau) * mean + tau * w, tau) if tau else denoiser(mean.expand(x.shape), tau)
         rows.append((misfit.value(x), *((x - other).square().mean(-1).sqrt() for other in (before, again))))
@@ -357,7 +363,7 @@ class WindowMisfit(Misfit):
             states, residuals = self.residuals(x)
             if not states[-1].requires_grad:
                 raise ValueError("forecast: expected a model that torch can differentiate, got one without derivatives")
-            weight = self.weigh([r.detach() for r in residuals])
+            weight = self.weigh([r.detach() for r in residuals]).clone()
             return torch.autograd.grad((torch.cat(residuals, -1) * weight).sum(), x)[0]
 
     def step_size(self, rule: str) -> Tensor | float:

@@ -28,13 +28,13 @@ from .reanalysis import make_archive, pairs_of, read_archive
 from .sweep import Task
 from .testbeds import TESTBEDS, method_by_name
 from .twin import Method, TwinExperiment, cycle, score_table, summary, tune
-from .variational import ThreeDVar, archive_background
+from .variational import ThreeDVar, archive_background, gaspari_cohn_background
 
 # %% auto #0
 __all__ = ['experiment_of', 'ToldOtherwise', 'build_method', 'archive_part', 'archive_task', 'archive_file_part',
            'prior_file_part', 'file_task', 'prior_part', 'prior_task', 'tuning_part', 'tuning_task', 'cycle_part',
-           'cycle_task', 'SweepSettings', 'conditional_scores', 'stack_runs', 'stack_cases', 'paired_difference',
-           'along', 'figure_along', 'table_along']
+           'cycle_task', 'Settings', 'SweepSettings', 'conditional_scores', 'stack_runs', 'stack_cases',
+           'paired_difference', 'along', 'figure_along', 'table_along']
 
 # %% ../nbs/96_studies.ipynb #2c2e0fa1
 def experiment_of(testbed: Mapping[str, Any]) -> TwinExperiment:
@@ -103,6 +103,7 @@ def archive_task(
 
 def archive_file_part(settings: dict) -> xr.Dataset:
     """An archive that somebody else made; raises `ValueError` for states of another size."""
+    _require_digest(settings)
     archive = read_archive(settings["path"])
     if archive.sizes["variable"] != settings["dim"]:
         raise ValueError(
@@ -113,10 +114,17 @@ def archive_file_part(settings: dict) -> xr.Dataset:
 
 def prior_file_part(settings: dict) -> FlowPrior:
     """A prior that somebody else trained; raises `ValueError` for states of another size."""
+    _require_digest(settings)
     prior = FlowPrior.load(settings["path"])
     if prior.dim != settings["dim"]:
         raise ValueError(f"prior: expected one for states of size {settings['dim']}, got size {prior.dim}")
     return prior
+
+
+def _require_digest(settings: dict) -> None:
+    found = hashlib.sha256(Path(settings["path"]).read_bytes()).hexdigest()
+    if found != settings["digest"]:
+        raise ValueError(f"{settings['path']}: the file is not the one that the sweep was planned with")
 
 
 def file_task(kind: str, path: str, dim: int) -> Task:
@@ -125,7 +133,7 @@ def file_task(kind: str, path: str, dim: int) -> Task:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"set: no file {path}")
-    settings = {"path": str(path), "digest": hashlib.sha256(Path(path).read_bytes()).hexdigest(), "dim": dim}
+    settings = {"path": str(Path(path).resolve()), "digest": hashlib.sha256(Path(path).read_bytes()).hexdigest(), "dim": dim}
     if kind == "archive":
         return Task("archive", archive_file_part, settings)
     return Task("prior", prior_file_part, settings, format="prior")
@@ -135,9 +143,21 @@ def prior_part(settings: dict, archive: xr.Dataset, checkpoint: str | None = Non
     """A prior trained on the first `pairs` of an archive (all, if zero): see `train_prior`."""
     training = settings["training"] | {"hidden": tuple(settings["training"]["hidden"])}
     count = settings["pairs"] or archive.sizes["sample"]
+    if count > archive.sizes["sample"]:
+        raise ValueError(f"pairs: expected an archive of at least {count}, got one of {archive.sizes['sample']}")
+    if checkpoint and not _readable(checkpoint):
+        Path(checkpoint).unlink(missing_ok=True)  # a training that lost its memory begins anew
     background, analysis = (x[:count] for x in pairs_of(archive))
     options = {"seed": settings["seed"], "checkpoint": checkpoint}
     return train_prior(background, analysis, TrainingSettings(**training), **options)[0]
+
+
+def _readable(checkpoint: str) -> bool:
+    try:
+        torch.load(checkpoint, weights_only=True)
+    except Exception:  # torch has many ways to say that a file is not its own
+        return False
+    return True
 
 
 def prior_task(
@@ -195,7 +215,19 @@ def cycle_task(
 
 # %% ../nbs/96_studies.ipynb #e2fa0f2d
 @dataclass(frozen=True)
-class SweepSettings:
+class Settings:
+    """What the settings of all sweeps can do."""
+
+    def require_distinct(self, *names: str) -> None:
+        """Raises `ValueError` if two values of a tuple would have the same label in a table."""
+        for name in names:
+            labels = [f"{value:g}" for value in getattr(self, name)]
+            if not labels or len(set(labels)) < len(labels):
+                raise ValueError(f"{name}: expected values that differ, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class SweepSettings(Settings):
     """What a sweep over conditions depends on: `members` and `large_members` of the two EnKFs; the archive's method, an EnKF
     with `archive_inflation` and `archive_additive`; training as in `TrainingSettings`; PnP-DA; the paper's B; `tuning_runs`.
 
@@ -236,10 +268,14 @@ class SweepSettings:
         if not abs(self.seed) < 2**63:
             raise ValueError(f"seed: expected a number of at most 63 bits, got {self.seed}")
         for sigma in (self.sigma, *self.sigmas):
-            if not 0 < sigma < float("inf"):
+            if not 1e-6 < sigma < float("inf"):
                 raise ValueError(f"sigma: expected a positive standard deviation, got {sigma}")
+        if self.archive_members < 2:
+            raise ValueError(f"archive_members: expected an ensemble of at least 2, got {self.archive_members}")
+        self.require_distinct("sigmas")
         # what the settings describe is built once, so that a wrong one is found before any work
         self.training()
+        gaspari_cohn_background(8, self.gc_variance, self.gc_half_width)
         PnPDA(None, self.iterations, self.alpha, self.step_rule)
         EnKF(inflation=self.archive_inflation, additive=self.archive_additive)
 
@@ -254,10 +290,12 @@ class SweepSettings:
 
 # %% ../nbs/96_studies.ipynb #45cd990d
 def conditional_scores(results: Mapping[tuple[str, str], xr.Dataset]) -> pd.DataFrame:
-    """The `score_table` of results by (condition, method)."""
-    return pd.concat(
+    """The `score_table` of results by (condition, method); its attribute `of` is how many runs there were."""
+    table = pd.concat(
         [score_table({method: result}, condition) for (condition, method), result in results.items()], ignore_index=True
     )
+    table.attrs["of"] = max(result.sizes["run"] for result in results.values())
+    return table
 
 
 def stack_runs(results: Mapping[tuple[str, str], xr.Dataset]) -> xr.Dataset:
@@ -323,10 +361,10 @@ def along(scores: pd.DataFrame, axis: str, metric: str = "step_rmse") -> pd.Data
 
 def figure_along(
     scores: pd.DataFrame, axis: str, methods: Sequence[str] | None = None, metric: str = "step_rmse", published=None, ax=None,
-    label: str = "", **options,
+    label: str = "", of: int = 0, **options,
 ):  # fmt: skip
     """Score against the value of `axis`, one line per method, with standard errors; `published` rows (method, value, mean)
-    as crosses. Returns the figure.
+    as crosses, and rings where some of the `of` runs were lost. Returns the figure.
     """
     import matplotlib.pyplot as plt
 
@@ -335,7 +373,10 @@ def figure_along(
     for method in methods or list(dict.fromkeys(rows.method)):
         line = rows[rows.method == method].sort_values("value")
         if len(line):
-            ax.errorbar(line.value, line["mean"], yerr=line.error, marker="o", ms=3, capsize=2, **line_style(method))
+            style = line_style(method)
+            ax.errorbar(line.value, line["mean"], yerr=line.error, marker="o", ms=3, capsize=2, **style)
+            lost = line[line.runs < (of or scores.attrs.get("of", 0))]
+            ax.plot(lost.value, lost["mean"], "o", mfc="white", mec=style["color"], ms=7)
     for number, (method, value, mean) in enumerate(published or ()):
         colour = line_style(method)["color"]
         ax.plot(value, mean, "x", color=colour, ms=8, mew=2, label="paper" if number == 0 else None)
@@ -344,20 +385,24 @@ def figure_along(
     return ax.figure
 
 
-def table_along(scores: pd.DataFrame, axis: str, metric: str = "step_rmse", digits: int = 2) -> pd.DataFrame:
-    """Methods by values of `axis`: mean ± standard error, and how many runs are left where some were lost."""
+def table_along(
+    scores: pd.DataFrame, axis: str, metric: str = "step_rmse", digits: int = 2, of: int = 0
+) -> pd.DataFrame:
+    """Methods by values of `axis`: mean ± standard error, and how many runs are left where some of the `of` were lost (if
+    that is not known: fewer than the best row has).
+    """
     rows = along(scores, axis, metric)
-    whole = rows.runs.max()
+    whole = of or scores.attrs.get("of") or rows.runs.max()
 
     def cell(row) -> str:
         if not row["runs"]:
             return "diverged"
-        text = f"{row['mean']:.{digits}f} ± {row['error']:.{digits}f}"
+        text = f"{row['mean']:.{digits}f}" + (f" ± {row['error']:.{digits}f}" if row["runs"] > 1 else "")
         return text if row["runs"] == whole else f"{text} ({row['runs']} runs)"
 
     rows["cell"] = rows.apply(cell, axis=1)
     table = rows.pivot_table(index="method", columns="value", values="cell", aggfunc="first", sort=False)
-    table = table.loc[list(dict.fromkeys(rows.method)), sorted(table.columns)] if rows.value.dtype.kind == "f" else table
+    table = table.loc[list(dict.fromkeys(rows.method)), sorted(table.columns)] if rows.value.dtype.kind in "iuf" else table
     table.index = [LABELS.get(method, method.replace("_", " ")) for method in table.index]
     table.columns = [f"{axis} {c:g}" if isinstance(c, (int, float)) else f"{axis} {c}" for c in table.columns]
     return table.fillna("–")

@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
+import pickle
 import re
 import signal
 import sys
@@ -17,7 +19,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -130,7 +132,7 @@ class Task:
         """A digest of everything that the result depends on; the name is not part of it."""
         made_by = f"{self.function.__module__}.{self.function.__qualname__}"
         needs = {role: task.key for role, task in self.needs.items()}
-        return task_key({"function": made_by, "settings": dict(self.settings), "needs": needs})
+        return task_key({"function": made_by, "format": self.format, "settings": dict(self.settings), "needs": needs})
 
 # %% ../nbs/91_sweep.ipynb #59c30765
 class Store:
@@ -152,23 +154,49 @@ class Store:
         return self.parts / f"{kind}-{task.key}.{suffix or FORMATS[task.format][0]}"
 
     def read(self, task: Task) -> Any:
-        """The result of `task`, or None if there is none; a file that cannot be read is removed."""
+        """The result of `task`, or None if there is none; a file that is damaged is put aside as `*.damaged`. Raises
+        `OSError` if the disk cannot be read.
+        """
         path = self.path(task)
         try:
-            return FORMATS[task.format][2](path) if path.exists() else None
-        except (OSError, ValueError, KeyError, RuntimeError):  # HDF5 has many ways to say it
-            path.unlink()
+            content = path.read_bytes()
+        except FileNotFoundError:
             return None
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder) / path.name
+            copy.write_bytes(content)
+            try:
+                return FORMATS[task.format][2](copy)
+            except (OSError, ValueError, KeyError, RuntimeError) as error:  # HDF5 has many ways to say it
+                if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC):
+                    raise
+        path.replace(path.with_name(f"{path.name}.damaged")) if path.exists() else None
+        return None
 
 # %% ../nbs/91_sweep.ipynb #b5cf0845
-def run_task(
+def run_task(code: str, name: str, *args) -> bytes:
+    """What a worker does: see `_run_task`. Any exception is one that can be sent back, and says which task it was."""
+    try:
+        return _run_task(code, *args)
+    except Exception as error:
+        if isinstance(error, (OSError, ValueError)):
+            error.add_note(f"in the task {name}")
+            try:
+                pickle.loads(pickle.dumps(error))
+                raise
+            except (TypeError, AttributeError, pickle.PicklingError):
+                pass
+        raise RuntimeError(f"{name}: {type(error).__name__}: {error}") from error
+
+
+def _run_task(
     code: str, function: Callable, settings: dict, format: str, checkpoint: str | None, roles: dict, *files: bytes
 ) -> bytes:
-    """What a worker does: run `function` on `settings` and on what is in `files`, of which `roles` says names and
-    formats; the result as the bytes of a file. Raises `ValueError` if the worker's library is not that of `code`.
+    """Run `function` on `settings` and on what is in `files`, of which `roles` says names and formats; the result as the
+    bytes of a file. Raises `ValueError` if the worker's library is not that of `code`.
     """
     if code != code_version():
-        raise ValueError("scheduler: a worker has another version of pnpda_nb; install the same everywhere")
+        raise ValueError("a worker has another version of pnpda_nb than the process that sent it work; install the same everywhere")
     torch.set_num_threads(1)  # sums are added up in one order everywhere
     with tempfile.TemporaryDirectory() as folder:
         needs = {}
@@ -182,7 +210,10 @@ def run_task(
         path = Path(folder) / f"result.{suffix}"
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*became non-finite.*")  # the scores count them
-            write(function(settings, **needs), path)
+            result = function(settings, **needs)
+            if result is None:
+                raise ValueError(f"{function.__name__}: expected a result to store, got None")
+            write(result, path)
         return path.read_bytes()
 
 # %% ../nbs/91_sweep.ipynb #d8da2332
@@ -190,18 +221,20 @@ class HereExecutor(Executor):
     """Runs what is submitted at once, in this process."""
 
     def submit(self, function, /, *args, **kwargs) -> Future:
-        future = Future()
+        future, threads = Future(), torch.get_num_threads()
         try:
             future.set_result(function(*args, **kwargs))
         except Exception as error:  # what interrupts the process is not kept
             future.set_exception(error)
+        finally:
+            torch.set_num_threads(threads)
         return future
 
 
 @contextmanager
-def workplace(workers: int = 1, scheduler: str | None = None) -> Iterator[tuple[Executor, int, Callable]]:
+def workplace(workers: int = 1, scheduler: str | None = None) -> Iterator[tuple[Executor, int, Callable, Callable]]:
     """Who runs tasks: the Dask cluster at `scheduler`, else `workers` processes (one: this one). Gives an executor, how
-    many tasks to give it at a time, and how to send it large arguments.
+    many tasks to give it at a time, how to send it large arguments, and how to ask how many workers there are.
 
     Raises `ValueError` if there are no workers, or no cluster at that address.
     """
@@ -210,15 +243,16 @@ def workplace(workers: int = 1, scheduler: str | None = None) -> Iterator[tuple[
     if scheduler:
         client = _connect(scheduler)
         with client:
-            yield client.get_executor(pure=False), 2 * sum(client.nthreads().values()), client.scatter
+            count = 2 * sum(client.nthreads().values())
+            yield client.get_executor(pure=False), count, client.scatter, lambda: len(client.nthreads())
     elif workers == 1:
-        yield HereExecutor(), 1, lambda content: content
+        yield HereExecutor(), 1, lambda content: content, lambda: 1
     else:
         before = set(active_children())
         pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_quiet, initargs=(os.getpid(),))
         try:
-            yield pool, workers, lambda content: content
-        except KeyboardInterrupt:
+            yield pool, workers, lambda content: content, lambda: workers
+        except BaseException:
             for child in set(active_children()) - before:
                 child.terminate()
             raise
@@ -231,6 +265,7 @@ def _quiet(parent: int) -> None:
     not shown here, need no lock between processes; and a worker whose `parent` was killed ends.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # temporary files are removed, a training is written down
     tqdm.set_lock(threading.RLock())
 
     def watch() -> None:
@@ -271,7 +306,8 @@ def run_tasks(
     """The results of `tasks`, in their order; what is in the store is read, the rest is run (with what it needs) and
     stored. `workers` and `scheduler` as in `workplace`.
 
-    An exception in a task stops the sweep when the tasks in progress have finished. Raises it, or `ChildProcessError` if a worker died.
+    An exception in a task stops the sweep when the tasks in progress have finished. Raises it (with the task's name), or
+    `ChildProcessError` if a worker process died, or `ConnectionError` if a cluster went away.
     """
     done = {task.key: found for task in tasks if (found := store.read(task)) is not None}
     waiting: dict[str, Task] = {}
@@ -293,12 +329,15 @@ def run_tasks(
         with workplace(min(workers, len(waiting)), scheduler) as place:
             for task in _finished(waiting, store, place, report):
                 done[task.key] = store.read(task)
+                if done[task.key] is None:
+                    raise OSError(f"{store.path(task)}: cannot read what was just written")
     return [done[task.key] for task in tasks]
 
 
 def _finished(waiting: dict[str, Task], store: Store, place: tuple, report: "_Progress") -> Iterator[Task]:
     """Run the tasks that are `waiting`, and give each when its result is in the store."""
-    executor, slots, send = place
+    executor, slots, send, staff = place
+    alone = None  # since when there have been no workers
     ahead: dict[str, float] = {}  # the longest way from the start of a task to the end of all
     for task in reversed(waiting.values()):
         ahead[task.key] = task.cost + ahead.get(task.key, 0.0)
@@ -315,23 +354,36 @@ def _finished(waiting: dict[str, Task], store: Store, place: tuple, report: "_Pr
             checkpoint = None
             if task.resumable:  # only where the disk is ours
                 checkpoint = "" if slots > 1 and not isinstance(executor, ProcessPoolExecutor) else str(store.path(task, "training"))
-            future = executor.submit(
-                run_task, code_version(), task.function, dict(task.settings), task.format, checkpoint, roles, *files
-            )
-            running[future] = task
+            job = (code_version(), task.name, task.function, dict(task.settings), task.format, checkpoint, roles, *files)
+            try:
+                running[executor.submit(run_task, *job)] = task
+            except BrokenProcessPool as error:  # some of the others have died; what is finished is stored below
+                future = Future()
+                future.set_exception(error)
+                running[future] = task
         report.show(running.values())
-        for future in wait(running, timeout=1, return_when=FIRST_COMPLETED).done:
+        done = wait(running, timeout=1, return_when=FIRST_COMPLETED).done
+        alone = (alone or time.monotonic()) if not (done or staff()) else None
+        if alone and time.monotonic() - alone > 60:
+            raise ConnectionError("scheduler: the cluster has had no workers for a minute")
+        for future in sorted(done, key=lambda future: future.cancelled() or future.exception() is not None):
             task = running.pop(future)
             try:
                 content = future.result()
             except BrokenProcessPool as error:
                 names = ", ".join([task.name, *(other.name for other in running.values())])
-                raise ChildProcessError(f"a worker process died during {names}; was there enough memory?") from error
+                hint = "was there enough memory?" if report.done else 'a script needs `if __name__ == "__main__":` to use several'
+                raise ChildProcessError(f"a worker process died during {names}; {hint}") from error
+            except CancelledError as error:
+                raise ConnectionError(f"scheduler: the cluster went away during {task.name}") from error
             except Exception as error:
+                if type(error).__name__ == "KilledWorker":
+                    error = ChildProcessError(f"{task.name} has killed the workers that tried it; was there enough memory?")
                 failure = failure or error
                 continue
             with whole_file(store.path(task)) as beside:
                 beside.write_bytes(content)
+            store.path(task, "training").unlink(missing_ok=True)
             unfinished.discard(task.key)
             report.finished(task)
             yield task
@@ -362,7 +414,7 @@ class _Progress:
         self.bar.update(task.cost)
         now = time.monotonic()
         if self.lines and (now - self.said > 10 or self.done == self.count):
-            self.said, left = now, (now - self.start) * (self.total / self.spent - 1)
+            self.said, left = now, (now - self.start) * (self.total / max(self.spent, 1e-9) - 1)
             print(f"{self.done}/{self.count} parts, about {left:.0f} s left ({task.name})", file=sys.stderr, flush=True)
 
     def close(self) -> None:

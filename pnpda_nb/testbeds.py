@@ -89,13 +89,18 @@ def kuramoto_sivashinsky(
     every step.
     """
     model = KuramotoSivashinsky(boundary=boundary)
+    if not 1 <= points <= model.dim:
+        raise ValueError(f"points: expected 1 to {model.dim}, got {points}")
     between = (model.dim + 1) / points
+    sites = [int(between * (i + 0.5)) - 1 for i in range(points)]
+    if sites[0] < 0:  # too many for equal distances: as equal as can be
+        sites = [round(i * (model.dim - 1) / (points - 1)) for i in range(points)]
     return TwinExperiment(
         name="kuramoto_sivashinsky",
         nature=model,
         forecast_model=model,
         model_error=AdditiveModelError(0.01),
-        network=_network((int(between * (i + 0.5)) - 1 for i in range(points)), model.dim, variance),
+        network=_network(sites, model.dim, variance),
         interval=10,
         cycles=cycles,
         start=model.dim * (0.1,),

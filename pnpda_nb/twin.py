@@ -417,6 +417,8 @@ def cycle(
     first_error = RunNoise(seed, split, "first background", runs).draw(1, members, experiment.dim)[0]
     nature = iter(watch_nature(experiment, runs, seed, split) if nature is None else nature)
     beginning = next(nature)[0][0].unsqueeze(-2)
+    if len(beginning) != runs:
+        raise ValueError(f"nature: expected one of {runs} runs, got {len(beginning)}")
     if experiment.first_ensemble == "around_truth":
         first = beginning + experiment.background_variance**0.5 * first_error
     else:

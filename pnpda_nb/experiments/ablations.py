@@ -16,7 +16,7 @@ from .kuramoto_sivashinsky import KuramotoSivashinskySettings, ks_prior
 from .lorenz63 import Lorenz63Settings, lorenz63_archive, lorenz63_prior
 from .lorenz96 import Lorenz96Settings
 from ..plotting import book_style
-from ..studies import along, archive_task, conditional_scores, cycle_task, prior_task, table_along
+from ..studies import Settings, along, archive_task, conditional_scores, cycle_task, prior_task, table_along
 from ..sweep import Study, Task
 
 # %% auto #0
@@ -27,7 +27,7 @@ __all__ = ['Plan', 'INFLATED', 'ABLATIONS', 'AXES', 'PUBLISHED_ABLATIONS', 'PAPE
 
 # %% ../../nbs/13_ablations.ipynb #18851055
 @dataclass(frozen=True)
-class AblationSettings:
+class AblationSettings(Settings):
     """Values of everything that is varied. Around them stand the settings of the other studies, whose trainings take
     `epochs` and `patience` from here.
     """
@@ -57,7 +57,19 @@ class AblationSettings:
                 raise ValueError(f"{name}: expected numbers of at least 1, got {getattr(self, name)}")
         if min(self.sizes) < 50:
             raise ValueError(f"sizes: expected at least 50 pairs, got {min(self.sizes)}")
-        self.lorenz63(), self.lorenz96()
+        lists = ("iterations", "alphas", "draws", "ensembles", "betas", "batches", "sizes", "sigmas", "forcings")
+        self.require_distinct(*lists)
+        if self.members < 2:
+            raise ValueError(f"members: expected an ensemble of at least 2, got {self.members}")
+        for forcing in self.forcings:
+            if not abs(forcing) < float("inf"):
+                raise ValueError(f"forcings: expected finite numbers, got {forcing}")
+        for alpha in self.alphas:
+            self.lorenz63(alpha=alpha)
+        for sigma in self.sigmas:
+            self.lorenz96(sigma=sigma)
+        for beta in self.betas:
+            self.lorenz63(beta=beta)
 
     def lorenz63(self, **changes) -> Lorenz63Settings:
         """The settings of the Lorenz-63 study with `changes`."""

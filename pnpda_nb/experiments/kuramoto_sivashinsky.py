@@ -12,6 +12,7 @@ import pandas as pd
 import xarray as xr
 
 from ..plotting import book_style
+from ..pnp import PnPDA
 from pnpda_nb.studies import (
     SweepSettings,
     archive_task,
@@ -57,13 +58,17 @@ class KuramotoSivashinskySettings(SweepSettings):
 
     def __post_init__(self):
         super().__post_init__()
+        self.require_distinct("points")
+        PnPDA(None, self.iterations, self.small_alpha, self.step_rule)
+        if not 1e-6 < self.archive_sigma < float("inf"):
+            raise ValueError(f"archive_sigma: expected a positive standard deviation, got {self.archive_sigma}")
         for count in (self.observed, self.archive_points, *self.points):
             if not 1 <= count <= 127:
                 raise ValueError(f"points: expected 1 to 127, got {count}")
 
     def testbed(self, points: int | None = None, sigma: float | None = None, cycles: int | None = None) -> dict:
         """The twin experiment with observed `points` and errors of standard deviation `sigma`."""
-        points, sigma = points or self.observed, sigma or self.sigma
+        points, sigma = self.observed if points is None else points, self.sigma if sigma is None else sigma
         return {"name": "kuramoto_sivashinsky", "points": points, "variance": sigma**2, "cycles": cycles or self.cycles}
 
     def conditions(self) -> dict[str, dict]:
@@ -72,7 +77,9 @@ class KuramotoSivashinskySettings(SweepSettings):
         return by_points | {f"sigma={sigma:g}": self.testbed(sigma=sigma) for sigma in self.sigmas}
 
 # %% ../../nbs/12_kuramoto_sivashinsky.ipynb #ff036a87
-KS_METHODS = ("free_run", "var3d_gc", "var3d", "enkf", "conditional_mean", "pnpda", "pnpda_small_alpha")
+KS_METHODS = (
+    "free_run", "var3d_gc", "var3d", "enkf", "conditional_mean", "pnpda_printed", "pnpda", "pnpda_small_alpha",
+)  # fmt: skip
 KS_VAR3D_GRID = {"variance": [0.3, 1.0, 3.0, 10.0], "half_width": [1.5, 2.5, 4.0, 6.0]}
 KS_ENKF_GRID = {"inflation": [1.0, 1.03, 1.1], "half_width": [25.0, 50.0]}
 
@@ -114,6 +121,8 @@ def plan_kuramoto_sivashinsky(
             case "conditional_mean":
                 method = settings.pnpda(iterations=1, draws=20)
                 return cycle_task(settings.testbed(), method, prior=prior, name=name, cost=5, **trial)
+            case "pnpda_printed":
+                return cycle_task(testbed, settings.pnpda(step_rule="paper"), prior=prior, name=label, cost=14, **trial)
             case "pnpda":
                 return cycle_task(testbed, settings.pnpda(), prior=prior, name=label, cost=14, **trial)
             case "pnpda_small_alpha":
@@ -126,7 +135,7 @@ def plan_kuramoto_sivashinsky(
 
 def kept_kuramoto_sivashinsky(settings: KuramotoSivashinskySettings, methods: tuple[str, ...]) -> dict[str, Task]:
     """The prior, if one of the `methods` has one."""
-    learned = {"conditional_mean", "pnpda", "pnpda_small_alpha"} & set(methods)
+    learned = {"conditional_mean", "pnpda_printed", "pnpda", "pnpda_small_alpha"} & set(methods)
     return {"prior.safetensors": ks_prior(settings)} if learned else {}
 
 # %% ../../nbs/12_kuramoto_sivashinsky.ipynb #501822a9

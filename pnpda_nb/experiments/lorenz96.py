@@ -51,13 +51,14 @@ class Lorenz96Settings(SweepSettings):
         for name in ("paper_runs", "trainings"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        self.require_distinct("counts")
         for count in (self.observed, *self.counts):
             if not 1 <= count <= 8:
                 raise ValueError(f"observed: expected 1 to 8 of 8 variables, got {count}")
 
     def testbed(self, count: int | None = None, sigma: float | None = None, cycles: int | None = None) -> dict:
         """The twin experiment with `count` observed variables and errors of standard deviation `sigma`."""
-        count, sigma = count or self.observed, sigma or self.sigma
+        count, sigma = self.observed if count is None else count, self.sigma if sigma is None else sigma
         sites = [8 * i // count for i in range(count)]
         return {"name": "lorenz96", "observed": sites, "variance": sigma**2, "cycles": cycles or self.cycles}
 
