@@ -229,7 +229,7 @@ def shift_forcing(settings: AblationSettings) -> Plan:
         plan[label, "trained_at_18"] = _lorenz96_cycle(settings, at_home, f"{label} shifted", forcing=forcing)
         plan[label, "trained_there"] = _lorenz96_cycle(settings, own, f"{label} own", forcing=forcing)
         some = {"members": settings.members, "runs": settings.runs, "seed": settings.seed}
-        plan[label, "enkf"] = cycle_task(testbed, INFLATED, name=f"{label} enkf", **some)
+        plan[label, "enkf_inflated"] = cycle_task(testbed, INFLATED, name=f"{label} enkf", **some)
     return plan
 
 # %% ../../nbs/13_ablations.ipynb #c751e26f
