@@ -330,7 +330,7 @@ def stack_cases(results: Mapping[tuple[str, str], xr.Dataset]) -> xr.Dataset:
 def paired_difference(
     runs: xr.Dataset, condition: str, better: str, worse: str, metric: str = "step_rmse"
 ) -> tuple[float, float, int]:
-    """Mean of `worse` minus `better` over the runs that neither lost, its standard error, and their number; `runs` as
+    """Mean of `worse` minus `better` over the runs that neither lost, its standard error, and their number (nan and 0 if fewer than two are left); `runs` as
     from `stack_runs`. Raises `ValueError` for a case that is not there.
     """
     found = []
@@ -341,6 +341,8 @@ def paired_difference(
         found.append(runs[metric].values[here][0])
     difference = found[0] - found[1]
     difference = difference[np.isfinite(difference)]
+    if len(difference) < 2:
+        return np.nan, np.nan, 0
     return float(difference.mean()), float(difference.std(ddof=1) / len(difference) ** 0.5), len(difference)
 
 # %% ../nbs/96_studies.ipynb #c6490a74
