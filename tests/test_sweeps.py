@@ -59,12 +59,12 @@ def cluster(tmp_path):
             time.sleep(0.1)
         uri = json.loads(address.read_text())["address"]
         for _ in range(2):
-            command = [*dask, "worker", uri, "--nthreads", "1", "--no-dashboard", "--local-directory", str(tmp_path)]
+            command = [*dask, "worker", uri, "--nthreads", "1", "--no-nanny", "--no-dashboard", "--local-directory", str(tmp_path)]
             processes.append(subprocess.Popen(command, **quiet))
         yield uri
     finally:
         for process in reversed(processes):
-            process.terminate()
+            process.kill()
         for process in processes:
             process.wait(30)
 
