@@ -5,6 +5,7 @@
 # %% ../nbs/91_sweep.ipynb #0ce80741
 from __future__ import annotations
 
+import copy
 import dataclasses
 import errno
 import hashlib
@@ -24,7 +25,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
-from multiprocessing import active_children, get_context
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -248,12 +249,18 @@ def workplace(workers: int = 1, scheduler: str | None = None) -> Iterator[tuple[
     elif workers == 1:
         yield HereExecutor(), 1, lambda content: content, lambda: 1
     else:
-        before = set(active_children())
-        pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_quiet, initargs=(os.getpid(),))
+        context, made = copy.copy(get_context("spawn")), []
+
+        def process(*args, **kwargs):
+            made.append(type(context).Process(*args, **kwargs))
+            return made[-1]
+
+        context.Process = process  # so that we know which processes are ours
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_quiet, initargs=(os.getpid(),))
         try:
             yield pool, workers, lambda content: content, lambda: workers
         except BaseException:
-            for child in set(active_children()) - before:
+            for child in made:
                 child.terminate()
             raise
         finally:
