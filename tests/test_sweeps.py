@@ -104,7 +104,7 @@ def slow_sweep(log: str | None = None) -> list[Task]:
     return [*short, Task("long", nap, {"number": 9, "seconds": 2.0, "log": log}, needs, "record")]
 
 
-@pytest.mark.parametrize("how, workers", [(signal.SIGKILL, 2), (signal.SIGINT, 1)])
+@pytest.mark.parametrize("how, workers", [(signal.SIGKILL, 2), pytest.param(signal.SIGINT, 1, marks=pytest.mark.slow)])
 def test_that_a_killed_sweep_goes_on_where_it_was(tmp_path, workers, how):
     script, log = tmp_path / "script.py", tmp_path / "log"
     script.write_text(KILLED.format(tests=str(Path(__file__).parent)))
