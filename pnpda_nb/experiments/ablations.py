@@ -297,7 +297,7 @@ def figure_variants(scores: pd.DataFrame, axis: str, label: str = "", published:
         ax.plot(float(row.condition.split("=")[1]), row["mean"], "kx", ms=8, mew=2, label="paper")
     handles = dict(zip(*reversed(ax.get_legend_handles_labels())))
     if len(handles) > 1:
-        ax.legend(handles.values(), handles.keys(), fontsize=8)
+        ax.legend(handles.values(), handles.keys(), fontsize=8, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
     ax.set(xlabel=label or axis, ylabel="step RMSE", ylim=(0, None))
     return ax
 
