@@ -29,9 +29,9 @@ from .dynamics import standard_normal, stream
 from .observing import Covariance
 
 # %% auto #0
-__all__ = ['FORMAT', 'PAPER_TRAINING', 'denoised_from_velocity', 'velocity_from_denoised', 'Prior', 'Denoiser', 'GaussianPrior',
-           'Coupling', 'conditional_coupling', 'FourierEmbedding', 'VelocityMLP', 'FlowPrior', 'TrainingSettings',
-           'flow_matching_loss', 'train_prior']
+__all__ = ['FORMAT', 'WITH_SOURCE', 'PAPER_TRAINING', 'denoised_from_velocity', 'velocity_from_denoised', 'Prior', 'Denoiser',
+           'GaussianPrior', 'Coupling', 'conditional_coupling', 'FourierEmbedding', 'VelocityMLP', 'FlowPrior',
+           'TrainingSettings', 'flow_matching_loss', 'train_prior']
 
 # %% ../nbs/07_flow_matching.ipynb #e074b718
 def denoised_from_velocity(x: Tensor, velocity: Tensor, tau: float) -> Tensor:
@@ -60,14 +60,18 @@ class Denoiser:
     """D_τ(x_b, ·) of eq. 13 of PnP-DA for given backgrounds `(..., dim)`; `denoiser(x, tau)` is the
     expected analysis.
 
-    `velocity(x, tau)` is a function of states of the background's shape; `source` draws the noise
-    that the flow starts from.
+    `velocity(x, tau)` is a function of states of the background's shape. The flow starts from what `source` draws,
+    around `centre` `(..., dim)` if there is one: whoever blends with noise must add it.
     """
 
     def __init__(
-        self, background: Tensor, velocity: Callable[[Tensor, float], Tensor], source: Callable
+        self,
+        background: Tensor,
+        velocity: Callable[[Tensor, float], Tensor],
+        source: Callable,
+        centre: Tensor | None = None,
     ):
-        self.background, self.velocity, self.source = background, velocity, source
+        self.background, self.velocity, self.source, self.centre = background, velocity, source, centre
 
     def __repr__(self) -> str:
         return f"Denoiser(background of shape {tuple(self.background.shape)})"
@@ -75,18 +79,22 @@ class Denoiser:
     def __call__(self, x: Tensor, tau: float) -> Tensor:
         return denoised_from_velocity(x, self.velocity(x, tau), tau)
 
+    def start(self, generator: torch.Generator) -> Tensor:
+        """Where the flow starts: one draw of the source for every background, of the background's shape."""
+        z = self.source(tuple(self.background.shape), generator)
+        return z if self.centre is None else self.centre + z
+
     def conditional_mean(self, generator: torch.Generator, draws: int = 1) -> Tensor:
         """E[x_a | x_b] as D_0, averaged over `draws` draws of noise (which, for an exact prior,
         would make no difference).
         """
-        shape = tuple(self.background.shape)
-        return sum(self(self.source(shape, generator), 0.0) for _ in range(draws)) / draws
+        return sum(self(self.start(generator), 0.0) for _ in range(draws)) / draws
 
     def sample(self, generator: torch.Generator, steps: int = 50) -> Tensor:
         """One draw of x_a for every background, by `steps` midpoint steps along the flow."""
         if steps < 1:
             raise ValueError(f"steps: expected at least 1, got {steps}")
-        x, h = self.source(tuple(self.background.shape), generator), 1 / steps
+        x, h = self.start(generator), 1 / steps
         for n in range(steps):
             middle = x + h / 2 * self.velocity(x, n * h)
             x = x + h * self.velocity(middle, (n + 0.5) * h)
@@ -268,14 +276,17 @@ class VelocityMLP(nn.Module):
 
 # %% ../nbs/07_flow_matching.ipynb #c786c336
 FORMAT = "pnpda_nb.prior/1"
+WITH_SOURCE = "pnpda_nb.prior/2"  # a file whose flow starts around the background
 
 
 class FlowPrior:
     """A learned prior: a velocity network, and the `location` and `scale` `(dim,)` of the units
     that it works in.
 
-    The source of the flow is N(`location`, `scale`²). `training` is a plain record of how it was
-    trained.
+    The source of the flow is N(`location`, `scale`²) or, with `factor`, N(x_b, FFᵀ): `(dim, dim)`, or `(dim,)` for
+    the standard deviations of independent variables. With `units` `(dim,)` the network sees (x − x_b) / `units`
+    instead of states, and still the background. All are in the units of the states. `training` is a plain record of
+    how it was trained. Raises `ValueError` for a `factor` or `units` of another size, or `units` without `factor`.
     """
 
     def __init__(
@@ -285,10 +296,17 @@ class FlowPrior:
         scale: Tensor,
         architecture: dict,
         training: dict | None = None,
+        *,
+        factor: Tensor | None = None,
+        units: Tensor | None = None,
     ):
         self.network, self.location, self.scale = network.eval().requires_grad_(False), location, scale
         self.architecture, self.training = architecture, training or {}
-        self.dim = len(location)
+        self.dim, self.factor, self.units = len(location), factor, units
+        if factor is not None and factor.shape not in ((self.dim,), (self.dim, self.dim)):
+            raise ValueError(f"factor: expected a size of {self.dim}, got {tuple(factor.shape)}")
+        if units is not None and (factor is None or units.shape != (self.dim,)):
+            raise ValueError(f"units: expected a size of {self.dim}, and a factor beside, got {tuple(units.shape)}")
         self._times: dict[float, Tensor] = {}  # of the network, which is frozen
 
     def __repr__(self) -> str:
@@ -297,35 +315,41 @@ class FlowPrior:
             if self.training
             else ""
         )
-        return f"FlowPrior(dim={self.dim}, hidden={list(self.architecture['hidden'])}{seen})"
+        around = "" if self.factor is None else ", source around the background"
+        return f"FlowPrior(dim={self.dim}, hidden={list(self.architecture['hidden'])}{around}{seen})"
 
     def source(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        return self.location + self.scale * standard_normal(shape, generator)
+        """Draws of the source `(..., dim)`; if it is centred at the background, the centre is not in them."""
+        noise = standard_normal(shape, generator)
+        return self.location + self.scale * noise if self.factor is None else _coloured(noise, self.factor)
 
     def __call__(self, background: Tensor) -> Denoiser:
         if background.shape[-1] != self.dim:
             raise ValueError(
                 f"background: expected states of size {self.dim} as the prior's, got {background.shape[-1]}"
             )
-        raw = bool(not self.location.any() and (self.scale == 1).all())
+        origin, units = (self.location, self.scale) if self.units is None else (background, self.units)
+        raw = bool(self.units is None and not self.location.any() and (self.scale == 1).all())
         with torch.no_grad():
             given = self.network.given(((background - self.location) / self.scale).float(), self._times)
 
         def velocity(x: Tensor, tau: float) -> Tensor:
             with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
-                inside = x.float() if raw else ((x - self.location) / self.scale).float()
+                inside = x.float() if raw else ((x - origin) / units).float()
                 v = given(inside, tau).double()
-                return v if raw else v * self.scale
+                return v if raw else v * units
 
-        return Denoiser(background, velocity, self.source)
+        return Denoiser(background, velocity, self.source, None if self.factor is None else background)
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write the prior to a safetensors file, whole or not at all."""
         path = Path(path)
         tensors = {f"network.{k}": v.contiguous() for k, v in self.network.state_dict().items()}
         tensors |= {"location": self.location, "scale": self.scale}
+        extra = {"factor": self.factor, "units": self.units}
+        tensors |= {name: value.contiguous().clone() for name, value in extra.items() if value is not None}  # they may be one
         header = {
-            "format": FORMAT,
+            "format": FORMAT if self.factor is None else WITH_SOURCE,
             "architecture": json.dumps(self.architecture),
             "training": json.dumps(self.training),
         }
@@ -355,7 +379,7 @@ class FlowPrior:
             raise ValueError(
                 f"prior: {path} is not a readable safetensors file (truncated or foreign)"
             ) from error
-        if header.get("format") != FORMAT:
+        if header.get("format") not in (FORMAT, WITH_SOURCE):
             raise ValueError(
                 f"prior: expected format {FORMAT!r} in {path}, got {header.get('format')!r}"
             )
@@ -377,14 +401,21 @@ class FlowPrior:
                 tensors["scale"],
                 architecture,
                 json.loads(header["training"]),
+                factor=tensors["factor"] if header["format"] == WITH_SOURCE else None,
+                units=tensors.get("units"),
             )
-        except (KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, RuntimeError, ValueError) as error:
             raise ValueError(
                 f"prior: {path} has a header that does not fit its contents ({type(error).__name__})"
             ) from error
         if not all(torch.isfinite(t).all() for t in tensors.values()):
             raise ValueError(f"prior: {path} holds weights that are not finite")
         return prior
+
+
+def _coloured(noise: Tensor, factor: Tensor) -> Tensor:
+    """White `noise` `(..., dim)` with the covariance FFᵀ, for a `factor` as that of `FlowPrior`."""
+    return noise * factor if factor.ndim == 1 else noise @ factor.T
 
 # %% ../nbs/07_flow_matching.ipynb #ed4b74d3
 @dataclass(frozen=True)
@@ -396,6 +427,13 @@ class TrainingSettings:
     coupling (0: off), `average` the decay of an exponential average of the weights (0: off),
     `standardise` whether the network works in standardised units, `start_fraction` the share of
     pseudo-times that are drawn at exactly 0, where conditional means are read off.
+
+    `source` is "white" noise in the network's units, or N(x_b, B) with the "covariance" B of the increments
+    x_a − x_b, or with their variances alone ("background"); `source_scale` multiplies the last two's standard
+    deviations. `target` says whether the network works in units of the "state" or of the "increment".
+    `coupling_batch` is the number of pairs that are coupled at once, a multiple of `batch` (0: as many); with
+    `repaired_target`, `beta` is only where the search begins for the one that lets this share of analyses change
+    partners. Raises `ValueError` for settings out of range.
     """
 
     hidden: tuple[int, ...] = (32, 64, 64, 32)
@@ -415,8 +453,20 @@ class TrainingSettings:
     validation_fraction: float = 0.1
     validation_draws: int = 8
     standardise: bool = True
+    source: str = "white"
+    source_scale: float = 1.0
+    target: str = "state"
+    coupling_batch: int = 0
+    repaired_target: float = 0.0
 
     def __post_init__(self):
+        for name, known in (("source", ("white", "background", "covariance")), ("target", ("state", "increment"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if self.source == "white" and self.source_scale != 1:
+            raise ValueError(f"source_scale: expected 1 for a white source, got {self.source_scale}")
+        if not 0 <= self.repaired_target < 1:
+            raise ValueError(f"repaired_target: expected a share from 0 to less than 1, got {self.repaired_target}")
         if not 0 <= self.start_fraction < 1:
             raise ValueError(
                 f"start_fraction: expected a share from 0 to less than 1, got {self.start_fraction}"
@@ -433,8 +483,8 @@ class TrainingSettings:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("embedding_scale", "learning_rate", "plateau_factor", "validation_fraction"):
-            if not getattr(self, name) > 0:
+        for name in ("embedding_scale", "learning_rate", "plateau_factor", "validation_fraction", "source_scale"):
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
         for name in ("beta", "weight_decay"):
             if not getattr(self, name) >= 0:
@@ -443,6 +493,18 @@ class TrainingSettings:
                 )
         if not self.hidden or min(self.hidden) < 1:
             raise ValueError(f"hidden: expected one or more positive widths, got {self.hidden}")
+        if self.coupling_batch < 0 or self.coupling_batch % self.batch:
+            raise ValueError(
+                f"coupling_batch: expected zero or a multiple of {self.batch}, the batch, got {self.coupling_batch}"
+            )
+
+    def record(self) -> dict:
+        """The settings as plain values. Those that came later are left out where they change nothing, so that
+        trainings of earlier versions are known again.
+        """
+        later = {"source", "source_scale", "target", "coupling_batch", "repaired_target"}
+        usual = {f.name: f.default for f in dataclasses.fields(self) if f.name in later}
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in usual or v != usual[k]}
 
 
 PAPER_TRAINING = TrainingSettings(
@@ -552,14 +614,20 @@ class _Training:
             raise ValueError(
                 "analysis: a variable is constant over all pairs and cannot be standardised"
             )
+        self.factor, self.units = _source_of(background, analysis, settings)
         b, a = (((x.double() - self.location) / self.scale).float() for x in (background, analysis))
+        if self.units is not None:
+            a = ((analysis.double() - background.double()) / self.units).float()
+        self.colour, inside = None, self.scale if self.units is None else self.units
+        if self.factor is not None:  # the factor in the network's units
+            self.colour = (self.factor / (inside if self.factor.ndim == 1 else inside[:, None])).float()
         order = torch.randperm(len(a), generator=stream(seed, "split of the pairs"))
         repeat = settings.validation_draws
         self.validation = tuple(x[order[:held_out]].repeat(repeat, 1) for x in (b, a))
         self.pairs = tuple(x[order[held_out:]] for x in (b, a))
         fixed = stream(seed, "validation noise")
         self.validation_noise = (
-            torch.randn(held_out * repeat, dim, generator=fixed),
+            self.start(torch.randn(held_out * repeat, dim, generator=fixed), self.validation[0]),
             torch.rand(held_out * repeat, 1, generator=fixed),
         )
         self.network = VelocityMLP(
@@ -584,8 +652,9 @@ class _Training:
             self.optimiser, factor=settings.plateau_factor, patience=settings.plateau_patience
         )
         self.epoch, self.best_epoch, self.best_loss, self.history = 0, 0, math.inf, []
+        self.beta = settings.beta or (1.0 if settings.repaired_target else 0.0)
         self.best = _copied(self.network.state_dict())
-        digest = hashlib.sha256(json.dumps([dataclasses.asdict(settings), seed]).encode())
+        digest = hashlib.sha256(json.dumps([settings.record(), seed]).encode())
         for x in (b, a):
             digest.update(x.numpy().tobytes())
         self.fingerprint = digest.hexdigest()
@@ -597,6 +666,13 @@ class _Training:
             self.epoch >= self.settings.epochs or self.epoch - self.best_epoch >= self.settings.patience
         )
 
+    def start(self, noise: Tensor, background: Tensor) -> Tensor:
+        """White noise as draws of the source, for backgrounds beside it; all `(sample, dim)`, in the network's units."""
+        if self.colour is None:
+            return noise
+        z = _coloured(noise, self.colour)
+        return background + z if self.units is None else z
+
     def run_epoch(self) -> dict:
         settings, (b, a) = self.settings, self.pairs
         order = torch.randperm(len(a), generator=self.generator)
@@ -607,20 +683,23 @@ class _Training:
                 torch.rand(tau.shape, generator=self.generator) < settings.start_fraction, 0.0
             )
         losses, coupled = [], []
-        for start in range(0, len(a) - settings.batch + 1, settings.batch):
-            pick = order[start : start + settings.batch]
-            z, given, target = noise[start : start + settings.batch], b[pick], a[pick]
-            coupling = conditional_coupling(z, target, given, settings.beta)
-            # the background stays with the noise: with it, an analysis of (almost) the same background is paired
-            loss = flow_matching_loss(
-                self.network, z, target[coupling.index], given, tau[start : start + settings.batch]
-            )
-            self.optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            self.optimiser.step()
-            self._average()
-            losses.append(loss.detach())
+        whole, together = len(a) // settings.batch * settings.batch, settings.coupling_batch or settings.batch
+        for first in range(0, whole, together):
+            some = slice(first, min(first + together, whole))
+            given, target = b[order[some]], a[order[some]]
+            z = self.start(noise[some], given)
+            coupling = conditional_coupling(z, target, given, self.beta)
             coupled.append((coupling.repaired, coupling.gain))
+            self._steer(coupling.repaired)
+            # the background stays with the noise: with it, an analysis of (almost) the same background is paired
+            split = (x.split(settings.batch) for x in (z, target[coupling.index], given, tau[some]))
+            for batch in zip(*split):
+                loss = flow_matching_loss(self.network, *batch)
+                self.optimiser.zero_grad(set_to_none=True)
+                loss.backward()
+                self.optimiser.step()
+                self._average()
+                losses.append(loss.detach())
         with torch.no_grad():
             validation = float(
                 flow_matching_loss(
@@ -652,12 +731,19 @@ class _Training:
                 "training": training,
                 "validation": validation,
                 "learning_rate": rate,
+                "beta": self.beta,
                 "repaired": float(repaired),
                 "path_gain": float(gain),
             }
         )
         self.memory = self._remember()
         return self.history[-1]
+
+    def _steer(self, repaired: float) -> None:
+        """Raise β if more than the wanted share of analyses has changed partners, and lower it if less has."""
+        if self.settings.repaired_target:
+            change = math.exp(2 * (repaired - self.settings.repaired_target))
+            self.beta = min(max(self.beta * change, 1e-12), 1e12)
 
     def _average(self) -> None:
         """Let the averaged weights follow the trained ones; early on they follow faster, so that
@@ -687,11 +773,17 @@ class _Training:
         record |= {
             "validation_loss": self.best_loss,
             "seed": self.seed,
-            "settings": dataclasses.asdict(self.settings),
+            "settings": self.settings.record(),
         }
         return FlowPrior(
-            network, self.location, self.scale, self.architecture, json.loads(json.dumps(record))
-        )  # as it will be read back
+            network,
+            self.location,
+            self.scale,
+            self.architecture,
+            json.loads(json.dumps(record)),  # as it will be read back
+            factor=self.factor,
+            units=self.units,
+        )
 
     def _remember(self) -> dict:
         return {
@@ -703,6 +795,7 @@ class _Training:
             "generator": self.generator.get_state(),
             "best": self.best,
             "numbers": [self.epoch, self.best_epoch, self.best_loss, self.steps],
+            "beta": self.beta,
             "history": list(self.history),
         }
 
@@ -733,7 +826,31 @@ class _Training:
         self.generator.set_state(memory["generator"])
         self.best, self.history = memory["best"], memory["history"]
         self.epoch, self.best_epoch, self.best_loss, self.steps = memory["numbers"]
+        self.beta = memory.get("beta", self.settings.beta)
         self.memory = memory
+
+
+def _source_of(
+    background: Tensor, analysis: Tensor, settings: TrainingSettings
+) -> tuple[Tensor | None, Tensor | None]:
+    """The `factor` and `units` of a `FlowPrior` that is trained on these pairs `(sample, dim)`."""
+    if settings.source == "white" and settings.target == "state":
+        return None, None
+    increment = analysis.double() - background.double()
+    spread = increment.std(0)
+    if not (spread > 0).all():
+        raise ValueError("analysis: a variable differs from the background's by a constant in all pairs")
+    units = spread if settings.standardise else torch.ones_like(spread)
+    if settings.source == "white":
+        factor = units
+    elif settings.source == "background":
+        factor = settings.source_scale * spread
+    else:
+        factor, failed = torch.linalg.cholesky_ex(torch.atleast_2d(torch.cov(increment.T)))
+        if failed:
+            raise ValueError("analysis: expected increments with a covariance of full rank, as for source 'covariance'")
+        factor = settings.source_scale * factor
+    return factor, units if settings.target == "increment" else None
 
 
 def _copied(tree):

@@ -29,6 +29,8 @@ COLOURS = {
     "pnpda_paper": "#56B4E9",
     "pnpda4d": "#332288",
     "pnpda_printed": "#88CCEE",
+    "ensf": "#AA4499",
+    "enff": "#117733",
     "var3d_gc_told": "#E69F00",
     "pnpda_paper_told": "#56B4E9",
 }
@@ -43,6 +45,8 @@ LINES = {
     "enkf_large": (0, (5, 1, 1, 1)),
     "pnpda_paper": (0, (8, 2)),
     "pnpda_printed": ":",
+    "ensf": (0, (3, 1, 1, 1)),
+    "enff": (0, (3, 1, 1, 1, 1, 1)),
     "var3d_gc_told": ":",
     "pnpda_paper_told": ":",
 }
@@ -59,6 +63,8 @@ LABELS = {
     "pnpda_paper": "PnP-DA (paper's archive)",
     "pnpda4d": "4D PnP-DA",
     "pnpda_printed": "PnP-DA (steps as printed)",
+    "ensf": "EnSF",
+    "enff": "EnFF",
     "var3d_gc_told": "3D-Var (paper's B), told σ = 0.5",
     "pnpda_paper_told": "PnP-DA (paper's archive), told σ = 0.5",
 }

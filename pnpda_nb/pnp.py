@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -16,12 +17,14 @@ import xarray as xr
 from scoringrules import crps_ensemble
 from torch import Tensor
 
-from .flow_matching import FlowPrior, Prior
+from .ensemble import Distance, anomalies, tapers
+from .flow_matching import Denoiser, FlowPrior, GaussianPrior, Prior
 from .observing import Covariance, DiagonalCovariance, Observations, Present, Select
 
 # %% auto #0
-__all__ = ['step_size', 'selects_alone', 'Misfit', 'PnPDA', 'convergence', 'analysis_ensemble', 'ensemble_scores', 'WindowMisfit',
-           'PnPDA4D']
+__all__ = ['step_size', 'selects_alone', 'Misfit', 'PnPDA', 'convergence', 'analysis_ensemble', 'ensemble_scores',
+           'ErrorCovariance', 'Residuals', 'DenseError', 'FactoredError', 'GaussianResidual', 'ResidualCovariance',
+           'residual_covariance', 'EnsembleResidual', 'WindowMisfit', 'PnPDA4D']
 
 # %% ../nbs/08_pnp.ipynb #9c5cc870
 def step_size(observations: Observations, state: Tensor, rule: str) -> Tensor | float:
@@ -77,6 +80,7 @@ class Misfit:
 
     def __init__(self, background: Tensor, observations: Observations):
         self.background, self.observations = background, observations
+        self.left_open = None  # the covariance that a denoiser gave with its last answer, if it gives one
         self.slope = self.curvature = None  # of a quadratic misfit: the gradient at 0, and what x adds to it
         if isinstance(observations, Observations) and observations.operator.linear:
             self._expand(background.new_ones(background.shape[-1]))
@@ -148,32 +152,42 @@ class _PlugAndPlay:
             return torch.sub(x, gradient, alpha=length * fading)
         return torch.addcmul(x, gradient, length, value=-fading)
 
-    def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Iterator[Tensor]:
-        """(1 − τ) z for all iterations, each `(draws, *shape)`; drawn in blocks whose size does not depend on the number
-        of runs `shape[0]`, so that neither do a run's draws.
+    def noise(self, prior: Prior, shape: tuple[int, ...], generator: torch.Generator) -> Iterator[Tensor]:
+        """(1 − τ) z for all iterations, each `(draws, *shape)`, with z from the source of `prior`; drawn in blocks whose
+        size does not depend on the number of runs `shape[0]`, so that neither do a run's draws.
         """
         one = self.draws * math.prod(shape[1:])
         block = max(1, min(self.iterations, 200_000 // max(1, one)))
         for start in range(0, self.iterations, block):
             steps = torch.arange(start, min(start + block, self.iterations), dtype=torch.float64)
-            drawn = self.prior.source((shape[0], len(steps), self.draws, *shape[1:]), generator)
+            drawn = prior.source((shape[0], len(steps), self.draws, *shape[1:]), generator)
             fading = (1 - steps / self.iterations).reshape(-1, *(drawn.ndim - 2) * (1,))
             yield from (drawn * fading).movedim(0, 2)
 
     def iterates(
         self, background: Tensor, observations, generator: torch.Generator, forecast=None
     ) -> Iterator[Tensor]:
-        """The states x⁽¹⁾, x⁽²⁾, … of one answer, each of the background's shape `(..., member, dim)`."""
-        misfit = self.misfit(background, observations, forecast)
-        return self._iterates(misfit, self.prior(misfit.background), misfit.step_size(self.step_rule), generator)
+        """The states x⁽¹⁾, x⁽²⁾, … of one answer, each of the background's shape `(..., member, dim)` and each as the denoiser
+        left it.
+        """
+        misfit, prior = self.misfit(background, observations, forecast), self.prior_for(observations)
+        return self._iterates(misfit, prior, prior(misfit.background), misfit.step_size(self.step_rule), generator)
 
-    def _iterates(self, misfit: Misfit, denoiser, length: Tensor | float, generator: torch.Generator) -> Iterator[Tensor]:
-        x = misfit.background
-        for n, noise in enumerate(self.noise(tuple(x.shape), generator)):
+    def prior_for(self, observations) -> Prior:
+        """The prior that the loop uses when these are the observations."""
+        return self.prior
+
+    def _iterates(
+        self, misfit: Misfit, prior: Prior, denoiser: Denoiser, length: Tensor | float, generator: torch.Generator
+    ) -> Iterator[Tensor]:
+        x, centre = misfit.background, getattr(denoiser, "centre", None)
+        for n, noise in enumerate(self.noise(prior, tuple(x.shape), generator)):
             tau = n / self.iterations
             w = self.towards(x, misfit, length, tau)
+            noise = noise if centre is None else noise + (1 - tau) * centre
             answers = [denoiser(torch.add(z, w, alpha=tau), tau) for z in noise]
             x = answers[0] if self.draws == 1 else sum(answers) / self.draws
+            misfit.left_open = getattr(denoiser, "residual", None)
             yield x
 
     def states(self, x: Tensor, misfit: Misfit, background: Tensor) -> Tensor:
@@ -185,11 +199,12 @@ class _PlugAndPlay:
     ) -> Tensor:
         answers = background if self.ensemble == 1 else background.repeat_interleave(self.ensemble, -2)
         misfit = self.misfit(answers, observations, forecast)
-        denoiser, length = self.prior(misfit.background), misfit.step_size(self.step_rule)
+        prior = self.prior_for(observations)
+        denoiser, length = prior(misfit.background), misfit.step_size(self.step_rule)
         # nothing is differentiated if the prior is a network and the misfit a quadratic
-        frozen = isinstance(self.prior, FlowPrior) and misfit.curvature is not None and not background.requires_grad
+        frozen = isinstance(prior, FlowPrior) and misfit.curvature is not None and not background.requires_grad
         with torch.inference_mode(frozen or torch.is_inference_mode_enabled()):
-            for x in self._iterates(misfit, denoiser, length, generator):
+            for x in self._iterates(misfit, prior, denoiser, length, generator):
                 pass
         states = self.states(x.clone(), misfit, answers)
         if self.ensemble > 1:
@@ -204,10 +219,52 @@ class PnPDA(_PlugAndPlay):
 
     `iterations` pseudo-times n/N; steps (1 − τ)^`alpha` times the factor of `step_rule` ("paper",
     "scaled", "lipschitz"); `draws` of noise averaged per iteration; the mean of `ensemble` independent
-    answers is returned. Every answer has its own noise, drawn at the beginning. Raises `ValueError` for settings out of range or a prior of another size.
+    answers is returned. Every answer has its own noise, drawn at the beginning.
+
+    `data_step` is the step towards the observations: the paper's "gradient"; "kalman", the gain of the error covariance
+    that `residuals` (`Residuals`; by default what a `GaussianPrior`, or a denoiser with a `residual`, says itself) has for the last iterate; "prox", the same
+    with the length of the gradient step times the identity for a covariance (PnP-Flow's step made implicit, as in
+    Flower, arXiv 2509.26287). The last two do not use the misfit's curvature to keep them stable. They end with one more step
+    towards the observations, since what the denoiser has touched last has not seen them since.
+
+    A prior with a method `seeing(observations)`, which returns a `Prior`, is asked for one at each analysis. A denoiser
+    with an attribute `centre`, shaped like the background, says that its flow starts at `centre` plus the prior's
+    source. Raises `ValueError` for settings out of range or a prior of another size.
     """
 
+    data_step: Literal["gradient", "kalman", "prox"] = "gradient"
+    residuals: Residuals | None = None
     window: int = field(default=1, init=False, repr=False)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.data_step not in ("gradient", "kalman", "prox"):
+            raise ValueError(f"data_step: expected 'gradient', 'kalman' or 'prox', got {self.data_step!r}")
+        if self.residuals is not None and not isinstance(self.residuals, Residuals):
+            raise ValueError(f"residuals: expected an object with a method `at(tau, background)`, got {self.residuals!r}")
+        own = isinstance(self.prior, GaussianPrior) or getattr(self.prior, "leaves_open", False)
+        if self.data_step == "kalman" and self.residuals is None and not own:
+            raise ValueError("residuals: expected a covariance for data_step 'kalman', such as `residual_covariance` makes, got None")
+
+    def prior_for(self, observations: Observations) -> Prior:
+        return self.prior.seeing(observations) if hasattr(self.prior, "seeing") else self.prior
+
+    def towards(self, x: Tensor, misfit: Misfit, length: Tensor | float, tau: float) -> Tensor:
+        if self.data_step == "gradient" or not tau:
+            return super().towards(x, misfit, length, tau)
+        last = (round(tau * self.iterations) - 1) / self.iterations  # the pseudo-time at which x was made
+        if self.data_step == "prox":
+            error = FactoredError(diagonal=length * (1 - last) ** self.alpha)
+        else:
+            own = self.residuals is None and misfit.left_open is not None
+            residuals = GaussianResidual(self.prior) if self.residuals is None else self.residuals
+            error = misfit.left_open if own else residuals.at(last, misfit.background)
+        return error.update(x, misfit.observations)
+
+    def states(self, x: Tensor, misfit: Misfit, background: Tensor) -> Tensor:
+        if self.data_step == "gradient":
+            return x
+        return self.towards(x, misfit, misfit.step_size(self.step_rule), 1.0)
 
 # %% ../nbs/08_pnp.ipynb #d2e014f1
 def convergence(
@@ -219,13 +276,15 @@ def convergence(
     `misfit` is ½‖y − H(x)‖² of the new iterate; `change`, how far it is from the one before; `residual`, how far it would
     be moved by the same iteration once more, with the mean of the noise in its place (root mean squares over
     variables). `tau` is the pseudo-time of the iteration. The mean of the noise is the `location` of the prior's
-    source, or 0 if it has none.
+    source, or 0 if it has none (and the denoiser's `centre`, if it has one).
     """
-    misfit = method.misfit(background, observations, forecast)
-    denoiser, length = method.prior(misfit.background), misfit.step_size(method.step_rule)
-    mean = getattr(method.prior, "location", torch.zeros(method.prior.dim, dtype=background.dtype))
+    misfit, prior = method.misfit(background, observations, forecast), method.prior_for(observations)
+    denoiser, length = prior(misfit.background), misfit.step_size(method.step_rule)
+    mean = getattr(prior, "location", torch.zeros(prior.dim, dtype=background.dtype))
+    if getattr(denoiser, "centre", None) is not None:
+        mean = mean + denoiser.centre
     taus, before, rows = np.arange(method.iterations) / method.iterations, misfit.background, []
-    for tau, x in zip(taus.tolist(), method._iterates(misfit, denoiser, length, generator)):
+    for tau, x in zip(taus.tolist(), method._iterates(misfit, prior, denoiser, length, generator)):
         w = method.towards(x, misfit, length, tau)
         again = denoiser((1 - tau) * mean + tau * w, tau) if tau else denoiser(mean.expand(x.shape), tau)
         rows.append((misfit.value(x), *((x - other).square().mean(-1).sqrt() for other in (before, again))))
@@ -270,6 +329,239 @@ def ensemble_scores(truth: Tensor, ensemble: Tensor) -> dict:
         "spread_skill": float(((n + 1) / n * variance.mean() / error.mean()).sqrt()),
         "ranks": torch.bincount(ranks.flatten(), minlength=n + 1).double().numpy() / ranks.numel(),
     }
+
+# %% ../nbs/08_pnp.ipynb #d595bae1
+@runtime_checkable
+class ErrorCovariance(Protocol):
+    """The covariance B of the errors of an estimate, as far as a data step needs it."""
+
+    def update(self, x: Tensor, observations: Observations) -> Tensor:
+        """x + B Hᵀ (H B Hᵀ + P)⁻¹ (y − H(x)) for states x `(..., member, dim)`, with H linearised at x."""
+
+
+@runtime_checkable
+class Residuals(Protocol):
+    """What `PnPDA(data_step="kalman")` must be told: how wrong the denoiser's answers are."""
+
+    def at(self, tau: float, background: Tensor) -> ErrorCovariance:
+        """The covariance of x_a − D_τ(x_b, x_τ) at the pseudo-time `tau`, for backgrounds `(..., member, dim)`."""
+
+# %% ../nbs/08_pnp.ipynb #8e17c60b
+def _linearised(x: Tensor, observations: Observations) -> Tensor:
+    """H at x: `(size, dim)`, or with leading axes that go with those of x `(..., member, dim)`."""
+    operator = observations.operator
+    if not operator.linear:
+        return operator.jacobian(x)
+    return _beside_members(operator.jacobian(x.new_zeros(x.shape[-1])))
+
+
+def _selection(x: Tensor, observations: Observations) -> tuple[Tensor | None, Tensor | float]:
+    """Which components are observed (None if it is not as simple as that), and 1 for those present, 0 for missing."""
+    operator, present = observations.operator, 1.0
+    if isinstance(operator, Present):
+        operator, present = operator.operator, operator.present.unsqueeze(-2).to(x)  # beside members
+    if not isinstance(operator, Select):
+        return None, present
+    return torch.tensor(operator.indices, dtype=torch.long, device=x.device), present
+
+
+def _kalman(x: Tensor, observations: Observations, HB: Tensor, HBH: Tensor) -> Tensor:
+    """@eq-kalman-step, from H B `(..., size, dim)` and H B Hᵀ."""
+    S = HBH + _beside_members(observations.covariance.matrix).to(x)
+    innovation = observations.innovation(x)
+    if S.ndim == 2:  # one gain for all
+        return x + innovation @ torch.linalg.solve_ex(S, HB).result
+    if S.shape[-3] == 1:  # one for all members
+        weight = torch.linalg.solve_ex(S.squeeze(-3), innovation.mT).result.mT.unsqueeze(-2)
+    else:
+        weight = torch.linalg.solve_ex(S, innovation.unsqueeze(-1)).result.mT
+    return x + (weight @ HB).squeeze(-2)
+
+
+@dataclass(frozen=True, eq=False)
+class DenseError:
+    """An `ErrorCovariance` given as a symmetric positive definite `matrix` `(..., dim, dim)`, whose leading axes go with
+    `(..., member)` of the states.
+    """
+
+    matrix: Tensor
+
+    def update(self, x: Tensor, observations: Observations) -> Tensor:
+        B, (index, present) = self.matrix.to(x), _selection(x, observations)
+        if index is None:
+            H = _linearised(x, observations)
+            return _kalman(x, observations, H @ B, H @ B @ H.mT)
+        if isinstance(present, Tensor):
+            present = present.unsqueeze(-1)
+            HB = B.index_select(-2, index) * present
+            return _kalman(x, observations, HB, HB.index_select(-1, index) * present.mT)
+        HB = B.index_select(-2, index)
+        return _kalman(x, observations, HB, HB.index_select(-1, index))
+
+
+@dataclass(frozen=True, eq=False)
+class FactoredError:
+    """An `ErrorCovariance` L Lᵀ + diag(d), from a `factor` L `(..., dim, rank)` (None for none) and a `diagonal` d
+    `(..., dim)` or a number, neither negative; leading axes go with `(..., member)` of the states. Linear in dim if each
+    observation is of one variable with an error of its own.
+    """
+
+    factor: Tensor | None = None
+    diagonal: Tensor | float = 0.0
+
+    def update(self, x: Tensor, observations: Observations) -> Tensor:
+        L = x.new_zeros(x.shape[-1], 0) if self.factor is None else self.factor.to(x)
+        d = torch.as_tensor(self.diagonal).to(x) + x.new_zeros(x.shape[-1])
+        if not selects_alone(observations):
+            H = _linearised(x, observations)
+            HB = (H @ L) @ L.mT + H * d.unsqueeze(-2)
+            return _kalman(x, observations, HB, HB @ H.mT)
+        index, present = _selection(x, observations)
+        variances = observations.covariance.variances.to(x)
+        variances = variances if variances.ndim == 1 else variances.unsqueeze(-2)
+        U = L.index_select(-2, index) * (present.unsqueeze(-1) if isinstance(present, Tensor) else 1.0)
+        precision = 1 / (d.index_select(-1, index) * present + variances)  # Λ⁻¹
+        innovation = observations.innovation(x)
+        if self.factor is None:
+            return x + d * observations.operator.adjoint(x, precision * innovation)
+        weighed = (precision.unsqueeze(-1) * U).mT  # UᵀΛ⁻¹
+        inner = torch.eye(L.shape[-1]).to(x) + weighed @ U
+        c = torch.linalg.solve_ex(inner, weighed @ innovation.unsqueeze(-1)).result
+        rest = precision * (innovation - (U @ c).squeeze(-1))
+        return x + (L @ c).squeeze(-1) + d * observations.operator.adjoint(x, rest)
+
+# %% ../nbs/08_pnp.ipynb #8a6fb7f5
+@dataclass(frozen=True, eq=False)
+class GaussianResidual:
+    """The `Residuals` of a `GaussianPrior`, in closed form."""
+
+    prior: GaussianPrior
+
+    def at(self, tau: float, background: Tensor) -> DenseError:
+        S = self.prior.covariance.matrix
+        B = (1 - tau) ** 2 * torch.linalg.solve(tau**2 * S + (1 - tau) ** 2 * torch.eye(len(S)).to(S), S)
+        return DenseError((B + B.T) / 2)
+
+# %% ../nbs/08_pnp.ipynb #6317e3c5
+@dataclass(frozen=True, eq=False)
+class ResidualCovariance:
+    """`Residuals` at a grid of pseudo-times `taus`, ascending from 0: `errors` holds an `ErrorCovariance` for each. Between
+    them, that of the nearest not above is used. Raises `ValueError` for another grid.
+    """
+
+    taus: tuple[float, ...]
+    errors: tuple[ErrorCovariance, ...] = field(repr=False)
+
+    def __post_init__(self):
+        _require_grid(self.taus)
+        if len(self.errors) != len(self.taus):
+            raise ValueError(f"errors: expected {len(self.taus)}, one for each pseudo-time, got {len(self.errors)}")
+
+    def at(self, tau: float, background: Tensor) -> ErrorCovariance:
+        return self.errors[np.searchsorted(self.taus, tau + 1e-9, side="right") - 1]
+
+
+def _require_grid(taus: Sequence[float]) -> None:
+    fine = len(taus) and taus[0] == 0 and all(a < b for a, b in zip(taus, taus[1:])) and taus[-1] < 1
+    if not fine:
+        raise ValueError(f"taus: expected pseudo-times that ascend from 0 and stay below 1, got {tuple(taus)}")
+
+# %% ../nbs/08_pnp.ipynb #2ea823e1
+def residual_covariance(
+    prior: Prior,
+    background: Tensor,
+    analysis: Tensor,
+    taus: Sequence[float],
+    generator: torch.Generator,
+    *,
+    rank: int | None = None,
+    half_width: float | None = None,
+    distance: Distance = "ring",
+) -> ResidualCovariance:
+    """The covariance of x_a − D_τ(x_b, x_τ), about zero, at the pseudo-times `taus`, from pairs `(sample, dim)`, which
+    should not be those that the prior was trained on.
+
+    Dense; tapered by a Gaspari-Cohn function of `half_width` grid intervals (`distance` as in `neighbours`); or the
+    leading `rank` directions with the rest of the variances on the diagonal. Always positive definite. Raises
+    `ValueError` for pairs or settings that do not fit, and for residuals that are not finite.
+    """
+    _require_grid(taus)
+    if background.ndim != 2 or background.shape != analysis.shape or background.shape[-1] != prior.dim:
+        raise ValueError(f"background, analysis: expected shape (sample, {prior.dim}), got {tuple(background.shape)} and {tuple(analysis.shape)}")
+    if rank is not None and half_width is not None:
+        raise ValueError(f"rank, half_width: expected one of them at most, got {rank} and {half_width}")
+    if rank is not None and not 1 <= rank <= prior.dim:
+        raise ValueError(f"rank: expected a number from 1 to {prior.dim}, got {rank}")
+    taper = 1.0 if half_width is None else _taper(prior.dim, half_width, distance)
+    denoiser, errors = prior(background), []
+    centre = getattr(denoiser, "centre", None)
+    for tau in taus:
+        z = prior.source(tuple(analysis.shape), generator)
+        z = z if centre is None else centre + z
+        left = (analysis - denoiser((1 - tau) * z + tau * analysis, tau)).detach() / len(analysis) ** 0.5
+        if not torch.isfinite(left).all():
+            raise ValueError(f"prior: expected finite answers to the pairs, got some that are not at pseudo-time {tau}")
+        errors.append(_dense(left, taper) if rank is None else _factored(left, rank))
+    return ResidualCovariance(tuple(taus), tuple(errors))
+
+
+def _taper(dim: int, half_width: float, distance: Distance) -> Tensor:
+    """Gaspari-Cohn correlations `(dim, dim)` among all variables."""
+    if not half_width > 0:
+        raise ValueError(f"half_width: expected a positive length, got {half_width}")
+    return tapers(dim, tuple(range(dim)), half_width, distance)[1]
+
+
+def _floor(variances: Tensor) -> float:
+    """A variance that is nothing beside these, but keeps a covariance positive definite."""
+    return float(1e-8 * variances.mean() + 1e-30)
+
+
+def _dense(left: Tensor, taper: Tensor | float) -> DenseError:
+    B = left.T @ left * taper
+    return DenseError(B + _floor(B.diagonal()) * torch.eye(len(B)).to(B))
+
+
+def _factored(left: Tensor, rank: int) -> FactoredError:
+    _, size, directions = torch.linalg.svd(left, full_matrices=False)
+    L = directions[:rank].T * size[:rank]
+    variances = left.square().sum(0)
+    return FactoredError(L, (variances - L.square().sum(-1)).clamp_min(_floor(variances)))
+
+# %% ../nbs/08_pnp.ipynb #43d4f3bb
+@dataclass(frozen=True)
+class EnsembleResidual:
+    """`Residuals` from the spread of the background's members, as if the analysis were Gaussian with their covariance.
+
+    `inflation` multiplies the anomalies; a finite `half_width` tapers the covariance as in `LocalEnKF` (`distance` as
+    there; memory is then `dim`² for each run). `source` is the standard deviation of the prior's source, a number or
+    `(dim,)`. Raises `ValueError` for settings out of range, and for members that do not differ.
+    """
+
+    half_width: float = math.inf
+    inflation: float = 1.0
+    distance: Distance = "ring"
+    source: Tensor | float = 1.0
+
+    def __post_init__(self):
+        if not self.half_width > 0:
+            raise ValueError(f"half_width: expected a positive length, got {self.half_width}")
+        if not 0 < self.inflation < math.inf:
+            raise ValueError(f"inflation: expected a positive factor, got {self.inflation}")
+
+    def at(self, tau: float, background: Tensor) -> ErrorCovariance:
+        members, dim = background.shape[-2:]
+        if members < 2 or (background == background[..., :1, :]).all():
+            raise ValueError(f"members: EnsembleResidual needs an ensemble of at least 2 that differ, got {members}")
+        A = self.inflation / (members - 1) ** 0.5 * anomalies(background)
+        known = tau / (1 - tau) / torch.as_tensor(self.source).to(A).expand(dim)  # τ/(1−τ) Σ^(−1/2)
+        if self.half_width == math.inf:  # B_τ = Aᵀ(I + A known² Aᵀ)⁻¹A
+            inner = torch.eye(members).to(A) + (A * known) @ (A * known).mT
+            factor = torch.linalg.cholesky_ex(inner).L
+            return FactoredError(torch.linalg.solve_triangular(factor, A, upper=False).mT.unsqueeze(-3))
+        B = A.mT @ A * _taper(dim, self.half_width, self.distance).to(A)
+        B = torch.linalg.solve_ex(torch.eye(dim).to(A) + B * known.square(), B).result
+        return DenseError(((B + B.mT) / 2).unsqueeze(-3))
 
 # %% ../nbs/08_pnp.ipynb #3341697b
 class WindowMisfit(Misfit):

@@ -164,7 +164,7 @@ def prior_task(
     archive: Task, training: TrainingSettings, *, seed: int, pairs: int = 0, name: str = "prior", cost: float = 30.0
 ) -> Task:
     """A task that trains a prior; it goes on from where it was when it is interrupted."""
-    settings = {"training": dataclasses.asdict(training), "seed": seed, "pairs": pairs}
+    settings = {"training": training.record(), "seed": seed, "pairs": pairs}
     return Task(name, prior_part, settings, {"archive": archive}, "prior", cost, resumable=True)
 
 # %% ../nbs/96_studies.ipynb #2f1ad09e

@@ -34,6 +34,7 @@ import torch
 import xarray as xr
 from tqdm.auto import tqdm
 
+from .aware import AnalysisPrior
 from .flow_matching import FlowPrior
 from .reanalysis import write_netcdf
 
@@ -104,6 +105,7 @@ FORMATS: dict[str, tuple[str, Callable[[Any, Path], Any], Callable[[Path], Any]]
     "dataset": ("nc", write_netcdf, partial(xr.load_dataset, engine="h5netcdf")),
     "record": ("json", write_record, read_record),
     "prior": ("safetensors", FlowPrior.save, FlowPrior.load),
+    "analysis_prior": ("safetensors", AnalysisPrior.save, AnalysisPrior.load),
 }  # of what tasks return: suffix, writer, reader
 
 
@@ -113,7 +115,7 @@ class Task:
     `needs` the results of other tasks.
 
     The function must be one of a module, so that other processes find it; it returns what `format` says:
-    "dataset", "record" or "prior". `cost` is about how many seconds it takes. The function of a
+    "dataset", "record", "prior" or "analysis_prior". `cost` is about how many seconds it takes. The function of a
     `resumable` task is also given a `checkpoint`, a path or None.
     """
 

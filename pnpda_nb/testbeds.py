@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .aware import AmortisedAnalysis, BlindPrior
 from pnpda_nb.dynamics import (
     AdditiveModelError,
     DoubleWell,
@@ -25,8 +26,10 @@ from pnpda_nb.dynamics import (
 )
 from .ensemble import ETKF, LETKF, LocalEnKF, EnKF, EnKS, EnRDA, ParticleFilter
 from .flow_matching import GaussianPrior
+from .hybrid import LearnedMean
 from .observing import Covariance, DiagonalCovariance, ObservingNetwork, Select
 from .pnp import PnPDA, PnPDA4D
+from .training_free import EnFF, EnSF
 from .twin import FreeRun, Method, TwinExperiment, cycle, mean_and_error, nature_run
 from pnpda_nb.variational import (
     Climatology,
@@ -277,12 +280,26 @@ def _gaussian_prior(experiment: TwinExperiment) -> GaussianPrior:
     return GaussianPrior(torch.eye(dim, dtype=torch.float64), torch.zeros(dim, dtype=torch.float64), covariance)
 
 
-def _pnpda(experiment, prior=None, **settings) -> PnPDA:
-    return PnPDA(_gaussian_prior(experiment) if prior is None else prior, **settings)
+def _pnpda(experiment, prior=None, blind: bool = False, **settings) -> PnPDA:
+    if prior is None:
+        prior = _gaussian_prior(experiment)
+    return PnPDA(BlindPrior(prior) if blind else prior, **settings)
 
 
 def _pnpda4d(experiment, prior=None, **settings) -> PnPDA4D:
     return PnPDA4D(_gaussian_prior(experiment) if prior is None else prior, **settings)
+
+
+def _amortised(experiment, prior=None, **settings) -> AmortisedAnalysis:
+    if prior is None:
+        raise ValueError("prior: expected an AnalysisPrior that was trained, got None")
+    return AmortisedAnalysis(prior, **settings)
+
+
+def _learned_mean(experiment, prior=None, filter: str = "enkf", stretch: float = 1.0, **settings) -> LearnedMean:
+    if prior is None:
+        raise ValueError("prior: expected an AnalysisPrior that was trained, got None")
+    return LearnedMean(prior, method_by_name(filter, experiment, **settings), stretch)
 
 
 METHODS: dict[str, Callable[..., Method]] = {
@@ -299,9 +316,13 @@ METHODS: dict[str, Callable[..., Method]] = {
     "local_enkf": _local_enkf,
     "enks": lambda experiment, **s: EnKS(**s),
     "particle_filter": lambda experiment, **s: ParticleFilter(**s),
+    "ensf": lambda experiment, **s: EnSF(**s),
+    "enff": lambda experiment, **s: EnFF(**s),
     "enrda": lambda experiment, **s: EnRDA(**s),
     "pnpda": _pnpda,
     "pnpda4d": _pnpda4d,
+    "amortised": _amortised,
+    "learned_mean": _learned_mean,
 }
 
 
@@ -309,7 +330,8 @@ def method_by_name(name: str, experiment: TwinExperiment, **settings) -> Method:
     """The method called `name` with these `settings`, ready for `experiment`.
 
     The variational methods take B as `scale` times the experiment's climatological covariance, or with
-    `background="identity"` times the identity; `pnpda` and `pnpda4d` without a `prior` take a Gaussian one. Raises `ValueError` for an unknown name or setting.
+    `background="identity"` times the identity; `pnpda` and `pnpda4d` without a `prior` take a Gaussian one, `amortised` and `learned_mean` cannot do without. With
+    `blind`, `pnpda` shows nothing to a prior that could see. Raises `ValueError` for an unknown name or setting.
     """
     if name not in METHODS:
         raise ValueError(f"method: unknown method {name!r}; known: {', '.join(METHODS)}")
