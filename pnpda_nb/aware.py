@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .dynamics import standard_normal, stream
 from .flow_matching import Denoiser, velocity_from_denoised
-from .networks import ConvolutionNetwork, DenseNetwork, FieldNetwork
+from .networks import ConvolutionNetwork, DenseNetwork, FieldNetwork, PyramidNetwork
 from .observing import Covariance, DiagonalCovariance, Observations, Present, Select, gaspari_cohn_matrix
 
 # %% auto #0
@@ -53,17 +53,19 @@ def on_grid(observations: Observations | Sightings, dim: int) -> Sightings:
     """What `observations` `(run, size)` of single variables show on a grid of size `dim`, beside members: `(run, 1, dim)`.
 
     Only the variances of their errors are kept; what is on the grid already stays as it is. Raises `ValueError` for an operator
-    that mixes variables.
+    that mixes variables, or for states of another size.
     """
     if isinstance(observations, Sightings):
+        if observations.mask.shape[-1] != dim:
+            raise ValueError(f"observations: expected a grid of {dim} points, got {observations.mask.shape[-1]}")
         return observations
     operator = observations.operator
     operator = operator.operator if isinstance(operator, Present) else operator
     if not isinstance(operator, Select):
         raise ValueError(f"operator: expected one that selects variables, got {type(operator).__name__}")
+    if operator.dim != dim:
+        raise ValueError(f"operator: expected one of states of size {dim}, got {operator.dim}")
     values, sites = observations.values, list(operator.sites)
-    if len(set(sites)) < len(sites):
-        raise ValueError("operator: expected every variable to be observed at most once")
     there = torch.ones_like(values, dtype=torch.bool) if observations.missing is None else ~observations.missing
     deviations = observations.covariance.variances.sqrt().expand_as(values)
     blank = values.new_zeros(*values.shape[:-1], dim)
@@ -163,7 +165,7 @@ class AnalysisPrior:
         half_width: float = 0.0, extra: int = 0, seed: int = 0, **size,
     ) -> "AnalysisPrior":  # fmt: skip
         """An untrained prior for states of size `dim`, with a `DenseNetwork` for `geometry` "none", or a `ConvolutionNetwork`
-        for "ring" or "walls", which `size` goes to; `extra` more fields will be shown to it. Raises `ValueError` for settings
+        for "ring" or "walls" (with `levels`, a `PyramidNetwork`), which `size` goes to; `extra` more fields will be shown to it. Raises `ValueError` for settings
         out of range.
         """
         if geometry not in ("none", "ring", "walls"):
@@ -172,7 +174,12 @@ class AnalysisPrior:
             raise ValueError(f"rank: expected at least 1, got {rank}")
         architecture = {"dim": dim, "geometry": geometry, "rank": rank, "half_width": half_width, "extra": extra, "size": size}
         architecture = json.loads(json.dumps(architecture))  # as it will be read back
-        return cls(_network(architecture, stream(seed, "weights")), location, scale, increment, architecture)
+        generator = stream(seed, "weights")
+        network = _network(architecture, generator)
+        with torch.no_grad():  # a factor of zero would stay so: the gradient of a square
+            rows = network.last.weight.view(2 + rank, -1)[1:-1]
+            rows.copy_(0.3 * rows.shape[1] ** -0.5 * torch.randn(rows.shape, generator=generator))
+        return cls(network, location, scale, increment, architecture)
 
     def __repr__(self) -> str:
         weights = sum(p.numel() for p in self.network.parameters())
@@ -180,7 +187,7 @@ class AnalysisPrior:
 
     def on(self, dim: int) -> "AnalysisPrior":
         """The same prior for states of another size. Raises `ValueError` if its network has no geometry."""
-        if self.architecture["geometry"] == "none" or self.location.ndim:
+        if self.architecture["geometry"] == "none" or self.location.ndim or self.scale.ndim or self.increment.ndim:
             raise ValueError("dim: a prior without geometry works for one size of the state")
         architecture = self.architecture | {"dim": dim}
         return AnalysisPrior(self.network, self.location, self.scale, self.increment, architecture, self.training)
@@ -205,7 +212,7 @@ class AnalysisPrior:
             rows += 4 * [blank]
         else:
             mask, there = seen.mask.expand_as(background), seen.mask.to(background)
-            rows.append(torch.where(mask, (seen.value - background) / self.scale, 0.0))
+            rows.append(torch.where(mask, (seen.value - background) / self.increment, 0.0))
             rows.append(torch.where(mask, (seen.value - self.location) / self.scale, 0.0))
             rows.append(there.expand_as(background))
             rows.append(torch.where(mask, torch.log(seen.error.clamp_min(1e-6) / self.scale), 0.0))
@@ -243,7 +250,7 @@ class AnalysisPrior:
         """Write the prior to a safetensors file, whole or not at all."""
         path = Path(path)
         tensors = {f"network.{k}": v.contiguous() for k, v in self.network.state_dict().items()}
-        tensors |= {"location": self.location, "scale": self.scale, "increment": self.increment}
+        tensors |= {k: getattr(self, k).clone() for k in ("location", "scale", "increment")}  # two may be one tensor
         header = {"format": ANALYSIS_FORMAT} | {k: json.dumps(getattr(self, k)) for k in ("architecture", "training")}
         beside = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
@@ -284,8 +291,15 @@ def _network(architecture: dict, generator: torch.Generator) -> FieldNetwork:
     channels, outputs = _FIELDS + architecture["extra"], 2 + architecture["rank"]
     size = {k: tuple(v) if isinstance(v, list) else v for k, v in architecture["size"].items()}
     if architecture["geometry"] == "none":
-        return DenseNetwork(channels, outputs, generator, dim=architecture["dim"], **size)
-    return ConvolutionNetwork(channels, outputs, generator, boundary=architecture["geometry"], **size)
+        network = DenseNetwork(channels, outputs, generator, dim=architecture["dim"], **size)
+    else:
+        kind = PyramidNetwork if "levels" in size else ConvolutionNetwork
+        network = kind(channels, outputs, generator, boundary=architecture["geometry"], **size)
+    each = len(network.last.weight) // outputs  # rows of one field
+    with torch.no_grad():  # not zero: o oᵀ has no gradient there, and the factor would never be learned
+        rows = network.last.weight[each : each * (1 + architecture["rank"])]
+        rows.copy_(0.1 * rows[0].numel() ** -0.5 * (2 * torch.rand(rows.shape, generator=generator) - 1))
+    return network
 
 # %% ../nbs/08b_aware.ipynb #01d44745
 class LearnedDenoiser(Denoiser):
@@ -360,6 +374,8 @@ class AmortisedAnalysis:
     def __post_init__(self):
         if not 0 <= self.spread < float("inf"):
             raise ValueError(f"spread: expected zero or a positive factor, got {self.spread}")
+        if self.prior.extra:
+            raise ValueError(f"prior: expected one without extra fields, got one with {self.prior.extra}")
 
     def analyse(self, background: Tensor, observations: Observations, *, forecast, generator: torch.Generator) -> Tensor:
         if background.shape[-1] != self.prior.dim:

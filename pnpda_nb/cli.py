@@ -39,7 +39,8 @@ def list_studies() -> None:
     for study in STUDIES.values():
         typer.echo(f"{study.name}: {study.description}")
         typer.echo(f"  methods  {', '.join(study.methods)}")
-        for name, preset in study.presets.items():
+        others = {name: other.presets[name] for name, other in study.others.items()}
+        for name, preset in {**study.presets, **others}.items():
             typer.echo(f"  preset   {name}: {preset.runs} runs")
     typer.echo("in Python, by name (pnpda_nb.testbeds):")
     typer.echo(f"  testbeds {', '.join(TESTBEDS)}")
@@ -50,7 +51,7 @@ def list_studies() -> None:
 def run(
     experiment: Annotated[str, typer.Argument(help="name of an experiment, as given by `pnpda list`")],
     preset: Annotated[
-        str, typer.Option(help="smoke (about a minute) or paper (the paper's size)")
+        str, typer.Option(help="smoke (about a minute), paper (the paper's size) or another of `pnpda list`")
     ] = "smoke",
     methods: Annotated[
         Optional[str],
@@ -83,7 +84,7 @@ def run(
     from pnpda_nb.sweep import Store, code_version, digest_of
 
     torch.set_num_threads(1)
-    study = find_study(experiment)
+    study = find_study(experiment).with_preset(preset)
     changes = dict(_key_value(text) for text in set_ or [])
     settings = study.settings(preset, changes, runs=runs, members=members, seed=seed)
     chosen = study.choose([m.strip() for m in methods.split(",")] if methods else None)

@@ -14,7 +14,7 @@ from .dynamics import stream
 from .flow_matching import FourierEmbedding
 
 # %% auto #0
-__all__ = ['Boundary', 'FieldNetwork', 'DenseNetwork', 'ConvolutionNetwork']
+__all__ = ['Boundary', 'FieldNetwork', 'DenseNetwork', 'walls', 'ConvolutionNetwork', 'PyramidNetwork']
 
 # %% ../nbs/07b_networks.ipynb #a1376974
 class FieldNetwork(nn.Module):
@@ -67,6 +67,12 @@ class DenseNetwork(FieldNetwork):
 Boundary = Literal["ring", "walls"]
 
 
+def walls(dim: int, length: float) -> Tensor:
+    """How near each of `dim` points is to the first and to the last wall: `(2, dim)`."""
+    near = torch.exp(-torch.arange(dim, dtype=torch.float32) / length)
+    return torch.stack((near, near.flip(0)))
+
+
 class ConvolutionNetwork(FieldNetwork):
     """Residual dilated convolutions of one `width`, one block for each of `dilations`, for states on a "ring" or between
     "walls"; cost and memory are linear in the size of the state, and the same weights work for every size. Other arguments
@@ -97,20 +103,76 @@ class ConvolutionNetwork(FieldNetwork):
         self.last = convolution(width, outputs)
         self._begin(generator, self.last)
 
-    def walls(self, dim: int) -> Tensor:
-        """How near each of `dim` points is to the first and to the last wall: `(2, dim)`."""
-        near = torch.exp(-torch.arange(dim, dtype=torch.float32) / self.wall_length)
-        return torch.stack((near, near.flip(0)))
-
     def forward(self, fields: Tensor, tau: Tensor) -> Tensor:
         batch, dim = fields.shape[:-2], fields.shape[-1]
         if self.boundary == "ring" and dim < self.reach:
             raise ValueError(f"fields: expected a ring of at least {self.reach} points, got {dim}")
-        h, tau = fields.reshape(-1, *fields.shape[-2:]), self.embed(tau).expand(*batch, -1).reshape(-1, self.embed.frequencies.numel() * 2)
+        h, tau = fields.reshape(-1, *fields.shape[-2:]), self.embed(tau)
+        tau = tau.expand(*batch, -1).reshape(-1, tau.shape[-1])
         if self.boundary == "walls":
-            h = torch.cat((h, self.walls(dim).expand(len(h), -1, -1)), 1)
+            h = torch.cat((h, walls(dim, self.wall_length).expand(len(h), -1, -1)), 1)
         h = self.first(h)
         for block, time, mix in zip(self.blocks, self.times, self.mixes):
             inside = nn.functional.silu(block(nn.functional.silu(h + time(tau).unsqueeze(-1))))
             h = h + mix(inside)
         return self.last(nn.functional.silu(h)).reshape(*batch, self.outputs, dim)
+
+# %% ../nbs/07b_networks.ipynb #74a7198f
+class PyramidNetwork(FieldNetwork):
+    """Convolutions on `levels` grids, each of half the points of the one before, and back (a U-Net, Ronneberger et al. 2015); `width` features on the finest,
+    twice as many on the coarsest. Arguments, cost and boundaries as in `ConvolutionNetwork`.
+
+    Raises `ValueError` for an even `kernel` or an unknown `boundary`, and, when called, for a ring whose size is no multiple of 2^(levels − 1).
+    """
+
+    def __init__(
+        self, channels: int, outputs: int, generator: torch.Generator, *, boundary: Boundary = "ring", width: int = 48, kernel: int = 5,
+        levels: int = 4, embedding: int = 16, wall_length: float = 8.0,
+    ):  # fmt: skip
+        super().__init__(channels, outputs, generator, embedding)
+        if kernel < 1 or kernel % 2 == 0:
+            raise ValueError(f"kernel: expected an odd number, got {kernel}")
+        if boundary not in ("ring", "walls"):
+            raise ValueError(f"boundary: expected 'ring' or 'walls', got {boundary!r}")
+        if levels < 1:
+            raise ValueError(f"levels: expected at least 1, got {levels}")
+        self.boundary, self.wall_length, self.coarsest = boundary, wall_length, 2 ** (levels - 1)
+        mode = {"ring": "circular", "walls": "zeros"}[boundary]
+        widths = [round(width * min(2.0, 1 + i / 2)) for i in range(levels)]
+
+        def convolution(a: int, b: int) -> nn.Conv1d:
+            return nn.Conv1d(a, b, kernel, padding=kernel // 2, padding_mode=mode)
+
+        def blocks(sizes: list[int]) -> nn.ModuleList:
+            return nn.ModuleList(nn.ModuleList((convolution(w, w), convolution(w, w), nn.Linear(embedding, w))) for w in sizes)
+
+        self.first = convolution(channels + 2 * (boundary == "walls"), width)
+        self.before, self.after, self.middle = blocks(widths[:-1]), blocks(widths[:-1]), blocks(2 * widths[-1:])
+        self.down = nn.ModuleList(nn.Conv1d(a, b, 2, stride=2) for a, b in zip(widths, widths[1:]))
+        self.up = nn.ModuleList(nn.Conv1d(b, a, 1) for a, b in zip(widths, widths[1:]))
+        self.last = convolution(width, outputs)
+        self._begin(generator, self.last)
+
+    def forward(self, fields: Tensor, tau: Tensor) -> Tensor:
+        batch, dim = fields.shape[:-2], fields.shape[-1]
+        h, tau = fields.reshape(-1, *fields.shape[-2:]), self.embed(tau)
+        tau = tau.expand(*batch, -1).reshape(-1, tau.shape[-1])
+        if self.boundary == "walls":
+            h = torch.cat((h, walls(dim, self.wall_length).expand(len(h), -1, -1)), 1)
+            h = nn.functional.pad(h, (0, -dim % self.coarsest))
+        elif dim % self.coarsest or dim // self.coarsest < 2:
+            raise ValueError(f"fields: expected a ring of 2 or more times {self.coarsest} points, got {dim}")
+
+        def block(h: Tensor, parts: nn.ModuleList) -> Tensor:
+            first, second, time = parts
+            return h + second(nn.functional.silu(first(nn.functional.silu(h + time(tau).unsqueeze(-1)))))
+
+        h, seen = self.first(h), []
+        for parts, down in zip(self.before, self.down):
+            seen.append(block(h, parts))
+            h = down(seen[-1])
+        for parts in self.middle:
+            h = block(h, parts)
+        for parts, up, fine in zip(reversed(self.after), reversed(self.up), reversed(seen)):
+            h = block(fine + up(h).repeat_interleave(2, -1), parts)
+        return self.last(nn.functional.silu(h))[..., :dim].reshape(*batch, self.outputs, dim)

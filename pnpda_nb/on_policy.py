@@ -459,20 +459,22 @@ class OnPolicyTraining:
         """All of it, for a checkpoint."""
         return {
             "weights": [[p.detach().clone() for p in some] for some in self.weights], "optimiser": self.optimiser.state_dict(),
-            "numbers": [self.cycle, self.updates, self.schedule.step_number], "history": self.history, "memory": list(self.memory),
+            "numbers": [self.cycle, self.updates, self.schedule.step_number], "history": self.history,
+            "memory": [(mean, target, (s.value, s.mask, s.error), *rest) for mean, target, s, *rest in self.memory],
             "generator": self.generator.get_state(), "trajectories": [self.times, self.runs, self.state, self.networks],
         }  # fmt: skip
 
     def recall(self, memory: dict) -> None:
         """Go on from what `memorise` gave."""
+        if memory["numbers"][0] > self.settings.cycles:  # first, since it starts from the averages
+            self.begin_foresight()
         with torch.no_grad():
             for some, kept in zip(self.weights, memory["weights"]):
                 torch._foreach_copy_(some, kept)
-        if memory["numbers"][0] > self.settings.cycles:
-            self.begin_foresight()
         self.optimiser.load_state_dict(memory["optimiser"])
         self.cycle, self.updates, self.schedule.step_number = memory["numbers"]
-        self.history, self.memory = memory["history"], deque(memory["memory"], maxlen=self.settings.memory)
+        lessons = ((mean, target, Sightings(*seen), *rest) for mean, target, seen, *rest in memory["memory"])
+        self.history, self.memory = memory["history"], deque(lessons, maxlen=self.settings.memory)
         self.generator.set_state(memory["generator"])
         self.times, self.runs, self.state, self.networks = memory["trajectories"]
 
@@ -507,19 +509,25 @@ def train_on_policy(
     history, one row per cycle.
 
     `validate` scores a prior (less is better) several times in between, and the best is returned; without it, the last. With a `checkpoint` an
-    interrupted training goes on. Raises `ValueError` for a prior of another size than the record's states, for a checkpoint of another
-    training, or if the loss stops being finite.
+    interrupted training goes on. Raises `ValueError` for a prior of another size than the record's states, a record that is too short, a
+    checkpoint that is unreadable or of another training, or if the loss stops being finite.
     """
     if prior.dim != record.experiment.dim:
         raise ValueError(f"prior: expected one for states of size {record.experiment.dim}, got {prior.dim}")
     if settings.foresight and members > 1:
         raise ValueError("foresight: expected a single forecast, got an ensemble")
+    if len(record.targets) < settings.foresight + 3:
+        raise ValueError(f"record: expected at least {settings.foresight + 3} times, got {len(record.targets)}")
     training = OnPolicyTraining(prior, record, policy, settings, members=members, seed=seed)
     path, fingerprint = Path(checkpoint) if checkpoint else None, json.dumps([dataclasses.asdict(settings), prior.architecture, seed, members])
     best, found = math.inf, None
     if path and path.exists():
-        memory = torch.load(path, weights_only=False) if path.stat().st_size else {}
-        if memory.get("fingerprint") != fingerprint:
+        try:
+            memory = torch.load(path, weights_only=True)
+            same = memory["fingerprint"] == fingerprint
+        except Exception as error:  # torch has many ways to say that a file is not its own
+            raise ValueError(f"checkpoint: {path} is not a readable training checkpoint ({type(error).__name__})") from error
+        if not same:
             raise ValueError(f"checkpoint: {path} belongs to another training; move it away to start anew")
         training.recall(memory["training"])
         best, found = memory["best"]
@@ -537,7 +545,7 @@ def train_on_policy(
             bar.update()
             if validate and training.cycle in points:
                 training.averaged.half_precision = False
-                row["validation"] = validate(training.averaged)
+                row["validation"] = float(validate(training.averaged))
                 training.averaged.half_precision = settings.half_precision
                 if row["validation"] < best:
                     best, found = row["validation"], copy.deepcopy(training.averaged.network.state_dict())

@@ -434,7 +434,8 @@ class _Progress:
 class Study:
     """A named experiment with presets. `plan(settings, methods)` gives a task for every condition and method, whose
     result is a cycled dataset; `kept(settings)` tasks whose results are kept under file names of their own;
-    `figures(results)` named matplotlib figures; `report(scores)` a text; `published` has columns method, metric, variable, mean, std.
+    `figures(results)` named matplotlib figures; `report(scores)` a text; `published` has columns method, metric, variable, mean, std; `others` are studies that stand in for
+    this one under a preset of their own.
     """
 
     name: str
@@ -447,6 +448,13 @@ class Study:
     report: Callable[[pd.DataFrame], str]
     published: pd.DataFrame
     kept: Callable[[Any, tuple[str, ...]], dict[str, Task]] = lambda settings, methods: {}
+    others: Mapping[str, "Study"] = field(default_factory=dict)
+
+    def with_preset(self, preset: str) -> "Study":
+        """The study that has `preset`: this one or, for some presets, another in its place. Raises `ValueError` for an unknown preset."""
+        if preset not in self.presets and preset not in self.others:
+            raise ValueError(f"preset: unknown preset {preset!r}; known: {', '.join([*self.presets, *self.others])}")
+        return self.others.get(preset, self)
 
     def run(
         self, settings: Any, methods: Sequence[str] | None, store: Store, **options

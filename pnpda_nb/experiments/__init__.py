@@ -6,7 +6,10 @@
 __all__ = ['STUDIES', 'find_study']
 
 # %% ../../nbs/93_registry.ipynb #8f871e25
+import dataclasses
+
 from .ablations import ABLATION_STUDY
+from .beyond import beyond_study
 from .kuramoto_sivashinsky import KURAMOTO_SIVASHINSKY
 from .lorenz63 import LORENZ63, lorenz63
 from .lorenz96 import LORENZ96
@@ -14,7 +17,15 @@ from ..sweep import Study
 from ..testbeds import kuramoto_sivashinsky, lorenz96
 
 # %% ../../nbs/93_registry.ipynb #cb2554ae
-STUDIES: dict[str, Study] = {study.name: study for study in (LORENZ63, LORENZ96, KURAMOTO_SIVASHINSKY, ABLATION_STUDY)}
+def _with_beyond(study: Study) -> Study:
+    beyond = beyond_study(study.name)
+    return dataclasses.replace(study, others={preset: beyond for preset in beyond.presets})
+
+
+STUDIES: dict[str, Study] = {
+    **{study.name: _with_beyond(study) for study in (LORENZ63, LORENZ96, KURAMOTO_SIVASHINSKY)},
+    ABLATION_STUDY.name: ABLATION_STUDY,
+}
 
 # %% ../../nbs/93_registry.ipynb #3b25afe6
 def find_study(name: str) -> Study:

@@ -28,28 +28,34 @@ from pnpda_nb.on_policy import (
     train_on_policy,
 )
 from ..plotting import LABELS, book_style, line_style
-from ..studies import Settings, build_method, conditional_scores, cycle_part, experiment_of, tuning_task
+from ..studies import Settings, archive_task, build_method, conditional_scores, cycle_part, experiment_of, tuning_task
 from ..sweep import Study, Task
 from ..testbeds import method_by_name
 from ..twin import TwinExperiment, cycle, scores
 
 # %% auto #0
-__all__ = ['record_part', 'record_task', 'learning_part', 'learning_task', 'costed_part', 'passes', 'costed_task']
+__all__ = ['BEYOND_METHODS', 'BEYOND_PRESETS', 'PARTS_METHODS', 'record_part', 'record_task', 'learning_part', 'learning_task',
+           'costed_part', 'passes', 'costed_task', 'BeyondSettings', 'beyond_priors', 'beyond_record', 'beyond_archive',
+           'beyond_tuning', 'plan_beyond', 'table_beyond', 'report_beyond', 'figure_beyond', 'figures_beyond',
+           'kept_beyond', 'beyond_study', 'PartsSettings', 'off_policy_prior', 'dense_prior', 'small_archive_prior',
+           'plan_parts']
 
 # %% ../../nbs/14_beyond.ipynb #9e2d3101
-def record_part(settings: dict) -> xr.Dataset:
+def record_part(settings: dict, tuned: dict | None = None) -> xr.Dataset:
     """An `observed_record`, as a part of a sweep."""
     experiment = experiment_of(settings["testbed"])
     options = {k: settings[k] for k in ("members", "runs", "cycles", "seed", "smoothed")}
-    return observed_record(experiment, build_method(experiment, settings["method"]), **options)
+    return observed_record(experiment, build_method(experiment, settings["method"], tuned=tuned), **options)
 
 
 def record_task(
-    testbed: Mapping, method: Mapping, *, members: int, runs: int, cycles: int, seed: int, smoothed: bool, name: str = "record", cost: float = 30.0
+    testbed: Mapping, method: Mapping, *, members: int, runs: int, cycles: int, seed: int, smoothed: bool, tuned: Task | None = None,
+    name: str = "record", cost: float = 30.0,
 ) -> Task:  # fmt: skip
     """A task that makes a record of observations and of what `method` made of them."""
     settings = {"members": members, "runs": runs, "cycles": cycles, "seed": seed, "smoothed": smoothed}
-    return Task(name, record_part, {"testbed": dict(testbed), "method": dict(method)} | settings, cost=cost)
+    needs = {"tuned": tuned} if tuned else {}
+    return Task(name, record_part, {"testbed": dict(testbed), "method": dict(method)} | settings, needs, cost=cost)
 
 
 def learning_part(settings: dict, checkpoint: str | None = None, start: AnalysisPrior | None = None, **records) -> AnalysisPrior:
@@ -69,18 +75,20 @@ def learning_part(settings: dict, checkpoint: str | None = None, start: Analysis
         location, scale = (states.mean(), states.std()) if alike else (states.mean(0), states.std(0))
         increment = network.pop("increment") * scale
         prior = AnalysisPrior.make(location, scale, increment, dim=experiment.dim, seed=settings["seed"], **network)
-    policy = dict(settings["policy"])
+    policy, judged = dict(settings["policy"]), dict(settings["judged"] or settings["policy"])
     if policy["name"] == "learned_mean" and not prior.extra:
         prior = prior.widened(ENSEMBLE_FIELDS)
+    learned = ("amortised", "pnpda", "learned_mean")
 
-    def method_of(prior: AnalysisPrior, testbed: TwinExperiment = experiment):
-        return build_method(testbed, policy, prior=prior)
+    def method_of(prior: AnalysisPrior, testbed: TwinExperiment = experiment, policy: dict = policy):
+        return build_method(testbed, policy, prior=prior if policy["name"] in learned else None)
 
     def validate(prior: AnalysisPrior) -> float:
         found = []
         for testbed in testbeds:
             options = {"runs": settings["validation_runs"], "seed": settings["seed"], "split": "validation"}
-            result = cycle(testbed, method_of(prior, testbed), members=settings["members"], **options)
+            members = 1 if settings["judged"] else settings["members"]
+            result = cycle(testbed, method_of(prior, testbed, judged), members=members, **options)
             if truth:
                 found.append(float(scores(result)[settings["metric"]].mean()))
             else:
@@ -96,15 +104,17 @@ def learning_part(settings: dict, checkpoint: str | None = None, start: Analysis
 def learning_task(
     testbeds: Sequence[Mapping], policy: Mapping, training: OnPolicySettings, *, seed: int, network: Mapping | None = None,
     truth: Mapping | None = None, records: Sequence[Task] = (), networks: Mapping | None = None, start: Task | None = None,
-    members: int = 1, validation_runs: int = 20, metric: str = "step_rmse", name: str = "learning", cost: float = 60.0,
+    members: int = 1, validation_runs: int = 20, metric: str = "step_rmse", judged: Mapping | None = None, name: str = "learning",
+    cost: float = 60.0,
 ) -> Task:  # fmt: skip
     """A task that trains a prior on a nature run, given as `truth` (runs and cycles), or on `records`; from a `start`, or anew as
-    `network` says. It goes on from where it was when it is interrupted.
+    `network` says. It is validated as the method that cycles, the `policy`, or as the one that is `judged`, with a single forecast. It goes on from where it was when
+    it is interrupted.
     """
     settings = {
         "testbeds": [dict(t) for t in testbeds], "policy": dict(policy), "training": dataclasses.asdict(training), "seed": seed,
         "network": dict(network or {}), "truth": dict(truth or {}), "networks": dict(networks or {}), "members": members,
-        "validation_runs": validation_runs, "metric": metric,
+        "validation_runs": validation_runs, "metric": metric, "judged": dict(judged or {}),
     }  # fmt: skip
     needs = {f"record{i}": task for i, task in enumerate(records)} | ({"start": start} if start else {})
     return Task(name, learning_part, settings, needs, "analysis_prior", cost, resumable=True)
@@ -116,7 +126,7 @@ def costed_part(settings: dict, **learned) -> xr.Dataset:
     result = cycle_part(settings | {"whole": False}, **learned)
     cost = {
         "seconds": time.perf_counter() - begin, "forecasts": settings["members"],
-        "passes": passes(settings["method"], settings["members"]) if "prior" in learned else 0,
+        "passes": passes(settings["method"] | learned.get("tuned", {}).get("setting", {}), settings["members"]) if "prior" in learned else 0,
     }  # fmt: skip
     if settings["members"] > 1:
         n = settings["members"]
@@ -133,9 +143,501 @@ def passes(method: Mapping, members: int) -> int:
 
 def costed_task(
     testbed: Mapping, method: Mapping, *, members: int = 1, runs: int, seed: int, prior: Task | None = None, tuned: Task | None = None,
-    name: str = "", cost: float = 5.0,
+    archive: Task | None = None, name: str = "", cost: float = 5.0,
 ) -> Task:  # fmt: skip
     """A task that cycles `method` on `runs` test truths and says what that cost."""
-    needs = {role: task for role, task in (("prior", prior), ("tuned", tuned)) if task is not None}
+    needs = {role: task for role, task in (("prior", prior), ("tuned", tuned), ("archive", archive)) if task is not None}
     settings = {"testbed": dict(testbed), "method": dict(method), "members": members, "runs": runs, "seed": seed}
     return Task(name or method["name"], costed_part, settings, needs, cost=cost)
+
+# %% ../../nbs/14_beyond.ipynb #4214e065
+@dataclass(frozen=True)
+class BeyondSettings(Settings):
+    """Everything that one testbed's tables depend on.
+
+    `members` of the ensembles that have twenty in the tables, `tuning_runs` training truths for everything that is tuned, `particles` of the
+    particle filter. The nature run to learn from has `truth_runs` and `truth_cycles`; the record of observations `record_runs` and `record_cycles`,
+    reanalysed by an ensemble of `record_members`. `learning_cycles` and `learning_steps` per cycle, of `batch` lessons from `trajectories`, for a
+    network of `width`; the priors that start from it take a share `follow` of the cycles, and blind ones a share `follow_blind`. `foresight` cycles are looked ahead in `foresight_cycles` steps
+    (0: not at all). Plug-and-play averages `draws` of noise. Raises `ValueError` for settings out of range.
+    """
+
+    testbed: str = "lorenz63"
+    runs: int = 50
+    members: int = 20
+    seed: int = 1
+    cycles: int = 25
+    tuning_runs: int = 15
+    validation_runs: int = 30
+    particles: int = 1000
+    truth_runs: int = 256
+    truth_cycles: int = 200
+    record_runs: int = 256
+    record_cycles: int = 105
+    record_members: int = 100
+    trajectories: int = 256
+    learning_cycles: int = 2000
+    learning_steps: int = 4
+    batch: int = 512
+    width: int = 128
+    learning_rate: float = 2e-3
+    follow: float = 0.3
+    follow_blind: float = 0.4
+    half_precision: bool = False
+    ensemble_trajectories: int = 64
+    foresight: int = 3
+    foresight_cycles: int = 300
+    draws: int = 8
+
+    def __post_init__(self):
+        if self.testbed not in _TESTBEDS:
+            raise ValueError(f"testbed: expected one of {', '.join(_TESTBEDS)}, got {self.testbed!r}")
+        for field in dataclasses.fields(self):
+            least = {"seed": None, "foresight": 0, "foresight_cycles": 0, "follow": None, "follow_blind": None}.get(field.name, 1)
+            value = getattr(self, field.name)
+            if isinstance(value, int) and not isinstance(value, bool) and least is not None and value < least:
+                raise ValueError(f"{field.name}: expected at least {least}, got {value}")
+        for name in ("follow", "follow_blind"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected a share above 0, at most 1, got {getattr(self, name)}")
+        if self.members < 2 or self.record_members < 2:
+            raise ValueError("members: expected ensembles of at least 2")
+        self.training()
+
+    def training(self, **changes) -> OnPolicySettings:
+        """The training of the first prior, with `changes`."""
+        names = ("trajectories", "batch", "learning_rate", "half_precision")
+        base = {name: getattr(self, name) for name in names} | {"cycles": self.learning_cycles, "steps": self.learning_steps}
+        return OnPolicySettings(**(base | changes))
+
+    def following(self, **changes) -> OnPolicySettings:
+        """The training of a prior that starts from another."""
+        return self.training(**({"cycles": max(1, round(self.follow * self.learning_cycles)), "learning_rate": self.learning_rate / 2} | changes))
+
+    def conditions(self) -> dict[str, dict]:
+        """The testbed of every condition."""
+        testbed = {"name": self.testbed, "cycles": self.cycles}
+        if self.testbed != "kuramoto_sivashinsky":
+            return {"": testbed}
+        return {f"points={n}, sigma={sigma:g}": testbed | {"points": n, "variance": sigma**2} for n, sigma in _KS_NETWORKS}
+
+
+# what a testbed is like: its network, its score, its filters and what to try for them
+_KS_NETWORKS = ((16, 0.1), (16, 1.0), (32, 1.0))
+_TESTBEDS: dict[str, dict] = {
+    "lorenz63": {
+        "network": {"geometry": "none", "rank": 3, "increment": 0.6}, "metric": "step_rmse", "filter": {"name": "enkf"},
+        "grid": {"inflation": [1.0, 1.05, 1.1, 1.2, 1.3, 1.5], "additive": [0.0, 0.5]},
+        "var3d": ("var3d", {"scale": [0.5, 1.0, 1.5, 2.0, 3.0, 5.0]}),
+        "smoother": True, "hybrid": {"filter": "enkf", "inflation": 1.05},
+        "pnpda": {"data_step": "kalman", "iterations": 8},
+    },
+    "lorenz96": {
+        "network": {"geometry": "ring", "rank": 8, "increment": 0.2, "dilations": [1, 1, 1]}, "metric": "step_rmse",
+        "filter": {"name": "enkf"}, "grid": {"inflation": [1.0, 1.1, 1.2, 1.4], "additive": [0.5, 1.0, 1.5, 2.0, 3.0]},
+        "var3d": ("var3d_gc", {"variance": [1.0, 3.0, 10.0, 30.0], "half_width": [0.6, 0.8, 1.0, 1.2, 1.5]}),
+        "smoother": True, "hybrid": {"filter": "enkf", "inflation": 1.1, "additive": 0.5},
+        "pnpda": {"data_step": "kalman", "iterations": 6},
+    },
+    "kuramoto_sivashinsky": {
+        "network": {"geometry": "walls", "rank": 16, "half_width": 20.0, "increment": 0.33}, "metric": "analysis_rmse",
+        "filter": {"name": "local_enkf"}, "grid": {"inflation": [1.0, 1.03, 1.1], "half_width": [25.0, 50.0]},
+        "var3d": ("var3d_gc", {"variance": [0.3, 1.0, 3.0, 10.0], "half_width": [2.5, 4.0, 6.0]}),
+        "smoother": False, "hybrid": {"filter": "local_enkf", "half_width": 40.0, "inflation": 1.02},
+        "pnpda": {"data_step": "kalman", "iterations": 4},
+    },
+}  # fmt: skip
+
+BEYOND_METHODS = (
+    "free_run", "var3d", "particle_filter", "ensf", "enff", "letkf", "enkf", "enkf_40", "enkf_100",
+    "one_step", "pnpda_blind", "pnpda_seeing", "amortised", "foresight",
+    "one_step_obs", "pnpda_blind_obs", "amortised_obs", "foresight_obs",
+    "amortised_ensemble", "learned_mean", "amortised_ensemble_obs", "learned_mean_obs",
+)  # fmt: skip
+
+
+def beyond_priors(settings: BeyondSettings) -> dict[str, Task]:
+    """The task of every prior, by the method that it is for."""
+    here, testbeds = _TESTBEDS[settings.testbed], list(settings.conditions().values())
+    many = len(testbeds) > 1
+    dim = experiment_of(testbeds[0]).dim
+    options = {"seed": settings.seed, "validation_runs": settings.validation_runs, "metric": here["metric"]}
+    networks = None
+    if many:
+        usual = [(list(experiment_of(t).network.operator.sites), t["variance"] ** 0.5) for t in testbeds]
+        networks = {"dim": dim, "usual": usual, "often": 0.85}
+    nature = {"truth": {"runs": settings.truth_runs, "cycles": settings.truth_cycles}, **options}
+    records = [beyond_record(settings, condition) for condition in settings.conditions()]
+    seconds = settings.learning_cycles * settings.learning_steps * (0.05 if many else 0.006)
+
+    def family(tag: str, source: dict, **seen_by) -> dict[str, Task]:
+        """The first prior and those that start from it, all from one source."""
+        amortised = learning_task(
+            testbeds, {"name": "amortised"}, settings.training(), network=here["network"] | {"width": settings.width}, name=f"amortised{tag}",
+            cost=seconds, **source, **seen_by,
+        )  # fmt: skip
+        one = {**source, "start": amortised, "cost": seconds * settings.follow * 1.5}
+        first = one | ({"records": source["records"][:1]} if "records" in source else {})  # plug-and-play has one network in training
+        cycles = max(1, round(settings.follow_blind * settings.learning_cycles))
+        blind = settings.training(cycles=cycles, start_fraction=0.3, hidden=1.0, likelihood=0.2)
+        policy = {"name": "pnpda", "blind": True} | here["pnpda"]
+        found = {
+            f"amortised{tag}": amortised,
+            f"pnpda_blind{tag}": learning_task(testbeds[:1], policy, blind, name=f"pnpda_blind{tag}", **first),
+        }
+        if settings.foresight:
+            training = settings.training(
+                cycles=1, steps=1, foresight=settings.foresight, foresight_cycles=settings.foresight_cycles,
+            )
+            found[f"foresight{tag}"] = learning_task(testbeds, {"name": "amortised"}, training, name=f"foresight{tag}", **one)
+        return found
+
+    priors = family("", nature, networks=networks) | family("_obs", {"records": records, **options})
+    priors["pnpda_seeing"] = learning_task(
+        testbeds, {"name": "amortised"}, settings.following(start_fraction=0.4), networks=networks, name="pnpda_seeing", start=priors["amortised"],
+        cost=seconds * settings.follow, **nature,
+    )  # fmt: skip
+    ensemble = {"members": settings.members, "cost": seconds * settings.follow * 2}
+    training = settings.following(trajectories=settings.ensemble_trajectories)
+    policy = {"name": "learned_mean", "stretch": 0.7} | here["hybrid"]
+    for tag, source in (("", nature), ("_obs", {"records": records[:1], **options})):
+        priors[f"learned_mean{tag}"] = learning_task(
+            testbeds[:1], policy, training, start=priors[f"amortised{tag}"], name=f"learned_mean{tag}", **source, **ensemble
+        )
+    return priors
+
+
+def beyond_record(settings: BeyondSettings, condition: str) -> Task:
+    """The record of observations of a condition, reanalysed by a large ensemble that was tuned for it."""
+    here, testbed = _TESTBEDS[settings.testbed], settings.conditions()[condition]
+    tuned = beyond_tuning(settings, condition, "enkf_100" if settings.record_members > 40 else "enkf_40")
+    method = here["filter"] if not here["smoother"] else {"name": "enks", "lag": 2}
+    return record_task(
+        testbed, method, members=settings.record_members, runs=settings.record_runs, cycles=settings.record_cycles, seed=settings.seed,
+        smoothed=here["smoother"], tuned=tuned, name=f"record {condition}".strip(), cost=60,
+    )  # fmt: skip
+
+
+def beyond_archive(settings: BeyondSettings) -> Task:
+    """The archive of pairs whose covariance is the B of a 3D-Var."""
+    testbed = next(iter(settings.conditions().values())) | {"cycles": 100}
+    method = _TESTBEDS[settings.testbed]["filter"] | {"inflation": 1.2}
+    return archive_task(testbed, method, members=settings.members, runs=25, seed=settings.seed)
+
+
+def beyond_tuning(settings: BeyondSettings, condition: str, name: str) -> Task | None:
+    """What is chosen on training truths for a method under a condition; None where there is nothing to choose."""
+    here, testbed = _TESTBEDS[settings.testbed], settings.conditions()[condition]
+    options = {"runs": settings.tuning_runs, "seed": settings.seed, "name": f"tuning {name} {condition}".strip(), "metric": here["metric"]}
+    size = {"enkf_40": 40, "enkf_100": 100}.get(name, settings.members)
+    match name:
+        case "var3d":
+            method, grid = here["var3d"]
+            needs = {"archive": beyond_archive(settings)} if method == "var3d" else None
+            return tuning_task(testbed, {"name": method}, grid, needs=needs, **(options | {"runs": 3 * settings.tuning_runs}))
+        case "enkf" | "enkf_40" | "enkf_100":
+            return tuning_task(testbed, here["filter"], here["grid"], members=size, cost=size, **options)
+        case "letkf":
+            wide = [12.0, 25.0] if settings.testbed == "kuramoto_sivashinsky" else [2.0, 4.0, 1e6]
+            grid = {"inflation": [1.05, 1.15, 1.3, 1.5], "half_width": wide}
+            return tuning_task(testbed, {"name": "letkf"}, grid, members=size, cost=30, **options)
+        case "ensf" | "enff":
+            return tuning_task(testbed, {"name": name}, _FREE_GRIDS[settings.testbed][name], members=size, cost=40, **options)
+    return None
+
+
+def plan_beyond(settings: BeyondSettings, methods: tuple[str, ...]) -> dict[tuple[str, str], Task]:
+    """The task of every condition and method: all methods meet the same truths, observations and model noise."""
+    here, priors = _TESTBEDS[settings.testbed], beyond_priors(settings)
+    trial = {"runs": settings.runs, "seed": settings.seed}
+
+    def task(condition: str, testbed: dict, name: str) -> Task | None:
+        options, tuned = trial | {"name": f"{name} {condition}".strip()}, beyond_tuning(settings, condition, name)
+        size = {"enkf_40": 40, "enkf_100": 100}.get(name, settings.members)
+        prior = priors.get(name)
+        match name:
+            case "free_run":
+                return costed_task(testbed, {"name": name}, **options)
+            case "var3d":
+                archive = beyond_archive(settings) if here["var3d"][0] == "var3d" else None
+                return costed_task(testbed, {"name": here["var3d"][0]}, tuned=tuned, archive=archive, **options)
+            case "particle_filter":
+                return costed_task(testbed, {"name": name}, members=settings.particles, cost=30, **options)
+            case "enkf" | "enkf_40" | "enkf_100":
+                return costed_task(testbed, here["filter"], members=size, tuned=tuned, cost=size / 3, **options)
+            case "letkf" | "ensf" | "enff":
+                return costed_task(testbed, {"name": name}, members=size, tuned=tuned, cost=15, **options)
+            case "one_step" | "one_step_obs":
+                prior = priors[name.replace("one_step", "pnpda_blind")]
+                return costed_task(testbed, {"name": "amortised", "blind": True}, prior=prior, **options)
+            case "pnpda_blind" | "pnpda_blind_obs":
+                method, few = {"name": "pnpda", "blind": True, "draws": settings.draws} | here["pnpda"], here["pnpda"]["iterations"]
+                tuned = tuning_task(
+                    testbed, method, {"iterations": [few, 2 * few, 4 * few]}, runs=settings.tuning_runs, seed=settings.seed,
+                    metric=here["metric"], needs={"prior": prior}, name=f"tuning {options['name']}", cost=20,
+                )  # fmt: skip
+                return costed_task(testbed, method, prior=prior, tuned=tuned, cost=20, **options)
+            case "pnpda_seeing":
+                method = {"name": "pnpda", "iterations": 4, "draws": settings.draws, "step_rule": "lipschitz"}
+                grid = {"alpha": [1.0, 4.0, 16.0]}
+                tuned = tuning_task(
+                    testbed, method, grid, runs=settings.tuning_runs, seed=settings.seed, metric=here["metric"], needs={"prior": prior},
+                    name=f"tuning {options['name']}",
+                )  # fmt: skip
+                return costed_task(testbed, method, prior=prior, tuned=tuned, **options)
+            case "amortised" | "amortised_obs" | "foresight" | "foresight_obs":
+                return prior and costed_task(testbed, {"name": "amortised"}, prior=prior, **options)
+            case "amortised_ensemble" | "amortised_ensemble_obs":
+                prior = priors[name.replace("_ensemble", "")]
+                tuned = tuning_task(
+                    testbed, {"name": "amortised"}, {"spread": [0.4, 0.55, 0.7, 0.85, 1.0]}, members=settings.members, runs=settings.tuning_runs,
+                    seed=settings.seed, metric="crps", needs={"prior": prior}, name=f"tuning {options['name']}",
+                )  # fmt: skip
+                return costed_task(testbed, {"name": "amortised"}, members=settings.members, prior=prior, tuned=tuned, cost=15, **options)
+            case "learned_mean" | "learned_mean_obs":
+                if condition != next(iter(settings.conditions())):
+                    return None  # it is trained for one network
+                method = {"name": "learned_mean"} | here["hybrid"]
+                tuned = tuning_task(
+                    testbed, method, {"stretch": [0.4, 0.5, 0.6, 0.7, 0.85, 1.0]}, members=settings.members, runs=settings.tuning_runs,
+                    seed=settings.seed, metric="crps", needs={"prior": prior}, name=f"tuning {options['name']}",
+                )  # fmt: skip
+                return costed_task(testbed, method, members=settings.members, prior=prior, tuned=tuned, cost=15, **options)
+        raise ValueError(f"methods: unknown method {name!r}")
+
+    found = {(c, name): task(c, testbed, name) for c, testbed in settings.conditions().items() for name in methods}
+    return {case: task for case, task in found.items() if task is not None}
+
+# %% ../../nbs/14_beyond.ipynb #0b0d4518
+_FREE_GRIDS: dict[str, dict] = {
+    "lorenz63": {
+        "ensf": {"relaxation": [0.3, 0.5], "bandwidth": [0.3, 0.5]},
+        "enff": {"relaxation": [0.3, 0.5], "bandwidth": [0.3, 0.5], "steps": [10]},
+    },
+    "lorenz96": {
+        "ensf": {"relaxation": [0.2, 0.3], "bandwidth": [0.5, 0.7]},
+        "enff": {"relaxation": [0.3, 0.5], "strength": [0.3, 1.0], "steps": [10]},
+    },
+    "kuramoto_sivashinsky": {
+        "ensf": {"relaxation": [0.3, 0.5], "bandwidth": [0.5], "steps": [20]},
+        "enff": {"relaxation": [0.3, 0.5], "bandwidth": [0.5], "steps": [10]},
+    },
+}
+
+
+def table_beyond(scores: pd.DataFrame, condition: str, metric: str) -> pd.DataFrame:
+    """Method by method: score, CRPS, spread over skill, and what it cost; mean ± standard error."""
+    here = scores[(scores.condition.fillna("") == condition) & (scores.variable == "all")]
+    whole = here.runs.max()
+
+    def cell(method: str, name: str, digits: int) -> str:
+        row = here[(here.method == method) & (here.metric == name)]
+        if row.empty or not row.runs.iloc[0]:
+            return "lost" if name == metric else ""
+        mean, std, runs = row[["mean", "std", "runs"]].iloc[0]
+        text = f"{mean:.{digits}f}" + (f" ± {std / runs**0.5:.{digits}f}" if digits > 1 and runs > 1 else "")
+        return text if runs == whole or digits < 2 else f"{text} ({runs:g} runs)"
+
+    digits = 2 if metric == "step_rmse" else 3
+    rows = {
+        LABELS.get(method, method): {
+            metric.replace("_", " ").replace("rmse", "RMSE"): cell(method, metric, digits), "CRPS": cell(method, "crps", 3),
+            "spread / skill": cell(method, "spread_skill", 2), "forecasts": cell(method, "forecasts", 0), "passes": cell(method, "passes", 0),
+            "seconds": cell(method, "seconds", 1),
+        }
+        for method in here.method.unique()
+    }  # fmt: skip
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def report_beyond(scores: pd.DataFrame) -> str:
+    """The tables of all conditions as text for a terminal."""
+    name = scores.experiment.iloc[0]
+    metric = _TESTBEDS[name]["metric"]
+    lines = [f"\n{name}, {int(scores.runs.max())} runs: mean ± standard error; forecasts and network passes per cycle, seconds in all"]
+    for condition in scores.condition.fillna("").unique():
+        lines += ["", condition, table_beyond(scores, condition, metric).to_string()]
+    return "\n".join(lines)
+
+
+def figure_beyond(scores: pd.DataFrame, metric: str):
+    """Score against the number of forecasts, one panel for each condition. Returns the figure."""
+    import matplotlib.pyplot as plt
+
+    conditions = list(scores.condition.fillna("").unique())
+    figure, axes = plt.subplots(1, len(conditions), figsize=(4.2 * len(conditions) + 2.5, 4.6), squeeze=False, sharey=len(conditions) == 1)
+    for ax, condition in zip(axes[0], conditions):
+        here = scores[(scores.condition.fillna("") == condition) & (scores.variable == "all")]
+        wide = here.pivot_table(index="method", columns="metric", values="mean", sort=False)
+        error = here[here.metric == metric].set_index("method")
+        for method, row in wide.iterrows():
+            if method == "free_run" or not np.isfinite(row[metric]):
+                continue
+            style = line_style(method)
+            ax.errorbar(row.forecasts, row[metric], yerr=error["std"][method] / error["runs"][method] ** 0.5, marker="o", ls="none", ms=6, color=style["color"], label=style["label"])
+        ax.set(xscale="log", xlabel="forecasts per cycle", ylabel=metric.replace("_", " ").replace("rmse", "RMSE"), title=condition, ylim=(0, None))
+    axes[0, -1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def figures_beyond(results: dict[tuple[str, str], xr.Dataset]) -> dict:
+    """The figure of all conditions."""
+    book_style()
+    scores = conditional_scores(results)
+    return {"forecasts": figure_beyond(scores, _TESTBEDS[scores.experiment.iloc[0]]["metric"])}
+
+
+def kept_beyond(settings: BeyondSettings, methods: tuple[str, ...]) -> dict[str, Task]:
+    """The priors of the `methods`."""
+    wanted = {m.replace("one_step", "pnpda_blind").replace("_ensemble", "") for m in methods}
+    return {f"prior_{name}.safetensors": task for name, task in beyond_priors(settings).items() if name in wanted}
+
+# %% ../../nbs/14_beyond.ipynb #1feb5c60
+BEYOND_PRESETS: dict[str, BeyondSettings] = {
+    "lorenz63": BeyondSettings(),
+    "lorenz96": BeyondSettings(
+        testbed="lorenz96", cycles=50, truth_runs=128, truth_cycles=150, record_runs=128, trajectories=128, learning_cycles=1500, batch=256,
+        width=48, validation_runs=20,
+    ),
+    "kuramoto_sivashinsky": BeyondSettings(
+        testbed="kuramoto_sivashinsky", cycles=40, truth_runs=128, truth_cycles=300, record_runs=24, record_cycles=155, record_members=40,
+        trajectories=64, learning_cycles=1100, learning_steps=6, batch=48, width=48, validation_runs=10, particles=100, tuning_runs=8, half_precision=True,
+        ensemble_trajectories=16, foresight=0, follow=0.25, follow_blind=0.45,
+    ),
+}  # fmt: skip
+
+
+def beyond_study(testbed: str) -> Study:
+    """The study behind `pnpda run TESTBED --preset beyond`."""
+    settings = BEYOND_PRESETS[testbed]
+    tiny = dataclasses.replace(
+        settings, runs=4, cycles=6, tuning_runs=2, validation_runs=2, particles=20, truth_runs=4, truth_cycles=20, record_runs=3, record_cycles=16,
+        record_members=10, trajectories=4, ensemble_trajectories=2, learning_cycles=4, learning_steps=1, batch=8, width=8, foresight_cycles=3,
+        draws=2, members=5,
+    )  # fmt: skip
+    return Study(
+        name=testbed,
+        description=f"{testbed}: learned analyses against tuned ensembles",
+        presets={"beyond": settings, "beyond_smoke": tiny},
+        methods=BEYOND_METHODS,
+        default_methods=BEYOND_METHODS,
+        plan=plan_beyond,
+        kept=kept_beyond,
+        figures=figures_beyond,
+        report=report_beyond,
+        published=pd.DataFrame(columns=["condition", "method", "metric", "variable", "mean", "std"]),
+    )
+
+# %% ../../nbs/14_beyond.ipynb #960ace75
+@dataclass(frozen=True)
+class PartsSettings(Settings):
+    """What the study of parts and limits depends on. The priors are those of the presets `beyond`, trained for a share `training` of
+    their cycles; `forcings` of the Lorenz-96 forecast model, `counts` of observed points on Kuramoto-Sivashinsky, `archives` the numbers of
+    truths to learn from on Lorenz-96. Raises `ValueError` for settings out of range.
+    """
+
+    runs: int = 50
+    seed: int = 1
+    members: int = 20
+    tuning_runs: int = 10
+    training: float = 0.25
+    forcings: tuple[float, ...] = (14.0, 16.0, 17.0, 18.0, 19.0, 20.0, 22.0)
+    counts: tuple[int, ...] = (4, 8, 16, 32, 64)
+    archives: tuple[int, ...] = (1, 2, 4, 16, 64)
+
+    def __post_init__(self):
+        self.require_distinct("forcings", "counts", "archives")
+        if not 0 < self.training <= 1:
+            raise ValueError(f"training: expected a share above 0, at most 1, got {self.training}")
+        for name in ("runs", "tuning_runs", *("archives",) * bool(min(self.archives) < 1)):
+            if name == "archives" or getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+
+    def beyond(self, testbed: str) -> BeyondSettings:
+        """The settings of the tables of `testbed`, with shorter trainings."""
+        preset = BEYOND_PRESETS[testbed]
+        cycles = max(1, round(self.training * preset.learning_cycles))
+        some = {"runs": self.runs, "seed": self.seed, "members": self.members, "tuning_runs": self.tuning_runs}
+        return dataclasses.replace(preset, learning_cycles=cycles, **some)
+
+
+PARTS_METHODS = (
+    "amortised", "foresight", "off_policy", "dense", "amortised_obs", "pnpda_blind", "one_draw", "one_step", "gradient_step", "enkf",
+)  # fmt: skip
+
+
+def off_policy_prior(settings: BeyondSettings) -> Task:
+    """A prior that learns from the backgrounds of a tuned ensemble filter, in place of its own."""
+    return _varied(settings, policy=_TESTBEDS[settings.testbed]["hybrid"], members=settings.members, name="off_policy")
+
+
+def dense_prior(settings: BeyondSettings) -> Task:
+    """A prior with a perceptron, in place of a network that knows the geometry."""
+    network = {"geometry": "none", "width": 128 if settings.testbed != "kuramoto_sivashinsky" else 384}
+    same = {k: _TESTBEDS[settings.testbed]["network"][k] for k in ("rank", "half_width", "increment") if k in _TESTBEDS[settings.testbed]["network"]}
+    return _varied(settings, network=network | same, name="dense")
+
+
+def small_archive_prior(settings: BeyondSettings, runs: int) -> Task:
+    """A prior that learns from `runs` truths of a hundred observation times only."""
+    return _varied(settings, truth={"runs": runs, "cycles": 100}, name=f"archive of {runs}")
+
+
+def _varied(settings: BeyondSettings, **changes) -> Task:
+    """The training of the amortised prior of `settings`, with something else in its place."""
+    whole = beyond_priors(settings)["amortised"]
+    kept = dict(whole.settings)
+    if "policy" in changes:
+        policy = dict(changes.pop("policy"))
+        kept |= {"policy": {"name": policy.pop("filter")} | policy, "judged": {"name": "amortised"}}
+        kept["training"] = kept["training"] | {"trajectories": settings.ensemble_trajectories}
+    name = changes.pop("name")
+    return dataclasses.replace(whole, name=name, settings=kept | changes)
+
+
+def plan_parts(settings: PartsSettings, methods: tuple[str, ...]) -> dict[tuple[str, str], Task]:
+    """The task of every condition and method."""
+    trial = {"runs": settings.runs, "seed": settings.seed}
+
+    def task(of: BeyondSettings, testbed: dict, name: str, prior: Task | None = None) -> Task:
+        here, priors = _TESTBEDS[of.testbed], beyond_priors(of)
+        blind = {"name": "pnpda", "blind": True, "draws": of.draws} | here["pnpda"]
+        label = f"{name} {of.testbed}"
+        match name:
+            case "enkf":
+                tuned = beyond_tuning(of, next(iter(of.conditions())), "enkf")
+                return costed_task(testbed, here["filter"], members=settings.members, tuned=tuned, name=label, cost=10, **trial)
+            case "one_step":
+                return costed_task(testbed, {"name": "amortised", "blind": True}, prior=priors["pnpda_blind"], name=label, **trial)
+            case "pnpda_blind" | "one_draw":
+                draws = {"draws": 1} if name == "one_draw" else {}
+                return costed_task(testbed, blind | draws, prior=priors["pnpda_blind"], name=label, **trial)
+            case "gradient_step":
+                method = blind | {"data_step": "gradient", "iterations": 30, "step_rule": "lipschitz", "draws": 4}
+                tuned = tuning_task(
+                    testbed, method, {"alpha": [0.05, 0.5]}, runs=settings.tuning_runs, seed=settings.seed, metric=here["metric"],
+                    needs={"prior": priors["pnpda_blind"]}, name=f"tuning {label}",
+                )  # fmt: skip
+                return costed_task(testbed, method, prior=priors["pnpda_blind"], tuned=tuned, name=label, cost=10, **trial)
+            case "off_policy":
+                prior = off_policy_prior(of)
+            case "dense":
+                prior = dense_prior(of)
+        return costed_task(testbed, {"name": "amortised"}, prior=prior or priors[name], name=label, **trial)
+
+    plan = {}
+    for name in BEYOND_PRESETS:
+        of = settings.beyond(name)
+        testbed = next(iter(of.conditions().values()))
+        there = [m for m in methods if m != "enkf" and (m != "foresight" or of.foresight) and (m != "dense" or name != "lorenz63")]
+        plan |= {(f"testbed={name}", method): task(of, testbed, method) for method in there}
+    of = settings.beyond("lorenz96")
+    testbed = of.conditions()[""]
+    shifted = [m for m in methods if m in ("amortised", "pnpda_blind", "enkf")]
+    plan |= {(f"forcing={f:g}", m): task(of, testbed | {"forcing": f}, m) for f in settings.forcings for m in shifted}
+    if "amortised" in methods:
+        sizes = {(f"truths={n}", "amortised"): small_archive_prior(of, n) for n in settings.archives}
+        plan |= {case: task(of, testbed, "amortised", prior) for case, prior in sizes.items()}
+    of = settings.beyond("kuramoto_sivashinsky")
+    testbed = next(iter(of.conditions().values()))
+    return plan | {(f"points={n}", m): task(of, testbed | {"points": n}, m) for n in settings.counts for m in shifted}

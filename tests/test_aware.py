@@ -1,0 +1,231 @@
+"""Priors that see the observations: what they are shown, what they leave open, and what is written to disk."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pnpda_nb.aware import AmortisedAnalysis, AnalysisPrior, BlindPrior, Residual, SeeingPrior, Sightings, on_grid
+from pnpda_nb.dynamics import standard_normal, stream
+from pnpda_nb.ensemble import EnKF
+from pnpda_nb.experiments import lorenz63
+from pnpda_nb.hybrid import ENSEMBLE_FIELDS, LearnedMean, ensemble_fields
+from pnpda_nb.observing import Covariance, DiagonalCovariance, Linear, Observations, Select, gaspari_cohn_matrix
+from pnpda_nb.pnp import PnPDA
+from pnpda_nb.twin import cycle
+
+ZERO, ONE = (torch.tensor(x, dtype=torch.float64) for x in (0.0, 1.0))
+X = standard_normal((5, 2, 16), stream(1, "x"))
+SEEN = Observations(standard_normal((5, 3), stream(1, "y")), Select((1, 4, 9), 16), DiagonalCovariance([0.5, 1.0, 2.0]))
+
+
+def make(dim=16, geometry="ring", shake=0.0, **settings) -> AnalysisPrior:
+    size = {} if geometry == "none" else {"dilations": (1, 2)}
+    prior = AnalysisPrior.make(ZERO, ONE, 0.5 * ONE, **{"dim": dim, "geometry": geometry, "rank": 3, "width": 8} | size | settings)
+    generator = stream(2, "shake")
+    with torch.no_grad():
+        for parameter in prior.network.parameters():
+            parameter.add_(shake * torch.randn(parameter.shape, generator=generator))
+    return prior
+
+
+def analyse(method, background, seen):
+    return method.analyse(background, seen, forecast=None, generator=stream(3))
+
+
+def test_that_missing_observations_are_not_shown():
+    values = SEEN.values.clone()
+    values[0, 1] = values[3, :] = torch.nan
+    shown = on_grid(Observations(values, SEEN.operator, SEEN.covariance), 16)
+    assert shown.mask[0, 0, [1, 4, 9]].tolist() == [True, False, True] and not shown.mask[3].any()
+    assert shown.value[~shown.mask].abs().max() == 0 == shown.error[~shown.mask].abs().max()
+    prior = make(shake=0.2)
+    nothing, gone = prior.look(X[3:4])[0], prior.look(X[3:4], seen=shown[3:4])[0]
+    assert torch.equal(nothing, gone) and not torch.equal(prior.look(X[:1])[0], prior.look(X[:1], seen=shown[:1])[0])
+
+
+def test_that_observations_go_to_the_grid_and_back():
+    values = SEEN.values.clone()
+    values[2, 0] = torch.nan
+    seen = Observations(values, SEEN.operator, SEEN.covariance)
+    back = on_grid(seen, 16).observations()
+    one, other = seen.innovation(X), back.innovation(X)
+    assert torch.equal(other[..., [1, 4, 9]], one) and other.count_nonzero() == one.count_nonzero()
+    assert back.covariance.variances[1, [1, 4, 9]].tolist() == pytest.approx([0.5, 1.0, 2.0])
+    open_ = Residual(standard_normal((5, 2, 16, 3), stream(4)), torch.ones(5, 2, 16, dtype=torch.float64))
+    assert torch.allclose(open_.update(X, seen), open_.update(X, back))
+
+
+def test_that_observations_of_another_kind_or_size_are_refused():
+    with pytest.raises(ValueError, match="^operator: expected one that selects"):
+        on_grid(Observations(SEEN.values[:, :1], Linear(torch.ones(1, 16)), Covariance([[1.0]])), 16)
+    with pytest.raises(ValueError, match="^operator: expected one of states of size 15, got 16"):
+        on_grid(SEEN, 15)
+    with pytest.raises(ValueError, match="^observations: expected a grid of 15 points, got 16"):
+        on_grid(on_grid(SEEN, 16), 15)
+    with pytest.raises(ValueError, match="^background: expected states of size 16"):
+        analyse(AmortisedAnalysis(make()), X[..., :12], SEEN)
+
+
+@pytest.mark.parametrize("half_width", [0.0, 3.0])
+def test_that_a_residual_is_its_matrix_in_every_respect(half_width):
+    taper = gaspari_cohn_matrix(16, half_width, True) if half_width else None
+    open_ = Residual(standard_normal((5, 2, 16, 3), stream(4)), 0.2 + torch.rand(5, 2, 16, generator=stream(4)).double(), taper)
+    B = open_.factor @ open_.factor.mT * (1 if taper is None else taper) + torch.diag_embed(open_.diagonal)
+    torch.testing.assert_close(open_.matrix, B)
+    torch.testing.assert_close(open_.variance, B.diagonal(dim1=-2, dim2=-1))
+    sites = torch.tensor([0, 3, 11])
+    torch.testing.assert_close(open_.between(sites), B[..., sites])
+    law = torch.distributions.MultivariateNormal(torch.zeros(3, dtype=torch.float64), B[..., sites[:, None], sites])
+    constant = 1.5 * torch.log(torch.tensor(2 * torch.pi, dtype=torch.float64))
+    torch.testing.assert_close(-3 * open_.negative_log_likelihood(X, sites) - constant, law.log_prob(X[..., sites]))
+    H, R = torch.eye(16, dtype=torch.float64)[[1, 4, 9]], SEEN.covariance.matrix
+    gain = B @ H.T @ torch.linalg.inv(H @ B @ H.T + R)
+    torch.testing.assert_close(open_.update(X, SEEN), X + (gain @ SEEN.innovation(X).unsqueeze(-1)).squeeze(-1))
+
+
+def test_that_errors_are_drawn_with_the_covariance():
+    open_ = Residual(standard_normal((4, 2), stream(5)).expand(20_000, 4, 2), torch.full((20_000, 4), 0.3, dtype=torch.float64))
+    sample = torch.cov(open_.draw(stream(5)).T)
+    assert (sample - open_.matrix[0]).norm() < 0.05 * open_.matrix[0].norm()
+
+
+@pytest.mark.parametrize("geometry", ["none", "ring", "walls"])
+def test_that_an_untrained_prior_adds_nothing_and_leaves_open_one_increment(geometry):
+    answer, open_ = make(geometry=geometry).look(X, seen=on_grid(SEEN, 16))
+    assert torch.equal(answer, X)
+    torch.testing.assert_close(open_.matrix, (0.25 * torch.eye(16, dtype=torch.float64)).expand(5, 2, 16, 16), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("geometry", ["none", "ring", "walls"])
+def test_that_everything_a_prior_says_is_learned_from_the_first_step_on(geometry):
+    prior = make(geometry=geometry)
+    answer, open_ = prior.look(X)
+    loss = (X + 1 - answer).square().mean() + open_.negative_log_likelihood(X, torch.arange(16)).mean()
+    loss.backward()
+    gradient = prior.network.last.weight.grad.reshape(5, -1)
+    assert (gradient.norm(dim=-1) > 0).all()  # a factor of zero would have no gradient
+
+
+@pytest.mark.parametrize("geometry", ["none", "ring", "walls"])
+def test_that_a_widened_prior_answers_as_before(geometry):
+    prior, shown = make(geometry=geometry, shake=0.2), on_grid(SEEN, 16)
+    wide = prior.widened(2)
+    extra = standard_normal((5, 2, 2, 16), stream(6))
+    for a, b in zip(prior.look(X, X + 1, 0.3, shown), wide.look(X, X + 1, 0.3, shown, extra)):
+        a, b = (x.matrix if isinstance(x, Residual) else x for x in (a, b))
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="^extra: expected a prior without"):
+        wide.widened(1)
+    with pytest.raises(ValueError, match="^prior: expected one without extra"):
+        AmortisedAnalysis(wide)
+
+
+def test_that_a_prior_with_geometry_turns_with_the_ring_and_works_on_longer_ones():
+    prior, shown = make(shake=0.2, half_width=3.0), on_grid(SEEN, 16)
+    turned = Sightings(*(x.roll(5, -1) for x in (shown.value, shown.mask, shown.error)))
+    torch.testing.assert_close(prior.look(X.roll(5, -1), seen=turned)[0], prior.look(X, seen=shown)[0].roll(5, -1), rtol=1e-5, atol=1e-6)
+    long = prior.on(48)
+    twice = Sightings(*(x.repeat(1, 1, 3) for x in (shown.value, shown.mask, shown.error)))
+    answer, open_ = long.look(X.repeat(1, 1, 3), seen=twice)
+    torch.testing.assert_close(answer[..., 16:32], prior.look(X, seen=shown)[0], rtol=1e-5, atol=1e-6)
+    assert open_.matrix.shape == (5, 2, 48, 48)
+    with pytest.raises(ValueError, match="^dim: a prior without geometry"):
+        make(geometry="none").on(48)
+
+
+@pytest.mark.parametrize("iterations", [1, 4])
+def test_that_pnpda_with_an_untrained_blind_prior_makes_one_kalman_step(iterations):
+    """Its covariance is increment² I, and its denoised state is the background: further iterations begin there again."""
+    prior, x = make(), X[:, :1]
+    method = PnPDA(BlindPrior(prior), 1, data_step="kalman")
+    pull = torch.zeros_like(x)
+    pull[..., [1, 4, 9]] = 0.25 / (0.25 + SEEN.covariance.variances) * SEEN.innovation(x)
+    torch.testing.assert_close(analyse(method, x, SEEN), x + pull, rtol=0, atol=0.05)
+    torch.testing.assert_close(analyse(AmortisedAnalysis(prior, blind=True), x, SEEN), x + pull, rtol=0, atol=0.05)
+    more = analyse(replace(method, iterations=iterations, draws=2), x, SEEN)
+    assert torch.isfinite(more).all()
+
+
+def test_that_only_the_blind_prior_is_blind():
+    prior = make(shake=0.2)
+    other = Observations(SEEN.values + 1, SEEN.operator, SEEN.covariance)
+    assert isinstance(prior.seeing(SEEN), SeeingPrior) and not hasattr(BlindPrior(prior), "seeing")
+    looks = PnPDA(prior, 1)  # without a data step: one iteration, no effect of the observations but through the eyes
+    assert not torch.equal(analyse(looks, X, SEEN), analyse(looks, X, other))
+    blind = PnPDA(BlindPrior(prior), 1)
+    assert torch.equal(analyse(blind, X, SEEN), analyse(blind, X, other))
+
+
+def test_that_a_spread_scales_what_is_drawn():
+    prior = make(shake=0.1)
+    mean, once, twice = (analyse(AmortisedAnalysis(prior, spread), X, SEEN) for spread in (0.0, 1.0, 2.0))
+    torch.testing.assert_close(twice - mean, 2 * (once - mean))
+    with pytest.raises(ValueError, match="^spread: expected"):
+        AmortisedAnalysis(prior, -1.0)
+
+
+def test_that_a_saved_prior_is_the_same_one(tmp_path):
+    prior = make(shake=0.2, extra=1, half_width=2.0)
+    prior.training = {"seed": 3}
+    again = AnalysisPrior.load(prior.save(tmp_path / "prior.safetensors"))
+    extra = standard_normal((5, 2, 1, 16), stream(7))
+    assert torch.equal(prior.look(X, extra=extra)[0], again.look(X, extra=extra)[0])
+    assert torch.equal(prior.look(X, extra=extra)[1].matrix, again.look(X, extra=extra)[1].matrix)
+    assert again.architecture == prior.architecture and again.training == {"seed": 3}
+    assert [p.name for p in tmp_path.iterdir()] == ["prior.safetensors"]
+    AnalysisPrior.make(ZERO, ONE, ONE, dim=3, width=4).save(tmp_path / "units.safetensors")  # two units that are one tensor
+
+
+def test_that_files_of_others_and_broken_ones_are_named(tmp_path):
+    from safetensors.torch import save_file
+
+    path = make().save(tmp_path / "prior.safetensors")
+    (tmp_path / "cut").write_bytes(path.read_bytes()[:-100])
+    (tmp_path / "text").write_text("no prior")
+    save_file({"x": torch.ones(2)}, tmp_path / "foreign")
+    header = {"format": "pnpda_nb.analysis_prior/1", "architecture": "[]", "training": "{}"}
+    save_file({"x": torch.ones(2)}, tmp_path / "header", metadata=header)
+    for name, message in {
+        "cut": "not a readable", "text": "not a readable", "foreign": "expected format", "header": "a header that does not fit"
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=message) as error:
+            AnalysisPrior.load(tmp_path / name)
+        assert str(error.value).startswith("prior: ") and "\n" not in str(error.value)
+    with pytest.raises(FileNotFoundError, match="^prior: no file"):
+        AnalysisPrior.load(tmp_path / "nothing")
+    lost = make()
+    with torch.no_grad():
+        lost.network.last.weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="not finite"):
+        AnalysisPrior.load(lost.save(tmp_path / "nan"))
+
+
+def test_that_settings_out_of_range_are_named():
+    for wrong in ({"geometry": "sphere"}, {"rank": 0}):
+        with pytest.raises(ValueError, match=f"^{next(iter(wrong))}: expected"):
+            make(**wrong)
+
+
+def test_that_an_untrained_learned_mean_recentres_on_the_background():
+    prior = make(3, "none", extra=ENSEMBLE_FIELDS)
+    experiment = lorenz63(cycles=3)
+    members = standard_normal((4, 10, 3), stream(8))
+    seen = experiment.network.observe(members[:, 0], stream(8, "seen"))
+    filtered = analyse(EnKF(), members, seen)
+    centred = analyse(LearnedMean(prior, EnKF(), 1.5), members, seen)
+    torch.testing.assert_close(centred.mean(-2), members.mean(-2))
+    torch.testing.assert_close(centred - centred.mean(-2, keepdim=True), 1.5 * (filtered - filtered.mean(-2, keepdim=True)))
+    fields = ensemble_fields(members, filtered, 0.5 * ONE)
+    torch.testing.assert_close(fields[:, 1], 2 * filtered.std(-2))
+    torch.testing.assert_close(fields[:, 2], 2 * (filtered.mean(-2) - members.mean(-2)))
+    a, b = (cycle(experiment, LearnedMean(prior, EnKF()), members=5, runs=runs, seed=1).analysis.values for runs in (3, 2))
+    assert abs(a[:2] - b).max() < 1e-9
+    with pytest.raises(ValueError, match="^members: EnKF needs"):
+        analyse(LearnedMean(prior, EnKF()), members[:, :1], seen)
+    with pytest.raises(ValueError, match="^prior: expected one with 3 extra"):
+        LearnedMean(make(3, "none"), EnKF())
+    with pytest.raises(ValueError, match="^stretch: expected"):
+        LearnedMean(prior, EnKF(), 0.0)
+    with pytest.raises(ValueError, match="^background: expected"):
+        analyse(LearnedMean(prior, EnKF()), members[..., :2], seen)
