@@ -291,15 +291,9 @@ def _network(architecture: dict, generator: torch.Generator) -> FieldNetwork:
     channels, outputs = _FIELDS + architecture["extra"], 2 + architecture["rank"]
     size = {k: tuple(v) if isinstance(v, list) else v for k, v in architecture["size"].items()}
     if architecture["geometry"] == "none":
-        network = DenseNetwork(channels, outputs, generator, dim=architecture["dim"], **size)
-    else:
-        kind = PyramidNetwork if "levels" in size else ConvolutionNetwork
-        network = kind(channels, outputs, generator, boundary=architecture["geometry"], **size)
-    each = len(network.last.weight) // outputs  # rows of one field
-    with torch.no_grad():  # not zero: o oᵀ has no gradient there, and the factor would never be learned
-        rows = network.last.weight[each : each * (1 + architecture["rank"])]
-        rows.copy_(0.1 * rows[0].numel() ** -0.5 * (2 * torch.rand(rows.shape, generator=generator) - 1))
-    return network
+        return DenseNetwork(channels, outputs, generator, dim=architecture["dim"], **size)
+    kind = PyramidNetwork if "levels" in size else ConvolutionNetwork
+    return kind(channels, outputs, generator, boundary=architecture["geometry"], **size)
 
 # %% ../nbs/08b_aware.ipynb #01d44745
 class LearnedDenoiser(Denoiser):

@@ -32,8 +32,8 @@ from .variational import ThreeDVar, archive_background, gaspari_cohn_background
 
 # %% auto #0
 __all__ = ['experiment_of', 'ToldOtherwise', 'build_method', 'archive_part', 'archive_task', 'archive_file_part',
-           'prior_file_part', 'file_task', 'prior_part', 'prior_task', 'tuning_part', 'tuning_task', 'cycle_part',
-           'cycle_task', 'Settings', 'SweepSettings', 'conditional_scores', 'stack_runs', 'stack_cases',
+           'prior_file_part', 'file_task', 'prior_part', 'readable', 'prior_task', 'tuning_part', 'tuning_task',
+           'cycle_part', 'cycle_task', 'Settings', 'SweepSettings', 'conditional_scores', 'stack_runs', 'stack_cases',
            'paired_difference', 'along', 'figure_along', 'table_along']
 
 # %% ../nbs/96_studies.ipynb #2c2e0fa1
@@ -145,14 +145,17 @@ def prior_part(settings: dict, archive: xr.Dataset, checkpoint: str | None = Non
     count = settings["pairs"] or archive.sizes["sample"]
     if count > archive.sizes["sample"]:
         raise ValueError(f"pairs: expected an archive of at least {count}, got one of {archive.sizes['sample']}")
-    if checkpoint and not _readable(checkpoint):
+    if checkpoint and not readable(checkpoint):
         Path(checkpoint).unlink(missing_ok=True)  # a training that lost its memory begins anew
     background, analysis = (x[:count] for x in pairs_of(archive))
     options = {"seed": settings["seed"], "checkpoint": checkpoint}
     return train_prior(background, analysis, TrainingSettings(**training), **options)[0]
 
 
-def _readable(checkpoint: str) -> bool:
+def readable(checkpoint: str) -> bool:
+    """Whether a file is a checkpoint of a training that torch can read, or is not there."""
+    if not Path(checkpoint).exists():
+        return True
     try:
         torch.load(checkpoint, weights_only=True)
     except Exception:  # torch has many ways to say that a file is not its own

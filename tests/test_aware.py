@@ -19,11 +19,14 @@ X = standard_normal((5, 2, 16), stream(1, "x"))
 SEEN = Observations(standard_normal((5, 3), stream(1, "y")), Select((1, 4, 9), 16), DiagonalCovariance([0.5, 1.0, 2.0]))
 
 
-def make(dim=16, geometry="ring", shake=0.0, **settings) -> AnalysisPrior:
+def make(dim=16, geometry="ring", shake=0.0, plain=False, **settings) -> AnalysisPrior:
+    """Weights are shaken as training would; a `plain` prior has a factor of exactly zero."""
     size = {} if geometry == "none" else {"dilations": (1, 2)}
     prior = AnalysisPrior.make(ZERO, ONE, 0.5 * ONE, **{"dim": dim, "geometry": geometry, "rank": 3, "width": 8} | size | settings)
     generator = stream(2, "shake")
     with torch.no_grad():
+        if plain:
+            prior.network.last.weight.view(5, -1)[1:-1] = 0
         for parameter in prior.network.parameters():
             parameter.add_(shake * torch.randn(parameter.shape, generator=generator))
     return prior
@@ -92,9 +95,9 @@ def test_that_errors_are_drawn_with_the_covariance():
 
 @pytest.mark.parametrize("geometry", ["none", "ring", "walls"])
 def test_that_an_untrained_prior_adds_nothing_and_leaves_open_one_increment(geometry):
-    answer, open_ = make(geometry=geometry).look(X, seen=on_grid(SEEN, 16))
+    answer, open_ = make(geometry=geometry, plain=True).look(X, seen=on_grid(SEEN, 16))
     assert torch.equal(answer, X)
-    torch.testing.assert_close(open_.matrix, (0.25 * torch.eye(16, dtype=torch.float64)).expand(5, 2, 16, 16), atol=0.03, rtol=0)
+    torch.testing.assert_close(open_.matrix, (0.25 * torch.eye(16, dtype=torch.float64)).expand(5, 2, 16, 16), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("geometry", ["none", "ring", "walls"])
@@ -137,12 +140,12 @@ def test_that_a_prior_with_geometry_turns_with_the_ring_and_works_on_longer_ones
 @pytest.mark.parametrize("iterations", [1, 4])
 def test_that_pnpda_with_an_untrained_blind_prior_makes_one_kalman_step(iterations):
     """Its covariance is increment² I, and its denoised state is the background: further iterations begin there again."""
-    prior, x = make(), X[:, :1]
+    prior, x = make(plain=True), X[:, :1]
     method = PnPDA(BlindPrior(prior), 1, data_step="kalman")
     pull = torch.zeros_like(x)
     pull[..., [1, 4, 9]] = 0.25 / (0.25 + SEEN.covariance.variances) * SEEN.innovation(x)
-    torch.testing.assert_close(analyse(method, x, SEEN), x + pull, rtol=0, atol=0.05)
-    torch.testing.assert_close(analyse(AmortisedAnalysis(prior, blind=True), x, SEEN), x + pull, rtol=0, atol=0.05)
+    torch.testing.assert_close(analyse(method, x, SEEN), x + pull, rtol=0, atol=1e-3)
+    torch.testing.assert_close(analyse(AmortisedAnalysis(prior, blind=True), x, SEEN), x + pull, rtol=0, atol=1e-3)
     more = analyse(replace(method, iterations=iterations, draws=2), x, SEEN)
     assert torch.isfinite(more).all()
 

@@ -9,7 +9,7 @@ __all__ = ['STUDIES', 'find_study']
 import dataclasses
 
 from .ablations import ABLATION_STUDY
-from .beyond import beyond_study
+from .beyond import PARTS_STUDY, beyond_study
 from .kuramoto_sivashinsky import KURAMOTO_SIVASHINSKY
 from .lorenz63 import LORENZ63, lorenz63
 from .lorenz96 import LORENZ96
@@ -25,6 +25,7 @@ def _with_beyond(study: Study) -> Study:
 STUDIES: dict[str, Study] = {
     **{study.name: _with_beyond(study) for study in (LORENZ63, LORENZ96, KURAMOTO_SIVASHINSKY)},
     ABLATION_STUDY.name: ABLATION_STUDY,
+    PARTS_STUDY.name: PARTS_STUDY,
 }
 
 # %% ../../nbs/93_registry.ipynb #3b25afe6

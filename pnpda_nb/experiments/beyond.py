@@ -9,6 +9,7 @@ import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -28,17 +29,27 @@ from pnpda_nb.on_policy import (
     train_on_policy,
 )
 from ..plotting import LABELS, book_style, line_style
-from ..studies import Settings, archive_task, build_method, conditional_scores, cycle_part, experiment_of, tuning_task
+from pnpda_nb.studies import (
+    Settings,
+    archive_task,
+    build_method,
+    conditional_scores,
+    cycle_part,
+    experiment_of,
+    figure_along,
+    readable,
+    table_along,
+    tuning_task,
+)
 from ..sweep import Study, Task
-from ..testbeds import method_by_name
 from ..twin import TwinExperiment, cycle, scores
 
 # %% auto #0
-__all__ = ['BEYOND_METHODS', 'BEYOND_PRESETS', 'PARTS_METHODS', 'record_part', 'record_task', 'learning_part', 'learning_task',
-           'costed_part', 'passes', 'costed_task', 'BeyondSettings', 'beyond_priors', 'beyond_record', 'beyond_archive',
-           'beyond_tuning', 'plan_beyond', 'table_beyond', 'report_beyond', 'figure_beyond', 'figures_beyond',
-           'kept_beyond', 'beyond_study', 'PartsSettings', 'off_policy_prior', 'dense_prior', 'small_archive_prior',
-           'plan_parts']
+__all__ = ['BEYOND_METHODS', 'BEYOND_PRESETS', 'PARTS_METHODS', 'PARTS', 'PARTS_STUDY', 'record_part', 'record_task',
+           'learning_part', 'learning_task', 'costed_part', 'passes', 'costed_task', 'BeyondSettings', 'beyond_priors',
+           'beyond_record', 'beyond_archive', 'beyond_tuning', 'plan_beyond', 'table_beyond', 'report_beyond',
+           'figure_beyond', 'figures_beyond', 'kept_beyond', 'beyond_study', 'PartsSettings', 'off_policy_prior',
+           'dense_prior', 'small_archive_prior', 'plan_parts', 'figures_parts', 'report_parts']
 
 # %% ../../nbs/14_beyond.ipynb #9e2d3101
 def record_part(settings: dict, tuned: dict | None = None) -> xr.Dataset:
@@ -60,6 +71,8 @@ def record_task(
 
 def learning_part(settings: dict, checkpoint: str | None = None, start: AnalysisPrior | None = None, **records) -> AnalysisPrior:
     """A prior trained where it is used, on a nature run or on `records`: see `train_on_policy`."""
+    if checkpoint and not readable(checkpoint):
+        Path(checkpoint).unlink(missing_ok=True)  # a training that lost its memory begins anew
     testbeds = [experiment_of(testbed) for testbed in settings["testbeds"]]
     experiment, truth = testbeds[0], settings["truth"]
     if truth:
@@ -227,7 +240,7 @@ _KS_NETWORKS = ((16, 0.1), (16, 1.0), (32, 1.0))
 _TESTBEDS: dict[str, dict] = {
     "lorenz63": {
         "network": {"geometry": "none", "rank": 3, "increment": 0.6}, "metric": "step_rmse", "filter": {"name": "enkf"},
-        "grid": {"inflation": [1.0, 1.05, 1.1, 1.2, 1.3, 1.5], "additive": [0.0, 0.5]},
+        "grid": {"inflation": [1.0, 1.1, 1.2, 1.3, 1.5, 1.7], "additive": [0.0, 0.5]},
         "var3d": ("var3d", {"scale": [0.5, 1.0, 1.5, 2.0, 3.0, 5.0]}),
         "smoother": True, "hybrid": {"filter": "enkf", "inflation": 1.05},
         "pnpda": {"data_step": "kalman", "iterations": 8},
@@ -531,11 +544,12 @@ def beyond_study(testbed: str) -> Study:
 # %% ../../nbs/14_beyond.ipynb #960ace75
 @dataclass(frozen=True)
 class PartsSettings(Settings):
-    """What the study of parts and limits depends on. The priors are those of the presets `beyond`, trained for a share `training` of
+    """What the study of parts and limits depends on. The priors are those of the `preset` of the tables, trained for a share `training` of
     their cycles; `forcings` of the Lorenz-96 forecast model, `counts` of observed points on Kuramoto-Sivashinsky, `archives` the numbers of
     truths to learn from on Lorenz-96. Raises `ValueError` for settings out of range.
     """
 
+    preset: str = "beyond"
     runs: int = 50
     seed: int = 1
     members: int = 20
@@ -547,6 +561,8 @@ class PartsSettings(Settings):
 
     def __post_init__(self):
         self.require_distinct("forcings", "counts", "archives")
+        if self.preset not in ("beyond", "beyond_smoke"):
+            raise ValueError(f"preset: expected 'beyond' or 'beyond_smoke', got {self.preset!r}")
         if not 0 < self.training <= 1:
             raise ValueError(f"training: expected a share above 0, at most 1, got {self.training}")
         for name in ("runs", "tuning_runs", *("archives",) * bool(min(self.archives) < 1)):
@@ -555,7 +571,7 @@ class PartsSettings(Settings):
 
     def beyond(self, testbed: str) -> BeyondSettings:
         """The settings of the tables of `testbed`, with shorter trainings."""
-        preset = BEYOND_PRESETS[testbed]
+        preset = beyond_study(testbed).presets[self.preset]
         cycles = max(1, round(self.training * preset.learning_cycles))
         some = {"runs": self.runs, "seed": self.seed, "members": self.members, "tuning_runs": self.tuning_runs}
         return dataclasses.replace(preset, learning_cycles=cycles, **some)
@@ -641,3 +657,56 @@ def plan_parts(settings: PartsSettings, methods: tuple[str, ...]) -> dict[tuple[
     of = settings.beyond("kuramoto_sivashinsky")
     testbed = next(iter(of.conditions().values()))
     return plan | {(f"points={n}", m): task(of, testbed | {"points": n}, m) for n in settings.counts for m in shifted}
+
+# %% ../../nbs/14_beyond.ipynb #1f8ebfaf
+def figures_parts(results: dict[tuple[str, str], xr.Dataset]) -> dict:
+    """The limits: forcing, number of observations, size of the archive."""
+    book_style()
+    scores = conditional_scores(results)
+    there, found = scores.condition.str.split("=").str[0].unique(), {}
+    for axis, (metric, label) in _LIMITS.items():
+        if axis in there:
+            found[f"limits_{axis}"] = figure_along(scores, axis, metric=metric, label=label)
+            if axis != "forcing":
+                found[f"limits_{axis}"].axes[0].set_xscale("log", base=2)
+    return found
+
+
+_LIMITS = {
+    "forcing": ("step_rmse", "forcing F' of the Lorenz-96 forecast model (18 in training)"),
+    "points": ("analysis_rmse", "observed points on Kuramoto-Sivashinsky (mostly 16 and 32 in training)"),
+    "truths": ("step_rmse", "Lorenz-96 truths of a hundred cycles to learn from"),
+}
+
+
+def report_parts(scores: pd.DataFrame) -> str:
+    """The tables of parts and limits as text for a terminal."""
+    lines = [f"\nParts and limits, {int(scores.runs.max())} runs: mean ± standard error"]
+    for name in BEYOND_PRESETS:
+        here = scores[scores.condition == f"testbed={name}"]
+        if len(here):
+            metric = _TESTBEDS[name]["metric"]
+            lines += ["", table_along(here, "testbed", metric, 2 if metric == "step_rmse" else 3).to_string()]
+    for axis, (metric, _) in _LIMITS.items():
+        if scores.condition.str.startswith(f"{axis}=").any():
+            lines += ["", table_along(scores, axis, metric).to_string()]
+    return "\n".join(lines)
+
+
+PARTS = PartsSettings()
+PARTS_STUDY = Study(
+    name="beyond",
+    description="what every part of the learned analyses is worth, and where they end",
+    presets={
+        "smoke": dataclasses.replace(
+            PARTS, preset="beyond_smoke", runs=4, tuning_runs=2, training=1.0, forcings=(16.0, 18.0), counts=(16, 32), archives=(1, 4), members=5
+        ),
+        "paper": PARTS,
+    },
+    methods=PARTS_METHODS,
+    default_methods=PARTS_METHODS,
+    plan=plan_parts,
+    figures=figures_parts,
+    report=report_parts,
+    published=pd.DataFrame(columns=["condition", "method", "metric", "variable", "mean", "std"]),
+)
