@@ -1,8 +1,8 @@
 """Make the stored results of the book again: `python tools/store_results.py [STUDY ...]`.
 
-Runs the paper preset of each study, Lorenz-63 for several seeds, and keeps what is small: scores, manifest, priors, and the
-scores of every run. Chapters read these files and check a few rows against the code. In all it takes about three quarters of
-an hour on two cores; a run that was interrupted goes on where it was.
+Runs the paper preset of each study, Lorenz-63 for several seeds, and the presets of the chapter beyond the paper, and keeps what is small: scores, manifest, priors, and the
+scores of every run. Chapters read these files and check a few rows against the code. In all it takes about two
+hours on two cores; a run that was interrupted goes on where it was.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from pnpda_nb.reanalysis import write_netcdf
 ROOT = Path(__file__).resolve().parent.parent
 KEPT, WORK = ROOT / "nbs" / "results", ROOT / "runs" / "stored"
 SEEDS = {"lorenz63": range(1, 7), "lorenz96": [1], "kuramoto_sivashinsky": [1], "ablations": [1]}
+BEYOND = {f"beyond_{name}": [1] for name in ("lorenz63", "lorenz96", "kuramoto_sivashinsky", "parts")}
+SMALL = 500_000  # bytes; larger priors are not kept
 PNPDA = str(Path(sys.executable).with_name("pnpda"))
 
 
@@ -27,7 +29,10 @@ def keep(study: str, folder: Path) -> None:
     """Copy what is small from the `folder` of a run to the stored results."""
     kept = KEPT / study
     kept.mkdir(parents=True, exist_ok=True)
-    for path in (folder / "scores.csv", folder / "manifest.json", *folder.glob("prior*.safetensors")):
+    priors = sorted(folder.glob("prior*.safetensors"))
+    if study in BEYOND:
+        priors = [p for p in priors if p.stem in ("prior_amortised", "prior_pnpda_blind") and p.stat().st_size < SMALL]
+    for path in (folder / "scores.csv", folder / "manifest.json", *priors):
         shutil.copy(path, kept / path.name)
     cycles = xr.load_dataset(folder / "cycles.nc", engine="h5netcdf")
     if "case" in cycles.dims:  # many conditions: the scores by variable would be megabytes
@@ -38,11 +43,14 @@ def keep(study: str, folder: Path) -> None:
 
 def store(study: str) -> None:
     tables = []
-    for seed in SEEDS[study]:
+    experiment, preset = study.removeprefix("beyond_"), "beyond" if study in BEYOND else "paper"
+    if experiment == "parts":
+        experiment, preset = "beyond", "paper"
+    for seed in (SEEDS | BEYOND)[study]:
         folder = WORK / study / str(seed)
-        subprocess.run([PNPDA, "run", study, "--preset", "paper", "--seed", str(seed), "--out", str(folder)], cwd=ROOT, check=True)
+        subprocess.run([PNPDA, "run", experiment, "--preset", preset, "--seed", str(seed), "--out", str(folder)], cwd=ROOT, check=True)
         tables.append(pd.read_csv(folder / "scores.csv").assign(seed=seed))
-    keep(study, WORK / study / str(SEEDS[study][0]))
+    keep(study, WORK / study / str((SEEDS | BEYOND)[study][0]))
     if len(tables) > 1:
         pd.concat(tables).to_csv(KEPT / study / "seeds.csv", index=False, float_format="%.8g")
 
@@ -52,5 +60,5 @@ def store_published() -> None:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or [*SEEDS, "published"]:
+    for name in sys.argv[1:] or [*SEEDS, *BEYOND, "published"]:
         store_published() if name == "published" else store(name)

@@ -171,7 +171,7 @@ class BeyondSettings(Settings):
     `members` of the ensembles that have twenty in the tables, `tuning_runs` training truths for everything that is tuned, `particles` of the
     particle filter. The nature run to learn from has `truth_runs` and `truth_cycles`; the record of observations `record_runs` and `record_cycles`,
     reanalysed by an ensemble of `record_members`. `learning_cycles` and `learning_steps` per cycle, of `batch` lessons from `trajectories`, for a
-    network of `width`; the priors that start from it take a share `follow` of the cycles, and blind ones a share `follow_blind`. `foresight` cycles are looked ahead in `foresight_cycles` steps
+    network of `width`; the priors that start from it take a share `follow` of the cycles, blind ones a share `follow_blind`, and those that learn from observations alone a share `record_share` of that. `foresight` cycles are looked ahead in `foresight_cycles` steps
     (0: not at all). Plug-and-play averages `draws` of noise. Raises `ValueError` for settings out of range.
     """
 
@@ -196,6 +196,7 @@ class BeyondSettings(Settings):
     learning_rate: float = 2e-3
     follow: float = 0.3
     follow_blind: float = 0.4
+    record_share: float = 1.0
     half_precision: bool = False
     ensemble_trajectories: int = 64
     foresight: int = 3
@@ -206,11 +207,11 @@ class BeyondSettings(Settings):
         if self.testbed not in _TESTBEDS:
             raise ValueError(f"testbed: expected one of {', '.join(_TESTBEDS)}, got {self.testbed!r}")
         for field in dataclasses.fields(self):
-            least = {"seed": None, "foresight": 0, "foresight_cycles": 0, "follow": None, "follow_blind": None}.get(field.name, 1)
+            least = {"seed": None, "foresight": 0, "foresight_cycles": 0, "follow": None, "follow_blind": None, "record_share": None}.get(field.name, 1)
             value = getattr(self, field.name)
             if isinstance(value, int) and not isinstance(value, bool) and least is not None and value < least:
                 raise ValueError(f"{field.name}: expected at least {least}, got {value}")
-        for name in ("follow", "follow_blind"):
+        for name in ("follow", "follow_blind", "record_share"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a share above 0, at most 1, got {getattr(self, name)}")
         if self.members < 2 or self.record_members < 2:
@@ -285,13 +286,14 @@ def beyond_priors(settings: BeyondSettings) -> dict[str, Task]:
 
     def family(tag: str, source: dict, **seen_by) -> dict[str, Task]:
         """The first prior and those that start from it, all from one source."""
+        share = settings.record_share if tag else 1.0
         amortised = learning_task(
-            testbeds, {"name": "amortised"}, settings.training(), network=here["network"] | {"width": settings.width}, name=f"amortised{tag}",
+            testbeds, {"name": "amortised"}, settings.training(cycles=max(1, round(share * settings.learning_cycles))), network=here["network"] | {"width": settings.width}, name=f"amortised{tag}",
             cost=seconds, **source, **seen_by,
         )  # fmt: skip
         one = {**source, "start": amortised, "cost": seconds * settings.follow * 1.5}
         first = one | ({"records": source["records"][:1]} if "records" in source else {})  # plug-and-play has one network in training
-        cycles = max(1, round(settings.follow_blind * settings.learning_cycles))
+        cycles = max(1, round(share * settings.follow_blind * settings.learning_cycles))
         blind = settings.training(cycles=cycles, start_fraction=0.3, hidden=1.0, likelihood=0.2)
         policy = {"name": "pnpda", "blind": True} | here["pnpda"]
         found = {
@@ -352,7 +354,7 @@ def beyond_tuning(settings: BeyondSettings, condition: str, name: str) -> Task |
             return tuning_task(testbed, here["filter"], here["grid"], members=size, cost=size, **options)
         case "letkf":
             wide = [12.0, 25.0] if settings.testbed == "kuramoto_sivashinsky" else [2.0, 4.0, 1e6]
-            grid = {"inflation": [1.05, 1.15, 1.3, 1.5], "half_width": wide}
+            grid = {"inflation": [1.05, 1.2, 1.4], "half_width": wide}
             return tuning_task(testbed, {"name": "letkf"}, grid, members=size, cost=30, **options)
         case "ensf" | "enff":
             return tuning_task(testbed, {"name": name}, _FREE_GRIDS[settings.testbed][name], members=size, cost=40, **options)
@@ -362,7 +364,7 @@ def beyond_tuning(settings: BeyondSettings, condition: str, name: str) -> Task |
 def plan_beyond(settings: BeyondSettings, methods: tuple[str, ...]) -> dict[tuple[str, str], Task]:
     """The task of every condition and method: all methods meet the same truths, observations and model noise."""
     here, priors = _TESTBEDS[settings.testbed], beyond_priors(settings)
-    trial = {"runs": settings.runs, "seed": settings.seed}
+    trial, first = {"runs": settings.runs, "seed": settings.seed}, next(iter(settings.conditions()))
 
     def task(condition: str, testbed: dict, name: str) -> Task | None:
         options, tuned = trial | {"name": f"{name} {condition}".strip()}, beyond_tuning(settings, condition, name)
@@ -384,9 +386,11 @@ def plan_beyond(settings: BeyondSettings, methods: tuple[str, ...]) -> dict[tupl
                 prior = priors[name.replace("one_step", "pnpda_blind")]
                 return costed_task(testbed, {"name": "amortised", "blind": True}, prior=prior, **options)
             case "pnpda_blind" | "pnpda_blind_obs":
+                if name == "pnpda_blind_obs" and condition != first:
+                    return None
                 method, few = {"name": "pnpda", "blind": True, "draws": settings.draws} | here["pnpda"], here["pnpda"]["iterations"]
                 tuned = tuning_task(
-                    testbed, method, {"iterations": [few, 2 * few, 4 * few]}, runs=settings.tuning_runs, seed=settings.seed,
+                    testbed, method, {"iterations": [few, 2 * few]}, runs=settings.tuning_runs, seed=settings.seed,
                     metric=here["metric"], needs={"prior": prior}, name=f"tuning {options['name']}", cost=20,
                 )  # fmt: skip
                 return costed_task(testbed, method, prior=prior, tuned=tuned, cost=20, **options)
@@ -401,6 +405,8 @@ def plan_beyond(settings: BeyondSettings, methods: tuple[str, ...]) -> dict[tupl
             case "amortised" | "amortised_obs" | "foresight" | "foresight_obs":
                 return prior and costed_task(testbed, {"name": "amortised"}, prior=prior, **options)
             case "amortised_ensemble" | "amortised_ensemble_obs":
+                if name == "amortised_ensemble_obs" and condition != first:
+                    return None
                 prior = priors[name.replace("_ensemble", "")]
                 tuned = tuning_task(
                     testbed, {"name": "amortised"}, {"spread": [0.4, 0.55, 0.7, 0.85, 1.0]}, members=settings.members, runs=settings.tuning_runs,
@@ -408,7 +414,7 @@ def plan_beyond(settings: BeyondSettings, methods: tuple[str, ...]) -> dict[tupl
                 )  # fmt: skip
                 return costed_task(testbed, {"name": "amortised"}, members=settings.members, prior=prior, tuned=tuned, cost=15, **options)
             case "learned_mean" | "learned_mean_obs":
-                if condition != next(iter(settings.conditions())):
+                if condition != first:
                     return None  # it is trained for one network
                 method = {"name": "learned_mean"} | here["hybrid"]
                 tuned = tuning_task(
@@ -513,9 +519,9 @@ BEYOND_PRESETS: dict[str, BeyondSettings] = {
         width=48, validation_runs=20,
     ),
     "kuramoto_sivashinsky": BeyondSettings(
-        testbed="kuramoto_sivashinsky", cycles=40, truth_runs=128, truth_cycles=300, record_runs=24, record_cycles=155, record_members=40,
-        trajectories=64, learning_cycles=1100, learning_steps=6, batch=48, width=48, validation_runs=10, particles=100, tuning_runs=8, half_precision=True,
-        ensemble_trajectories=16, foresight=0, follow=0.25, follow_blind=0.45,
+        testbed="kuramoto_sivashinsky", cycles=40, truth_runs=128, truth_cycles=300, record_runs=20, record_cycles=155, record_members=40,
+        trajectories=64, learning_cycles=1250, learning_steps=6, batch=48, width=48, validation_runs=10, particles=50, tuning_runs=6, half_precision=True,
+        ensemble_trajectories=16, foresight=0, follow=0.2, follow_blind=0.35, record_share=0.6, draws=4,
     ),
 }  # fmt: skip
 

@@ -1,0 +1,115 @@
+"""The studies of the chapter beyond the paper: their plans, settings and tables, and one small training as a task."""
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from pnpda_nb.aware import AnalysisPrior
+from pnpda_nb.experiments import find_study
+from pnpda_nb.experiments.beyond import (
+    BEYOND_METHODS,
+    BEYOND_PRESETS,
+    PARTS,
+    beyond_priors,
+    beyond_study,
+    costed_task,
+    learning_task,
+    off_policy_prior,
+    passes,
+    plan_beyond,
+    plan_parts,
+    record_task,
+    table_beyond,
+)
+from pnpda_nb.on_policy import OnPolicySettings
+from pnpda_nb.sweep import Store, run_tasks
+
+TINY = beyond_study("lorenz63").presets["beyond_smoke"]
+SHORT = OnPolicySettings(trajectories=8, cycles=4, steps=1, batch=16, patience_points=2)
+BED = {"name": "lorenz63", "cycles": 4}
+NETWORK = {"geometry": "none", "rank": 2, "increment": 0.5, "width": 8}
+
+
+@pytest.mark.parametrize("testbed", BEYOND_PRESETS)
+def test_that_every_method_is_planned_for_every_condition_and_none_twice(testbed):
+    settings = BEYOND_PRESETS[testbed]
+    first = next(iter(settings.conditions()))
+    plan = plan_beyond(settings, BEYOND_METHODS)
+    missing = {(c, m) for c in settings.conditions() for m in BEYOND_METHODS} - set(plan)
+    rare = {"foresight", "foresight_obs", "learned_mean", "learned_mean_obs", "pnpda_blind_obs", "amortised_ensemble_obs"}  # for one condition, or none
+    assert {m for _, m in missing} <= rare and all(c != first for c, m in missing if "foresight" not in m)
+    keys = [task.key for (_, m), task in plan.items() if m != "free_run"]
+    assert len(set(keys)) == len(keys)
+
+
+@pytest.mark.parametrize("testbed", BEYOND_PRESETS)
+def test_that_what_learns_from_observations_alone_is_never_given_the_nature_run(testbed):
+    for name, task in beyond_priors(BEYOND_PRESETS[testbed]).items():
+        waiting = [task]
+        while waiting:
+            one = waiting.pop()
+            waiting += one.needs.values()
+            if name.endswith("_obs"):
+                assert not one.settings.get("truth")
+        assert bool(task.settings["truth"]) != name.endswith("_obs")
+
+
+def test_that_the_off_policy_prior_differs_from_the_whole_by_who_cycles():
+    whole, other = beyond_priors(TINY)["amortised"].settings, off_policy_prior(TINY).settings
+    changed = {k for k in whole if whole[k] != other[k]}
+    assert changed <= {"policy", "judged", "members", "training"} and other["policy"]["name"] == "enkf"
+    assert {k for k in whole["training"] if whole["training"][k] != other["training"][k]} <= {"trajectories"}
+
+
+def test_that_a_prior_is_trained_as_a_task_and_its_method_is_cycled_with_its_cost(tmp_path):
+    prior = learning_task([BED], {"name": "amortised"}, SHORT, seed=1, network=NETWORK, truth={"runs": 4, "cycles": 12}, validation_runs=2)
+    cycled = costed_task(BED, {"name": "amortised"}, runs=3, seed=1, prior=prior)
+    result, learned = run_tasks([cycled, prior], Store(tmp_path))
+    assert isinstance(learned, AnalysisPrior) and learned.training["cycles"] == 4
+    assert result.forecasts.values.tolist() == [1, 1, 1] and result.passes.values.tolist() == [1, 1, 1]
+    assert (result.seconds > 0).all()
+
+
+def test_that_a_record_of_observations_teaches_without_a_truth_and_the_same_seed_gives_the_same_weights(tmp_path):
+    record = record_task(BED, {"name": "enks", "lag": 1}, members=8, runs=3, cycles=14, seed=1, smoothed=True)
+    task = learning_task([BED], {"name": "amortised"}, SHORT, seed=1, network=NETWORK, records=[record], validation_runs=2)
+    again = [run_tasks([task], Store(tmp_path / name))[0] for name in ("one", "two")]
+    assert all(torch.equal(a, b) for a, b in zip(*(p.network.state_dict().values() for p in again)))
+
+
+def test_that_passes_are_counted_per_member_draw_and_iteration():
+    assert passes({"name": "amortised"}, 20) == 20
+    assert passes({"name": "pnpda", "iterations": 4, "draws": 8}, 1) == 32
+    assert passes({"name": "learned_mean"}, 20) == 1
+
+
+def test_that_the_table_says_how_many_runs_are_left_and_marks_what_was_lost():
+    rows = [("", m, name, "all", mean, 0.1, runs) for m, mean, runs in (("enkf", 1.0, 4), ("letkf", 2.0, 3), ("enff", np.nan, 0)) for name in ("step_rmse", "crps")]
+    table = table_beyond(pd.DataFrame(rows, columns=["condition", "method", "metric", "variable", "mean", "std", "runs"]), "", "step_rmse")
+    assert table["step RMSE"].tolist() == ["1.00 ± 0.05", "2.00 ± 0.06 (3 runs)", "lost"]
+
+
+def test_that_parts_and_limits_are_planned_for_their_conditions():
+    plan = plan_parts(PARTS, ("amortised", "enkf"))
+    conditions = {c.split("=")[0] for c, _ in plan}
+    assert conditions == {"testbed", "forcing", "truths", "points"}
+    assert {c for c, m in plan if c.startswith("truths")} == {f"truths={n}" for n in PARTS.archives}
+
+
+@pytest.mark.parametrize(
+    "change, name",
+    [({"testbed": "lorenz64"}, "testbed"), ({"runs": 0}, "runs"), ({"follow": 0.0}, "follow"), ({"members": 1}, "members"), ({"batch": 0}, "batch")],
+)
+def test_that_a_wrong_setting_is_one_line(change, name):
+    with pytest.raises(ValueError, match=f"^{name}: expected"):
+        dataclasses.replace(TINY, **change)
+
+
+def test_that_a_preset_finds_its_study_and_an_unknown_one_names_those_there_are():
+    study = find_study("lorenz96")
+    assert study.with_preset("paper") is study and study.with_preset("beyond").methods == BEYOND_METHODS
+    with pytest.raises(ValueError, match="^preset: unknown preset 'beyound'; known: smoke, paper, beyond"):
+        study.with_preset("beyound")
