@@ -579,7 +579,7 @@ class PartsSettings(Settings):
         """The settings of the tables of `testbed`, with shorter trainings."""
         preset = beyond_study(testbed).presets[self.preset]
         cycles = max(1, round(self.training * preset.learning_cycles))
-        some = {"runs": self.runs, "seed": self.seed, "members": self.members, "tuning_runs": self.tuning_runs}
+        some = {"runs": self.runs, "seed": self.seed, "members": self.members}
         return dataclasses.replace(preset, learning_cycles=cycles, **some)
 
 
