@@ -76,6 +76,11 @@ def on_grid(observations: Observations | Sightings, dim: int) -> Sightings:
     return Sightings(*(x.unsqueeze(-2) for x in (value, mask, error)))
 
 # %% ../nbs/08b_aware.ipynb #57eb03e5
+@lru_cache(maxsize=8)
+def _root(taper: Tensor) -> Tensor:
+    return torch.linalg.cholesky(taper + 1e-9 * torch.eye(len(taper), dtype=taper.dtype))
+
+
 @dataclass(frozen=True, eq=False)
 class Residual:
     """The covariance of what a denoiser leaves open, @eq-pseudo: `factor` `(..., dim, rank)`, `diagonal` `(..., dim)` and
@@ -127,9 +132,14 @@ class Residual:
         return x + (reach @ torch.linalg.solve_ex(shown + R, innovation.unsqueeze(-1)).result).squeeze(-1)
 
     def draw(self, generator: torch.Generator) -> Tensor:
-        """One error for every state: `(..., dim)`."""
-        root = torch.linalg.cholesky(self.matrix)
-        return (root @ standard_normal(tuple(self.diagonal.shape), generator).unsqueeze(-1)).squeeze(-1)
+        """One error for every state: `(..., dim)`; each pseudo-member gets a smooth field of the taper's as its factor."""
+        z = standard_normal((*self.factor.shape[:-2], *self.factor.shape[:-3:-1]), generator)  # (..., rank, dim)
+        if self.taper is None:
+            z = z[..., :1].expand_as(z)
+        else:
+            z = z @ _root(self.taper).mT
+        white = standard_normal(tuple(self.diagonal.shape), generator)
+        return (self.factor * z.mT).sum(-1) + self.diagonal.sqrt() * white
 
 # %% ../nbs/08b_aware.ipynb #f7c1f825
 ANALYSIS_FORMAT = "pnpda_nb.analysis_prior/1"
@@ -172,6 +182,8 @@ class AnalysisPrior:
             raise ValueError(f"geometry: expected 'none', 'ring' or 'walls', got {geometry!r}")
         if rank < 1:
             raise ValueError(f"rank: expected at least 1, got {rank}")
+        if geometry == "ring" and half_width > dim / 4:
+            raise ValueError(f"half_width: expected at most {dim / 4:g}, a quarter of the ring, got {half_width}")
         architecture = {"dim": dim, "geometry": geometry, "rank": rank, "half_width": half_width, "extra": extra, "size": size}
         architecture = json.loads(json.dumps(architecture))  # as it will be read back
         generator = stream(seed, "weights")
@@ -307,7 +319,8 @@ class LearnedDenoiser(Denoiser):
 
     def __call__(self, x: Tensor, tau: float) -> Tensor:
         with torch.no_grad():
-            denoised, self.residual = self.prior.look(self.background, x, tau, self.seen)
+            # at tau = 0 the noisy state says nothing, and the centre of the source is what was shown in training
+            denoised, self.residual = self.prior.look(self.background, x if tau else None, tau, self.seen)
         return denoised
 
     def velocity(self, x: Tensor, tau: float) -> Tensor:
@@ -338,7 +351,10 @@ class BlindPrior:
     """An `AnalysisPrior` to which nothing is shown, whatever there is to see: the paper's kind of prior."""
 
     prior: AnalysisPrior
-    leaves_open = True
+
+    @property
+    def leaves_open(self) -> bool:
+        return getattr(self.prior, "leaves_open", False)
 
     @property
     def dim(self) -> int:
@@ -368,6 +384,8 @@ class AmortisedAnalysis:
     def __post_init__(self):
         if not 0 <= self.spread < float("inf"):
             raise ValueError(f"spread: expected zero or a positive factor, got {self.spread}")
+        if self.blind and self.spread:
+            raise ValueError(f"spread: expected 0 for a blind analysis, got {self.spread}")
         if self.prior.extra:
             raise ValueError(f"prior: expected one without extra fields, got one with {self.prior.extra}")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -218,7 +219,7 @@ def lesson_loss(
         shown = Sightings(shown.value, there, shown.error)
     denoised, residual = prior.look(background, u, tau, shown, lesson.extra)
     error = target - denoised
-    deviation = (shown.error * shown.mask / prior.scale).sum(-1) / shown.mask.sum(-1).clamp_min(1)
+    deviation = (lesson.seen.error * lesson.seen.mask / prior.scale).sum(-1) / lesson.seen.mask.sum(-1).clamp_min(1)
     weight = 1 / (0.05 + deviation)
     squares = (error / prior.increment).square().mean(-1)
     loss = (weight / weight.mean() * squares).mean()
@@ -260,7 +261,9 @@ class OnPolicySettings:
     foresight_anchor: float = 0.0
 
     def __post_init__(self):
-        for name in ("trajectories", "cycles", "steps", "batch", "memory", "scored", "patience_points"):
+        if not (self.cycles >= 1 or (self.cycles == 0 and self.foresight)):
+            raise ValueError(f"cycles: expected at least 1, or 0 with foresight, got {self.cycles}")
+        for name in ("trajectories", "steps", "batch", "memory", "scored", "patience_points"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         for name in ("restart", "start_fraction", "hidden", "average"):
@@ -361,10 +364,14 @@ class OnPolicyTraining:
             if hasattr(self.method, "lesson"):
                 analysis, mean, extra = self.method.lesson(background, seen, self.generator)
             else:
-                analysis = self.method.analyse(background, seen, forecast=None, generator=self.generator)
+                grid = isinstance(seen, Sightings) and not isinstance(self.method, AmortisedAnalysis)
+                known = seen.observations() if grid else seen
+                analysis = self.method.analyse(background, known, forecast=None, generator=self.generator)
                 mean, extra = background.mean(-2), None
         lost = ~torch.isfinite(analysis).flatten(1).all(1) | ((mean - target).abs() > 1e3 * self.prior.scale).any(-1)
         keep = ~lost
+        if not keep.any() and not self.memory:
+            raise ValueError("policy: all trajectories became non-finite in their first cycle")
         shown = on_grid(seen, target.shape[-1])[:, 0]
         self.memory.append((
             mean[keep], target[keep], shown[keep], None if extra is None else extra[keep], self.times[keep], self.runs[keep],
@@ -448,7 +455,7 @@ class OnPolicyTraining:
             first = analysis.detach() if first is None else first
             background, times = self.forecast(analysis), times + 1
             miss = self.record.miss(times, self.runs, background[:, 0]) / self.prior.scale
-            loss = loss + miss.square().mean(-1).clamp_max(10.0).mean()
+            loss = loss + miss.square().mean(-1).nan_to_num(10.0, 10.0).clamp_max(10.0).mean()
         self.take_step(loss / settings.foresight, min(self.settings.average, 0.99))
         self.state, self.times, self.cycle = first, self.times + 1, self.cycle + 1
         self._begin(~torch.isfinite(self.state).flatten(1).all(1))
@@ -519,7 +526,7 @@ def train_on_policy(
     if len(record.targets) < settings.foresight + 3:
         raise ValueError(f"record: expected at least {settings.foresight + 3} times, got {len(record.targets)}")
     training = OnPolicyTraining(prior, record, policy, settings, members=members, seed=seed)
-    path, fingerprint = Path(checkpoint) if checkpoint else None, json.dumps([dataclasses.asdict(settings), prior.architecture, seed, members])
+    path, fingerprint = Path(checkpoint) if checkpoint else None, _fingerprint(prior, record, training.method, settings, seed, members)
     best, found = math.inf, None
     if path and path.exists():
         try:
@@ -535,6 +542,15 @@ def train_on_policy(
     points = {round(total * (i + 1) / settings.patience_points) for i in range(settings.patience_points)}
     bar = tqdm(total=total, initial=training.cycle, desc="on-policy training", unit="cycle", disable=None if progress else True, leave=False)
     saved = time.monotonic()
+
+    def score() -> float:
+        training.averaged.half_precision = False
+        value = float(validate(training.averaged))
+        training.averaged.half_precision = settings.half_precision
+        return value
+
+    if validate and not training.cycle:  # what it starts from may be the best there is
+        best, found = score(), copy.deepcopy(training.averaged.network.state_dict())
     try:
         while training.cycle < total:
             if training.cycle == settings.cycles:
@@ -544,9 +560,7 @@ def train_on_policy(
                 raise ValueError(f"training: the loss became non-finite in cycle {row['cycle']}; try a smaller learning rate")
             bar.update()
             if validate and training.cycle in points:
-                training.averaged.half_precision = False
-                row["validation"] = float(validate(training.averaged))
-                training.averaged.half_precision = settings.half_precision
+                row["validation"] = score()
                 if row["validation"] < best:
                     best, found = row["validation"], copy.deepcopy(training.averaged.network.state_dict())
             if path and time.monotonic() - saved > 20:
@@ -555,14 +569,23 @@ def train_on_policy(
     finally:
         bar.close()
     trained = _trainable(training.averaged, False)
+    if validate and not math.isfinite(best):
+        raise ValueError("training: no validation gave a finite score")
     if found is not None:
         trained.network.load_state_dict(found)
-    elif validate:
-        raise ValueError("training: no validation gave a finite score")
     trained.training = {"settings": dataclasses.asdict(settings), "seed": seed, "cycles": training.cycle, "validation": best if validate else None}
     if path:
         path.unlink(missing_ok=True)
     return trained, pd.DataFrame(training.history)
+
+
+def _fingerprint(prior: AnalysisPrior, record, method: Method, settings: OnPolicySettings, seed: int, members: int) -> str:
+    """Everything that a training depends on, as one digest."""
+    plain = [dataclasses.asdict(settings), prior.architecture, seed, members, type(method).__name__, repr(method)]
+    digest = hashlib.sha256(json.dumps(plain).encode())
+    for x in (record.targets, prior.location, prior.scale, prior.increment, *prior.network.state_dict().values()):
+        digest.update(x.detach().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _write(path: Path, content: dict) -> None:

@@ -258,7 +258,10 @@ class PnPDA(_PlugAndPlay):
         else:
             own = self.residuals is None and misfit.left_open is not None
             residuals = GaussianResidual(self.prior) if self.residuals is None else self.residuals
-            error = misfit.left_open if own else residuals.at(last, misfit.background)
+            background = misfit.background
+            if isinstance(residuals, EnsembleResidual):  # members that are there several times, for several answers, count once
+                background = background[..., :: self.ensemble, :]
+            error = misfit.left_open if own else residuals.at(last, background)
         return error.update(x, misfit.observations)
 
     def states(self, x: Tensor, misfit: Misfit, background: Tensor) -> Tensor:
@@ -276,13 +279,13 @@ def convergence(
     `misfit` is ½‖y − H(x)‖² of the new iterate; `change`, how far it is from the one before; `residual`, how far it would
     be moved by the same iteration once more, with the mean of the noise in its place (root mean squares over
     variables). `tau` is the pseudo-time of the iteration. The mean of the noise is the `location` of the prior's
-    source, or 0 if it has none (and the denoiser's `centre`, if it has one).
+    source, or 0 if it has none; or the denoiser's `centre`, if it has one.
     """
     misfit, prior = method.misfit(background, observations, forecast), method.prior_for(observations)
     denoiser, length = prior(misfit.background), misfit.step_size(method.step_rule)
-    mean = getattr(prior, "location", torch.zeros(prior.dim, dtype=background.dtype))
-    if getattr(denoiser, "centre", None) is not None:
-        mean = mean + denoiser.centre
+    mean = getattr(denoiser, "centre", None)
+    if mean is None:
+        mean = getattr(prior, "location", torch.zeros(prior.dim, dtype=background.dtype))
     taus, before, rows = np.arange(method.iterations) / method.iterations, misfit.background, []
     for tau, x in zip(taus.tolist(), method._iterates(misfit, prior, denoiser, length, generator)):
         w = method.towards(x, misfit, length, tau)

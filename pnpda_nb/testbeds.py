@@ -42,9 +42,9 @@ from pnpda_nb.variational import (
 )
 
 # %% auto #0
-__all__ = ['TESTBEDS', 'METHODS', 'PUBLISHED', 'lorenz63', 'lorenz96', 'kuramoto_sivashinsky', 'pendulum', 'double_well',
-           'sakov2012', 'sakov2008', 'bocquet2013', 'Climate', 'climate_of', 'method_by_name', 'Published',
-           'published_scores']
+__all__ = ['TESTBEDS', 'METHODS', 'LEARNED', 'PUBLISHED', 'lorenz63', 'lorenz96', 'kuramoto_sivashinsky', 'pendulum',
+           'double_well', 'sakov2012', 'sakov2008', 'bocquet2013', 'Climate', 'climate_of', 'method_by_name',
+           'Published', 'published_scores']
 
 # %% ../nbs/94_testbeds.ipynb #ee063f75
 def _network(sites, dim: int, variance: float) -> ObservingNetwork:
@@ -324,6 +324,9 @@ METHODS: dict[str, Callable[..., Method]] = {
     "amortised": _amortised,
     "learned_mean": _learned_mean,
 }
+
+
+LEARNED = ("amortised", "learned_mean")  # of METHODS, those that need a prior
 
 
 def method_by_name(name: str, experiment: TwinExperiment, **settings) -> Method:

@@ -232,3 +232,25 @@ def test_that_an_untrained_learned_mean_recentres_on_the_background():
         LearnedMean(prior, EnKF(), 0.0)
     with pytest.raises(ValueError, match="^background: expected"):
         analyse(LearnedMean(prior, EnKF()), members[..., :2], seen)
+
+
+def test_that_drawn_errors_have_the_covariance_that_is_left_open_and_a_lost_run_stays_alone():
+    factor, taper = torch.randn(1, 1, 12, 3, generator=stream(1), dtype=torch.float64), gaspari_cohn_matrix(12, 3.0)
+    open_ = Residual(factor.expand(40_000, -1, -1, -1), torch.full((40_000, 1, 12), 0.2, dtype=torch.float64), taper)
+    drawn = torch.cov(open_.draw(stream(2))[:, 0].T)
+    exact = open_.matrix[0, 0]
+    assert (drawn - exact).norm() / exact.norm() < 0.03
+    plain = Residual(open_.factor, open_.diagonal)
+    assert (torch.cov(plain.draw(stream(2))[:, 0].T) - plain.matrix[0, 0]).norm() / plain.matrix[0, 0].norm() < 0.03
+    lost = factor.repeat(2, 1, 1, 1)
+    lost[0] = torch.nan
+    both = Residual(lost, torch.ones(2, 1, 12, dtype=torch.float64), taper).draw(stream(3))
+    assert torch.isnan(both[0]).all() and torch.isfinite(both[1]).all()
+
+
+def test_that_a_blind_analysis_does_not_pretend_to_draw_and_a_wide_taper_on_a_short_ring_is_refused():
+    with pytest.raises(ValueError, match="^spread: expected 0 for a blind analysis"):
+        AmortisedAnalysis(None, spread=1.0, blind=True)
+    one = torch.tensor(1.0, dtype=torch.float64)
+    with pytest.raises(ValueError, match="^half_width: expected at most 4"):
+        AnalysisPrior.make(0 * one, one, one, dim=16, geometry="ring", half_width=5.0)

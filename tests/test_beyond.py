@@ -113,3 +113,15 @@ def test_that_a_preset_finds_its_study_and_an_unknown_one_names_those_there_are(
     assert study.with_preset("paper") is study and study.with_preset("beyond").methods == BEYOND_METHODS
     with pytest.raises(ValueError, match="^preset: unknown preset 'beyound'; known: smoke, paper, beyond"):
         study.with_preset("beyound")
+
+
+def test_that_learning_from_a_filter_works_where_networks_are_random():
+    settings = dataclasses.replace(beyond_study("kuramoto_sivashinsky").presets["beyond_smoke"], learning_cycles=2)
+    task = off_policy_prior(settings)
+    prior = task.function(task.settings | {"validation_runs": 1})
+    assert torch.isfinite(prior.network.last.weight).all()
+
+
+def test_that_methods_that_are_not_planned_for_a_testbed_are_one_line():
+    with pytest.raises(ValueError, match="^methods: foresight is not planned for kuramoto_sivashinsky"):
+        plan_beyond(BEYOND_PRESETS["kuramoto_sivashinsky"], ("foresight",))

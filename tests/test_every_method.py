@@ -26,7 +26,8 @@ from pnpda_nb.observing import (
     ObservingNetwork,
     Select,
 )
-from pnpda_nb.testbeds import METHODS, TESTBEDS, climate_of, method_by_name
+from pnpda_nb.testbeds import LEARNED, TESTBEDS, climate_of, method_by_name
+from pnpda_nb.testbeds import METHODS as ALL_METHODS
 from pnpda_nb.twin import (
     Forecast,
     cycle,
@@ -38,6 +39,7 @@ from pnpda_nb.twin import (
 )
 from pnpda_nb.variational import FourDVar, ThreeDVar, WeakFourDVar
 
+METHODS = {name: make for name, make in ALL_METHODS.items() if name not in LEARNED}
 NEEDS_ENSEMBLE = ("enkf", "etkf", "letkf", "local_enkf", "enks", "enrda", "ensf", "enff")
 ENSEMBLE = (*NEEDS_ENSEMBLE, "particle_filter")
 REDRAWN = ("particle_filter", "ensf", "enff")  # their analysis is another sample, also of what was not observed

@@ -167,7 +167,7 @@ def test_that_the_same_seed_gives_the_same_weights_and_another_one_others(nature
     assert torch.equal(weights(prior), before)  # what it started from is left alone
 
 
-@pytest.mark.parametrize("stop", [2, 3, 5])
+@pytest.mark.parametrize("stop", [3, 4, 6])  # the first call is for what training starts from
 @pytest.mark.parametrize("kind", ["nature", "observed", "ensemble", "plain"])
 def test_that_a_resumed_training_is_the_uninterrupted_one(kind, stop, nature, data, tmp_path, monkeypatch):
     record = ObservedRecord(EXPERIMENT, data) if kind == "observed" else nature
@@ -200,8 +200,12 @@ def test_that_checkpoints_of_others_and_broken_ones_are_named(nature, tmp_path, 
     ticks = itertools.count(0, 100)
     monkeypatch.setattr(on_policy.time, "monotonic", lambda: next(ticks))
 
-    def stops(prior):
-        raise KeyboardInterrupt
+    calls = itertools.count()
+
+    def stops(prior) -> float:
+        if next(calls) == 2:  # after the first cycles
+            raise KeyboardInterrupt
+        return 1.0
 
     with pytest.raises(KeyboardInterrupt):
         train_on_policy(make(), nature, settings=SETTINGS, validate=stops, checkpoint=path)
@@ -219,10 +223,10 @@ def test_that_the_best_of_the_validated_priors_is_returned(nature):
 
     def validate(prior) -> float:
         seen.append(weights(prior).clone())
-        return [3.0, 1.0, 2.0][len(seen) - 1]
+        return [4.0, 3.0, 1.0, 2.0][len(seen) - 1]  # the first is what training starts from
 
     best, history = train_on_policy(make(), nature, settings=SETTINGS, validate=validate)
-    assert torch.equal(weights(best), seen[1]) and history.validation.dropna().tolist() == [3.0, 1.0, 2.0]
+    assert torch.equal(weights(best), seen[2]) and history.validation.dropna().tolist() == [3.0, 1.0, 2.0]
     assert len(history) == 6 and best.training["validation"] == 1.0
     with pytest.raises(ValueError, match="^training: no validation"):
         train_on_policy(make(), nature, settings=SETTINGS, validate=lambda prior: math.nan)

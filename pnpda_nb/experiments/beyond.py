@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +35,6 @@ from pnpda_nb.studies import (
     archive_task,
     build_method,
     conditional_scores,
-    cycle_part,
     experiment_of,
     figure_along,
     readable,
@@ -42,7 +42,7 @@ from pnpda_nb.studies import (
     tuning_task,
 )
 from ..sweep import Study, Task
-from ..twin import TwinExperiment, cycle, scores
+from ..twin import TwinExperiment, cycle, scores, summary, watch_nature
 
 # %% auto #0
 __all__ = ['BEYOND_METHODS', 'BEYOND_PRESETS', 'PARTS_METHODS', 'PARTS', 'PARTS_STUDY', 'record_part', 'record_task',
@@ -135,12 +135,18 @@ def learning_task(
 # %% ../../nbs/14_beyond.ipynb #8c472e66
 def costed_part(settings: dict, **learned) -> xr.Dataset:
     """A cycle on test truths with what it cost: forecasts per cycle, passes of a network per cycle, and seconds in all."""
+    experiment = experiment_of(settings["testbed"])
+    method = build_method(experiment, settings["method"], **learned)
+    nature = list(watch_nature(experiment, settings["runs"], settings["seed"], "test"))  # which is the same for all, and costs nothing
     begin = time.perf_counter()
-    result = cycle_part(settings | {"whole": False}, **learned)
+    whole = cycle(experiment, method, members=settings["members"], runs=settings["runs"], seed=settings["seed"], nature=nature)
     cost = {
         "seconds": time.perf_counter() - begin, "forecasts": settings["members"],
         "passes": passes(settings["method"] | learned.get("tuned", {}).get("setting", {}), settings["members"]) if "prior" in learned else 0,
     }  # fmt: skip
+    result = summary(whole)
+    chosen = dict(learned.get("tuned", {}).get("setting", {}))
+    result.attrs["method_settings"] = json.dumps(json.loads(result.attrs["method_settings"]) | chosen)
     if settings["members"] > 1:
         n = settings["members"]
         result["spread_skill"] = np.sqrt((n + 1) / n * result.variance / result.squared_error)
@@ -241,21 +247,28 @@ _KS_NETWORKS = ((16, 0.1), (16, 1.0), (32, 1.0))
 _TESTBEDS: dict[str, dict] = {
     "lorenz63": {
         "network": {"geometry": "none", "rank": 3, "increment": 0.6}, "metric": "step_rmse", "filter": {"name": "enkf"},
-        "grid": {"inflation": [1.0, 1.1, 1.2, 1.3, 1.5, 1.7], "additive": [0.0, 0.5]},
+        "grid": {"inflation": [1.0, 1.1, 1.2, 1.3, 1.5, 1.7], "additive": [0.0, 0.5, 1.0]},
+        "letkf": {"inflation": [1.0, 1.15, 1.3, 1.5], "half_width": [2.0, 4.0], "additive": [0.0, 0.5, 1.0]},
+        "reanalysis": ({"name": "enkf"}, {"inflation": [1.0, 1.1, 1.2, 1.3, 1.5], "additive": [0.0, 0.5]}),
         "var3d": ("var3d", {"scale": [0.5, 1.0, 1.5, 2.0, 3.0, 5.0]}),
         "smoother": True, "hybrid": {"filter": "enkf", "inflation": 1.05},
         "pnpda": {"data_step": "kalman", "iterations": 8},
     },
     "lorenz96": {
         "network": {"geometry": "ring", "rank": 8, "increment": 0.2, "dilations": [1, 1, 1]}, "metric": "step_rmse",
-        "filter": {"name": "enkf"}, "grid": {"inflation": [1.0, 1.1, 1.2, 1.4], "additive": [0.5, 1.0, 1.5, 2.0, 3.0]},
+        "filter": {"name": "local_enkf"},
+        "grid": {"inflation": [1.0, 1.1, 1.2], "additive": [0.5, 1.0, 1.5, 2.0, 3.0], "half_width": [2.0, 4.0, 1e6]},
+        "letkf": {"inflation": [1.0, 1.1, 1.3], "half_width": [1.2, 2.0, 4.0, 1e6], "additive": [0.5, 1.0, 1.5, 2.0]},
+        "reanalysis": ({"name": "enkf"}, {"inflation": [1.0, 1.1, 1.2, 1.4], "additive": [0.5, 1.0, 1.5, 2.0]}),
         "var3d": ("var3d_gc", {"variance": [1.0, 3.0, 10.0, 30.0], "half_width": [0.6, 0.8, 1.0, 1.2, 1.5]}),
         "smoother": True, "hybrid": {"filter": "enkf", "inflation": 1.1, "additive": 0.5},
         "pnpda": {"data_step": "kalman", "iterations": 6},
     },
     "kuramoto_sivashinsky": {
         "network": {"geometry": "walls", "rank": 16, "half_width": 20.0, "increment": 0.33}, "metric": "analysis_rmse",
-        "filter": {"name": "local_enkf"}, "grid": {"inflation": [1.0, 1.03, 1.1], "half_width": [25.0, 50.0]},
+        "filter": {"name": "local_enkf"}, "grid": {"inflation": [0.95, 1.0, 1.03], "half_width": [16.0, 25.0, 40.0, 60.0]},
+        "letkf": {"inflation": [0.95, 1.0, 1.1, 1.3], "half_width": [12.0, 20.0, 30.0]},
+        "reanalysis": ({"name": "local_enkf"}, {"inflation": [1.0, 1.03, 1.1], "half_width": [25.0, 50.0]}),
         "var3d": ("var3d_gc", {"variance": [0.3, 1.0, 3.0, 10.0], "half_width": [2.5, 4.0, 6.0]}),
         "smoother": False, "hybrid": {"filter": "local_enkf", "half_width": 40.0, "inflation": 1.02},
         "pnpda": {"data_step": "kalman", "iterations": 4},
@@ -263,7 +276,7 @@ _TESTBEDS: dict[str, dict] = {
 }  # fmt: skip
 
 BEYOND_METHODS = (
-    "free_run", "var3d", "particle_filter", "ensf", "enff", "letkf", "enkf", "enkf_40", "enkf_100",
+    "free_run", "var3d", "particle_filter", "ensf", "enff", "letkf", "enkf", "enkf_crps", "enkf_40", "enkf_100",
     "one_step", "pnpda_blind", "pnpda_seeing", "amortised", "foresight",
     "one_step_obs", "pnpda_blind_obs", "amortised_obs", "foresight_obs",
     "amortised_ensemble", "learned_mean", "amortised_ensemble_obs", "learned_mean_obs",
@@ -302,7 +315,7 @@ def beyond_priors(settings: BeyondSettings) -> dict[str, Task]:
         }
         if settings.foresight:
             training = settings.training(
-                cycles=1, steps=1, foresight=settings.foresight, foresight_cycles=settings.foresight_cycles,
+                cycles=0, foresight=settings.foresight, foresight_cycles=settings.foresight_cycles,
             )
             found[f"foresight{tag}"] = learning_task(testbeds, {"name": "amortised"}, training, name=f"foresight{tag}", **one)
         return found
@@ -325,8 +338,12 @@ def beyond_priors(settings: BeyondSettings) -> dict[str, Task]:
 def beyond_record(settings: BeyondSettings, condition: str) -> Task:
     """The record of observations of a condition, reanalysed by a large ensemble that was tuned for it."""
     here, testbed = _TESTBEDS[settings.testbed], settings.conditions()[condition]
-    tuned = beyond_tuning(settings, condition, "enkf_100" if settings.record_members > 40 else "enkf_40")
-    method = here["filter"] if not here["smoother"] else {"name": "enks", "lag": 2}
+    filter, grid = here["reanalysis"]
+    tuned = tuning_task(
+        testbed, filter, grid, members=settings.record_members, runs=settings.tuning_runs, seed=settings.seed, metric=here["metric"],
+        name=f"tuning reanalysis {condition}".strip(), cost=settings.record_members,
+    )  # fmt: skip
+    method = {"name": "enks", "lag": 2} if here["smoother"] else filter
     return record_task(
         testbed, method, members=settings.record_members, runs=settings.record_runs, cycles=settings.record_cycles, seed=settings.seed,
         smoothed=here["smoother"], tuned=tuned, name=f"record {condition}".strip(), cost=60,
@@ -350,12 +367,11 @@ def beyond_tuning(settings: BeyondSettings, condition: str, name: str) -> Task |
             method, grid = here["var3d"]
             needs = {"archive": beyond_archive(settings)} if method == "var3d" else None
             return tuning_task(testbed, {"name": method}, grid, needs=needs, **(options | {"runs": 3 * settings.tuning_runs}))
-        case "enkf" | "enkf_40" | "enkf_100":
-            return tuning_task(testbed, here["filter"], here["grid"], members=size, cost=size, **options)
+        case "enkf" | "enkf_40" | "enkf_100" | "enkf_crps":
+            metric = {"metric": "crps"} if name == "enkf_crps" else {}
+            return tuning_task(testbed, here["filter"], here["grid"], members=size, cost=size, **(options | metric))
         case "letkf":
-            wide = [12.0, 25.0] if settings.testbed == "kuramoto_sivashinsky" else [2.0, 4.0, 1e6]
-            grid = {"inflation": [1.05, 1.2, 1.4], "half_width": wide}
-            return tuning_task(testbed, {"name": "letkf"}, grid, members=size, cost=30, **options)
+            return tuning_task(testbed, {"name": "letkf"}, here["letkf"], members=size, cost=30, **options)
         case "ensf" | "enff":
             return tuning_task(testbed, {"name": name}, _FREE_GRIDS[settings.testbed][name], members=size, cost=40, **options)
     return None
@@ -378,7 +394,7 @@ def plan_beyond(settings: BeyondSettings, methods: tuple[str, ...]) -> dict[tupl
                 return costed_task(testbed, {"name": here["var3d"][0]}, tuned=tuned, archive=archive, **options)
             case "particle_filter":
                 return costed_task(testbed, {"name": name}, members=settings.particles, cost=30, **options)
-            case "enkf" | "enkf_40" | "enkf_100":
+            case "enkf" | "enkf_40" | "enkf_100" | "enkf_crps":
                 return costed_task(testbed, here["filter"], members=size, tuned=tuned, cost=size / 3, **options)
             case "letkf" | "ensf" | "enff":
                 return costed_task(testbed, {"name": name}, members=size, tuned=tuned, cost=15, **options)
@@ -409,7 +425,7 @@ def plan_beyond(settings: BeyondSettings, methods: tuple[str, ...]) -> dict[tupl
                     return None
                 prior = priors[name.replace("_ensemble", "")]
                 tuned = tuning_task(
-                    testbed, {"name": "amortised"}, {"spread": [0.4, 0.55, 0.7, 0.85, 1.0]}, members=settings.members, runs=settings.tuning_runs,
+                    testbed, {"name": "amortised"}, {"spread": [0.4, 0.55, 0.7, 0.85, 1.0, 1.25]}, members=settings.members, runs=settings.tuning_runs,
                     seed=settings.seed, metric="crps", needs={"prior": prior}, name=f"tuning {options['name']}",
                 )  # fmt: skip
                 return costed_task(testbed, {"name": "amortised"}, members=settings.members, prior=prior, tuned=tuned, cost=15, **options)
@@ -418,14 +434,17 @@ def plan_beyond(settings: BeyondSettings, methods: tuple[str, ...]) -> dict[tupl
                     return None  # it is trained for one network
                 method = {"name": "learned_mean"} | here["hybrid"]
                 tuned = tuning_task(
-                    testbed, method, {"stretch": [0.4, 0.5, 0.6, 0.7, 0.85, 1.0]}, members=settings.members, runs=settings.tuning_runs,
+                    testbed, method, {"stretch": [0.4, 0.5, 0.6, 0.7, 0.85, 1.0, 1.2]}, members=settings.members, runs=settings.tuning_runs,
                     seed=settings.seed, metric="crps", needs={"prior": prior}, name=f"tuning {options['name']}",
                 )  # fmt: skip
                 return costed_task(testbed, method, members=settings.members, prior=prior, tuned=tuned, cost=15, **options)
         raise ValueError(f"methods: unknown method {name!r}")
 
     found = {(c, name): task(c, testbed, name) for c, testbed in settings.conditions().items() for name in methods}
-    return {case: task for case, task in found.items() if task is not None}
+    found = {case: task for case, task in found.items() if task is not None}
+    if not found:
+        raise ValueError(f"methods: {', '.join(methods)} is not planned for {settings.testbed}")
+    return found
 
 # %% ../../nbs/14_beyond.ipynb #0b0d4518
 _FREE_GRIDS: dict[str, dict] = {
@@ -493,7 +512,7 @@ def figure_beyond(scores: pd.DataFrame, metric: str):
             if method == "free_run" or not np.isfinite(row[metric]):
                 continue
             style = line_style(method)
-            ax.errorbar(row.forecasts, row[metric], yerr=error["std"][method] / error["runs"][method] ** 0.5, marker="o", ls="none", ms=6, color=style["color"], label=style["label"])
+            ax.errorbar(row.forecasts, row[metric], yerr=error["std"][method] / error["runs"][method] ** 0.5, marker="o", ls="none", ms=6, mfc="white" if method.endswith("_obs") else style["color"], color=style["color"], label=style["label"])
         ax.set(xscale="log", xlabel="forecasts per cycle", ylabel=metric.replace("_", " ").replace("rmse", "RMSE"), title=condition, ylim=(0, None))
     axes[0, -1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
@@ -635,9 +654,9 @@ def plan_parts(settings: PartsSettings, methods: tuple[str, ...]) -> dict[tuple[
                 draws = {"draws": 1} if name == "one_draw" else {}
                 return costed_task(testbed, blind | draws, prior=priors["pnpda_blind"], name=label, **trial)
             case "gradient_step":
-                method = blind | {"data_step": "gradient", "iterations": 30, "step_rule": "lipschitz", "draws": 4}
+                method = blind | {"data_step": "gradient", "iterations": 30, "step_rule": "lipschitz"}
                 tuned = tuning_task(
-                    testbed, method, {"alpha": [0.05, 0.5]}, runs=settings.tuning_runs, seed=settings.seed, metric=here["metric"],
+                    testbed, method, {"alpha": [0.05, 0.2, 0.5, 1.0]}, runs=settings.tuning_runs, seed=settings.seed, metric=here["metric"],
                     needs={"prior": priors["pnpda_blind"]}, name=f"tuning {label}",
                 )  # fmt: skip
                 return costed_task(testbed, method, prior=priors["pnpda_blind"], tuned=tuned, name=label, cost=10, **trial)
