@@ -259,7 +259,7 @@ class PnPDA(_PlugAndPlay):
             own = self.residuals is None and misfit.left_open is not None
             residuals = GaussianResidual(self.prior) if self.residuals is None else self.residuals
             background = misfit.background
-            if isinstance(residuals, EnsembleResidual):  # members that are there several times, for several answers, count once
+            if getattr(residuals, "of_members", False):  # members that are there several times, for several answers, count once
                 background = background[..., :: self.ensemble, :]
             error = misfit.left_open if own else residuals.at(last, background)
         return error.update(x, misfit.observations)
@@ -545,6 +545,7 @@ class EnsembleResidual:
     inflation: float = 1.0
     distance: Distance = "ring"
     source: Tensor | float = 1.0
+    of_members: bool = field(default=True, init=False, repr=False)
 
     def __post_init__(self):
         if not self.half_width > 0:
