@@ -177,7 +177,7 @@ class BeyondSettings(Settings):
     `members` of the ensembles that have twenty in the tables, `tuning_runs` training truths for everything that is tuned, `particles` of the
     particle filter. The nature run to learn from has `truth_runs` and `truth_cycles`; the record of observations `record_runs` and `record_cycles`,
     reanalysed by an ensemble of `record_members`. `learning_cycles` and `learning_steps` per cycle, of `batch` lessons from `trajectories`, for a
-    network of `width`; the priors that start from it take a share `follow` of the cycles, blind ones a share `follow_blind`, and those that learn from observations alone a share `record_share` of that. `foresight` cycles are looked ahead in `foresight_cycles` steps
+    network of `width`; the priors that start from it take a share `follow` of the cycles, blind ones a share `follow_blind`, those of an ensemble `follow_ensemble`, and those that learn from observations alone a share `record_share` of that. `foresight` cycles are looked ahead in `foresight_cycles` steps
     (0: not at all). Plug-and-play averages `draws` of noise. Raises `ValueError` for settings out of range.
     """
 
@@ -202,6 +202,7 @@ class BeyondSettings(Settings):
     learning_rate: float = 2e-3
     follow: float = 0.3
     follow_blind: float = 0.4
+    follow_ensemble: float = 0.3
     record_share: float = 1.0
     half_precision: bool = False
     ensemble_trajectories: int = 64
@@ -213,11 +214,11 @@ class BeyondSettings(Settings):
         if self.testbed not in _TESTBEDS:
             raise ValueError(f"testbed: expected one of {', '.join(_TESTBEDS)}, got {self.testbed!r}")
         for field in dataclasses.fields(self):
-            least = {"seed": None, "foresight": 0, "foresight_cycles": 0, "follow": None, "follow_blind": None, "record_share": None}.get(field.name, 1)
+            least = {"seed": None, "foresight": 0, "foresight_cycles": 0, "follow": None, "follow_blind": None, "follow_ensemble": None, "record_share": None}.get(field.name, 1)
             value = getattr(self, field.name)
             if isinstance(value, int) and not isinstance(value, bool) and least is not None and value < least:
                 raise ValueError(f"{field.name}: expected at least {least}, got {value}")
-        for name in ("follow", "follow_blind", "record_share"):
+        for name in ("follow", "follow_blind", "follow_ensemble", "record_share"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a share above 0, at most 1, got {getattr(self, name)}")
         if self.members < 2 or self.record_members < 2:
@@ -326,7 +327,8 @@ def beyond_priors(settings: BeyondSettings) -> dict[str, Task]:
         cost=seconds * settings.follow, **nature,
     )  # fmt: skip
     ensemble = {"members": settings.members, "cost": seconds * settings.follow * 2}
-    training = settings.following(trajectories=settings.ensemble_trajectories)
+    cycles = max(1, round(settings.follow_ensemble * settings.learning_cycles))
+    training = settings.following(trajectories=settings.ensemble_trajectories, cycles=cycles)
     policy = {"name": "learned_mean", "stretch": 0.7} | here["hybrid"]
     for tag, source in (("", nature), ("_obs", {"records": records[:1], **options})):
         priors[f"learned_mean{tag}"] = learning_task(
@@ -540,7 +542,7 @@ BEYOND_PRESETS: dict[str, BeyondSettings] = {
     "kuramoto_sivashinsky": BeyondSettings(
         testbed="kuramoto_sivashinsky", cycles=40, truth_runs=128, truth_cycles=300, record_runs=20, record_cycles=155, record_members=40,
         trajectories=64, learning_cycles=1250, learning_steps=6, batch=48, width=48, validation_runs=10, particles=50, tuning_runs=6, half_precision=True,
-        ensemble_trajectories=16, foresight=0, follow=0.2, follow_blind=0.35, record_share=0.6, draws=4,
+        ensemble_trajectories=16, foresight=2, foresight_cycles=250, follow=0.2, follow_blind=0.35, follow_ensemble=0.35, record_share=0.6, draws=4,
     ),
 }  # fmt: skip
 
@@ -579,10 +581,10 @@ class PartsSettings(Settings):
     seed: int = 1
     members: int = 20
     tuning_runs: int = 10
-    training: float = 0.25
-    forcings: tuple[float, ...] = (14.0, 16.0, 17.0, 18.0, 19.0, 20.0, 22.0)
+    training: float = 0.2
+    forcings: tuple[float, ...] = (14.0, 16.0, 18.0, 20.0, 22.0)
     counts: tuple[int, ...] = (4, 8, 16, 32, 64)
-    archives: tuple[int, ...] = (1, 2, 4, 16, 64)
+    archives: tuple[int, ...] = (1, 4, 16, 64)
 
     def __post_init__(self):
         self.require_distinct("forcings", "counts", "archives")
