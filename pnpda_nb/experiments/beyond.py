@@ -178,7 +178,7 @@ class BeyondSettings(Settings):
     particle filter. The nature run to learn from has `truth_runs` and `truth_cycles`; the record of observations `record_runs` and `record_cycles`,
     reanalysed by an ensemble of `record_members`. `learning_cycles` and `learning_steps` per cycle, of `batch` lessons from `trajectories`, for a
     network of `width`; the priors that start from it take a share `follow` of the cycles, blind ones a share `follow_blind`, those of an ensemble `follow_ensemble`, and those that learn from observations alone a share `record_share` of that. `foresight` cycles are looked ahead in `foresight_cycles` steps
-    (0: not at all). Plug-and-play averages `draws` of noise. Raises `ValueError` for settings out of range.
+    (0: not at all; without `foresight_of_truth`, only where there are observations alone). Plug-and-play averages `draws` of noise. Raises `ValueError` for settings out of range.
     """
 
     testbed: str = "lorenz63"
@@ -208,6 +208,7 @@ class BeyondSettings(Settings):
     ensemble_trajectories: int = 64
     foresight: int = 3
     foresight_cycles: int = 300
+    foresight_of_truth: bool = True
     draws: int = 8
 
     def __post_init__(self):
@@ -268,6 +269,7 @@ _TESTBEDS: dict[str, dict] = {
     "kuramoto_sivashinsky": {
         "network": {"geometry": "walls", "rank": 16, "half_width": 20.0, "increment": 0.33}, "metric": "analysis_rmse",
         "filter": {"name": "local_enkf"}, "grid": {"inflation": [0.95, 1.0, 1.03], "half_width": [16.0, 25.0, 40.0, 60.0]},
+        "grid_100": {"inflation": [0.95, 1.0], "half_width": [40.0, 60.0, 80.0]},
         "letkf": {"inflation": [0.95, 1.0, 1.1, 1.3], "half_width": [12.0, 20.0, 30.0]},
         "reanalysis": ({"name": "local_enkf"}, {"inflation": [1.0, 1.03, 1.1], "half_width": [25.0, 50.0]}),
         "var3d": ("var3d_gc", {"variance": [0.3, 1.0, 3.0, 10.0], "half_width": [2.5, 4.0, 6.0]}),
@@ -314,7 +316,7 @@ def beyond_priors(settings: BeyondSettings) -> dict[str, Task]:
             f"amortised{tag}": amortised,
             f"pnpda_blind{tag}": learning_task(testbeds[:1], policy, blind, name=f"pnpda_blind{tag}", **first),
         }
-        if settings.foresight:
+        if settings.foresight and (tag or settings.foresight_of_truth):
             training = settings.training(
                 cycles=0, foresight=settings.foresight, foresight_cycles=settings.foresight_cycles,
             )
@@ -371,7 +373,8 @@ def beyond_tuning(settings: BeyondSettings, condition: str, name: str) -> Task |
             return tuning_task(testbed, {"name": method}, grid, needs=needs, **(options | {"runs": 3 * settings.tuning_runs}))
         case "enkf" | "enkf_40" | "enkf_100" | "enkf_crps":
             metric = {"metric": "crps"} if name == "enkf_crps" else {}
-            return tuning_task(testbed, here["filter"], here["grid"], members=size, cost=size, **(options | metric))
+            grid = here.get("grid_100", here["grid"]) if name == "enkf_100" else here["grid"]
+            return tuning_task(testbed, here["filter"], grid, members=size, cost=size, **(options | metric))
         case "letkf":
             return tuning_task(testbed, {"name": "letkf"}, here["letkf"], members=size, cost=30, **options)
         case "ensf" | "enff":
@@ -542,7 +545,7 @@ BEYOND_PRESETS: dict[str, BeyondSettings] = {
     "kuramoto_sivashinsky": BeyondSettings(
         testbed="kuramoto_sivashinsky", cycles=40, truth_runs=128, truth_cycles=300, record_runs=20, record_cycles=155, record_members=40,
         trajectories=64, learning_cycles=1250, learning_steps=6, batch=48, width=48, validation_runs=10, particles=50, tuning_runs=6, half_precision=True,
-        ensemble_trajectories=16, foresight=2, foresight_cycles=250, follow=0.2, follow_blind=0.35, follow_ensemble=0.35, record_share=0.6, draws=4,
+        ensemble_trajectories=16, foresight=2, foresight_cycles=250, foresight_of_truth=False, follow=0.2, follow_blind=0.35, follow_ensemble=0.35, record_share=0.6, draws=4,
     ),
 }  # fmt: skip
 
@@ -672,7 +675,7 @@ def plan_parts(settings: PartsSettings, methods: tuple[str, ...]) -> dict[tuple[
     for name in BEYOND_PRESETS:
         of = settings.beyond(name)
         testbed = next(iter(of.conditions().values()))
-        there = [m for m in methods if m != "enkf" and (m != "foresight" or of.foresight) and (m != "dense" or name != "lorenz63")]
+        there = [m for m in methods if m != "enkf" and (m != "foresight" or (of.foresight and of.foresight_of_truth)) and (m != "dense" or name != "lorenz63")]
         plan |= {(f"testbed={name}", method): task(of, testbed, method) for method in there}
     of = settings.beyond("lorenz96")
     testbed = of.conditions()[""]
