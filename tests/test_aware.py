@@ -5,12 +5,27 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pnpda_nb.aware import AmortisedAnalysis, AnalysisPrior, BlindPrior, Residual, SeeingPrior, Sightings, on_grid
+from pnpda_nb.aware import (
+    AmortisedAnalysis,
+    AnalysisPrior,
+    BlindPrior,
+    Residual,
+    SeeingPrior,
+    Sightings,
+    on_grid,
+)
 from pnpda_nb.dynamics import standard_normal, stream
 from pnpda_nb.ensemble import EnKF
 from pnpda_nb.experiments import lorenz63
 from pnpda_nb.hybrid import ENSEMBLE_FIELDS, LearnedMean, ensemble_fields
-from pnpda_nb.observing import Covariance, DiagonalCovariance, Linear, Observations, Select, gaspari_cohn_matrix
+from pnpda_nb.observing import (
+    Covariance,
+    DiagonalCovariance,
+    Linear,
+    Observations,
+    Select,
+    gaspari_cohn_matrix,
+)
 from pnpda_nb.pnp import PnPDA
 from pnpda_nb.twin import cycle
 

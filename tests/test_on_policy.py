@@ -11,8 +11,8 @@ import pnpda_nb.on_policy as on_policy
 from pnpda_nb.aware import AmortisedAnalysis, AnalysisPrior, Sightings, on_grid
 from pnpda_nb.dynamics import standard_normal, stream
 from pnpda_nb.ensemble import EnKF, EnKS
-from pnpda_nb.hybrid import ENSEMBLE_FIELDS, LearnedMean
 from pnpda_nb.experiments import lorenz63
+from pnpda_nb.hybrid import ENSEMBLE_FIELDS, LearnedMean
 from pnpda_nb.on_policy import (
     Lesson,
     ObservedRecord,

@@ -9,12 +9,18 @@ import torch
 from safetensors import safe_open
 
 from pnpda_nb.dynamics import standard_normal, stream
-from pnpda_nb.flow_matching import PAPER_TRAINING, FlowPrior, GaussianPrior, TrainingSettings, train_prior
+from pnpda_nb.flow_matching import (
+    PAPER_TRAINING,
+    FlowPrior,
+    GaussianPrior,
+    TrainingSettings,
+    train_prior,
+)
 from pnpda_nb.observing import Covariance
 
 QUICK = TrainingSettings(hidden=(16, 16), epochs=4, batch=64)
 SOURCES = [("white", "increment"), ("background", "state"), ("background", "increment"), ("covariance", "state"), ("covariance", "increment")]
-STORED = sorted((Path(__file__).parent.parent / "nbs" / "results").glob("*/prior*.safetensors"))
+STORED = sorted(p for p in (Path(__file__).parent.parent / "nbs" / "results").glob("*/prior*.safetensors") if not p.parent.name.startswith("beyond_"))
 
 
 def pairs_nearby(seed: int, samples: int, size: float = 0.1):

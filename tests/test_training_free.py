@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from pnpda_nb.dynamics import standard_normal, stream
-from pnpda_nb.observing import Covariance, DiagonalCovariance, Linear, Nonlinear, ObservingNetwork, Select
+from pnpda_nb.observing import (
+    Covariance,
+    DiagonalCovariance,
+    Linear,
+    Nonlinear,
+    ObservingNetwork,
+    Select,
+)
 from pnpda_nb.testbeds import lorenz96
 from pnpda_nb.training_free import (
     EnFF,
