@@ -78,10 +78,10 @@ def test_that_every_form_of_a_covariance_gives_the_kalman_update(operator, R, mi
     L, d = standard_normal((4, 2, DIM, 2), stream(1, "L")), standard_normal((4, 2, DIM), stream(1, "d")).square()
     shapes = {"common": (slice(0, 1), slice(0, 1)), "per run": (slice(None), slice(0, 1)), "per state": (slice(None), slice(None))}
     for which in shapes.values():
-        l, e = L[which], d[which]
-        matrix = l @ l.mT + torch.diag_embed(e)
+        factor, e = L[which], d[which]
+        matrix = factor @ factor.mT + torch.diag_embed(e)
         exact = by_hand(X, y, operator, R, matrix.expand(4, 2, DIM, DIM))
-        for error in (DenseError(matrix), FactoredError(l, e)):
+        for error in (DenseError(matrix), FactoredError(factor, e)):
             assert isinstance(error, ErrorCovariance)
             assert torch.allclose(error.update(X, seen), exact, atol=1e-10)
     common = L[0, 0] @ L[0, 0].T
