@@ -313,7 +313,7 @@ class OnPolicyTraining:
         self.runs = torch.zeros_like(self.times)
         self.state = torch.zeros(settings.trajectories, members, self.experiment.dim, dtype=torch.float64)
         self.networks = None
-        self.memory: deque = deque(maxlen=settings.memory)
+        self.memory, self.pool = deque(maxlen=settings.memory), None
         self.cycle, self.updates, self.history = 0, 0, []
         self._begin(torch.ones_like(self.times, dtype=torch.bool))
 
@@ -369,7 +369,7 @@ class OnPolicyTraining:
                 analysis = self.method.analyse(background, known, forecast=None, generator=self.generator)
                 mean, extra = background.mean(-2), None
         lost = ~torch.isfinite(analysis).flatten(1).all(1) | ((mean - target).abs() > 1e3 * self.prior.scale).any(-1)
-        keep = ~lost
+        keep, self.pool = ~lost, None
         if not keep.any() and not self.memory:
             raise ValueError("policy: all trajectories became non-finite in their first cycle")
         shown = on_grid(seen, target.shape[-1])[:, 0]
@@ -383,15 +383,21 @@ class OnPolicyTraining:
 
     def lesson(self) -> Lesson:
         """A batch from the memory; what is seen is drawn anew if the record can."""
-        parts = list(zip(*self.memory))
-        mean, target, times, runs = (torch.cat(parts[i]) for i in (0, 1, 4, 5))
+        if self.pool is None:  # the whole memory, once per cycle
+            parts = list(zip(*self.memory))
+            mean, target, times, runs = (torch.cat(parts[i]) for i in (0, 1, 4, 5))
+            seen = extra = networks = None
+            if parts[3][0] is not None:
+                seen = Sightings(*(torch.cat([getattr(s, name) for s in parts[2]]) for name in ("value", "mask", "error")))
+                extra = torch.cat(parts[3])
+            elif parts[6][0] is not None:
+                networks = tuple(torch.cat([n[i] for n in parts[6]]) for i in range(2))
+            self.pool = mean, target, times, runs, seen, extra, networks
+        mean, target, times, runs, seen, extra, networks = self.pool
         pick = torch.randint(0, len(mean), (self.settings.batch,), generator=self.generator)
-        if parts[3][0] is not None:
-            seen = Sightings(*(torch.cat([getattr(s, name) for s in parts[2]])[pick] for name in ("value", "mask", "error")))
-            return Lesson(mean[pick], target[pick], seen, torch.cat(parts[3])[pick])
-        networks = None
-        if parts[6][0] is not None:
-            networks = tuple(torch.cat([n[i] for n in parts[6]])[pick] for i in range(2))
+        if extra is not None:
+            return Lesson(mean[pick], target[pick], seen[pick], extra[pick])
+        networks = networks and tuple(n[pick] for n in networks)
         seen = self.record.observe(times[pick], runs[pick], networks, self.generator)
         return Lesson(mean[pick], target[pick], on_grid(seen, mean.shape[-1])[:, 0])
 
