@@ -8,14 +8,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Callable
+from typing import Callable, Literal
 
 import torch
 from torch import Tensor
 
 from .dynamics import Model, rk4
 from .observing import Covariance, Nonlinear, Observations
-from .pnp import Misfit, PnPDA
+from .flow_matching import Prior
+from .pnp import Misfit, PnPDA, Residuals
 from .twin import Method
 
 # %% auto #0

@@ -22,8 +22,8 @@ from .flow_matching import Denoiser, FlowPrior, GaussianPrior, Prior
 from .observing import Covariance, DiagonalCovariance, Observations, Present, Select
 
 # %% auto #0
-__all__ = ['step_size', 'selects_alone', 'Misfit', 'PnPDA', 'convergence', 'analysis_ensemble', 'ensemble_scores',
-           'ErrorCovariance', 'Residuals', 'DenseError', 'FactoredError', 'GaussianResidual', 'ResidualCovariance',
+__all__ = ['step_size', 'selects_alone', 'Misfit', 'ErrorCovariance', 'Residuals', 'PnPDA', 'convergence', 'analysis_ensemble',
+           'ensemble_scores', 'DenseError', 'FactoredError', 'GaussianResidual', 'ResidualCovariance',
            'residual_covariance', 'EnsembleResidual', 'WindowMisfit', 'PnPDA4D']
 
 # %% ../nbs/08_pnp.ipynb #9c5cc870
@@ -111,6 +111,22 @@ class Misfit:
 
     def step_size(self, rule: str) -> Tensor | float:
         return step_size(self.observations, self.background, rule)
+
+# %% ../nbs/08_pnp.ipynb #d595bae1
+@runtime_checkable
+class ErrorCovariance(Protocol):
+    """The covariance B of the errors of an estimate, as far as a data step needs it."""
+
+    def update(self, x: Tensor, observations: Observations) -> Tensor:
+        """x + B Hᵀ (H B Hᵀ + P)⁻¹ (y − H(x)) for states x `(..., member, dim)`, with H linearised at x."""
+
+
+@runtime_checkable
+class Residuals(Protocol):
+    """What `PnPDA(data_step="kalman")` must be told: how wrong the denoiser's answers are."""
+
+    def at(self, tau: float, background: Tensor) -> ErrorCovariance:
+        """The covariance of x_a − D_τ(x_b, x_τ) at the pseudo-time `tau`, for backgrounds `(..., member, dim)`."""
 
 # %% ../nbs/08_pnp.ipynb #2b7e3135
 @dataclass(frozen=True, eq=False)
@@ -332,22 +348,6 @@ def ensemble_scores(truth: Tensor, ensemble: Tensor) -> dict:
         "spread_skill": float(((n + 1) / n * variance.mean() / error.mean()).sqrt()),
         "ranks": torch.bincount(ranks.flatten(), minlength=n + 1).double().numpy() / ranks.numel(),
     }
-
-# %% ../nbs/08_pnp.ipynb #d595bae1
-@runtime_checkable
-class ErrorCovariance(Protocol):
-    """The covariance B of the errors of an estimate, as far as a data step needs it."""
-
-    def update(self, x: Tensor, observations: Observations) -> Tensor:
-        """x + B Hᵀ (H B Hᵀ + P)⁻¹ (y − H(x)) for states x `(..., member, dim)`, with H linearised at x."""
-
-
-@runtime_checkable
-class Residuals(Protocol):
-    """What `PnPDA(data_step="kalman")` must be told: how wrong the denoiser's answers are."""
-
-    def at(self, tau: float, background: Tensor) -> ErrorCovariance:
-        """The covariance of x_a − D_τ(x_b, x_τ) at the pseudo-time `tau`, for backgrounds `(..., member, dim)`."""
 
 # %% ../nbs/08_pnp.ipynb #8e17c60b
 def _linearised(x: Tensor, observations: Observations) -> Tensor:
