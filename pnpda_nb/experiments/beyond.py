@@ -524,7 +524,8 @@ def figure_beyond(scores: pd.DataFrame, metric: str):
             style = line_style(method)
             ax.errorbar(row.forecasts, row[metric], yerr=error["std"][method] / error["runs"][method] ** 0.5, marker="o", ls="none", ms=6, mfc="white" if method.endswith("_obs") else style["color"], color=style["color"], label=style["label"])
         ax.set(xscale="log", xlabel="forecasts per cycle", ylabel=metric.replace("_", " ").replace("rmse", "RMSE"), title=condition, ylim=(0, None))
-    axes[0, -1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    shown = {label: handle for ax in axes[0] for handle, label in zip(*ax.get_legend_handles_labels())}
+    axes[0, -1].legend(shown.values(), shown, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
@@ -708,9 +709,9 @@ def figures_parts(results: dict[tuple[str, str], xr.Dataset]) -> dict:
 
 
 _LIMITS = {
-    "forcing": ("step_rmse", "forcing F' of the Lorenz-96 forecast model (18 in training)"),
-    "points": ("analysis_rmse", "observed points on Kuramoto-Sivashinsky (mostly 16 and 32 in training)"),
-    "truths": ("step_rmse", "Lorenz-96 truths of a hundred cycles to learn from"),
+    "forcing": ("step_rmse", "forcing of Lorenz-96 (trained: 18)"),
+    "points": ("analysis_rmse", "observed points, KS (trained: mostly 16, 32)"),
+    "truths": ("step_rmse", "truths to learn from, Lorenz-96"),
 }
 
 
