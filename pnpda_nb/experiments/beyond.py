@@ -619,7 +619,7 @@ PARTS_METHODS = (
 
 
 def off_policy_prior(settings: BeyondSettings) -> Task:
-    """A prior that learns from the backgrounds of a tuned ensemble filter, in place of its own."""
+    """A prior that learns from the backgrounds of an ensemble filter, in place of its own; fewer trajectories cycle."""
     return _varied(settings, policy=_TESTBEDS[settings.testbed]["hybrid"], members=settings.members, name="off_policy")
 
 
