@@ -311,6 +311,20 @@ class Climate:
             return cls(mean, scale, covariance=torch.cov(z.flatten(1).T))
         return cls(mean, scale, precision=band_gram(_regression(z, order, stationary)))
 
+    def on(self, steps: int) -> "Climate":
+        """The same stationary law for windows of another length. Raises `ValueError` if it is not one, or was fitted to windows too short to say."""
+        n = self.mean.shape[1]
+        same = self.precision is not None and all((x == x[:1]).all() for x in (self.mean, self.scale))
+        order = len(self.precision) // n - 1 if same else 0
+        if not same or self.mean.shape[0] <= 2 * order:
+            raise ValueError("steps: expected a stationary climate of some order, from windows of more than twice that")
+        if steps <= 2 * order:
+            raise ValueError(f"steps: expected more than {2 * order}, got {steps}")
+        bands, edge = self.precision, n * order
+        inner = bands[:, edge : edge + n].repeat(1, steps - 2 * order)
+        mean, scale = (x[:1].expand(steps, -1) for x in (self.mean, self.scale))
+        return Climate(mean, scale, precision=torch.cat((bands[:, :edge], inner, bands[:, -edge:]), 1))
+
     def __repr__(self) -> str:
         law = "full covariance" if self.covariance is not None else f"{len(self.precision) - 1} subdiagonals"
         return f"Climate(steps={self.mean.shape[0]}, dim={self.mean.shape[1]}, {law})"
@@ -328,7 +342,7 @@ class Climate:
             bands = add_bands(prior, information.bands)
             return BandedCholesky(bands.expand(-1, *information.vector.shape)).solve(information.vector).reshape(shape)
         gain, at = self._gain(information)
-        seen = information.vector.gather(-1, at.expand(*information.vector.shape[:-1], -1))
+        seen = information.vector.double().gather(-1, at.expand(*information.vector.shape[:-1], -1))
         return (gain @ seen.unsqueeze(-1)).squeeze(-1).reshape(shape)
 
     def _gain(self, information: Information) -> tuple[Tensor, Tensor]:
@@ -336,10 +350,10 @@ class Climate:
         most = int((information.bands[0] != 0).sum(-1).max()) if information.bands.numel() else 0
         at = (information.bands[0] != 0).to(torch.int8).topk(most, -1).indices  # what was seen, and zeros to fill up
         B = self.covariance[:, at].movedim(0, -2)  # (..., T·n, m)
-        Bss = B.gather(-2, at.unsqueeze(-1).expand(*at.shape, most).mT.mT)
-        J = torch.diag_embed(information.bands[0].gather(-1, at))
+        Bss = B.gather(-2, at.unsqueeze(-1).expand(*at.shape, most))
+        J = torch.diag_embed(information.bands[0].double().gather(-1, at))
         if len(information.bands) > 1:
-            whole = band_dense(information.bands)
+            whole = band_dense(information.bands.double())
             J = whole.gather(-2, at.unsqueeze(-1).expand(*at.shape, whole.shape[-1])).gather(-1, at.unsqueeze(-2).expand(*at.shape, most))
         return torch.linalg.solve(torch.eye(most).to(J) + J @ Bss, B, left=False), at
 
