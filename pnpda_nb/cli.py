@@ -92,7 +92,7 @@ def run(
     store = Store(folder)
     workers = min(os.cpu_count() or 1, 4) if workers is None else workers
     results = study.run(settings, chosen, store, workers=workers, scheduler=scheduler, progress=True)
-    table = conditional_scores(results)
+    table = (study.tabulate or conditional_scores)(results)
     _write_results(folder, study, results, table)
     manifest = {
         "experiment": experiment,
@@ -154,8 +154,12 @@ def _write_results(folder: Path, study, results, table) -> None:
     from pnpda_nb.twin import stack_methods
 
     _write_text(folder / "scores.csv", table.to_csv(index=False, float_format="%.8g"))
-    whole = all("estimate" in result for result in results.values())
-    cycles = stack_methods({name: r for (_, name), r in results.items()}) if whole else stack_cases(results)
+    if study.stack:
+        cycles = study.stack(results)
+    elif all("estimate" in result for result in results.values()):
+        cycles = stack_methods({name: r for (_, name), r in results.items()})
+    else:
+        cycles = stack_cases(results)
     write_netcdf(cycles, folder / "cycles.nc")
     for name, figure in study.figures(results).items():
         with whole_file(folder / f"{name}.png") as beside:

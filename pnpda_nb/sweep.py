@@ -36,6 +36,7 @@ from tqdm.auto import tqdm
 
 from .aware import AnalysisPrior
 from .flow_matching import FlowPrior
+from .incremental import IncrementalPrior
 from .reanalysis import write_netcdf
 
 # %% auto #0
@@ -106,6 +107,7 @@ FORMATS: dict[str, tuple[str, Callable[[Any, Path], Any], Callable[[Path], Any]]
     "record": ("json", write_record, read_record),
     "prior": ("safetensors", FlowPrior.save, FlowPrior.load),
     "analysis_prior": ("safetensors", AnalysisPrior.save, AnalysisPrior.load),
+    "incremental_prior": ("safetensors", IncrementalPrior.save, IncrementalPrior.load),
 }  # of what tasks return: suffix, writer, reader
 
 
@@ -115,7 +117,7 @@ class Task:
     `needs` the results of other tasks.
 
     The function must be one of a module, so that other processes find it; it returns what `format` says:
-    "dataset", "record", "prior" or "analysis_prior". `cost` is about how many seconds it takes. The function of a
+    "dataset", "record", "prior", "analysis_prior" or "incremental_prior". `cost` is about how many seconds it takes. The function of a
     `resumable` task is also given a `checkpoint`, a path or None.
     """
 
@@ -435,7 +437,8 @@ class Study:
     """A named experiment with presets. `plan(settings, methods)` gives a task for every condition and method, whose
     result is a cycled dataset; `kept(settings)` tasks whose results are kept under file names of their own;
     `figures(results)` named matplotlib figures; `report(scores)` a text; `published` has columns method, metric, variable, mean, std; `others` are studies that stand in for
-    this one under a preset of their own.
+    this one under a preset of their own. A study whose results are not cycles has its own `tabulate(results)`, a table of scores, and `stack(results)`, one
+    dataset of them all.
     """
 
     name: str
@@ -449,6 +452,8 @@ class Study:
     published: pd.DataFrame
     kept: Callable[[Any, tuple[str, ...]], dict[str, Task]] = lambda settings, methods: {}
     others: Mapping[str, "Study"] = field(default_factory=dict)
+    tabulate: Callable[[dict[tuple[str, str], xr.Dataset]], pd.DataFrame] | None = None
+    stack: Callable[[dict[tuple[str, str], xr.Dataset]], xr.Dataset] | None = None
 
     def with_preset(self, preset: str) -> "Study":
         """The study that has `preset`: this one or, for some presets, another in its place. Raises `ValueError` for an unknown preset."""
@@ -480,6 +485,8 @@ class Study:
         base = self.presets[preset]
         known = {f.name: getattr(base, f.name) for f in dataclasses.fields(base)}
         values = {name: value for name, value in overrides.items() if value is not None}
+        if missing := [name for name in values if name not in known]:
+            raise ValueError(f"{missing[0]}: {self.name} has no such setting; known: {', '.join(known)}")
         for name, text in (changes or {}).items():
             if name not in known:
                 raise ValueError(f"set: unknown setting {name!r}; known: {', '.join(known)}")

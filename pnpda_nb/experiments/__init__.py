@@ -10,6 +10,7 @@ import dataclasses
 
 from .ablations import ABLATION_STUDY
 from .beyond import PARTS_STUDY, beyond_study
+from .incremental import INCREMENTAL_STUDIES
 from .kuramoto_sivashinsky import KURAMOTO_SIVASHINSKY
 from .lorenz63 import LORENZ63, lorenz63
 from .lorenz96 import LORENZ96
@@ -26,6 +27,7 @@ STUDIES: dict[str, Study] = {
     **{study.name: _with_beyond(study) for study in (LORENZ63, LORENZ96, KURAMOTO_SIVASHINSKY)},
     ABLATION_STUDY.name: ABLATION_STUDY,
     PARTS_STUDY.name: PARTS_STUDY,
+    **{study.name: study for study in INCREMENTAL_STUDIES},
 }
 
 # %% ../../nbs/93_registry.ipynb #3b25afe6
