@@ -286,15 +286,18 @@ class IncrementalPrior:
         """μ_θ `(..., T·n)` and Λ_θ for standardised windows `x` `(..., T, n)`, at `level` 0 (s = 1), 1, ..."""
         a, n = self.architecture, self.dim
         s = torch.tensor([1 - level / self.levels], dtype=torch.float32)
-        out = self.networks[0 if a["shared"] else level](x.float().mT, s).mT  # (..., T, outputs)
-        mean = out[..., :n] + (0 if a["network"] == "constant" else x)
-        rest = 3 * out[..., n:].unflatten(-1, (n, -1)).flatten(-3, -2)  # (..., T·n, numbers in each row)
-        size = 3 * nn.functional.softplus(out[..., n:].unflatten(-1, (n, -1)).flatten(-3, -2)[..., 0])
+        out = self.networks[0 if a["shared"] else level](x.float().mT, s)  # (..., outputs, T)
+        mean = out[..., :n, :].mT + (0 if a["network"] == "constant" else x)
+        # numbers in each row, first: (numbers, ..., T·n)
+        rows = 3 * out[..., n:, :].unflatten(-2, (n, -1)).movedim(-2, 0).mT.contiguous().flatten(-2)
+        rows = torch.cat((3 * nn.functional.softplus(rows[:1] / 3), rows[1:]))
         if a["precision"] == "banded":
-            bands = band_gram(torch.cat((size.unsqueeze(0), rest[..., 1:].movedim(-1, 0))))
-            return mean.flatten(-2), BandedPrecision(torch.cat((bands[:1] + a["floor"], bands[1:])))
+            bands = band_gram(rows)
+            bands = torch.cat((bands[:1] + a["floor"], bands[1:]))
+            return mean.flatten(-2), BandedPrecision(bands)
         if a["precision"] == "low_rank":
-            return mean.flatten(-2), LowRankPrecision((size**2 + a["floor"]).unsqueeze(0), rest[..., 1:])
+            return mean.flatten(-2), LowRankPrecision(rows[:1] ** 2 + a["floor"], rows[1:].movedim(0, -1))
+        size, rest = rows[0], rows.movedim(0, -1)
         root = torch.tril(rest, -1) + torch.diag_embed(size)
         return mean.flatten(-2), DensePrecision(root.mT @ root + a["floor"] * torch.eye(self.steps * n))
 
@@ -313,6 +316,15 @@ class IncrementalPrior:
         """The law of windows after each level, coarse to fine, given `information` about them; for nonlinear observations, a function
         that linearises them around windows `(..., T, n)`, which is asked anew at each level.
         """
+        return [_in_units(self.climate, x, posterior.banded()) for x, posterior in self._descend(information)]
+
+    def analyse(self, information: Information | Callable[[Tensor], Information]) -> GaussianWindow:
+        """The law of windows, given `information` about them: that of the last level."""
+        x, posterior = self._descend(information)[-1]
+        return _in_units(self.climate, x, posterior.banded())
+
+    def _descend(self, information) -> list[tuple[Tensor, Precision]]:
+        """Standardised estimates `(..., T, n)`, and the precision of what is known, after each level."""
         climate, around = self.climate, self._standard(information)
         known = around(climate.mean)
         z = climate.interpolate(known)
@@ -320,19 +332,15 @@ class IncrementalPrior:
             for _ in range(3):  # Gauss-Newton on optimal interpolation
                 known = around(climate.mean + climate.scale * z)
                 z = climate.interpolate(known)
-        x, first, found = z, z, []
+        x, found = z.float(), []
         with torch.inference_mode():
             for level in range(self.levels):
                 known = around(climate.mean + climate.scale * x) if callable(information) else known
                 mean, posterior = most_probable(*self.prior_at(x, level), known)
-                mean = mean.unflatten(-1, (self.steps, self.dim)).double()
-                x = mean if self.update == "estimate" else x + (mean - first) / self.levels
-                found.append((x, posterior.banded()))
-        return [_in_units(climate, x, bands) for x, bands in found]
-
-    def analyse(self, information: Information | Callable[[Tensor], Information]) -> GaussianWindow:
-        """The law of windows, given `information` about them: that of the last level."""
-        return self.laws(information)[-1]
+                mean = mean.unflatten(-1, (self.steps, self.dim))
+                x = mean if self.update == "estimate" else x + (mean - z) / self.levels
+                found.append((x, posterior))
+        return found
 
     def deviation(self, law: GaussianWindow) -> Tensor:
         """The standard deviations `(..., T, n)` of a law, calibrated if the prior is."""

@@ -67,6 +67,12 @@ def band_product(bands: Tensor, x: Tensor) -> Tensor:
 def band_gram(factor: Tensor) -> Tensor:
     """The bands of LᵀL, for a lower triangular L with rows `factor[m, ..., i]` = L_{i, i−m}, `(b + 1, ..., d)`."""
     width, bands = len(factor), []
+    if not (torch.is_grad_enabled() and factor.requires_grad):
+        found, d = torch.zeros_like(factor), factor.shape[-1]
+        for k in range(min(width, d)):
+            for m in range(min(width - k, d - k)):
+                found[k, ..., : d - m - k].addcmul_(factor[m, ..., m + k :], factor[m + k, ..., m + k :])
+        return found
     for k in range(width):
         products = (torch.nn.functional.pad((factor[m] * factor[m + k])[..., m + k :], (0, m + k)) for m in range(width - k))
         bands.append(sum(products))
@@ -91,39 +97,31 @@ class BandedCholesky:
     """
 
     def __init__(self, bands: Tensor):
-        self.shape = bands.shape[1:]
-        flat = bands.detach().double().cpu().reshape(len(bands), -1, bands.shape[-1])[: bands.shape[-1]]
-        self._broken, self._answers_on = torch.zeros(flat.shape[1], dtype=torch.bool), bands.device
-        if not torch.isfinite(flat.sum()):
-            self._set_aside(flat, ~torch.isfinite(flat).all(0).all(-1))
-            flat = self._repaired(flat)
+        self.shape, self._answers_on = bands.shape[1:], bands.device
+        width, d = min(len(bands), bands.shape[-1]), bands.shape[-1]
+        given = bands.detach()[:width].reshape(width, -1, d)
+        self._broken = torch.zeros(given.shape[1], dtype=torch.bool)
         try:
-            self.factor = self._factored(flat)
+            self.factor = self._factored(given)
         except LinAlgError:
-            bad = torch.stack([self._fails(flat[:, i]) for i in range(flat.shape[1])])
-            self._broken = self._broken | bad
-            self.factor = self._factored(self._repaired(flat))
+            self.factor = None
+        if self.factor is None or not np.isfinite(self.factor[0].sum()):
+            flat = given.double().cpu()
+            self._broken = torch.tensor([self._fails(flat[:, i]) for i in range(flat.shape[1])])
+            unit = torch.zeros_like(flat[:, :1])
+            unit[0] = 1
+            self.factor = self._factored(torch.where(self._broken[:, None], unit, flat))
 
     @staticmethod
-    def _factored(flat: Tensor) -> np.ndarray:
-        if not flat.numel():
-            return flat.reshape(len(flat), -1).numpy()
-        return cholesky_banded(flat.reshape(len(flat), -1).numpy().copy(), lower=True, overwrite_ab=True, check_finite=False)
+    def _factored(given: Tensor) -> np.ndarray:
+        flat = given.to("cpu", torch.float64, copy=True).reshape(len(given), -1).numpy()
+        return cholesky_banded(flat, lower=True, overwrite_ab=True, check_finite=False) if flat.size else flat
 
-    def _fails(self, one: Tensor) -> Tensor:
+    def _fails(self, one: Tensor) -> bool:
         try:
-            self._factored(one)
+            return not np.isfinite(self._factored(one)).all()
         except LinAlgError:
-            return torch.tensor(True)
-        return torch.tensor(False)
-
-    def _set_aside(self, flat: Tensor, bad: Tensor) -> None:
-        self._broken = self._broken | bad
-
-    def _repaired(self, flat: Tensor) -> Tensor:
-        unit = torch.zeros_like(flat[:, :1])
-        unit[0] = 1
-        return torch.where(self._broken[:, None], unit, flat)
+            return True
 
     def __repr__(self) -> str:
         return f"BandedCholesky({len(self.factor) - 1} subdiagonals, batch {tuple(self.shape[:-1])}, size {self.shape[-1]})"
@@ -581,12 +579,11 @@ class _Strong:
 
     def _sensitive(self, first: Tensor) -> tuple[Tensor, Tensor]:
         """The path and its derivatives `(N, T·n, n)` with respect to the first state."""
-        path, each = [first], [torch.eye(self.n).to(first).expand(len(first), -1, -1)]
-        for _ in range(self.steps - 1):
-            state, M = self.method.forecast.linearised(path[-1])
-            path.append(state)
-            each.append(M @ each[-1])
-        return torch.stack(path, 1).flatten(1), torch.stack(each, 1).flatten(1, 2)
+        path = self._path(first).unflatten(-1, (self.steps, self.n))
+        each, M = [torch.eye(self.n).to(first).expand(len(first), -1, -1)], self.method.forecast.linearised(path[:, :-1])[1]  # of all times at once
+        for t in range(self.steps - 1):
+            each.append(M[:, t] @ each[-1])
+        return path.flatten(1), torch.stack(each, 1).flatten(1, 2)
 
     def system(self, first: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
         path, sensitivity = self._sensitive(first)

@@ -1,9 +1,11 @@
 """Options and fixtures shared by all tests. Long tests are marked `slow` and run with `pytest --slow`."""
 
+import json
 import os
+import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 # before torch is imported: tests run beside chapters that are executed in other processes
@@ -34,7 +36,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    items.sort(key=lambda item: item.path.name == "test_chapters.py")   # last: see `executions`
+    # last, since these only wait: see `executions`
+    items.sort(key=lambda item: (item.path.name == "test_chapters.py", "executed" in item.fixturenames))
     if not config.getoption("--slow"):
         for item in items:
             if "slow" in item.keywords:
@@ -43,13 +46,74 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session", autouse=True)
 def executions(request):
-    """Chapters that are executed in another process, each in a fresh one, while the other tests run; nothing is written back."""
-    wanted = {item.callspec.params["name"] for item in request.session.items if "executions" in item.fixturenames and hasattr(item, "callspec") and "name" in item.callspec.params and item.path.name == "test_chapters.py"}
-    if not wanted:
-        yield {}
+    """Chapters are executed in other processes, each in a fresh one, and nothing is written back: one at a time while the other tests run."""
+    names = deque(sorted({item.callspec.params["name"] for item in request.session.items if "executed" in item.fixturenames}))
+    if not names:
+        yield {}, None
         return
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        yield {name: pool.submit(loop.execute, name, False) for name in sorted(wanted)}
+    done = {name: Future() for name in names}
+
+    def take():
+        while names:
+            try:
+                name = names.popleft()
+            except IndexError:  # the other one was faster
+                return
+            try:
+                done[name].set_result(processes.submit(loop.execute, name, False).result())
+            except Exception as error:
+                done[name].set_exception(error)
+
+    with loop.fresh_processes(2) as processes, ThreadPoolExecutor(2) as takers:
+        takers.submit(take)
+        yield done, lambda: takers.submit(take)
+        names.clear()  # when tests were interrupted
+
+
+@pytest.fixture(scope="session")
+def executed(executions):
+    """What became of every chapter. Who asks has nothing else to do: from now on, two of those that are left are executed at a time."""
+    done, take_too = executions
+    take_too()
+    return done
+
+
+# Importing torch takes longer than most commands. One process imports everything, and every command is a fork of it.
+FORKS = """
+import json, os, sys, tempfile
+import pnpda_nb.cli, pnpda_nb.experiments, pnpda_nb.flow_matching, pnpda_nb.reanalysis
+for line in sys.stdin:
+    words, folder = json.loads(line)
+    out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+    child = os.fork()
+    if not child:
+        os.chdir(folder)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0), os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
+        sys.argv, status = ["pnpda", *words], 1
+        try:
+            pnpda_nb.cli.main()
+        except SystemExit as end:
+            status = end.code or 0
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(status)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    texts = [(f.seek(0), f.read().decode())[1] for f in (out, err)]
+    print(json.dumps([status, *texts]), flush=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def forked():
+    """The `pnpda` command in a process of its own that does not have to import the libraries first."""
+    with subprocess.Popen([sys.executable, "-c", FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+
+        def pnpda(*words, folder=".") -> subprocess.CompletedProcess:
+            print(json.dumps([[str(w) for w in words], str(folder)]), file=server.stdin, flush=True)
+            return subprocess.CompletedProcess(words, *json.loads(server.stdout.readline()))
+
+        yield pnpda
+        server.stdin.close()  # ends it
 
 
 @pytest.fixture(scope="session")

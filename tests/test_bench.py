@@ -40,8 +40,8 @@ def test_that_the_quick_benchmark_writes_whole_files_and_prints_its_table(tmp_pa
         (["--quick", "--full"], "quick: expected one of --quick and --full"),
     ],
 )
-def test_that_a_wrong_word_is_one_line_and_status_two(words, said):
-    answer = pnpda("bench", *words)
+def test_that_a_wrong_word_is_one_line_and_status_two(words, said, forked):
+    answer = forked("bench", *words)
     assert answer.returncode == 2 and said in answer.stderr and answer.stderr.count("\n") == 1 and not answer.stdout
 
 

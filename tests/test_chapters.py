@@ -14,8 +14,8 @@ CHAPTERS = sorted(p.stem for p in (ROOT / "nbs").glob("*.ipynb"))
 
 
 @pytest.mark.parametrize("name", CHAPTERS)
-def test_that_a_chapter_runs_to_the_end_in_under_a_minute(name, executions):
-    _, seconds, error = executions[name].result()
+def test_that_a_chapter_runs_to_the_end_in_under_a_minute(name, executed):
+    _, seconds, error = executed[name].result()
     assert not error, error
     assert seconds < 60
 

@@ -25,39 +25,6 @@ def pnpda(*words, **options):
     return subprocess.run([PNPDA, *map(str, words)], capture_output=True, text=True, **options)
 
 
-# Importing torch takes longer than most commands. One process imports everything, and every command is a fork of it.
-FORKS = """
-import json, os, sys, tempfile
-import pnpda_nb.cli, pnpda_nb.experiments, pnpda_nb.flow_matching, pnpda_nb.reanalysis
-answers = []
-for words, folder in json.load(sys.stdin):
-    out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
-    child = os.fork()
-    if not child:
-        os.chdir(folder)
-        os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
-        sys.argv, status = ["pnpda", *words], 1
-        try:
-            pnpda_nb.cli.main()
-        except SystemExit as end:
-            status = end.code or 0
-        finally:
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(status)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    texts = [(f.seek(0), f.read().decode())[1] for f in (out, err)]
-    answers.append([status, *texts])
-print(json.dumps(answers))
-"""
-
-
-def pnpda_forked(commands, folders):
-    """Each of `commands`, in a process and a folder of its own."""
-    asked = json.dumps([([str(w) for w in words], str(folder)) for words, folder in zip(commands, folders)])
-    answer = subprocess.run([sys.executable, "-c", FORKS], input=asked, capture_output=True, text=True, check=True)
-    return [subprocess.CompletedProcess(words, *rest) for words, rest in zip(commands, json.loads(answer.stdout), strict=True)]
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
@@ -95,33 +62,33 @@ def test_that_a_run_leaves_scores_cycles_figures_and_a_manifest(tiny):
     assert "8.31 ± 1.57" in printed and "3D-Var (tuned)" in printed
 
 
-def test_that_the_same_seed_gives_the_same_scores_byte_for_byte_on_two_processes(tiny, tmp_path):
+def test_that_the_same_seed_gives_the_same_scores_byte_for_byte_on_two_processes(tiny, tmp_path, forked):
     methods = "free_run,var3d_gc,var3d,enkf,conditional_mean,pnpda,pnpda_small_alpha"
-    pnpda("run", "lorenz63", *TINY[2:], "--workers", 2, "--seed", 4, "--methods", methods, "--out", tmp_path)
+    forked("run", "lorenz63", *TINY[2:], "--workers", 2, "--seed", 4, "--methods", methods, "--out", tmp_path)
     assert (tmp_path / "scores.csv").read_bytes() == (tiny[0] / "scores.csv").read_bytes()
 
 
-def test_that_methods_left_out_change_no_other_rows(tiny, tmp_path):
-    pnpda("run", "lorenz63", *TINY, "--seed", 4, "--methods", "pnpda,free_run", "--out", tmp_path)
+def test_that_methods_left_out_change_no_other_rows(tiny, tmp_path, forked):
+    forked("run", "lorenz63", *TINY, "--seed", 4, "--methods", "pnpda,free_run", "--out", tmp_path)
     few, all_methods = (f.read_text().splitlines() for f in (tmp_path / "scores.csv", tiny[0] / "scores.csv"))
     assert few[1:] == [line for line in all_methods[1:] if line.split(",")[2] in ("pnpda", "free_run")]
 
 
-def test_that_a_finished_run_is_not_done_again(tiny):
+def test_that_a_finished_run_is_not_done_again(tiny, forked):
     folder, _ = tiny
     parts = {p: p.stat().st_mtime_ns for p in (folder / "parts").iterdir()}
-    assert pnpda("run", "lorenz63", *TINY, "--seed", 4, "--out", folder).returncode == 0
+    assert forked("run", "lorenz63", *TINY, "--seed", 4, "--out", folder).returncode == 0
     assert {p: p.stat().st_mtime_ns for p in (folder / "parts").iterdir()} == parts
 
 
 @pytest.mark.parametrize("moment", ["training", pytest.param("cycling", marks=pytest.mark.slow)])
-def test_that_ctrl_c_leaves_usable_parts_and_the_same_command_resumes(moment, tmp_path):
+def test_that_ctrl_c_leaves_usable_parts_and_the_same_command_resumes(moment, tmp_path, forked):
     settings = ["--runs", "3", "--set", "archive_runs=4", "--set", "archive_cycles=30"]
     # long enough to be hit in the middle on a fast machine
     changes = ("epochs=500", "patience=500", "iterations=5") if moment == "training" else ("epochs=2", "patience=2", "iterations=600")
     settings += [word for change in changes for word in ("--set", change)]
     command = ["run", "lorenz63", *settings, "--methods", "free_run,pnpda", "--seed", "2"]
-    assert pnpda(*command, "--workers", 1, "--out", tmp_path / "straight").returncode == 0
+    assert forked(*command, "--workers", 1, "--out", tmp_path / "straight").returncode == 0
     # a test runner that was started in the background may have handed down an ignored SIGINT
     listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen([PNPDA, *command, "--out", tmp_path / "stopped"], stderr=subprocess.PIPE, text=True, preexec_fn=listen)
@@ -137,7 +104,7 @@ def test_that_ctrl_c_leaves_usable_parts_and_the_same_command_resumes(moment, tm
     if moment == "training":
         assert list(parts.glob("prior-*.training"))
     assert not [p for p in parts.iterdir() if p.name.startswith(".")]
-    assert pnpda(*command, "--workers", 1, "--out", tmp_path / "stopped").returncode == 0
+    assert forked(*command, "--workers", 1, "--out", tmp_path / "stopped").returncode == 0
     assert (tmp_path / "stopped" / "scores.csv").read_bytes() == (tmp_path / "straight" / "scores.csv").read_bytes()
 
 
@@ -175,10 +142,10 @@ WRONG_WORDS = [
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory):
+def answers(tmp_path_factory, forked):
     """All wrong commands, each in an empty folder of its own."""
     folders = [tmp_path_factory.mktemp("wrong") for _ in WRONG_WORDS]
-    return list(zip(pnpda_forked([words for words, _ in WRONG_WORDS], folders), folders))
+    return [(forked(*words, folder=folder), folder) for (words, _), folder in zip(WRONG_WORDS, folders)]
 
 
 @pytest.mark.parametrize("number", range(len(WRONG_WORDS)), ids=[" ".join(words) for words, _ in WRONG_WORDS])
@@ -188,13 +155,13 @@ def test_that_a_wrong_word_is_one_line_and_status_two(number, answers):
     assert not list(folder.rglob("scores.csv"))
 
 
-def test_that_wrong_files_are_one_line_and_status_two(tmp_path, untrained_prior):
+def test_that_wrong_files_are_one_line_and_status_two(tmp_path, untrained_prior, forked):
     whole = untrained_prior.save(tmp_path / "whole.safetensors").read_bytes()
     (tmp_path / "truncated.safetensors").write_bytes(whole[:-200])
     nan = wrong_archive(tmp_path, np.nan).rename(tmp_path / "nan.nc")
     four = wrong_archive(tmp_path, variables=4)
     prior_of_four = tmp_path / "four.safetensors"
-    assert pnpda("train", four, "--out", prior_of_four, "--epochs", 1, "--paper").returncode == 0
+    assert forked("train", four, "--out", prior_of_four, "--epochs", 1, "--paper").returncode == 0
     cases = [
         (["run", "lorenz63", "--methods", "pnpda", "--set", f"prior={tmp_path / 'truncated.safetensors'}"], "truncated or foreign"),
         (["run", "lorenz63", "--methods", "pnpda", "--set", f"prior={prior_of_four}"], "expected one for states of size 3, got size 4"),
@@ -204,23 +171,24 @@ def test_that_wrong_files_are_one_line_and_status_two(tmp_path, untrained_prior)
         (["train", tmp_path / "truncated.safetensors", "--out", tmp_path / "p.safetensors"], "not a readable NetCDF file"),
     ]
     commands = [words + (["--workers", 1, "--out", tmp_path / "out"] if words[0] == "run" else []) for words, _ in cases]
-    for answer, (_, said) in zip(pnpda_forked(commands, [tmp_path] * len(cases)), cases):
+    for words, (_, said) in zip(commands, cases):
+        answer = forked(*words, folder=tmp_path)
         assert answer.returncode == 2 and said in answer.stderr and answer.stderr.count("\n") == 1, answer.stderr
     assert not (tmp_path / "out" / "scores.csv").exists() and not (tmp_path / "p.safetensors").exists()
 
 
-def test_that_a_method_of_which_no_run_survives_does_not_stop_the_others(tmp_path):
+def test_that_a_method_of_which_no_run_survives_does_not_stop_the_others(tmp_path, forked):
     words = ["--set", "cycles=2", "--set", "archive_runs=4", "--set", "archive_cycles=20", "--set", "epochs=2", "--runs", "2", "--workers", "1"]
-    answer = pnpda("run", "lorenz63", *words, "--set", "observation_variance=0.001", "--methods", "free_run,pnpda", "--out", tmp_path)
+    answer = forked("run", "lorenz63", *words, "--set", "observation_variance=0.001", "--methods", "free_run,pnpda", "--out", tmp_path)
     assert answer.returncode == 0 and "pnpda: 2 of 2 runs" in answer.stdout
     assert json.loads((tmp_path / "manifest.json").read_text())["failed_runs"] == {"free_run": 0, "pnpda": 2}
 
 
-def test_that_a_prior_trained_on_an_archive_can_be_used_in_a_run(tmp_path):
+def test_that_a_prior_trained_on_an_archive_can_be_used_in_a_run(tmp_path, forked):
     prior = tmp_path / "prior.safetensors"
-    answer = pnpda("train", wrong_archive(tmp_path), "--out", prior, "--epochs", 2, "--paper")
+    answer = forked("train", wrong_archive(tmp_path), "--out", prior, "--epochs", 2, "--paper")
     assert answer.returncode == 0 and "validation loss" in answer.stdout
-    answer = pnpda("run", "lorenz63", "--runs", 2, "--methods", "pnpda", "--set", f"prior={prior}", "--set", "iterations=3", "--workers", 1, "--out", tmp_path / "out")
+    answer = forked("run", "lorenz63", "--runs", 2, "--methods", "pnpda", "--set", f"prior={prior}", "--set", "iterations=3", "--workers", 1, "--out", tmp_path / "out")
     assert answer.returncode == 0, answer.stderr
     assert sorted(name.split("-")[0] for name in os.listdir(tmp_path / "out" / "parts")) == ["cycle", "prior_file"]
 

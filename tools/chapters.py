@@ -24,6 +24,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS, TEXT = ROOT / "nbs", ROOT / "nbs_py"
 SLOW_FLAGS = {"slow", "gpu"}  # as tst_flags in settings.ini
+# what chapters import of others: seconds for every one of them, if each process began with nothing
+LIBRARIES = ["torch", "torch.func", "xarray", "pandas", "scipy.stats", "ot", "h5netcdf", "matplotlib.pyplot", "safetensors.torch", "execnb.shell", "nbdev.process"]
 
 
 def sh(*command: str, **options) -> subprocess.CompletedProcess:
@@ -70,6 +72,14 @@ def _plain_metadata(path: Path) -> None:
         "language_info": {"name": "python"},
     }
     write_nb(book, path)
+
+
+def fresh_processes(workers: int = 1) -> ProcessPoolExecutor:
+    """A process for every chapter, forked from one that knows the libraries and nothing of the book: what a chapter leaves behind must not help the next."""
+    os.environ.update(OMP_NUM_THREADS="1", PYTHONHASHSEED="0")  # before the libraries are imported
+    context = get_context("forkserver")
+    context.set_forkserver_preload(LIBRARIES)
+    return ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1)
 
 
 def execute(name: str, keep: bool = True) -> tuple[str, float, str]:
@@ -124,8 +134,7 @@ def smaller_png(picture: str | list[str]) -> str:
 
 def execute_all(names: list[str], workers: int) -> None:
     failed = []
-    # a fresh process for every chapter: what one leaves behind must not help the next
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+    with fresh_processes(workers) as pool:
         for name, seconds, error in pool.map(execute, names):
             print(f"{'FAILED' if error else 'ran   '} {name:24s} {seconds:6.1f} s", flush=True)
             if error:

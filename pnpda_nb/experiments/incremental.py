@@ -106,6 +106,10 @@ class Scene:
     deviation: Tensor
     function: Callable[[Tensor], Tensor] | None = None
 
+    def first(self, few: int) -> "Scene":
+        """The first `few` windows."""
+        return dataclasses.replace(self, truth=self.truth[:few], values=self.values[:, :few])
+
     @property
     def information(self) -> Information | Callable[[Tensor], Information]:
         """What was seen; for a nonlinear `function`, as linearised around a guess."""
@@ -367,6 +371,7 @@ def window_case_part(settings: dict, **learned) -> xr.Dataset:
     """What a method does under a condition, as a dataset by process and window."""
     here = scene(*(settings[k] for k in ("testbed", "condition", "windows", "climate_windows", "seed")))
     options = dict(settings["method"])
+    here = here.first(options.pop("few", settings["windows"]))
     name, first = options.pop("name"), options.pop("first", None)
     start = None
     if first is not None:
@@ -518,7 +523,7 @@ def levels_part(settings: dict, prior: IncrementalPrior) -> xr.Dataset:
 class WindowSettings(Settings):
     """What a study of windows depends on: `runs` test windows, each seen by eight processes; `climate_windows` and `validation_windows`; the best prior, with
     `levels`, a network of `width`, and `iterations` of training; the paper's, trained on `archive` windows for `paper_iterations`; the comparison of levels, each trained for
-    `level_iterations`; plug-and-play with `members` answers, priors from `pairs` trained for `epochs`; `draws` for importance sampling (0: none). Raises `ValueError` for settings out of range.
+    `level_iterations`; plug-and-play with `members` answers, priors from `pairs` trained for `epochs`, Algorithm 2 on the first `few` windows; `draws` for importance sampling (0: none). Raises `ValueError` for settings out of range.
     """
 
     testbed: str = "lorenz63"
@@ -528,8 +533,8 @@ class WindowSettings(Settings):
     climate_windows: int = 10000
     validation_windows: int = 300
     levels: int = 3
-    width: int = 384
-    iterations: int = 5000
+    width: int = 320
+    iterations: int = 5500
     likelihood: float = 0.01
     learning_rate: float = 1e-3
     paper_levels: int = 3
@@ -541,6 +546,7 @@ class WindowSettings(Settings):
     draws: int = 400000
     pnp_iterations: int = 10
     pnp_alpha: float = 0.5
+    few: int = 60
     lengths: tuple[int, ...] = (32, 128, 512, 2048)
     unseen: tuple[str, ...] = ("points=2", "points=8", "noise=0.0125", "noise=0.2", "clustered", "variable=1", "arctan")
     repeats: int = 3
@@ -636,7 +642,7 @@ def plan_windows(settings: WindowSettings, methods: tuple[str, ...]) -> dict[tup
             case "unconditional" | "paper_size" | "interpolated" | "incremental":
                 return case(condition, method, priors[method], name="incremental")
             case "strong4d_oi":
-                return case(condition, method, name="four_dvar", first="oi", strong=True, cost=15.0)
+                return case(condition, method, name="four_dvar", first="oi", strong=True, cost=60.0) if condition == main[0] else None
             case "weak4d_climatology" | "weak4d_oi" | "weak4d_truth":
                 return case(condition, method, name="four_dvar", first=method.removeprefix("weak4d_"), strong=strong, cost=8.0)
             case "weak4d_paper":
@@ -646,7 +652,7 @@ def plan_windows(settings: WindowSettings, methods: tuple[str, ...]) -> dict[tup
             case "pnpda_window":
                 return case(condition, method, priors[method], name=method, iterations=s.pnp_iterations, members=s.members, cost=30.0)
             case "pnpda4d":
-                return case(condition, method, priors[method], name=method, alpha=s.pnp_alpha, cost=60.0)
+                return case(condition, method, priors[method], name=method, alpha=s.pnp_alpha, few=s.few, cost=60.0) if condition == main[0] else None
             case "floor":
                 return case(condition, method, name="floor", draws=s.draws, cost=60.0) if s.draws else None
 
@@ -702,14 +708,16 @@ def window_scores(results: Mapping[tuple[str, str], xr.Dataset]) -> pd.DataFrame
 
 
 def stack_windows(results: Mapping[tuple[str, str], xr.Dataset]) -> xr.Dataset:
-    """The errors of all windows, by (case, process, window), with the `condition` and `scheme` of every case, and iterations where there are any."""
+    """The errors of all windows, by (case, process, window), with the `condition` and `scheme` of every case, and iterations where there are any; nan beyond a case's last window."""
     conditions, schemes = zip(*results)
-    shape = next(iter(results.values())).mse.shape
-    blank = np.full(shape, np.nan)
-    axes = ("case", "process", "window")
-    fields = {
-        name: (axes, np.stack([r[name].values if name in r else blank for r in results.values()]).astype("float32")) for name in ("mse", "iterations", "covered")
-    }
+    shape = [max(r.sizes[axis] for r in results.values()) for axis in ("process", "window")]
+    axes, fields = ("case", "process", "window"), {}
+    for name in ("mse", "iterations", "covered"):
+        values = np.full((len(results), *shape), np.nan, dtype="float32")
+        for place, result in zip(values, results.values()):
+            if name in result:
+                place[: result.sizes["process"], : result.sizes["window"]] = result[name].values
+        fields[name] = (axes, values)
     return xr.Dataset(fields, coords={"condition": ("case", list(conditions)), "scheme": ("case", list(schemes))})
 
 
@@ -832,7 +840,7 @@ def figures_windows(results: dict[tuple[str, str], xr.Dataset]) -> dict:
 # %% ../../nbs/14b_incremental.ipynb #ae60aac7
 _SMOKE = {
     "runs": 20, "climate_windows": 1500, "validation_windows": 60, "iterations": 150, "paper_iterations": 300, "level_iterations": 0, "pairs": 1000, "epochs": 3,
-    "draws": 20000, "width": 64, "lengths": (32, 128), "repeats": 1, "members": 4,
+    "draws": 20000, "width": 64, "few": 5, "lengths": (32, 128), "repeats": 1, "members": 4,
 }  # fmt: skip
 WINDOW_PRESETS = {
     "lorenz63": WindowSettings(),
