@@ -38,6 +38,7 @@ from pnpda_nb.windows import (
     band_gram,
     band_product,
     dense_band,
+    lift_bands,
     linearised,
     normalised_mse,
 )
@@ -74,7 +75,7 @@ def banded_solve(bands: Tensor, right: Tensor) -> Tensor:
     Time O(d b²) and memory O(d b), in the forward and the backward pass. A matrix that is not positive definite gives nan.
     """
     shape = torch.broadcast_shapes(bands.shape[1:], right.shape)
-    return _BandedSolve.apply(bands.expand(-1, *shape)[: shape[-1]], right.expand(shape))
+    return _BandedSolve.apply(lift_bands(bands, len(shape) - 1).expand(-1, *shape)[: shape[-1]], right.expand(shape))
 
 # %% ../nbs/09_incremental.ipynb #94add1b5
 @dataclass(frozen=True, eq=False)
@@ -84,8 +85,8 @@ class BandedPrecision:
     bands: Tensor
 
     def given(self, information: Information) -> "BandedPrecision":
-        """Λ + J."""
-        return BandedPrecision(add_bands(self.bands, information.bands.to(self.bands)))
+        """Λ + J, in double precision: the two may be of very different size."""
+        return BandedPrecision(add_bands(self.bands.double(), information.bands.double()))
 
     def product(self, x: Tensor) -> Tensor:
         return band_product(self.bands, x)
@@ -112,7 +113,7 @@ class LowRankPrecision:
     factor: Tensor
 
     def given(self, information: Information) -> "LowRankPrecision":
-        return LowRankPrecision(add_bands(self.diagonal, information.bands.to(self.diagonal)), self.factor)
+        return LowRankPrecision(add_bands(self.diagonal.double(), information.bands.double()), self.factor.double())
 
     def product(self, x: Tensor) -> Tensor:
         inner = (self.factor * x.unsqueeze(-1)).sum(-2, keepdim=True)
@@ -120,9 +121,10 @@ class LowRankPrecision:
 
     def solve(self, right: Tensor) -> Tensor:
         """By Woodbury's identity: D is solved for, and a small system of the rank's size."""
-        U = self.factor.expand(*right.shape, -1)
+        U = self.factor.to(right).expand(*right.shape, -1)
         sides = torch.cat((right.unsqueeze(-1), U), -1).movedim(-1, 0)
-        solved = banded_solve(self.diagonal.unsqueeze(1).expand(-1, *sides.shape), sides).movedim(0, -1)
+        diagonal = lift_bands(self.diagonal, right.ndim - 1).unsqueeze(1)
+        solved = banded_solve(diagonal.expand(-1, *sides.shape), sides).movedim(0, -1)
         first, rest = solved[..., :1], solved[..., 1:]
         small = torch.eye(U.shape[-1]).to(U) + U.mT @ rest
         return (first - rest @ torch.linalg.solve(small, U.mT @ first)).squeeze(-1)
@@ -144,22 +146,24 @@ class DensePrecision:
     matrix: Tensor
 
     def given(self, information: Information) -> "DensePrecision":
-        return DensePrecision(self.matrix + band_dense(information.bands.to(self.matrix)))
+        return DensePrecision(self.matrix.double() + band_dense(information.bands.double()))
 
     def product(self, x: Tensor) -> Tensor:
-        return (self.matrix @ x.unsqueeze(-1)).squeeze(-1)
+        return (self.matrix @ x.to(self.matrix).unsqueeze(-1)).squeeze(-1)
 
     def solve(self, right: Tensor) -> Tensor:
-        factor = torch.linalg.cholesky(self.matrix.double())
-        return torch.cholesky_solve(right.double().unsqueeze(-1), factor).squeeze(-1).to(right)
+        factor, failed = torch.linalg.cholesky_ex(self.matrix.double())
+        solved = torch.cholesky_solve(right.double().unsqueeze(-1), factor).squeeze(-1)
+        return solved.masked_fill((failed != 0).unsqueeze(-1), torch.nan).to(right)
 
     def banded(self) -> Tensor:
         return dense_band(self.matrix, self.matrix.shape[-1] - 1)
 
     def sample(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         noise = standard_normal((*shape, self.matrix.shape[-1], 1), generator)
-        factor = torch.linalg.cholesky(self.matrix.detach().double())
-        return torch.linalg.solve_triangular(factor.mT, noise, upper=True).squeeze(-1)
+        factor, failed = torch.linalg.cholesky_ex(self.matrix.detach().double())
+        drawn = torch.linalg.solve_triangular(factor.mT, noise, upper=True).squeeze(-1)
+        return drawn.masked_fill((failed != 0).unsqueeze(-1), torch.nan)
 
 
 Precision = BandedPrecision | LowRankPrecision | DensePrecision
@@ -169,8 +173,8 @@ def most_probable(mean: Tensor, precision: Precision, information: Information) 
     """The MAP estimate x̂ `(..., d)` of @eq-map from the prior of `mean` `(..., d)` and `precision`, and the precision of what is then
     known.
     """
-    posterior = precision.given(information)
-    pull = information.vector.to(mean) - band_product(information.bands.to(mean), mean)
+    posterior, mean = precision.given(information), mean.double()
+    pull = information.vector.double() - band_product(information.bands.double(), mean)
     return mean + posterior.solve(pull), posterior
 
 # %% ../nbs/09_incremental.ipynb #9bdde5db
@@ -212,6 +216,10 @@ class Calibration:
         if error.shape != deviation.shape or len(error) < 10 * bins:
             raise ValueError(f"deviation: expected as many as errors, and at least {10 * bins}, got {len(deviation)} and {len(error)}")
         quantile = math.sqrt(2) * torch.erfinv(torch.tensor(coverage, dtype=torch.float64))
+        if not torch.isfinite(error).all():
+            raise ValueError(f"error: expected finite numbers, got {int((~torch.isfinite(error)).sum())} that are not")
+        if not (torch.isfinite(deviation) & (deviation > 0)).all():
+            raise ValueError("deviation: expected finite positive numbers, got some that are not")
         order = deviation.argsort()
         knots, factors = [], []
         for part in order.tensor_split(bins):
@@ -225,7 +233,7 @@ class Calibration:
 
     def __call__(self, deviation: Tensor) -> Tensor:
         """Calibrated standard deviations."""
-        log = np.interp(deviation.log().numpy(), self.knots, self.factors)
+        log = np.interp(deviation.detach().log().numpy(), self.knots, self.factors)
         return deviation * torch.from_numpy(np.exp(log))
 
 
@@ -308,7 +316,7 @@ class IncrementalPrior:
         first = x
         for level in range(self.levels):
             found, posterior = most_probable(*self.prior_at(x, level), information)
-            found = found.unflatten(-1, (self.steps, self.dim))
+            found = found.unflatten(-1, (self.steps, self.dim)).to(x)
             yield x, found, posterior
             x = found if self.update == "estimate" else x + (found - first) / self.levels
 
@@ -332,7 +340,7 @@ class IncrementalPrior:
             for _ in range(3):  # Gauss-Newton on optimal interpolation
                 known = around(climate.mean + climate.scale * z)
                 z = climate.interpolate(known)
-        x, found = z.float(), []
+        x, found = z, []
         with torch.inference_mode():
             for level in range(self.levels):
                 known = around(climate.mean + climate.scale * x) if callable(information) else known
@@ -394,7 +402,8 @@ class IncrementalPrior:
         try:
             architecture, training, calibration = (json.loads(header[k]) for k in ("architecture", "training", "calibration"))
             climate = Climate(*(tensors.get(f"climate.{k}") for k in _CLIMATE))
-            networks = _networks(architecture, *climate.mean.shape, stream(0))
+            size, rest = architecture["size"], {k: architecture[k] for k in _ARCHITECTURE}
+            networks = cls.make(climate, **rest, **size).networks
             networks.load_state_dict({k.removeprefix("networks."): v for k, v in tensors.items() if k.startswith("networks.")})
             calibration = calibration and Calibration(tuple(calibration["knots"]), tuple(calibration["factors"]))
         except (KeyError, TypeError, RuntimeError, ValueError, AttributeError) as error:
@@ -403,6 +412,7 @@ class IncrementalPrior:
 
 
 _CLIMATE = ("mean", "scale", "covariance", "precision")
+_ARCHITECTURE = ("levels", "network", "precision", "half_band", "rank", "shared", "update", "floor")
 
 
 def _in_units(climate: Climate, z: Tensor, bands: Tensor) -> GaussianWindow:
@@ -450,7 +460,11 @@ class RandomSets:
     def __post_init__(self):
         for name in ("variables", "held_out"):
             value = getattr(self, name)
-            object.__setattr__(self, name, tuple(tuple(int(i) for i in v) if isinstance(v, (tuple, list)) else int(v) for v in value))
+            object.__setattr__(self, name, tuple(tuple(sorted(int(i) for i in v)) if isinstance(v, (tuple, list)) else int(v) for v in value))
+        if len(set(self.variables)) != len(self.variables):
+            raise ValueError(f"variables: expected different ones, got {self.variables}")
+        if self.jitter < 0:
+            raise ValueError(f"jitter: expected at least 0, got {self.jitter}")
         if not self.variables or any(not 0 <= v < self.dim for v in self.variables):
             raise ValueError(f"variables: expected some of 0 to {self.dim - 1}, got {self.variables}")
         if not 1 <= self.count <= self.steps * len(self.variables):
@@ -537,6 +551,8 @@ class IncrementalSettings:
         for name in ("average", "background"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a number from 0 to 1, got {getattr(self, name)}")
+        if not 0 < self.background_deviation[0] <= self.background_deviation[1]:
+            raise ValueError(f"background_deviation: expected two positive numbers, the smaller first, got {self.background_deviation}")
         if not 0 < self.last <= 1:
             raise ValueError(f"last: expected a share, got {self.last}")
 
@@ -575,7 +591,7 @@ def incremental_loss(prior: IncrementalPrior, z: Tensor, information: Informatio
         shares = (1 - level / levels for level in range(levels))
         starts = [s * first + (1 - s) * z for s in shares]
         found = (most_probable(*prior.prior_at(x, level), information) for level, x in enumerate(starts))
-        steps = ((None, x.reshape(z.shape), posterior) for x, posterior in found)
+        steps = ((None, x.reshape(z.shape).to(z), posterior) for x, posterior in found)
         weights = levels * [1 / levels]
     loss = 0.0
     for weight, (_, found, posterior) in zip(weights, steps):
@@ -615,12 +631,8 @@ def train_incremental(
         while training.iteration < settings.iterations:
             training.advance()
             bar.update()
-            if path and (training.iteration % max(1, settings.iterations // 20) == 0):
-                training.write(path)
-    except KeyboardInterrupt:
-        if path:
-            training.write(path)
-        raise
+            if path and (training.iteration % max(1, settings.iterations // 50) == 0):
+                training.write(path)  # between steps only: half a step cannot be gone on from
     finally:
         bar.close()
     if path:
@@ -651,8 +663,13 @@ class _Training:
             present = sets.draw(4, stream(seed, "validation sets"))
             z = self._standard(validation).expand(4, *validation.shape)
             self.validation = z, observe_windows(z, present, settings.deviation, stream(seed, "validation errors"))
-        known = (prior.architecture, dataclasses.asdict(settings), dataclasses.asdict(sets), seed, float(prior.climate.mean.sum()))
-        self.fingerprint = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+        known = (prior.architecture, dataclasses.asdict(settings), dataclasses.asdict(sets), seed)
+        digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
+        climate = (getattr(prior.climate, name) for name in _CLIMATE)
+        for tensor in (*climate, *prior.networks.state_dict().values(), windows, validation):
+            if isinstance(tensor, Tensor):
+                digest.update(tensor.detach().contiguous().cpu().numpy().tobytes())
+        self.fingerprint = digest.hexdigest()
 
     def _standard(self, windows: Tensor) -> Tensor:
         return ((windows - self.prior.climate.mean) / self.prior.climate.scale).float()
@@ -768,6 +785,8 @@ class NeuralIncremental:
             raise ValueError(f"window: expected 1 to {longest}, one less than the prior's states, got {self.window}")
         if not 1 <= self.shift <= self.window:
             raise ValueError(f"shift: expected 1 to {self.window}, the window, got {self.shift}")
+        if self.covariance.size != self.prior.dim:
+            raise ValueError(f"covariance: expected size {self.prior.dim} as the prior's states, got {self.covariance.size}")
         if not 0 < self.scale < float("inf"):
             raise ValueError(f"scale: expected a positive factor, got {self.scale}")
 

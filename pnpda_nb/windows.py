@@ -5,6 +5,7 @@
 # %% ../nbs/04b_windows.ipynb #fe3a89fe
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +21,7 @@ from .observing import Covariance, Observations, Operator
 from .twin import Forecast, TwinExperiment
 
 # %% auto #0
-__all__ = ['draw_windows', 'band_dense', 'dense_band', 'band_product', 'band_gram', 'add_bands', 'BandedCholesky',
+__all__ = ['draw_windows', 'band_dense', 'dense_band', 'band_product', 'band_gram', 'lift_bands', 'add_bands', 'BandedCholesky',
            'GaussianWindow', 'Information', 'pointwise', 'linearised', 'background_information', 'Climate', 'Minimum',
            'levenberg_marquardt', 'WindowFourDVar', 'block_bands', 'window_four_dvar', 'normalised_mse']
 
@@ -57,36 +58,56 @@ def dense_band(matrix: Tensor, half_band: int) -> Tensor:
 
 def band_product(bands: Tensor, x: Tensor) -> Tensor:
     """A x `(..., d)` for `bands` of A `(b + 1, ..., d)` and `x` `(..., d)`."""
-    out, d = bands[0] * x, x.shape[-1]
-    for k in range(1, min(len(bands), d)):
-        band = bands[k][..., : d - k]
-        out = out + torch.nn.functional.pad(band * x[..., : d - k], (k, 0)) + torch.nn.functional.pad(band * x[..., k:], (0, k))
+    diagonal, *others = bands.unbind(0)
+    out, d, pad = diagonal * x, x.shape[-1], torch.nn.functional.pad
+    for k, band in enumerate(others[: d - 1], start=1):
+        band = band[..., : d - k]
+        out = out + pad(band * x[..., : d - k], (k, 0)) + pad(band * x[..., k:], (0, k))
     return out
 
 
+class _BandGram(torch.autograd.Function):
+    @staticmethod
+    def forward(context, factor: Tensor) -> Tensor:
+        context.save_for_backward(factor)
+        bands = torch.zeros_like(factor)
+        for k, m, end in _BandGram.pairs(factor):
+            bands[k, ..., :end].addcmul_(factor[m, ..., m + k :], factor[m + k, ..., m + k :])
+        return bands
+
+    @staticmethod
+    def backward(context, gradient: Tensor) -> Tensor:
+        (factor,) = context.saved_tensors
+        back = torch.zeros_like(factor)
+        for k, m, end in _BandGram.pairs(factor):
+            back[m, ..., m + k :].addcmul_(gradient[k, ..., :end], factor[m + k, ..., m + k :])
+            back[m + k, ..., m + k :].addcmul_(gradient[k, ..., :end], factor[m, ..., m + k :])
+        return back
+
+    @staticmethod
+    def pairs(factor: Tensor):
+        width, d = min(len(factor), factor.shape[-1]), factor.shape[-1]
+        return ((k, m, d - m - k) for k in range(width) for m in range(width - k))
+
+
 def band_gram(factor: Tensor) -> Tensor:
-    """The bands of LᵀL, for a lower triangular L with rows `factor[m, ..., i]` = L_{i, i−m}, `(b + 1, ..., d)`."""
-    width, bands = len(factor), []
-    if not (torch.is_grad_enabled() and factor.requires_grad):
-        found, d = torch.zeros_like(factor), factor.shape[-1]
-        for k in range(min(width, d)):
-            for m in range(min(width - k, d - k)):
-                found[k, ..., : d - m - k].addcmul_(factor[m, ..., m + k :], factor[m + k, ..., m + k :])
-        return found
-    for k in range(width):
-        products = (torch.nn.functional.pad((factor[m] * factor[m + k])[..., m + k :], (0, m + k)) for m in range(width - k))
-        bands.append(sum(products))
-    return torch.stack(bands)
+    """The bands of LᵀL, for a lower triangular L with rows `factor[m, ..., i]` = L_{i, i−m}, `(b + 1, ..., d)`; differentiable."""
+    return _BandGram.apply(factor)
+
+
+def lift_bands(bands: Tensor, batch: int) -> Tensor:
+    """The same bands with so many batch dimensions, by new ones in front."""
+    return bands.reshape(len(bands), *[1] * (batch + 2 - bands.ndim), *bands.shape[1:])
 
 
 def add_bands(a: Tensor, b: Tensor) -> Tensor:
     """The bands of A + B, which may be of different widths and batches."""
+    batch = max(a.ndim, b.ndim) - 2
+    a, b = lift_bands(a, batch), lift_bands(b, batch)
     if len(a) < len(b):
         a, b = b, a
-    if len(a) == len(b):
-        return a + b
     near = a[: len(b)] + b
-    return torch.cat((near, a[len(b) :].expand(-1, *near.shape[1:])))
+    return torch.cat((near, a[len(b) :].expand(-1, *near.shape[1:]))) if len(a) > len(b) else near
 
 # %% ../nbs/04b_windows.ipynb #55f2be66
 class BandedCholesky:
@@ -107,14 +128,17 @@ class BandedCholesky:
             self.factor = None
         if self.factor is None or not np.isfinite(self.factor[0].sum()):
             flat = given.double().cpu()
-            self._broken = torch.tensor([self._fails(flat[:, i]) for i in range(flat.shape[1])])
+            self._broken = torch.tensor([self._fails(flat[:, i : i + 1]) for i in range(flat.shape[1])])
             unit = torch.zeros_like(flat[:, :1])
             unit[0] = 1
             self.factor = self._factored(torch.where(self._broken[:, None], unit, flat))
 
     @staticmethod
     def _factored(given: Tensor) -> np.ndarray:
-        flat = given.to("cpu", torch.float64, copy=True).reshape(len(given), -1).numpy()
+        flat = given.to("cpu", torch.float64, memory_format=torch.contiguous_format, copy=True)
+        for k in range(1, len(flat)):
+            flat[k, :, flat.shape[-1] - k :] = 0  # beyond the end, where the next window begins
+        flat = flat.reshape(len(given), -1).numpy()
         return cholesky_banded(flat, lower=True, overwrite_ab=True, check_finite=False) if flat.size else flat
 
     def _fails(self, one: Tensor) -> bool:
@@ -130,30 +154,40 @@ class BandedCholesky:
     def broken(self) -> Tensor:
         return self._broken.reshape(self.shape[:-1])
 
-    def _back(self, answer: np.ndarray) -> Tensor:
-        answer = torch.from_numpy(answer).reshape(self.shape)
-        if self._broken.any():
-            answer = answer.masked_fill(self.broken.unsqueeze(-1), torch.nan)
+    def _flat(self, x: Tensor) -> tuple[np.ndarray, Tensor | None]:
+        """`x` as one long vector, and which elements of the batch have no answer."""
+        flat = x.detach().to("cpu", torch.float64).expand(self.shape).reshape(-1, *self.shape[-1:])
+        bad = self._broken
+        if not torch.isfinite(flat.sum()):
+            bad = bad | ~torch.isfinite(flat).all(-1)
+        if bad.any():
+            return flat.masked_fill(bad[:, None], 0.0).reshape(-1).numpy(), bad
+        return flat.reshape(-1).numpy(), None
+
+    def _back(self, answer: np.ndarray, bad: Tensor | None) -> Tensor:
+        answer = torch.from_numpy(np.ascontiguousarray(answer)).reshape(self.shape)
+        if bad is not None and bad.any():
+            answer = answer.masked_fill(bad.reshape(self.shape[:-1]).unsqueeze(-1), torch.nan)
         return answer.to(self._answers_on)
 
     def solve(self, right: Tensor) -> Tensor:
         """A⁻¹ applied to `right` `(..., d)`."""
-        flat = right.detach().double().cpu().expand(self.shape).reshape(-1)
-        if self._broken.any():
-            flat = flat.reshape(-1, self.shape[-1]).masked_fill(self._broken[:, None], 0.0).reshape(-1)
-        return self._back(cho_solve_banded((self.factor, True), flat.numpy(), check_finite=False))
+        flat, bad = self._flat(right)
+        return self._back(cho_solve_banded((self.factor, True), flat, check_finite=False) if flat.size else flat, bad)
 
     def whiten(self, noise: Tensor) -> Tensor:
         """L⁻ᵀ applied to white `noise` `(..., d)`: samples of N(0, A⁻¹)."""
-        flat = noise.detach().double().cpu().expand(self.shape).reshape(-1, 1).numpy()
-        answer, failed = dtbtrs(self.factor, flat, uplo="L", trans="T")
+        flat, bad = self._flat(noise)
+        if not flat.size:
+            return self._back(flat, bad)
+        answer, failed = dtbtrs(self.factor, flat[:, None], uplo="L", trans="T")
         if failed:
             raise ValueError(f"noise: the triangular solver failed with code {failed}")
-        return self._back(answer[:, 0])
+        return self._back(answer[:, 0], bad)
 
     def log_determinant(self) -> Tensor:
         """log det A, `(...)`."""
-        return 2 * self._back(np.log(self.factor[0])).sum(-1)
+        return 2 * self._back(np.log(self.factor[0]), self._broken).sum(-1)
 
     def inverse_bands(self) -> Tensor:
         """The entries of A⁻¹ within the band, as bands `(b + 1, ..., d)` (Takahashi et al. 1973)."""
@@ -174,7 +208,7 @@ class BandedCholesky:
                 near[:, 0, 1:] = near[:, 1:, 0] = beside[:, :-1]
         for k in range(1, width):
             found[k, :, d - k :] = 0
-        return torch.stack([self._back(band.numpy()) for band in found])
+        return torch.stack([self._back(band.numpy(), self._broken) for band in found])
 
 # %% ../nbs/04b_windows.ipynb #24273cbf
 @dataclass(frozen=True, eq=False)
@@ -190,7 +224,7 @@ class GaussianWindow:
     @cached_property
     def factor(self) -> BandedCholesky:
         batch = self.mean.shape[:-2]
-        return BandedCholesky(self.precision.expand(-1, *batch, -1))
+        return BandedCholesky(lift_bands(self.precision, len(batch)).expand(-1, *batch, -1))
 
     @cached_property
     def variance(self) -> Tensor:
@@ -205,6 +239,8 @@ class GaussianWindow:
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
         """`count` draws `(count, ..., T, n)`."""
         noise = standard_normal((count, *self.mean.flatten(-2).shape), generator)
+        if count < 1:
+            raise ValueError(f"count: expected at least 1, got {count}")
         return torch.stack([self.mean + self.factor.whiten(one).reshape(self.mean.shape) for one in noise])
 
     def log_density(self, x: Tensor) -> Tensor:
@@ -245,8 +281,13 @@ class Information:
 
 
 def pointwise(value: Tensor, deviation: Tensor | float, present: Tensor) -> Information:
-    """The information in `value` `(..., T, n)` where `present` `(..., T, n)`, with errors of standard `deviation`, independent of one another."""
-    weight = present.to(torch.float64) / torch.as_tensor(deviation, dtype=torch.float64) ** 2
+    """The information in `value` `(..., T, n)` where `present` `(..., T, n)`, with errors of standard `deviation`, independent of one another.
+    Raises `ValueError` for a deviation that is not positive.
+    """
+    deviation = torch.as_tensor(deviation, dtype=torch.float64)
+    if not (deviation > 0).all():
+        raise ValueError(f"deviation: expected positive standard deviations, got {float(deviation.min())}")
+    weight = present.to(torch.float64) / deviation**2
     seen = torch.where(present, value, 0.0)
     return Information(weight.flatten(-2).unsqueeze(0), (weight * seen).flatten(-2))
 
@@ -298,7 +339,7 @@ class Climate:
         """
         if windows.ndim != 3:
             raise ValueError(f"windows: expected three dimensions (N, T, n), got shape {tuple(windows.shape)}")
-        over = (0, 1) if stationary else 0
+        windows, over = windows.double(), (0, 1) if stationary else 0
         mean, scale = (x.expand(windows.shape[1:]) for x in (windows.mean(over), windows.std(over)))
         if not (torch.isfinite(scale) & (scale > 0)).all():
             raise ValueError("windows: expected numbers that are finite and vary, at all times")
@@ -328,7 +369,9 @@ class Climate:
         return f"Climate(steps={self.mean.shape[0]}, dim={self.mean.shape[1]}, {law})"
 
     def standardised(self, information: Information) -> Information:
-        """The same information, about standardised windows."""
+        """The same information, about standardised windows. Raises `ValueError` for windows of another size."""
+        if information.vector.shape[-1] != self.mean.numel():
+            raise ValueError(f"information: expected windows of {self.mean.numel()} numbers as the climate's, got {information.vector.shape[-1]}")
         return information.standardised(self.mean.flatten(), self.scale.flatten())
 
     def interpolate(self, information: Information) -> Tensor:
@@ -336,9 +379,8 @@ class Climate:
         shape = (*information.vector.shape[:-1], *self.mean.shape)
         if self.precision is not None:
             batch = information.vector.shape[:-1]
-            prior = self.precision.reshape(len(self.precision), *[1] * len(batch), -1)
-            bands = add_bands(prior, information.bands)
-            return BandedCholesky(bands.expand(-1, *information.vector.shape)).solve(information.vector).reshape(shape)
+            bands = add_bands(self.precision, information.bands.double())
+            return BandedCholesky(lift_bands(bands, len(batch)).expand(-1, *information.vector.shape)).solve(information.vector).reshape(shape)
         gain, at = self._gain(information)
         seen = information.vector.double().gather(-1, at.expand(*information.vector.shape[:-1], -1))
         return (gain @ seen.unsqueeze(-1)).squeeze(-1).reshape(shape)
@@ -360,8 +402,7 @@ class Climate:
         z, about = (self.standardised(information), self.scale)
         mean = self.mean + about * self.interpolate(z)
         if self.precision is not None:
-            prior = self.precision.reshape(len(self.precision), *[1] * (z.vector.ndim - 1), -1)
-            return mean, GaussianWindow(mean, add_bands(prior, z.bands)).variance * about**2
+            return mean, GaussianWindow(mean, add_bands(self.precision, z.bands.double())).variance * about**2
         gain, at = self._gain(z)
         J = z.bands[0] if len(z.bands) == 1 else band_dense(z.bands)
         rows = self.covariance[:, at].movedim(0, -2)  # B_s
@@ -431,7 +472,7 @@ def levenberg_marquardt(
     """Minimise over a batch of `first` guesses `(N, d)`: `cost(x, which)` `(M,)` and `system(x, which)`, the bands of the Gauss-Newton
     Hessian `(b + 1, M, d)` and the downhill slope `(M, d)`, are asked for the elements `which` `(M,)` that have not converged.
 
-    An element has converged when the linearised problem promises less than `tolerance`, relative to its cost or to 1. Its damping is chosen by
+    An element has converged when the linearised problem, without damping, promises less than `tolerance` for each of its unknowns. Its damping is chosen by
     how well the last promise was kept (Nielsen 1999). One whose cost is not finite to begin with stays where it is, and has not converged.
     """
     if iterations < 1:
@@ -454,7 +495,7 @@ def levenberg_marquardt(
         trial = cost(x[left] + step, left)
         ratio = (value[left] - trial) / promise
         better = (ratio > 1e-4) & torch.isfinite(trial)
-        small = promise <= tolerance * value[left].abs().clamp_min(1)
+        small = promise * (1 + weight[left]) <= tolerance * x.shape[-1]
         went = left[better]
         x[went] += step[better]
         value[went] = trial[better]
@@ -464,7 +505,7 @@ def levenberg_marquardt(
         stayed = left[~better]
         weight[stayed] *= growth[stayed]
         growth[stayed] *= 2
-        finished = (small & (weight[left] < 1e6)) | (weight[left] > 1e12)
+        finished = small | (weight[left] > 1e12)
         converged[left[small]] = True
         keep = ~finished
         if better.any() or not keep.all():
@@ -485,7 +526,7 @@ class WindowFourDVar:
     """4D-Var of whole windows: first states from N(`mean`, `covariance`), `forecast` from each state to the next with errors of covariance
     `model_error`; without it (None) the constraint is strong.
 
-    By Levenberg-Marquardt with at most `iterations`, until the linearised problem promises less than `tolerance` of the cost.
+    By Levenberg-Marquardt with at most `iterations`, until the linearised problem promises less than `tolerance` for each unknown (the cost, half a χ², expects a half).
     """
 
     forecast: Forecast
@@ -499,32 +540,43 @@ class WindowFourDVar:
         """The minimum from the `first` guess `(..., T, n)` for windows with `information` about them: the law around it, and how it was found.
 
         Nonlinear observations are given as a function from windows `(..., T, n)` to what they say, linearised there; it is asked again
-        until the analysis no longer changes, at most ten times.
+        until a window no longer changes, at most ten times.
         """
+        batch, size = first.shape[:-2], first.shape[-2] * first.shape[-1]
+        first = first.double()
         if not callable(information):
-            return self._minimise(first, information)
-        found, spent = None, 0
+            law, minimum = self._minimise(first.reshape(math.prod(batch), *first.shape[-2:]), _flat(information, batch, size))
+            return GaussianWindow(law.mean.reshape(first.shape), law.precision.reshape(len(law.precision), *batch, size)), minimum
+        x, left, whole = first.reshape(math.prod(batch), *first.shape[-2:]).clone(), torch.arange(math.prod(batch)), None
         for _ in range(10):
-            law, minimum = self._minimise(first, information(first))
-            spent = spent + minimum.iterations
-            moved = (law.mean - first).square().mean((-2, -1)).sqrt().max()
-            first, found = law.mean, minimum
-            if moved < 1e-4 * first.square().mean().sqrt():
+            known = _flat(information(x.reshape(first.shape)), batch, size)
+            law, minimum = self._minimise(x[left], known[left])
+            if whole is None:
+                precision, whole = law.precision.clone(), Minimum(minimum.x.clone(), minimum.cost.clone(), torch.zeros_like(minimum.iterations), minimum.converged.clone())
+            moved = (law.mean - x[left]).square().mean((-2, -1)).sqrt()
+            x[left], precision[:, left] = law.mean, law.precision
+            whole.x[left], whole.cost[left], whole.converged[left] = minimum.x, minimum.cost, minimum.converged
+            whole.iterations[left] += minimum.iterations
+            left = left[moved > 1e-4 * x[left].square().mean((-2, -1)).sqrt()]
+            if not len(left):
                 break
-        return law, Minimum(found.x, found.cost, spent, found.converged)
+        return GaussianWindow(x.reshape(first.shape), precision.reshape(len(precision), *batch, size)), whole
 
-    def _minimise(self, first: Tensor, information: Information) -> tuple[GaussianWindow, Minimum]:
-        batch, steps, n = first.shape[:-2], *first.shape[-2:]
-        vector = information.vector.expand(*batch, -1).reshape(-1, steps * n)
-        bands = information.bands.expand(-1, *batch, -1).reshape(len(information.bands), -1, steps * n)
-        seen = Information(bands, vector)
+    def _minimise(self, first: Tensor, seen: Information) -> tuple[GaussianWindow, Minimum]:
+        """For windows `(N, T, n)`."""
+        steps, n = first.shape[-2:]
         problem = _Weak(self, seen, steps, n) if self.model_error is not None else _Strong(self, seen, steps, n)
         options = {"iterations": self.iterations, "tolerance": self.tolerance}
-        minimum = levenberg_marquardt(problem.cost, problem.system, problem.unknowns(first.reshape(-1, steps, n)), **options)
-        everyone = torch.arange(len(vector))
-        mean, precision = problem.law(minimum.x, everyone)
-        precision = precision.reshape(len(precision), *batch, -1)
-        return GaussianWindow(mean.reshape(*batch, steps, n), precision), minimum
+        minimum = levenberg_marquardt(problem.cost, problem.system, problem.unknowns(first), **options)
+        mean, precision = problem.law(minimum.x, torch.arange(len(first)))
+        return GaussianWindow(mean.reshape(first.shape), precision), minimum
+
+
+def _flat(information: Information, batch: tuple[int, ...], size: int) -> Information:
+    """Information about every window of a batch `(N, T·n)`."""
+    vector = information.vector.double().expand(*batch, size).reshape(math.prod(batch), size)
+    bands = lift_bands(information.bands.double(), len(batch)).expand(-1, *batch, size)
+    return Information(bands.reshape(len(bands), math.prod(batch), size), vector)
 
 
 class _Weak:
@@ -608,7 +660,8 @@ def block_bands(diagonal: Tensor, below: Tensor) -> Tensor:
     n, pad = diagonal.shape[-1], torch.nn.functional.pad
     column = torch.cat((diagonal, pad(below, (0, 0, 0, 0, 0, 1))), -2)  # (..., T, 2n, n)
     bands = [column.diagonal(-k, -2, -1) for k in range(2 * n)]
-    return torch.stack([pad(band, (0, n - band.shape[-1])).flatten(-2) for band in bands])
+    bands = torch.stack([pad(band, (0, n - band.shape[-1])).flatten(-2) for band in bands])
+    return bands[: bands.shape[-1]]
 
 # %% ../nbs/04b_windows.ipynb #32fba4c0
 def window_four_dvar(

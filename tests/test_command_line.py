@@ -85,7 +85,7 @@ def test_that_a_finished_run_is_not_done_again(tiny, forked):
 def test_that_ctrl_c_leaves_usable_parts_and_the_same_command_resumes(moment, tmp_path, forked):
     settings = ["--runs", "3", "--set", "archive_runs=4", "--set", "archive_cycles=30"]
     # long enough to be hit in the middle on a fast machine
-    changes = ("epochs=500", "patience=500", "iterations=5") if moment == "training" else ("epochs=2", "patience=2", "iterations=600")
+    changes = ("epochs=500", "patience=500", "iterations=5", "cycles=5") if moment == "training" else ("epochs=2", "patience=2", "iterations=600")
     settings += [word for change in changes for word in ("--set", change)]
     command = ["run", "lorenz63", *settings, "--methods", "free_run,pnpda", "--seed", "2"]
     assert forked(*command, "--workers", 1, "--out", tmp_path / "straight").returncode == 0

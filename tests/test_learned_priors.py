@@ -70,6 +70,7 @@ def test_that_a_gaussian_prior_is_recovered_from_its_pairs():
     assert torch.allclose(again.covariance.matrix, prior.covariance.matrix, atol=0.02)
 
 
+@pytest.mark.slow  # on other pairs than chapter 07, which asserts the same
 def test_that_a_prior_trained_on_gaussian_pairs_knows_their_law():
     exact, background, analysis = gaussian_pairs(7, 20_000, dim=2)
     settings = TrainingSettings(batch=512, learning_rate=4e-3, epochs=120, plateau_patience=5, patience=30)

@@ -251,6 +251,7 @@ def test_that_a_large_enkf_approaches_the_kalman_filter():
     assert torch.allclose(torch.cov(analysis.T), prior.matrix - K @ H @ prior.matrix, atol=0.05)
 
 
+@pytest.mark.slow  # on other truths than chapter 05, which asserts the same
 @pytest.mark.parametrize(("weight", "reported"), [(None, 4.6), (0.05, 3.7), (0.5, 8.1)])
 def test_that_enrda_falls_in_the_band_of_its_reference_code(weight, reported):
     result = cycle(lorenz63(observed=(0, 1, 2), cycles=50), EnRDA(weight), members=10, runs=40, seed=3)

@@ -522,7 +522,7 @@ def levels_part(settings: dict, prior: IncrementalPrior) -> xr.Dataset:
 @dataclass(frozen=True)
 class WindowSettings(Settings):
     """What a study of windows depends on: `runs` test windows, each seen by eight processes; `climate_windows` and `validation_windows`; the best prior, with
-    `levels`, a network of `width`, and `iterations` of training; the paper's, trained on `archive` windows for `paper_iterations`; the comparison of levels, each trained for
+    `levels`, a network of `width`, and `iterations` of training with eight processes of `batch` windows; the paper's, trained on `archive` windows for `paper_iterations`; the comparison of levels, each trained for
     `level_iterations`; plug-and-play with `members` answers, priors from `pairs` trained for `epochs`, Algorithm 2 on the first `few` windows; `draws` for importance sampling (0: none). Raises `ValueError` for settings out of range.
     """
 
@@ -534,13 +534,14 @@ class WindowSettings(Settings):
     validation_windows: int = 300
     levels: int = 3
     width: int = 320
-    iterations: int = 5500
+    iterations: int = 7000
+    batch: int = 32
     likelihood: float = 0.01
     learning_rate: float = 1e-3
     paper_levels: int = 3
-    paper_iterations: int = 17000
+    paper_iterations: int = 4200
     archive: int = 1800
-    level_iterations: int = 1500
+    level_iterations: int = 1200
     pairs: int = 10000
     epochs: int = 60
     draws: int = 400000
@@ -589,20 +590,19 @@ WINDOW_LABELS = {
 def window_priors(settings: WindowSettings) -> dict[str, Task]:
     """The task of every prior."""
     s = settings
-    rolled = {"iterations": s.iterations, "likelihood": s.likelihood, "learning_rate": s.learning_rate}
-    other = rolled | {"iterations": max(1, s.iterations // 2)}
+    rolled = {"iterations": s.iterations, "windows": s.batch, "likelihood": s.likelihood, "learning_rate": s.learning_rate}
     each = 0.09 if s.testbed != "lorenz96" else 0.4
     paper = {"network": "dense", "levels": s.paper_levels, "width": 32, "layers": 4, "shared": True, "update": "average"}
-    paper_training = {"iterations": s.paper_iterations, "processes": 1, "windows": 32, "mode": "interpolated", "likelihood": s.likelihood}
+    paper_training = {"iterations": s.paper_iterations, "processes": 4, "windows": 32, "mode": "interpolated", "likelihood": s.likelihood, "learning_rate": s.learning_rate}
     flow = {"testbed": s.testbed, "seed": s.seed, "climate_windows": s.climate_windows, "pairs": s.pairs}
     wide = {"hidden": (384, 384, 384), "epochs": s.epochs, "source": "covariance", "target": "increment", "batch": 256, "patience": 1000}
     narrow = {"hidden": (64, 64), "epochs": s.epochs, "source": "covariance", "target": "increment", "batch": 256, "patience": 1000}
     return {
         "incremental": window_prior_task("training incremental", s, s.network, rolled, cost=each * s.iterations),
-        "interpolated": window_prior_task("training interpolated", s, s.network, other | {"mode": "interpolated"}, cost=each * s.iterations / 2),
-        "paper_size": window_prior_task("training paper_size", s, paper, paper_training, archive=s.archive, cost=0.01 * s.paper_iterations),
+        "interpolated": window_prior_task("training interpolated", s, s.network, rolled | {"mode": "interpolated"}, cost=each * s.iterations),
+        "paper_size": window_prior_task("training paper_size", s, paper, paper_training, archive=s.archive, cost=0.03 * s.paper_iterations),
         "unconditional": window_prior_task(
-            "training unconditional", s, {"network": "constant", "levels": 1}, other | {"iterations": max(1, s.iterations // 10), "learning_rate": 1e-2}, cost=0.02 * s.iterations / 10,
+            "training unconditional", s, {"network": "constant", "levels": 1}, rolled | {"iterations": max(1, s.iterations // 10), "learning_rate": 1e-2}, cost=0.02 * s.iterations / 10,
         ),
         "pnpda_window": Task("training flow", flow_part, flow | {"kind": "window", "training": wide}, format="prior", cost=1.5 * s.epochs, resumable=True),
         "pnpda4d": Task("training flow of starts", flow_part, flow | {"kind": "start", "training": narrow}, format="prior", cost=0.5 * s.epochs, resumable=True),
@@ -617,7 +617,7 @@ def level_priors(settings: WindowSettings) -> dict[tuple[str, str], Task]:
         for mode in ("rollout", "interpolated"):
             if (levels, mode) == (1, "interpolated"):
                 continue  # the same
-            training = {"iterations": s.level_iterations, "likelihood": s.likelihood, "learning_rate": s.learning_rate, "mode": mode}
+            training = {"iterations": s.level_iterations, "windows": s.batch, "likelihood": s.likelihood, "learning_rate": s.learning_rate, "mode": mode}
             make = s.network | {"levels": levels}
             found[f"levels={levels}", mode] = window_prior_task(f"training {mode} {levels}", s, make, training, cost=0.03 * levels * s.level_iterations)
     return found
@@ -659,8 +659,8 @@ def plan_windows(settings: WindowSettings, methods: tuple[str, ...]) -> dict[tup
     plan = {(condition, method): task(condition, method) for condition in main for method in methods if method != "strong4d_oi" or not strong}
     robust = [m for m in methods if m in ("oi", "incremental", "weak4d_oi", "hybrid")]
     plan |= {(condition, method): task(condition, method) for condition in s.unseen for method in robust}
-    if "hybrid" in methods and "incremental" in methods and not strong:
-        for method, first, prior in (("weak4d_oi", "oi", None), ("hybrid", "prior", priors["incremental"])):
+    for method, first, prior in (("weak4d_oi", "oi", None), ("hybrid", "prior", priors["incremental"])):
+        if method in methods and not strong:
             plan["calibrated", method] = case(main[0], f"calibrated {method}", prior, s.validation_windows, name="four_dvar", first=first, strong=strong, cost=15.0)
     if "interpolated" in methods:
         for (condition, mode), prior in level_priors(s).items():
@@ -840,16 +840,16 @@ def figures_windows(results: dict[tuple[str, str], xr.Dataset]) -> dict:
 # %% ../../nbs/14b_incremental.ipynb #ae60aac7
 _SMOKE = {
     "runs": 20, "climate_windows": 1500, "validation_windows": 60, "iterations": 150, "paper_iterations": 300, "level_iterations": 0, "pairs": 1000, "epochs": 3,
-    "draws": 20000, "width": 64, "few": 5, "lengths": (32, 128), "repeats": 1, "members": 4,
+    "draws": 20000, "width": 32, "batch": 8, "few": 5, "lengths": (32, 128), "repeats": 1, "members": 4,
 }  # fmt: skip
 WINDOW_PRESETS = {
     "lorenz63": WindowSettings(),
     "pendulum": WindowSettings(
-        "pendulum", levels=5, paper_levels=5, iterations=2500, width=256, archive=400, paper_iterations=3900, level_iterations=600, epochs=30, draws=0,
+        "pendulum", levels=5, paper_levels=5, iterations=2500, width=256, archive=400, paper_iterations=940, level_iterations=600, epochs=30, draws=0,
         unseen=("points=5", "points=20", "noise=0.1", "clustered", "variable=1"), lengths=(100, 500, 2000),
     ),
     "lorenz96": WindowSettings(
-        "lorenz96", levels=3, iterations=1500, width=48, paper_iterations=3000, level_iterations=0, draws=0, epochs=10, lengths=(64, 256, 1024, 2048),
+        "lorenz96", levels=3, iterations=1200, batch=16, width=48, paper_iterations=1500, level_iterations=0, draws=0, epochs=10, lengths=(64, 256, 1024, 2048),
         unseen=("points=32", "points=128", "noise=0.025", "noise=0.4"),
     ),
 }  # fmt: skip
