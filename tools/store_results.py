@@ -1,7 +1,7 @@
 """Make the stored results of the book again: `python tools/store_results.py [STUDY ...]`.
 
-Runs the paper preset of each study, Lorenz-63 for several seeds, and the presets of the chapter beyond the paper, and keeps what is small: scores, manifest, priors, and the
-scores of every run. Chapters read these files and check a few rows against the code. In all it takes about two
+Runs the paper preset of each study, Lorenz-63 for several seeds, the presets of the chapter beyond the paper and the studies of windows, and keeps what is small: scores, manifest, priors, and the
+scores of every run. Chapters read these files and check a few rows against the code. In all it takes about three
 hours on two cores; a run that was interrupted goes on where it was.
 """
 
@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import xarray as xr
 
@@ -21,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 KEPT, WORK = ROOT / "nbs" / "results", ROOT / "runs" / "stored"
 SEEDS = {"lorenz63": range(1, 7), "lorenz96": [1], "kuramoto_sivashinsky": [1], "ablations": [1]}
 BEYOND = {f"beyond_{name}": [1] for name in ("lorenz63", "lorenz96", "kuramoto_sivashinsky", "parts")}
+WINDOWS = {f"incremental_{name}": [1] for name in ("lorenz63", "pendulum", "lorenz96")}
 SMALL = 500_000  # bytes; larger priors are not kept
 PNPDA = str(Path(sys.executable).with_name("pnpda"))
 
@@ -30,11 +32,18 @@ def keep(study: str, folder: Path) -> None:
     kept = KEPT / study
     kept.mkdir(parents=True, exist_ok=True)
     priors = sorted(folder.glob("prior*.safetensors"))
+    if study in WINDOWS:
+        priors = []
     if study in BEYOND:
         priors = [p for p in priors if p.stem in ("prior_amortised", "prior_pnpda_blind") and p.stat().st_size < SMALL]
     for path in (folder / "scores.csv", folder / "manifest.json", *priors):
         shutil.copy(path, kept / path.name)
     cycles = xr.load_dataset(folder / "cycles.nc", engine="h5netcdf")
+    if study in WINDOWS:
+        for name in ("timing.json", "scaling.json", "levels.nc"):
+            shutil.copy(folder / name, kept / name)
+        main = np.isin(cycles.condition.values, ("regular", "random"))
+        return write_netcdf(cycles[["mse"]].isel(case=main), kept / "runs.nc")
     if "case" in cycles.dims:  # many conditions: the scores by variable would be megabytes
         table = pd.read_csv(kept / "scores.csv")
         table[table.variable == "all"].to_csv(kept / "scores.csv", index=False, float_format="%.8g")
@@ -46,11 +55,11 @@ def store(study: str) -> None:
     experiment, preset = study.removeprefix("beyond_"), "beyond" if study in BEYOND else "paper"
     if experiment == "parts":
         experiment, preset = "beyond", "paper"
-    for seed in (SEEDS | BEYOND)[study]:
+    for seed in (SEEDS | BEYOND | WINDOWS)[study]:
         folder = WORK / study / str(seed)
         subprocess.run([PNPDA, "run", experiment, "--preset", preset, "--seed", str(seed), "--out", str(folder)], cwd=ROOT, check=True)
         tables.append(pd.read_csv(folder / "scores.csv").assign(seed=seed))
-    keep(study, WORK / study / str((SEEDS | BEYOND)[study][0]))
+    keep(study, WORK / study / str((SEEDS | BEYOND | WINDOWS)[study][0]))
     if len(tables) > 1:
         pd.concat(tables).to_csv(KEPT / study / "seeds.csv", index=False, float_format="%.8g")
 
@@ -60,5 +69,5 @@ def store_published() -> None:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or [*SEEDS, *BEYOND, "published"]:
+    for name in sys.argv[1:] or [*SEEDS, *BEYOND, *WINDOWS, "published"]:
         store_published() if name == "published" else store(name)
