@@ -47,7 +47,8 @@ __all__ = ['WINDOW_METHODS', 'WINDOW_LABELS', 'WINDOW_PRESETS', 'INCREMENTAL_STU
            'plug_and_play', 'plug_and_play_4d', 'importance', 'window_case_part', 'measured', 'timing_part', 'probe',
            'scaling_part', 'levels_part', 'WindowSettings', 'window_priors', 'level_priors', 'plan_windows',
            'kept_windows', 'window_scores', 'stack_windows', 'window_table', 'report_windows', 'table_by_condition',
-           'figure_distribution', 'figure_levels', 'figure_coverage', 'figures_windows', 'window_study']
+           'figure_distribution', 'figure_levels', 'figure_coverage', 'figure_scaling', 'figures_windows',
+           'coverage_cases', 'window_study']
 
 # %% ../../nbs/14b_incremental.ipynb #561df854
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def window_testbed(name: str, steps: int = 0) -> WindowTestbed:
     elif name == "lorenz96":
         model, steps = Lorenz96(dim=8, dt=0.05), steps or 64
         law = {"start": (8.0,) * 8, "spin_up": 200, "nature_error": AdditiveModelError(0.05)}
-        made = WindowTestbed(TwinExperiment(name, model, model, one, 1, steps - 1, **law), steps, 0, 0.1, tuple(range(8)), 0.0)
+        made = WindowTestbed(TwinExperiment(name, model, model, one, 1, steps - 1, **law), steps // 2, 0, 0.1, tuple(range(8)), 0.0)
     else:
         raise ValueError(f"testbed: expected one of lorenz63, pendulum, lorenz96, got {name!r}")
     return made
@@ -595,7 +596,8 @@ def window_priors(settings: WindowSettings) -> dict[str, Task]:
     paper = {"network": "dense", "levels": s.paper_levels, "width": 32, "layers": 4, "shared": True, "update": "average"}
     paper_training = {"iterations": s.paper_iterations, "processes": 4, "windows": 32, "mode": "interpolated", "likelihood": s.likelihood, "learning_rate": s.learning_rate}
     flow = {"testbed": s.testbed, "seed": s.seed, "climate_windows": s.climate_windows, "pairs": s.pairs}
-    wide = {"hidden": (384, 384, 384), "epochs": s.epochs, "source": "covariance", "target": "increment", "batch": 256, "patience": 1000}
+    source = "covariance" if window_testbed(s.testbed).experiment.nature_error.variance else "background"  # without model error, windows fill no volume
+    wide = {"hidden": (384, 384, 384), "epochs": s.epochs, "source": source, "target": "increment", "batch": 256, "patience": 1000}
     narrow = {"hidden": (64, 64), "epochs": s.epochs, "source": "covariance", "target": "increment", "batch": 256, "patience": 1000}
     return {
         "incremental": window_prior_task("training incremental", s, s.network, rolled, cost=each * s.iterations),
@@ -769,14 +771,16 @@ _COLOURS = {
 }  # fmt: skip
 
 
-def figure_distribution(results: Mapping[tuple[str, str], xr.Dataset], condition: str, ax=None):
-    """The share of windows with an error above a value, by method. Returns the figure."""
+def figure_distribution(runs: xr.Dataset, condition: str, ax=None):
+    """The share of windows with an error above a value, by method, from what `stack_windows` gives. Returns the figure."""
     import matplotlib.pyplot as plt
 
     ax = ax or plt.subplots(figsize=(6.5, 3.8))[1]
+    cases = list(zip(runs.condition.values, runs.scheme.values))
     for method in _COLOURS:
-        if (condition, method) in results:
-            error = np.sort(results[condition, method].mse.values.ravel())
+        if (condition, method) in cases:
+            error = runs.mse.values[cases.index((condition, method))].ravel()
+            error = np.sort(error[np.isfinite(error)])
             ax.plot(error, 1 - np.arange(1, len(error) + 1) / len(error), color=_COLOURS[method], label=WINDOW_LABELS.get(method, method), lw=1.6)
     ax.axvline(0.1, color="#7f7f7f", lw=0.8, ls=":")
     ax.set(xscale="log", xlim=(1e-3, 5), ylim=(0, 1), xlabel="normalised squared error", ylabel="share of windows above")
@@ -808,18 +812,21 @@ def figure_levels(levels: xr.Dataset, window: int = 0):
     return fig
 
 
-def figure_coverage(results: Mapping[tuple[str, str], xr.Dataset], cases: list[tuple[str, str]], ax=None):
+def figure_coverage(scores: pd.DataFrame, cases: list[tuple[str, str]], ax=None):
     """How much 90 % intervals cover, by terciles of the predicted standard deviation. Returns the figure."""
     import matplotlib.pyplot as plt
 
-    ax = ax or plt.subplots(figsize=(6, 3.4))[1]
-    for shift, (condition, method) in enumerate(cases):
-        if (condition, method) not in results or "tercile" not in results[condition, method]:
+    ax = ax or plt.subplots(figsize=(6.5, 3.6))[1]
+    thirds = ("low", "middle", "high")
+    for place, (condition, method) in enumerate(cases):
+        here = scores[(scores.condition == condition) & (scores.method == method)].set_index("metric")["mean"]
+        if "coverage_low" not in here:
             continue
-        mark = "s" if condition == "calibrated" else "o"
-        label = WINDOW_LABELS.get(method, method) + (", calibrated" if condition == "calibrated" else "")
-        values = results[condition, method].tercile.values
-        ax.plot(np.arange(3) + 0.08 * (shift - len(cases) / 2), values, mark, color=_COLOURS.get(method, "k"), mfc="w" if condition == "calibrated" else None, label=label)
+        after = condition == "calibrated"
+        ax.plot(
+            np.arange(3) + 0.09 * (place - len(cases) / 2), [here[f"coverage_{third}"] for third in thirds], "s" if after else "o", color=_COLOURS.get(method, "k"),
+            mfc="w" if after else None, label=WINDOW_LABELS.get(method, method) + (", calibrated" if after else ""),
+        )  # fmt: skip
     ax.axhspan(0.8, 0.97, color="#7f7f7f", alpha=0.15, lw=0)
     ax.axhline(0.9, color="#7f7f7f", lw=0.8)
     ax.set(xticks=range(3), xticklabels=("surest third", "middle third", "least sure third"), ylabel="covered by 90 % intervals", ylim=(0, 1.02))
@@ -827,15 +834,34 @@ def figure_coverage(results: Mapping[tuple[str, str], xr.Dataset], cases: list[t
     return ax.figure
 
 
+def figure_scaling(scaling: Mapping, axes=None):
+    """Time and memory of one analysis against the length of the window, from what `scaling_part` gives. Returns the figure."""
+    import matplotlib.pyplot as plt
+
+    axes = plt.subplots(1, 2, figsize=(8, 3.2))[1] if axes is None else axes
+    rows = pd.DataFrame(scaling["rows"])
+    for ax, (name, label) in zip(axes, (("milliseconds", "milliseconds per window"), ("megabytes", f"megabytes for {scaling['batch']} windows"))):
+        ax.loglog(rows.steps, rows[name], "o-", color="#009E73")
+        ax.loglog(rows.steps, rows[name].iloc[-1] * rows.steps / rows.steps.iloc[-1], ":", color="#7f7f7f", label="linear")
+        ax.set(xlabel="states in the window", ylabel=label)
+        ax.legend(fontsize=8)
+    return axes[0].figure
+
+
 def figures_windows(results: dict[tuple[str, str], xr.Dataset]) -> dict:
     """Distributions of errors, and coverages."""
     book_style()
-    found = {f"distribution_{c}": figure_distribution(results, c) for c in ("regular", "random") if any(k[0] == c for k in results)}
-    main = next((c for c in ("regular", "random") if any(k[0] == c for k in results)), None)
+    runs, scores, main = stack_windows(results), window_scores(results), [c for c in ("regular", "random") if any(k[0] == c for k in results)]
+    found = {f"distribution_{condition}": figure_distribution(runs, condition) for condition in main}
     if main:
-        cases = [(main, m) for m in ("oi", "incremental", "weak4d_oi", "hybrid", "pnpda_window")] + [("calibrated", "hybrid")]
-        found["coverage"] = figure_coverage(results, cases)
+        found["coverage"] = figure_coverage(scores, coverage_cases(main[0]))
     return found
+
+
+def coverage_cases(condition: str) -> list[tuple[str, str]]:
+    """Which intervals are compared: as they are under a condition, and 4D-Var's after calibration."""
+    methods = ("oi", "incremental", "pnpda_window", "weak4d_oi", "hybrid")
+    return [(condition, method) for method in methods] + [("calibrated", "weak4d_oi"), ("calibrated", "hybrid")]
 
 # %% ../../nbs/14b_incremental.ipynb #ae60aac7
 _SMOKE = {
@@ -850,14 +876,14 @@ WINDOW_PRESETS = {
     ),
     "lorenz96": WindowSettings(
         "lorenz96", levels=3, iterations=1200, batch=16, width=48, paper_iterations=1500, level_iterations=0, draws=0, epochs=10, lengths=(64, 256, 1024, 2048),
-        unseen=("points=32", "points=128", "noise=0.025", "noise=0.4"),
+        unseen=("points=16", "points=64", "points=128", "noise=0.025", "noise=0.4"),
     ),
 }  # fmt: skip
 _WITHOUT = {"lorenz63": (), "pendulum": ("pnpda4d", "floor", "strong4d_oi"), "lorenz96": ("pnpda_window", "pnpda4d", "floor", "strong4d_oi", "weak4d_climatology")}
 _ABOUT = {
     "lorenz63": "trajectories of Lorenz-63 from four points: neural incremental assimilation, 4D-Var, hybrids (2406.15076)",
     "pendulum": "trajectories of a pendulum from ten angles: neural incremental assimilation, 4D-Var, hybrids (2406.15076)",
-    "lorenz96": "trajectories of Lorenz-96 (eight variables) from one number in eight: neural incremental assimilation, 4D-Var, hybrids",
+    "lorenz96": "trajectories of Lorenz-96 (eight variables) from one number in sixteen: neural incremental assimilation, 4D-Var, hybrids",
 }
 
 
