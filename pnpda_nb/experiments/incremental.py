@@ -81,7 +81,7 @@ def window_testbed(name: str, steps: int = 0) -> WindowTestbed:
     elif name == "pendulum":
         model, steps = Pendulum(), steps or 100
         made = WindowTestbed(
-            TwinExperiment(name, model, model, one, 1, steps - 1, start=(0.0, 0.0), start_variance=1.0, spin_up=0, first_ensemble="same_law"), 10, 10, 1e-3
+            TwinExperiment(name, model, model, one, 1, steps - 1, start=(0.0, 0.0), start_variance=0.6, spin_up=0, first_ensemble="same_law"), 10, 10, 1e-3
         )
     elif name == "lorenz96":
         model, steps = Lorenz96(dim=8, dt=0.05), steps or 64
