@@ -86,7 +86,7 @@ class BandedPrecision:
 
     def given(self, information: Information) -> "BandedPrecision":
         """Λ + J, in double precision: the two may be of very different size."""
-        return BandedPrecision(add_bands(self.bands.double(), information.bands.double()))
+        return BandedPrecision(add_bands(self.bands, information.bands.double()) if not torch.is_grad_enabled() else add_bands(self.bands.double(), information.bands.double()))
 
     def product(self, x: Tensor) -> Tensor:
         return band_product(self.bands, x)
@@ -298,11 +298,9 @@ class IncrementalPrior:
         mean = out[..., :n, :].mT + (0 if a["network"] == "constant" else x)
         # numbers in each row, first: (numbers, ..., T·n)
         rows = 3 * out[..., n:, :].unflatten(-2, (n, -1)).movedim(-2, 0).mT.contiguous().flatten(-2)
-        rows = torch.cat((3 * nn.functional.softplus(rows[:1] / 3), rows[1:]))
+        rows = _changed_first(rows, lambda first: 3 * nn.functional.softplus(first / 3))
         if a["precision"] == "banded":
-            bands = band_gram(rows)
-            bands = torch.cat((bands[:1] + a["floor"], bands[1:]))
-            return mean.flatten(-2), BandedPrecision(bands)
+            return mean.flatten(-2), BandedPrecision(_changed_first(band_gram(rows), lambda diagonal: diagonal + a["floor"]))
         if a["precision"] == "low_rank":
             return mean.flatten(-2), LowRankPrecision(rows[:1] ** 2 + a["floor"], rows[1:].movedim(0, -1))
         size, rest = rows[0], rows.movedim(0, -1)
@@ -409,6 +407,14 @@ class IncrementalPrior:
         except (KeyError, TypeError, RuntimeError, ValueError, AttributeError) as error:
             raise ValueError(f"prior: {path} has a header that does not fit its contents ({type(error).__name__})") from error
         return cls(climate, networks.eval().requires_grad_(False), architecture, training, calibration)
+
+
+def _changed_first(rows: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """`rows` with the first one changed; in place where nothing is differentiated."""
+    if torch.is_grad_enabled():
+        return torch.cat((change(rows[:1]), rows[1:]))
+    rows[:1] = change(rows[:1])
+    return rows
 
 
 _CLIMATE = ("mean", "scale", "covariance", "precision")

@@ -17,7 +17,7 @@ from scipy.linalg.lapack import dtbtrs
 from torch import Tensor
 
 from .dynamics import AdditiveModelError, Model, standard_normal, trajectory
-from .observing import Covariance, Observations, Operator
+from .observing import Covariance, Observations
 from .twin import Forecast, TwinExperiment
 
 # %% auto #0
@@ -96,7 +96,7 @@ def band_gram(factor: Tensor) -> Tensor:
 
 
 def lift_bands(bands: Tensor, batch: int) -> Tensor:
-    """The same bands with so many batch dimensions, by new ones in front."""
+    """The same bands with `batch` many batch dimensions, by new ones in front."""
     return bands.reshape(len(bands), *[1] * (batch + 2 - bands.ndim), *bands.shape[1:])
 
 
@@ -106,6 +106,10 @@ def add_bands(a: Tensor, b: Tensor) -> Tensor:
     a, b = lift_bands(a, batch), lift_bands(b, batch)
     if len(a) < len(b):
         a, b = b, a
+    if not torch.is_grad_enabled() and torch.broadcast_shapes(a.shape[1:], b.shape[1:]) == a.shape[1:]:
+        a = a.to(torch.promote_types(a.dtype, b.dtype), copy=True, memory_format=torch.contiguous_format)
+        a[: len(b)] += b
+        return a
     near = a[: len(b)] + b
     return torch.cat((near, a[len(b) :].expand(-1, *near.shape[1:]))) if len(a) > len(b) else near
 
@@ -375,7 +379,7 @@ class Climate:
         return information.standardised(self.mean.flatten(), self.scale.flatten())
 
     def interpolate(self, information: Information) -> Tensor:
-        """The mean `(..., T, n)` of standardised windows given `information` about them."""
+        """The mean `(..., T, n)` of standardised windows, given `information` about standardised windows (see `standardised`); `law` does both."""
         shape = (*information.vector.shape[:-1], *self.mean.shape)
         if self.precision is not None:
             batch = information.vector.shape[:-1]
@@ -472,7 +476,7 @@ def levenberg_marquardt(
     """Minimise over a batch of `first` guesses `(N, d)`: `cost(x, which)` `(M,)` and `system(x, which)`, the bands of the Gauss-Newton
     Hessian `(b + 1, M, d)` and the downhill slope `(M, d)`, are asked for the elements `which` `(M,)` that have not converged.
 
-    An element has converged when the linearised problem, without damping, promises less than `tolerance` for each of its unknowns. Its damping is chosen by
+    An element has converged when the linearised problem promises less than `tolerance` for each of its unknowns (the promise of the damped step, times 1 + its damping). Its damping is chosen by
     how well the last promise was kept (Nielsen 1999). One whose cost is not finite to begin with stays where it is, and has not converged.
     """
     if iterations < 1:
@@ -523,10 +527,11 @@ def levenberg_marquardt(
 # %% ../nbs/04b_windows.ipynb #542024bf
 @dataclass(frozen=True, eq=False)
 class WindowFourDVar:
-    """4D-Var of whole windows: first states from N(`mean`, `covariance`), `forecast` from each state to the next with errors of covariance
+    """4D-Var of whole windows: first states from N(`mean` `(n,)`, `covariance`), `forecast` from each state to the next with errors of covariance
     `model_error`; without it (None) the constraint is strong.
 
-    By Levenberg-Marquardt with at most `iterations`, until the linearised problem promises less than `tolerance` for each unknown (the cost, half a χ², expects a half).
+    By Levenberg-Marquardt with at most `iterations`, until the linearised problem promises to lower the cost by less than `tolerance` for each unknown; at the truth, each number seen and each
+    model error contributes a half on average.
     """
 
     forecast: Forecast
@@ -537,10 +542,12 @@ class WindowFourDVar:
     tolerance: float = 1e-6
 
     def minimise(self, first: Tensor, information: Information | Callable[[Tensor], Information]) -> tuple[GaussianWindow, Minimum]:
-        """The minimum from the `first` guess `(..., T, n)` for windows with `information` about them: the law around it, and how it was found.
+        """The minimum from the `first` guess `(..., T, n)` for windows with `information` about them: the law around it, and how it was found. With a
+        strong constraint only the first state of the guess counts, the `x` of the minimum is that state, and the law's precision is diagonal: its variances are right, its
+        samples and densities are not.
 
         Nonlinear observations are given as a function from windows `(..., T, n)` to what they say, linearised there; it is asked again
-        until a window no longer changes, at most ten times.
+        until a window no longer changes, at most ten times; `converged` then speaks of the last linearisation.
         """
         batch, size = first.shape[:-2], first.shape[-2] * first.shape[-1]
         first = first.double()
@@ -667,8 +674,8 @@ def block_bands(diagonal: Tensor, below: Tensor) -> Tensor:
 def window_four_dvar(
     experiment: TwinExperiment, windows: Tensor, strong: bool = False, iterations: int = 200, tolerance: float = 1e-6
 ) -> WindowFourDVar:
-    """4D-Var for windows of `experiment`: the law of first states is that of `windows` `(N, T, n)`, the model error that of nature (one
-    interval of one step). Raises `ValueError` for a weak constraint without a model error.
+    """4D-Var for windows of `experiment`: the law of first states is that of `windows` `(N, T, n)`, the model error that of nature, added up over
+    the steps of an interval as if it did not grow. Raises `ValueError` for a weak constraint without a model error.
     """
     if not strong and not experiment.nature_error.variance > 0:
         raise ValueError("strong: expected True for an experiment without model error, got False")
