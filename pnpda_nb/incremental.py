@@ -177,7 +177,7 @@ def most_probable(mean: Tensor, precision: Precision, information: Information) 
     pull = information.vector.double() - band_product(information.bands.double(), mean)
     return mean + posterior.solve(pull), posterior
 
-# %% ../nbs/09_incremental.ipynb #9bdde5db
+# %% ../nbs/09_incremental.ipynb #003802bb
 INCREMENTAL_FORMAT = "pnpda_nb incremental prior 1"
 KINDS = ("dense", "convolution", "constant")  # networks
 PRECISIONS = ("banded", "low_rank", "dense")
@@ -195,14 +195,14 @@ class ConstantNetwork(FieldNetwork):
     def forward(self, fields: Tensor, tau: Tensor) -> Tensor:
         return self.answer.expand(*fields.shape[:-2], -1, -1)
 
-
+# %% ../nbs/09_incremental.ipynb #9bdde5db
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """How much wider the standard deviations of a law must be, as a function of themselves: log `factors` at log deviations `knots`, linear in
+    """What the standard deviations of a law must be multiplied by, as a function of themselves: log `factors` at log deviations `knots`, linear in
     between, constant beyond.
 
     `fit` takes errors and predicted deviations of validation windows, any shape, and asks in each of `bins` of equally many that intervals
-    which should cover a share `coverage` do so.
+    which should cover a share `coverage` do so. Raises `ValueError` for numbers that are not finite, or too few of them.
     """
 
     knots: tuple[float, ...]
@@ -236,12 +236,12 @@ class Calibration:
         log = np.interp(deviation.detach().log().numpy(), self.knots, self.factors)
         return deviation * torch.from_numpy(np.exp(log))
 
-
+# %% ../nbs/09_incremental.ipynb #4df823b7
 class IncrementalPrior:
     """Priors N(μ_θ(x_s, s), Λ_θ(x_s, s)⁻¹) of windows `(T, n)` at `levels` of coarseness s (Blanke et al. 2024), around a `climate`.
 
     Made by `make`, trained by `train_incremental`. `analyse` turns information about windows into their law; everything is batched.
-    `calibration` widens the standard deviations that `deviation` gives.
+    `calibration` corrects the standard deviations that `deviation` gives.
     """
 
     def __init__(
@@ -320,7 +320,8 @@ class IncrementalPrior:
 
     def laws(self, information: Information | Callable[[Tensor], Information]) -> list[GaussianWindow]:
         """The law of windows after each level, coarse to fine, given `information` about them; for nonlinear observations, a function
-        that linearises them around windows `(..., T, n)`, which is asked anew at each level.
+        that linearises them around windows `(..., T, n)` (at first around the climate's mean `(T, n)`), which is asked anew at each level. With `update="average"` the
+        mean is the average, the precision that of the level's own estimate.
         """
         return [_in_units(self.climate, x, posterior.banded()) for x, posterior in self._descend(information)]
 
@@ -523,7 +524,7 @@ class IncrementalSettings:
     standard `deviation` in standardised units.
 
     In `mode` "rollout" the last level has the share `last` of the loss, the others share the rest; in "interpolated" all count alike. `likelihood` is the
-    weight of @eq-contrast. With a chance of `background`, a window also has a background: its first state, with an error of standard deviation from
+    weight of twice @eq-contrast, divided by the size of a window. With a chance of `background`, a window also has a background: its first state, with an error of standard deviation from
     `background_deviation`, in standardised units. `average` is the decay of the weights' average, which is what is returned; in `checks` between, the best of it on validation
     windows is kept. Raises `ValueError` for settings out of range.
     """
