@@ -625,7 +625,7 @@ def train_incremental(
     """Train `prior` on `windows` `(N, T, n)`, or on what a function of a number and a generator draws, observed as `sets` say.
 
     Returns the prior whose averaged weights did best on the `validation` windows `(M, T, n)`, each seen through four drawn sets (without validation: the last), and
-    the history: `iteration`, `loss`, `validation` (mean squared error of the last estimate), `seconds`. With a `checkpoint` an interrupted training goes on where
+    the history: `iteration`, `loss`, `validation` (mean squared error of what `analyse` returns), `seconds`. With a `checkpoint` an interrupted training goes on where
     it was; the file is removed at the end. Raises `ValueError` for windows of another shape, a checkpoint of another training, or a loss that is not
     finite.
     """
@@ -722,8 +722,10 @@ class _Training:
         if self.validation is not None:
             z, information = self.validation
             with torch.no_grad():
-                *_, (_, found, _) = self.averaged.estimates(self.averaged.climate.interpolate(information).float(), information)
-            score = float((found - z).square().mean())
+                first = self.averaged.climate.interpolate(information).float()
+                found = [x for _, x, _ in self.averaged.estimates(first, information)]
+            last = found[-1] if self.averaged.update == "estimate" else sum(found) / len(found)
+            score = float((last - z).square().mean())
         if not score >= self.best_score:
             self.best_score = score if math.isfinite(score) else math.inf
             self.best = copy.deepcopy(self.averaged.networks.state_dict())
