@@ -109,6 +109,7 @@ def run(
         },
         "settings_hash": digest_of(vars(settings)),
         "code": code_version(),
+        "workers": workers if scheduler is None else scheduler,
         "wall_seconds": round(time.perf_counter() - start, 1),
     }
     _write_text(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")

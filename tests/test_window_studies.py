@@ -12,6 +12,8 @@ from pnpda_nb.experiments import STUDIES
 from pnpda_nb.experiments.incremental import (
     WINDOW_PRESETS,
     WindowSettings,
+    best_of,
+    four_dvar,
     held_out_sets,
     importance,
     interpolation,
@@ -105,19 +107,34 @@ def test_that_scores_are_those_of_windows_with_processes_averaged_first():
     assert (table.runs == 50).all() and np.isclose(table.loc["iterations", "mean"], 10 * mse.mean())
 
 
-def test_that_a_window_that_became_non_finite_is_left_out_of_scores_and_counted():
+def test_that_a_window_that_became_non_finite_is_left_out_of_means_and_counted_as_stuck():
     mse = np.full((8, 5), 0.2)
     mse[3, 2] = np.nan
     result = xr.Dataset({"mse": (("process", "window"), mse), "seconds": 0.01}, attrs={"experiment": "e"})
     table = window_scores({("regular", "m"): result}).set_index("metric")
-    assert (table.runs == 4).all() and np.isclose(table.loc["mse_mean", "mean"], 0.2)
+    assert (table.runs == 4).all() and np.isclose(table.loc["mse_mean", "mean"], 0.2) and table.loc["stuck", "mean"] == 1.0
+
+
+@pytest.mark.parametrize("wrong", ["points=33", "points=x", "noise=0", "noise=-1", "variable=3", "variable=-1", "windy", ""])
+def test_that_conditions_that_cannot_be_are_refused_before_any_work(wrong):
+    with pytest.raises(ValueError, match="^condition: "):
+        WindowSettings(unseen=(wrong,))
+
+
+def test_that_the_best_of_several_starts_costs_no_more_and_errs_no_more_than_the_first():
+    here = scene("lorenz63", "regular", 12, 1000, 1)
+    one, five = (best_of(here, starts) for starts in (1, 5))
+    first = four_dvar(here, interpolation(here).mean)
+    assert torch.allclose(one.mean, first.mean, atol=1e-8)
+    errors = [normalised_mse(a.mean, here.truth, here.climate.scale).mean() for a in (five, one)]
+    assert errors[0] < errors[1] and (five.iterations > one.iterations).all()
 
 
 def test_that_the_command_writes_scores_levels_times_and_a_prior(forked, tmp_path):
     done = forked("run", "incremental_lorenz63", *SMALL, "--workers", 1, "--methods", "oi,incremental,weak4d_oi,hybrid", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     table = pd.read_csv(tmp_path / "scores.csv", dtype={"condition": str})
-    assert {"regular", "random", "noise=0.2", "arctan", "calibrated"} == set(table.condition)
+    assert {"regular", "random", "noise=0.2", "arctan", "calibrated", "uncalibrated"} == set(table.condition)
     assert {"mse_mean", "mse_median", "stuck", "iterations", "coverage", "coverage_low", "seconds"} <= set(table.metric)
     assert np.isfinite(table["mean"]).all()
     assert {"levels.nc", "timing.json", "scaling.json", "prior.safetensors", "cycles.nc", "manifest.json"} <= {p.name for p in tmp_path.iterdir()}

@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
+from scipy.stats import t as student
 from torch import Tensor
 
 from ..dynamics import AdditiveModelError, Lorenz63, Lorenz96, Pendulum, standard_normal, stream
@@ -38,12 +39,12 @@ from ..pnp import PnPDA, PnPDA4D, analysis_ensemble, residual_covariance
 from ..studies import Settings, readable
 from ..sweep import Study, Task
 from ..twin import Forecast, TwinExperiment
-from ..windows import Climate, GaussianWindow, Information, draw_windows, linearised, normalised_mse, pointwise, window_four_dvar
+from ..windows import Climate, GaussianWindow, Information, band_dense, draw_windows, linearised, normalised_mse, pointwise, window_four_dvar
 
 # %% auto #0
 __all__ = ['WINDOW_METHODS', 'WINDOW_LABELS', 'WINDOW_PRESETS', 'INCREMENTAL_STUDIES', 'WindowTestbed', 'window_testbed', 'Scene',
            'training_windows', 'window_climate', 'held_out_sets', 'scene', 'window_prior_part', 'window_prior_task',
-           'window_pairs', 'flow_part', 'Answer', 'climatology', 'interpolation', 'incremental', 'four_dvar',
+           'window_pairs', 'flow_part', 'Answer', 'climatology', 'interpolation', 'incremental', 'four_dvar', 'best_of',
            'plug_and_play', 'plug_and_play_4d', 'importance', 'window_case_part', 'measured', 'timing_part', 'probe',
            'scaling_part', 'levels_part', 'WindowSettings', 'window_priors', 'level_priors', 'plan_windows',
            'kept_windows', 'window_scores', 'stack_windows', 'window_table', 'report_windows', 'table_by_condition',
@@ -81,7 +82,7 @@ def window_testbed(name: str, steps: int = 0) -> WindowTestbed:
     elif name == "pendulum":
         model, steps = Pendulum(), steps or 100
         made = WindowTestbed(
-            TwinExperiment(name, model, model, one, 1, steps - 1, start=(0.0, 0.0), start_variance=0.6, spin_up=0, first_ensemble="same_law"), 10, 10, 1e-3
+            TwinExperiment(name, model, model, one, 1, steps - 1, start=(1.5, 0.0), start_variance=0.25, spin_up=0, first_ensemble="same_law"), 10, 10, 1e-3
         )
     elif name == "lorenz96":
         model, steps = Lorenz96(dim=8, dt=0.05), steps or 64
@@ -107,9 +108,9 @@ class Scene:
     deviation: Tensor
     function: Callable[[Tensor], Tensor] | None = None
 
-    def first(self, few: int) -> "Scene":
-        """The first `few` windows."""
-        return dataclasses.replace(self, truth=self.truth[:few], values=self.values[:, :few])
+    def part(self, begin: int, end: int) -> "Scene":
+        """The windows from `begin` to before `end`."""
+        return dataclasses.replace(self, truth=self.truth[begin:end], values=self.values[:, begin:end])
 
     @property
     def information(self) -> Information | Callable[[Tensor], Information]:
@@ -168,22 +169,25 @@ def _processes(name: str, seed: int, condition: str) -> tuple[Tensor, float, Cal
     testbed, kept = window_testbed(name), held_out_sets(name, seed)
     usual = kept.get("regular", kept["random"])
     kind, _, value = condition.partition("=")
-    draw = stream(seed, "processes", condition)
+    draw, alone = stream(seed, "processes", condition), len(testbed.variables) == 1
     if condition in kept:
         return kept[condition], testbed.deviation, None
-    if kind == "points":
-        sets = dataclasses.replace(testbed.sets, count=int(value), near_regular=0.0)
-        return sets.draw(8, draw), testbed.deviation, None
-    if kind == "noise":
-        return usual, float(value), None
-    if condition == "clustered":  # one after the other, from some time on
+    try:
+        if kind == "points":
+            sets = dataclasses.replace(testbed.sets, count=int(value), near_regular=0.0)
+            return sets.draw(8, draw), testbed.deviation, None
+        if kind == "noise" and float(value) > 0:
+            return usual, float(value), None
+        if kind == "variable" and alone and 0 <= int(value) < usual.shape[2]:  # another one
+            return usual.roll(int(value) - testbed.variables[0], -1), testbed.deviation, None
+    except ValueError as error:
+        raise ValueError(f"condition: expected a number that fits in {condition!r} ({error})") from error
+    if condition == "clustered" and alone:  # one after the other, from some time on
         present = torch.zeros_like(usual)
-        starts = torch.randint(0, usual.shape[1] - testbed.count + 1, (len(usual),), generator=draw)
+        starts = torch.randperm(usual.shape[1] - testbed.count + 1, generator=draw)[: len(usual)]
         for one, start in zip(present, starts):
             one[start : start + testbed.count, testbed.variables[0]] = True
         return present, testbed.deviation, None
-    if kind == "variable":  # another one
-        return usual.roll(int(value) - testbed.variables[0], -1), testbed.deviation, None
     if condition == "arctan":
         return usual, testbed.deviation, lambda x: 8 * torch.atan(x / 8)
     raise ValueError(f"condition: unknown condition {condition!r}")
@@ -191,7 +195,7 @@ def _processes(name: str, seed: int, condition: str) -> tuple[Tensor, float, Cal
 
 @lru_cache(maxsize=4)
 def scene(name: str, condition: str, windows: int, climate_windows: int, seed: int, split: str = "test") -> Scene:
-    """The scene of a testbed under a condition: "regular", "random", "points=8", "noise=0.2", "clustered", "variable=2", "arctan". With `split` "validation" other
+    """The scene of a testbed under a condition: "regular", "random", "points=8", "noise=0.2", "clustered", "variable=2", "arctan"; all but the second and the third are made of the regular processes, where there are any. With `split` "validation" other
     windows, seen by processes as in training.
     """
     testbed, climate = window_testbed(name), window_climate(name, climate_windows, seed)
@@ -225,8 +229,10 @@ def window_prior_part(settings: dict, checkpoint: str | None = None) -> Incremen
     made = IncrementalPrior.make(climate, **settings["make"], seed=seed)
     trained = IncrementalSettings(deviation=testbed.deviation, **options)
     validation = scene(name, "", settings["validation_windows"], settings["climate_windows"], seed, "validation")
-    prior, _ = train_incremental(made, windows, sets, trained, validation=validation.truth[:100], seed=seed, checkpoint=checkpoint)
-    return prior.calibrated(prior.analyse(validation.information), validation.truth)
+    third = settings["validation_windows"] // 3  # choose the weights; the others are for calibration
+    prior, _ = train_incremental(made, windows, sets, trained, validation=validation.truth[:third], seed=seed, checkpoint=checkpoint)
+    rest = validation.part(third, settings["validation_windows"])
+    return prior.calibrated(prior.analyse(rest.information), rest.truth)
 
 
 def window_prior_task(name: str, settings: "WindowSettings", make: Mapping, training: Mapping, archive: int = 0, cost: float = 100.0) -> Task:
@@ -235,12 +241,12 @@ def window_prior_task(name: str, settings: "WindowSettings", make: Mapping, trai
     return Task(name, window_prior_part, plain | {"make": dict(make), "training": dict(training), "archive": archive}, format="incremental_prior", cost=cost, resumable=True)
 
 
-def window_pairs(name: str, count: int, climate_windows: int, seed: int) -> tuple[Tensor, Tensor]:
+def window_pairs(name: str, count: int, climate_windows: int, seed: int, purpose: str = "pairs") -> tuple[Tensor, Tensor]:
     """Pairs for a flow prior: optimal interpolations of windows, each seen by a process of its own, and the windows, both standardised
-    `(count, T, n)`.
+    `(count, T, n)`; other ones for every `purpose`.
     """
     testbed, climate = window_testbed(name), window_climate(name, climate_windows, seed)
-    sets, generator = testbed.sets, stream(seed, "pairs", name)
+    sets, generator = testbed.sets, stream(seed, purpose, name)
     for kept in held_out_sets(name, seed).values():
         sets = sets.holding_out(kept)
     truth = draw_windows(testbed.experiment, count, generator)
@@ -300,10 +306,10 @@ def interpolation(scene: Scene) -> Answer:
     return Answer(mean, variance.sqrt())
 
 
-def incremental(scene: Scene, prior: IncrementalPrior, spread: bool = True) -> Answer:
+def incremental(scene: Scene, prior: IncrementalPrior, spread: bool = True, calibrated: bool = True) -> Answer:
     """The law of the last level; without `spread` only its mean."""
     law = prior.analyse(scene.information)
-    return Answer(law.mean, prior.deviation(law) if spread else None)
+    return Answer(law.mean, (prior.deviation(law) if calibrated else law.deviation) if spread else None)
 
 
 def four_dvar(scene: Scene, first: Tensor, strong: bool = False, spread: bool = True) -> Answer:
@@ -311,6 +317,27 @@ def four_dvar(scene: Scene, first: Tensor, strong: bool = False, spread: bool = 
     method = window_four_dvar(scene.experiment, scene.windows, strong)
     law, minimum = method.minimise(first.expand(scene.values.shape), scene.information)
     return Answer(law.mean, law.deviation if spread else None, minimum.iterations.reshape(scene.values.shape[:2]))
+
+
+def best_of(scene: Scene, starts: int, seed: int = 0) -> Answer:
+    """Weak-constraint 4D-Var from optimal interpolation and from samples of its law, as many as `starts` in all: of every window, the minimum of lowest cost."""
+    climate, shape = scene.climate, scene.values.shape
+    known = climate.standardised(scene.information)
+    prior = torch.linalg.inv(climate.covariance) if climate.precision is None else band_dense(climate.precision)
+    whole = prior + torch.diag_embed(known.bands[0].flatten(0, -2))  # points that are seen one by one
+    mean, root = climate.interpolate(known), torch.linalg.cholesky(torch.linalg.inv(whole)).unflatten(0, known.bands.shape[1:-1])
+    best, spent = None, 0
+    for number in range(starts):
+        noise = standard_normal(tuple(known.vector.shape), stream(seed, "starts", number))
+        away = (root @ noise.unsqueeze(-1)).squeeze(-1).unflatten(-1, shape[-2:]) if number else 0.0
+        law, minimum = window_four_dvar(scene.experiment, scene.windows).minimise(climate.mean + climate.scale * (mean + away), scene.information)
+        cost, spent = minimum.cost.reshape(shape[:2]), spent + minimum.iterations.reshape(shape[:2])
+        if best is None:
+            best = cost, law.mean, law.deviation
+        else:
+            lower = (cost < best[0])[..., None, None]
+            best = torch.minimum(cost, best[0]), torch.where(lower, law.mean, best[1]), torch.where(lower, law.deviation, best[2])
+    return Answer(*best[1:], spent)
 
 
 def plug_and_play(scene: Scene, prior: FlowPrior, residuals=None, iterations: int = 10, members: int = 20, seed: int = 0) -> Answer:
@@ -326,11 +353,17 @@ def plug_and_play(scene: Scene, prior: FlowPrior, residuals=None, iterations: in
     method = PnPDA(prior, iterations, data_step="kalman", residuals=residuals)
     found = analysis_ensemble(method, background, seen, size=members, generator=stream(seed, "plug-and-play"))
     found = climate.mean + climate.scale * found.reshape(P, W, members, T, n)
-    return Answer(found.mean(2), found.std(2))
+    return Answer(found.mean(2), _spread(found))
+
+
+def _spread(members: Tensor) -> Tensor:
+    """Standard deviations for which a Gaussian's intervals of 90 % are those of so many `members` `(P, W, member, T, n)`, whose mean is uncertain too."""
+    m = members.shape[2]
+    return float(student.ppf(0.95, m - 1) / 1.6449 * (1 + 1 / m) ** 0.5) * members.std(2)
 
 
 def plug_and_play_4d(scene: Scene, prior: FlowPrior, iterations: int = 30, alpha: float = 0.5, members: int = 1, seed: int = 0) -> Answer:
-    """PnP-DA's Algorithm 2 through the whole window: mean and standard deviation of `members` answers."""
+    """PnP-DA's Algorithm 2 through the whole window, without what was seen of its first state beyond the background: mean and standard deviation of `members` answers."""
     P, W, T, n = scene.values.shape
     experiment, climate = scene.experiment, scene.climate
     start = climate.law(scene.information)[0][:, :, 0].reshape(P * W, 1, n)
@@ -340,7 +373,7 @@ def plug_and_play_4d(scene: Scene, prior: FlowPrior, iterations: int = 30, alpha
     forecast = Forecast(experiment.forecast_model, experiment.interval)
     found = analysis_ensemble(method, start, scene.observations()[1:], size=members, generator=stream(seed, "plug-and-play"), forecast=forecast)
     found = found.movedim(0, -2).reshape(P, W, members, T, n)
-    return Answer(found.mean(2), found.std(2) if members > 1 else None)
+    return Answer(found.mean(2), _spread(found) if members > 1 else None)
 
 
 def importance(scene: Scene, draws: int, seed: int, block: int = 20000) -> Answer:
@@ -372,7 +405,7 @@ def window_case_part(settings: dict, **learned) -> xr.Dataset:
     """What a method does under a condition, as a dataset by process and window."""
     here = scene(*(settings[k] for k in ("testbed", "condition", "windows", "climate_windows", "seed")))
     options = dict(settings["method"])
-    here = here.first(options.pop("few", settings["windows"]))
+    here = here.part(0, options.pop("few", settings["windows"]))
     name, first = options.pop("name"), options.pop("first", None)
     start = None
     if first is not None:
@@ -381,11 +414,11 @@ def window_case_part(settings: dict, **learned) -> xr.Dataset:
     if name in ("pnpda_window", "pnpda4d"):
         options["seed"] = settings["seed"]
     if name == "pnpda_window":
-        background, truth = window_pairs(settings["testbed"], 2000, settings["climate_windows"], settings["seed"] + 1)
+        background, truth = window_pairs(settings["testbed"], 2000, settings["climate_windows"], settings["seed"], "residual pairs")
         taus = [k / options["iterations"] for k in range(options["iterations"])]
         options["residuals"] = residual_covariance(learned["prior"], background.flatten(1), truth.flatten(1), taus, stream(settings["seed"], "residuals"))
     methods = {
-        "climatology": lambda: climatology(here), "oi": lambda: interpolation(here), "incremental": lambda: incremental(here, learned["prior"]),
+        "climatology": lambda: climatology(here), "oi": lambda: interpolation(here), "incremental": lambda: incremental(here, learned["prior"], **options), "best_of": lambda: best_of(here, **options),
         "four_dvar": lambda: four_dvar(here, start, **options), "floor": lambda: importance(here, seed=settings["seed"], **options),
         "pnpda_window": lambda: plug_and_play(here, learned["prior"], **options), "pnpda4d": lambda: plug_and_play_4d(here, learned["prior"], **options),
     }  # fmt: skip
@@ -419,7 +452,9 @@ def measured(scene: Scene, answer: Answer, seconds: float, attrs: dict) -> xr.Da
 
 # %% ../../nbs/14b_incremental.ipynb #3cca6ffc
 def timing_part(settings: dict, prior: IncrementalPrior) -> dict:
-    """Milliseconds per window of the neural analysis and of converged 4D-Var from several starts, on the same batch, `repeats` times in turn: least and median."""
+    """Milliseconds per window of the neural analysis and of converged 4D-Var from several starts, on the same batch, `repeats` times in turn: least and median; those of one window alone; and
+    how many seconds the prior was trained.
+    """
     here = scene(*(settings[k] for k in ("testbed", "condition", "windows", "climate_windows", "seed")))
     strong = not here.experiment.nature_error.variance > 0
     known, climate = here.information, here.climate
@@ -429,9 +464,12 @@ def timing_part(settings: dict, prior: IncrementalPrior) -> dict:
         "incremental": lambda: prior.analyse(known), "incremental_with_variances": lambda: prior.analyse(known).variance,
         "optimal_interpolation": lambda: climate.interpolate(climate.standardised(known)),
         "four_dvar_from_oi": lambda: var.minimise(first, known), "four_dvar_from_climatology": lambda: var.minimise(climate.mean.expand_as(first), known),
-        "four_dvar_from_incremental": lambda: var.minimise(near, known),
+        "four_dvar_from_incremental": lambda: var.minimise(near, known), "hybrid": lambda: var.minimise(prior.analyse(known).mean, known),
+        "four_dvar_from_oi_stopped_early": lambda: dataclasses.replace(var, tolerance=1e-2).minimise(first, known),
     }  # fmt: skip
-    times = {name: [] for name in jobs}
+    alone = Information(known.bands[:, :1, :1], known.vector[:1, :1])
+    single = {"incremental": lambda: prior.analyse(alone), "four_dvar_from_oi": lambda: var.minimise(first[:1, :1], alone)}
+    times, latency = {name: [] for name in jobs}, {name: [] for name in single}
     for repeat in range(settings["repeats"] + 1):
         for name, job in jobs.items():
             if repeat == 0 and "four_dvar" in name:
@@ -439,9 +477,15 @@ def timing_part(settings: dict, prior: IncrementalPrior) -> dict:
             begin = time.perf_counter()
             job()
             times[name].append(1e3 * (time.perf_counter() - begin) / first[..., 0, 0].numel())
+    for name, job in single.items():
+        for _ in range(5):
+            begin = time.perf_counter()
+            job()
+            latency[name].append(1e3 * (time.perf_counter() - begin))
     return {
         "windows": first[..., 0, 0].numel(), "threads": torch.get_num_threads(),
-        **{name: {"least": min(found), "median": float(np.median(found))} for name, found in times.items()},
+        "training_seconds": prior.training["history"][-1]["seconds"], "one_window_alone": {name: float(np.median(found)) for name, found in latency.items()},
+        "batch": {name: {"least": min(found), "median": float(np.median(found))} for name, found in times.items()},
     }  # fmt: skip
 
 
@@ -464,8 +508,8 @@ def probe(testbed: str, steps: int, batch: int, seed: int, path: str = "") -> di
     spread = bed.deviation * prior.climate.scale
     seen = truth + spread * standard_normal(tuple(truth.shape), stream(seed, "long errors"))
     information = pointwise(seen, spread, sets.draw(1, stream(seed, "long sets"))[0])
-    small = prior.on(16)
-    small.analyse(pointwise(seen[:, :16], spread[:16], torch.ones(16, experiment.dim, dtype=torch.bool)))  # what everything needs once
+    few = min(16, steps)
+    prior.on(few).analyse(pointwise(seen[:, :few], spread[:few], torch.ones(few, experiment.dim, dtype=torch.bool)))  # what everything needs once
     before, times = _memory(reset=True), []
     for _ in range(3):
         begin = time.perf_counter()
@@ -576,6 +620,10 @@ class WindowSettings(Settings):
         dim = window_testbed(self.testbed).sets
         if self.climate_windows <= dim.steps * dim.dim:
             raise ValueError(f"climate_windows: expected more than {dim.steps * dim.dim}, got {self.climate_windows}")
+        for condition in self.unseen:
+            _processes(self.testbed, self.seed, condition)
+        if min(self.lengths) < 16 or self.draws < 0 or self.pairs < 256 or self.level_iterations < 0:
+            raise ValueError("lengths, draws, pairs, level_iterations: expected at least 16, 0, 256 and 0")
         IncrementalSettings(iterations=self.iterations, likelihood=self.likelihood, learning_rate=self.learning_rate)
 
     @property
@@ -586,15 +634,16 @@ class WindowSettings(Settings):
 
 
 WINDOW_METHODS = (
-    "climatology", "oi", "unconditional", "paper_size", "interpolated", "incremental", "strong4d_oi", "weak4d_climatology", "weak4d_oi", "weak4d_paper", "hybrid",
+    "climatology", "oi", "unconditional", "paper_size", "interpolated", "incremental", "strong4d_oi", "weak4d_climatology", "weak4d_oi", "weak4d_best", "weak4d_paper", "hybrid",
     "weak4d_truth", "pnpda_window", "pnpda4d", "floor",
 )  # fmt: skip
 WINDOW_LABELS = {
     "climatology": "climatology", "oi": "optimal interpolation", "unconditional": "learned Gaussian, unconditional", "paper_size": "network of the paper's size",
     "interpolated": "large network, interpolated training", "incremental": "large network, rolled out", "strong4d_oi": "strong 4D-Var from OI",
-    "weak4d_climatology": "weak 4D-Var from climatology", "weak4d_oi": "weak 4D-Var from OI", "weak4d_paper": "weak 4D-Var from the paper's size",
+    "weak4d_climatology": "weak 4D-Var from climatology", "weak4d_oi": "weak 4D-Var from OI", "weak4d_best": "weak 4D-Var, best of five starts", "weak4d_paper": "weak 4D-Var from the paper's size",
     "hybrid": "hybrid: 4D-Var from the large network", "weak4d_truth": "weak 4D-Var from the truth (unattainable)", "pnpda_window": "PnP-DA, trajectory as state",
-    "pnpda4d": "PnP-DA, Algorithm 2", "floor": "floor: importance sampling",
+    "pnpda4d": "PnP-DA, Algorithm 2 (a quarter of the windows)", "floor": "exact mean, as far as sampling goes",
+    "rollout": "rolled out", "wide": "rolled out, weights of three levels in one",
 }  # fmt: skip
 
 
@@ -631,6 +680,9 @@ def level_priors(settings: WindowSettings) -> dict[tuple[str, str], Task]:
                 continue  # the same
             training = {"iterations": s.level_iterations, "windows": s.batch, "likelihood": s.likelihood, "learning_rate": s.learning_rate, "mode": mode}
             make = s.network | {"levels": levels, "update": "estimate" if mode == "rollout" else "average"}  # each as it was trained
+            if (levels, mode) == (1, "rollout"):  # as many weights in one level as the others have in all
+                wide = make | {"width": round(s.width * s.levels**0.5)}
+                found["levels=1", "wide"] = window_prior_task("training wide", s, wide, training, cost=0.06 * s.level_iterations)
             found[f"levels={levels}", mode] = window_prior_task(f"training {mode} {levels}", s, make, training, cost=0.03 * levels * s.level_iterations)
     return found
 
@@ -657,6 +709,8 @@ def plan_windows(settings: WindowSettings, methods: tuple[str, ...]) -> dict[tup
                 return case(condition, method, name="four_dvar", first="oi", strong=True, cost=60.0) if condition == main[0] else None
             case "weak4d_climatology" | "weak4d_oi" | "weak4d_truth":
                 return case(condition, method, name="four_dvar", first=method.removeprefix("weak4d_"), strong=strong, cost=8.0)
+            case "weak4d_best":
+                return case(condition, method, name="best_of", starts=5, cost=30.0)
             case "weak4d_paper":
                 return case(condition, method, priors["paper_size"], name="four_dvar", first="prior", strong=strong, cost=8.0)
             case "hybrid":
@@ -664,7 +718,7 @@ def plan_windows(settings: WindowSettings, methods: tuple[str, ...]) -> dict[tup
             case "pnpda_window":
                 return case(condition, method, priors[method], name=method, iterations=s.pnp_iterations, members=s.members, cost=30.0)
             case "pnpda4d":
-                return case(condition, method, priors[method], name=method, alpha=s.pnp_alpha, few=s.few, cost=60.0) if condition == main[0] else None
+                return case(condition, method, priors[method], name=method, alpha=s.pnp_alpha, few=s.few, members=5, cost=60.0) if condition == main[0] else None
             case "floor":
                 return case(condition, method, name="floor", draws=s.draws, cost=60.0) if s.draws else None
 
@@ -674,10 +728,15 @@ def plan_windows(settings: WindowSettings, methods: tuple[str, ...]) -> dict[tup
     for method, first, prior in (("weak4d_oi", "oi", None), ("hybrid", "prior", priors["incremental"])):
         if method in methods and not strong:
             plan["calibrated", method] = case(main[0], f"calibrated {method}", prior, s.validation_windows, name="four_dvar", first=first, strong=strong, cost=15.0)
+    if "incremental" in methods:
+        plan["uncalibrated", "incremental"] = case(main[0], "uncalibrated incremental", priors["incremental"], name="incremental", calibrated=False)
     if "interpolated" in methods:
         for (condition, mode), prior in level_priors(s).items():
             plan[condition, mode] = case(main[0], f"{mode} {condition}", prior, name="incremental")
-    return {key: task for key, task in plan.items() if task is not None}
+    plan = {key: task for key, task in plan.items() if task is not None}
+    if not plan:
+        raise ValueError(f"methods: nothing to do for {', '.join(methods)} with these settings")
+    return plan
 
 
 def kept_windows(settings: WindowSettings, methods: tuple[str, ...]) -> dict[str, Task]:
@@ -701,14 +760,15 @@ def window_scores(results: Mapping[tuple[str, str], xr.Dataset]) -> pd.DataFrame
     """
     rows = []
     for (condition, method), result in results.items():
-        error = result.mse.values
-        error = error[:, np.isfinite(error).all(0)]
+        every = result.mse.values
+        error = every[:, np.isfinite(every).all(0)]
         count = error.shape[1]
         place = (result.attrs["experiment"], condition, method)
         generator = np.random.default_rng(0)
         again = [np.median(error[:, generator.integers(0, count, count)]) for _ in range(200)] if count else [np.nan]
         found = {"mse_mean": (error.mean(), error.mean(0).std(ddof=1)), "mse_median": (np.median(error), np.std(again) * count**0.5)}
-        found["stuck"] = ((error > 0.1).mean(), (error > 0.1).mean(0).std(ddof=1))
+        stuck = ~(every <= 0.1)  # a window that was lost is stuck too
+        found["stuck"] = (stuck.mean(), stuck.mean(0).std(ddof=1) * (count / stuck.shape[1]) ** 0.5)
         for name, metric in (("covered", "coverage"), ("iterations", "iterations")):
             if name in result:
                 found[metric] = (float(result[name].mean()), float(result[name].mean("process").std(ddof=1)))
@@ -734,22 +794,24 @@ def stack_windows(results: Mapping[tuple[str, str], xr.Dataset]) -> xr.Dataset:
 
 
 def window_table(scores: pd.DataFrame, condition: str) -> pd.DataFrame:
-    """Methods by scores under one condition: mean ± standard error, milliseconds per window and, for 4D-Var, iterations."""
+    """Methods by scores under one condition: mean ± standard error and, for 4D-Var, iterations."""
     here = scores[scores.condition == condition]
     rows = {}
     for method in dict.fromkeys(here.method):
         values = here[here.method == method].set_index("metric")
 
-        def cell(metric: str, digits: int, factor: float = 1.0) -> str:
-            if metric not in values.index:
-                return "–"
+        def cell(metric: str, digits: int) -> str:
+            if metric not in values.index or (method == "floor" and metric in ("mse_median", "stuck")):
+                return "–"  # the exact mean has the lowest mean error, not the lowest median
             mean, std, runs = (values.loc[metric, k] for k in ("mean", "std", "runs"))
-            error = f" ± {factor * std / runs**0.5:.{digits}f}" if np.isfinite(std) and metric != "iterations" else ""
-            return f"{factor * mean:.{digits}f}{error}"
+            form = f".{digits}f" if mean == 0 or mean >= 2 * 10.0**-digits else ".1e"
+            error = f" ± {std / runs**0.5:{form}}" if np.isfinite(std) and metric != "iterations" else ""
+            return f"{mean:{form}}{error}"
 
-        rows[WINDOW_LABELS.get(method, method)] = {
+        label = WINDOW_LABELS.get(method, method)
+        rows[label.replace("weak 4D", "strong 4D") if "pendulum" in values.experiment.iloc[0] else label] = {
             "mean": cell("mse_mean", 3), "median": cell("mse_median", 3), "stuck": cell("stuck", 2), "iterations": cell("iterations", 1),
-            "90 % cover": cell("coverage", 2), "ms per window": cell("seconds", 2, 1e3),
+            "90 % cover": cell("coverage", 2),
         }  # fmt: skip
     return pd.DataFrame(rows).T
 
@@ -777,7 +839,7 @@ def table_by_condition(scores: pd.DataFrame, conditions: list[str], metric: str 
 
 _COLOURS = {
     "oi": "#7f7f7f", "paper_size": "#E69F00", "interpolated": "#56B4E9", "incremental": "#009E73", "weak4d_oi": "#0072B2", "hybrid": "#D55E00",
-    "weak4d_truth": "#000000", "pnpda_window": "#CC79A7", "floor": "#999933", "rollout": "#009E73",
+    "weak4d_best": "#999933", "weak4d_truth": "#000000", "pnpda_window": "#CC79A7",
 }  # fmt: skip
 
 
@@ -889,7 +951,7 @@ WINDOW_PRESETS = {
         unseen=("points=16", "points=64", "points=128", "noise=0.025", "noise=0.4"),
     ),
 }  # fmt: skip
-_WITHOUT = {"lorenz63": (), "pendulum": ("pnpda4d", "floor", "strong4d_oi"), "lorenz96": ("pnpda_window", "pnpda4d", "floor", "strong4d_oi", "weak4d_climatology")}
+_WITHOUT = {"lorenz63": (), "pendulum": ("pnpda4d", "floor", "strong4d_oi", "weak4d_best"), "lorenz96": ("weak4d_best", "pnpda_window", "pnpda4d", "floor", "strong4d_oi", "weak4d_climatology")}
 _ABOUT = {
     "lorenz63": "trajectories of Lorenz-63 from four points: neural incremental assimilation, 4D-Var, hybrids (2406.15076)",
     "pendulum": "trajectories of a pendulum from ten angles: neural incremental assimilation, 4D-Var, hybrids (2406.15076)",
@@ -902,9 +964,15 @@ def window_study(testbed: str) -> Study:
     paper = WINDOW_PRESETS[testbed]
     methods = tuple(m for m in WINDOW_METHODS if m not in _WITHOUT[testbed])
     smoke = dataclasses.replace(paper, **_SMOKE, unseen=paper.unseen[:2])
+
+    def plan(settings: WindowSettings, chosen: tuple[str, ...]) -> dict[tuple[str, str], Task]:
+        if settings.testbed != testbed:
+            raise ValueError(f"testbed: expected {testbed}, this study's; incremental_{settings.testbed} is another study")
+        return plan_windows(settings, chosen)
+
     return Study(
         name=f"incremental_{testbed}", description=_ABOUT[testbed], presets={"smoke": smoke, "paper": paper}, methods=methods, default_methods=methods,
-        plan=plan_windows, figures=figures_windows, report=report_windows, kept=kept_windows, tabulate=window_scores, stack=stack_windows,
+        plan=plan, figures=figures_windows, report=report_windows, kept=kept_windows, tabulate=window_scores, stack=stack_windows,
         published=pd.DataFrame(columns=["condition", "method", "metric", "variable", "mean", "std"]),
     )  # fmt: skip
 
