@@ -391,7 +391,8 @@ def train(prior=None, windows=WINDOWS, settings=QUICK, seed=1, **options):
 
 
 def test_that_one_seed_gives_one_prior_and_the_global_stream_is_left_alone():
-    train = lambda prior, seed=1: train_incremental(prior, WINDOWS, SETS, replace(QUICK, iterations=10), validation=WINDOWS[:5], seed=seed)
+    def train(prior, seed=1):
+        return train_incremental(prior, WINDOWS, SETS, replace(QUICK, iterations=10), validation=WINDOWS[:5], seed=seed)
     untrained, before = make(shake=0.0), torch.random.get_rng_state()
     start = weights(untrained)
     (a, history), (b, _), (c, _) = train(untrained), train(untrained), train(untrained, seed=2)

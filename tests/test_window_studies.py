@@ -9,7 +9,7 @@ import torch
 import xarray as xr
 
 from pnpda_nb.experiments import STUDIES
-from pnpda_nb.experiments.incremental import (
+from pnpda_nb.experiments.trajectories import (
     WINDOW_PRESETS,
     WindowSettings,
     best_of,

@@ -389,7 +389,8 @@ def test_that_nothing_is_worse_than_its_start_and_more_iterations_are_no_worse(s
 
 def test_that_what_is_stuck_on_a_slope_has_not_converged():
     wall = torch.tensor(torch.inf, dtype=torch.float64)
-    cost = lambda x, which: torch.where(x[:, 0] >= 2, x[:, 0] ** 2 / 2, wall)
+    def cost(x, which):
+        return torch.where(x[:, 0] >= 2, x[:, 0] ** 2 / 2, wall)
     found = levenberg_marquardt(cost, lambda x, which: (torch.ones_like(x)[None], -x), torch.full((1, 1), 2.0, dtype=torch.float64))
     assert found.x.item() == 2 and not found.converged.any()
 

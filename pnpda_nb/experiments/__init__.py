@@ -10,7 +10,7 @@ import dataclasses
 
 from .ablations import ABLATION_STUDY
 from .beyond import PARTS_STUDY, beyond_study
-from .incremental import INCREMENTAL_STUDIES
+from .trajectories import INCREMENTAL_STUDIES
 from .kuramoto_sivashinsky import KURAMOTO_SIVASHINSKY
 from .lorenz63 import LORENZ63, lorenz63
 from .lorenz96 import LORENZ96
