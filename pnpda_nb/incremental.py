@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from numpy.linalg import LinAlgError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -323,14 +324,14 @@ class IncrementalPrior:
         that linearises them around windows `(..., T, n)` (at first around the climate's mean `(T, n)`), which is asked anew at each level. With `update="average"` the
         mean is the average, the precision that of the level's own estimate.
         """
-        return [_in_units(self.climate, x, posterior.banded()) for x, posterior in self._descend(information)]
+        return [_in_units(self.climate, x, posterior.banded()) for x, posterior in self._descend(information, all_laws=True)]
 
     def analyse(self, information: Information | Callable[[Tensor], Information]) -> GaussianWindow:
         """The law of windows, given `information` about them: that of the last level."""
         x, posterior = self._descend(information)[-1]
         return _in_units(self.climate, x, posterior.banded())
 
-    def _descend(self, information) -> list[tuple[Tensor, Precision]]:
+    def _descend(self, information, all_laws: bool = False) -> list[tuple[Tensor, Precision]]:
         """Standardised estimates `(..., T, n)`, and the precision of what is known, after each level."""
         climate, around = self.climate, self._standard(information)
         known = around(climate.mean)
@@ -343,11 +344,25 @@ class IncrementalPrior:
         with torch.inference_mode():
             for level in range(self.levels):
                 known = around(climate.mean + climate.scale * x) if callable(information) else known
-                mean, posterior = most_probable(*self.prior_at(x, level), known)
+                mean, posterior = self._estimate(x, level, known, last=all_laws or level == self.levels - 1)
                 mean = mean.unflatten(-1, (self.steps, self.dim))
                 x = mean if self.update == "estimate" else x + (mean - z) / self.levels
                 found.append((x, posterior))
         return found
+
+    def _estimate(self, x: Tensor, level: int, known: Information, last: bool) -> tuple[Tensor, Precision]:
+        """x̂ and what is then known; before the last level, in the same memory if all goes well, since nobody asks for the precision."""
+        mean, precision = self.prior_at(x, level)
+        if last or not isinstance(precision, BandedPrecision):
+            return most_probable(mean, precision, known)
+        posterior, mean = precision.given(known), mean.double()
+        pull = known.vector.double() - band_product(known.bands.double(), mean)
+        try:
+            shape = torch.broadcast_shapes(posterior.bands.shape[1:], pull.shape)
+            factor = BandedCholesky(lift_bands(posterior.bands, len(shape) - 1).expand(-1, *shape)[: shape[-1]], overwrite=True)
+        except LinAlgError:
+            return most_probable(mean, precision, known)
+        return mean + factor.solve(pull), precision
 
     def deviation(self, law: GaussianWindow) -> Tensor:
         """The standard deviations `(..., T, n)` of a law, calibrated if the prior is."""
@@ -425,8 +440,10 @@ _ARCHITECTURE = ("levels", "network", "precision", "half_band", "rank", "shared"
 def _in_units(climate: Climate, z: Tensor, bands: Tensor) -> GaussianWindow:
     """The law of windows, from that of standardised ones."""
     inverse = 1 / climate.scale.flatten()
-    scaled = [band.double() * inverse * nn.functional.pad(inverse[k:], (0, k)) for k, band in enumerate(bands)]
-    return GaussianWindow(climate.mean + climate.scale * z, torch.stack(scaled))
+    scaled = bands.to(torch.float64, copy=True)
+    for k, band in enumerate(scaled):
+        band *= inverse * nn.functional.pad(inverse[k:], (0, k))
+    return GaussianWindow(climate.mean + climate.scale * z, scaled)
 
 
 def _networks(architecture: dict, steps: int, n: int, generator: torch.Generator) -> nn.ModuleList:

@@ -118,18 +118,21 @@ class BandedCholesky:
     """The factor L of symmetric positive definite matrices A = LLᵀ, given as `bands` `(b + 1, ..., d)`.
 
     A matrix that is not positive definite, or not finite, is `broken` `(...)`: its answers are nan, and it harms no other of the batch.
-    Nothing here is differentiated.
+    Nothing here is differentiated. With `overwrite`, which saves time and memory, the factor may take the place of the bands, which are lost; then a matrix that is broken raises
+    `LinAlgError` for the whole batch.
     """
 
-    def __init__(self, bands: Tensor):
+    def __init__(self, bands: Tensor, overwrite: bool = False):
         self.shape, self._answers_on = bands.shape[1:], bands.device
         width, d = min(len(bands), bands.shape[-1]), bands.shape[-1]
         given = bands.detach()[:width].reshape(width, -1, d)
         self._broken = torch.zeros(given.shape[1], dtype=torch.bool)
         try:
-            self.factor = self._factored(given)
+            self.factor = self._factored(given, copy=not overwrite)
         except LinAlgError:
             self.factor = None
+        if overwrite and (self.factor is None or not np.isfinite(self.factor[0].sum())):
+            raise LinAlgError("bands: expected positive definite matrices, got some that are not")
         if self.factor is None or not np.isfinite(self.factor[0].sum()):
             flat = given.double().cpu()
             self._broken = torch.tensor([self._fails(flat[:, i : i + 1]) for i in range(flat.shape[1])])
@@ -138,8 +141,8 @@ class BandedCholesky:
             self.factor = self._factored(torch.where(self._broken[:, None], unit, flat))
 
     @staticmethod
-    def _factored(given: Tensor) -> np.ndarray:
-        flat = given.to("cpu", torch.float64, memory_format=torch.contiguous_format, copy=True)
+    def _factored(given: Tensor, copy: bool = True) -> np.ndarray:
+        flat = given.to("cpu", torch.float64, memory_format=torch.contiguous_format, copy=copy).contiguous()
         for k in range(1, len(flat)):
             flat[k, :, flat.shape[-1] - k :] = 0  # beyond the end, where the next window begins
         flat = flat.reshape(len(given), -1).numpy()
