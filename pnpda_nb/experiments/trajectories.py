@@ -943,7 +943,7 @@ _SMOKE = {
 WINDOW_PRESETS = {
     "lorenz63": WindowSettings(),
     "pendulum": WindowSettings(
-        "pendulum", levels=5, paper_levels=5, iterations=2000, width=256, archive=400, paper_iterations=3750, level_iterations=0, epochs=30, draws=0,
+        "pendulum", levels=5, paper_levels=5, iterations=1000, width=256, archive=400, paper_iterations=3750, level_iterations=0, epochs=10, draws=0,
         unseen=("points=5", "points=20", "noise=0.1", "clustered", "variable=1"), lengths=(100, 500, 2000),
     ),
     "lorenz96": WindowSettings(
