@@ -856,7 +856,7 @@ def figure_distribution(runs: xr.Dataset, condition: str, ax=None):
             ax.plot(error, 1 - np.arange(1, len(error) + 1) / len(error), color=_COLOURS[method], label=WINDOW_LABELS.get(method, method), lw=1.6)
     ax.axvline(0.1, color="#7f7f7f", lw=0.8, ls=":")
     ax.set(xscale="log", xlim=(1e-3, 5), ylim=(0, 1), xlabel="normalised squared error", ylabel="share of windows above")
-    ax.legend(fontsize=7)
+    ax.legend(fontsize=7, loc="lower left")
     return ax.figure
 
 
