@@ -15,8 +15,8 @@ from torch import Tensor
 from .dynamics import standard_normal
 
 # %% auto #0
-__all__ = ['Operator', 'Select', 'Linear', 'Nonlinear', 'Covariance', 'DiagonalCovariance', 'Present', 'Observations',
-           'ObservingNetwork', 'gaspari_cohn', 'gaspari_cohn_matrix']
+__all__ = ['Operator', 'Select', 'Linear', 'Interpolate', 'Nonlinear', 'Covariance', 'DiagonalCovariance', 'Present',
+           'Observations', 'ObservingNetwork', 'gaspari_cohn', 'gaspari_cohn_matrix']
 
 # %% ../nbs/02_observing.ipynb #6d36892a
 @runtime_checkable
@@ -113,6 +113,47 @@ class Linear:
 
     def adjoint(self, state: Tensor, misfit: Tensor) -> Tensor:
         return misfit @ self.matrix
+
+# %% ../nbs/02_observing.ipynb #0dfb63eb
+@dataclass(frozen=True, eq=False)
+class Interpolate:
+    """Observe weighted sums of a few components of a state of size `dim`: observation i is the sum over k of
+    `weights[i, k]` · state[`indices[i, k]`], both `(size, k)`.
+    """
+
+    indices: Tensor
+    weights: Tensor
+    dim: int
+    linear = True
+
+    def __post_init__(self):
+        if self.indices.ndim != 2 or self.indices.shape != self.weights.shape:
+            raise ValueError(
+                f"weights: expected the shape (size, k) of the indices, got {tuple(self.indices.shape)} and {tuple(self.weights.shape)}"
+            )
+        if self.indices.numel() and not 0 <= int(self.indices.min()) <= int(self.indices.max()) < self.dim:
+            raise ValueError(f"indices: expected numbers from 0 to {self.dim - 1}, got {int(self.indices.min())} to {int(self.indices.max())}")
+
+    @property
+    def size(self) -> int:
+        return len(self.indices)
+
+    @property
+    def sites(self) -> tuple[int, ...]:
+        nearest = self.weights.abs().argmax(-1, keepdim=True) if self.size else self.indices
+        return tuple(self.indices.gather(-1, nearest).flatten().tolist())
+
+    def __call__(self, state: Tensor) -> Tensor:
+        parts = _sized(state, self.dim)[..., self.indices.to(state.device)]
+        return (parts * self.weights.to(state)).sum(-1)
+
+    def jacobian(self, state: Tensor) -> Tensor:
+        rows = state.new_zeros(self.size, self.dim).scatter_add_(1, self.indices.to(state.device), self.weights.to(state))
+        return rows.expand(*state.shape[:-1], self.size, self.dim)
+
+    def adjoint(self, state: Tensor, misfit: Tensor) -> Tensor:
+        parts = (misfit.unsqueeze(-1) * self.weights.to(state)).flatten(-2)
+        return torch.zeros_like(state).index_add(-1, self.indices.flatten().to(state.device), parts)
 
 # %% ../nbs/02_observing.ipynb #da188256
 @dataclass(frozen=True)
