@@ -12,17 +12,15 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .dynamics import standard_normal, stream
-from .flow_matching import Denoiser, velocity_from_denoised
+from .flow_matching import Denoiser, fitting_header, read_prior_file, velocity_from_denoised, write_prior_file
 from .networks import ConvolutionNetwork, DenseNetwork, FieldNetwork, PyramidNetwork
 from .observing import Covariance, DiagonalCovariance, Observations, Present, Select, gaspari_cohn_matrix
 
 # %% auto #0
-__all__ = ['ANALYSIS_FORMAT', 'Sightings', 'on_grid', 'Residual', 'AnalysisPrior', 'LearnedDenoiser', 'SeeingPrior', 'BlindPrior',
+__all__ = ['Sightings', 'on_grid', 'Residual', 'AnalysisPrior', 'LearnedDenoiser', 'SeeingPrior', 'BlindPrior',
            'AmortisedAnalysis']
 
 # %% ../nbs/08b_aware.ipynb #a5772dae
@@ -142,7 +140,6 @@ class Residual:
         return (self.factor * z.mT).sum(-1) + self.diagonal.sqrt() * white
 
 # %% ../nbs/08b_aware.ipynb #f7c1f825
-ANALYSIS_FORMAT = "pnpda_nb.analysis_prior/1"
 _FIELDS = 6  # background, noisy increment, innovation, value, mask, log error
 
 
@@ -260,42 +257,21 @@ class AnalysisPrior:
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write the prior to a safetensors file, whole or not at all."""
-        path = Path(path)
-        tensors = {f"network.{k}": v.contiguous() for k, v in self.network.state_dict().items()}
-        tensors |= {k: getattr(self, k).clone() for k in ("location", "scale", "increment")}  # two may be one tensor
-        header = {"format": ANALYSIS_FORMAT} | {k: json.dumps(getattr(self, k)) for k in ("architecture", "training")}
-        beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            save_file(tensors, beside, metadata=header)
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
-        return path
+        tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}
+        tensors |= {k: getattr(self, k) for k in ("location", "scale", "increment")}
+        return write_prior_file(path, "AnalysisPrior", 1, tensors, {"architecture": self.architecture, "training": self.training})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "AnalysisPrior":
         """Read a prior that `save` wrote; nothing in the file is executed. Raises `FileNotFoundError` for no file, `ValueError`
-        for one that is truncated, foreign, or of another format.
+        for one that `read_prior_file` refuses or whose header does not fit its contents.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"prior: no file {path}")
-        try:
-            with safe_open(path, framework="pt") as file:
-                header, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"prior: {path} is not a readable safetensors file (truncated or foreign)") from error
-        if header.get("format") != ANALYSIS_FORMAT:
-            raise ValueError(f"prior: expected format {ANALYSIS_FORMAT!r} in {path}, got {header.get('format')!r}")
-        if not all(torch.isfinite(t).all() for t in tensors.values()):
-            raise ValueError(f"prior: {path} holds weights that are not finite")
-        try:
-            architecture, training = json.loads(header["architecture"]), json.loads(header["training"])
+        _, tensors, header = read_prior_file(path, "AnalysisPrior", 1)
+        with fitting_header(path):
+            architecture, training = header["architecture"], header["training"]
             network = _network(architecture, stream(0))
             network.load_state_dict({k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")})
             units = [tensors[name] for name in ("location", "scale", "increment")]
-        except (KeyError, TypeError, RuntimeError, ValueError) as error:
-            raise ValueError(f"prior: {path} has a header that does not fit its contents ({type(error).__name__})") from error
         return cls(network.eval().requires_grad_(False), *units, architecture, training)
 
 

@@ -12,9 +12,10 @@ import json
 import math
 import os
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Protocol, runtime_checkable
+from typing import Callable, Iterator, Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -25,13 +26,15 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from . import __version__
 from .dynamics import standard_normal, stream
 from .observing import Covariance
 
 # %% auto #0
-__all__ = ['FORMAT', 'WITH_SOURCE', 'PAPER_TRAINING', 'denoised_from_velocity', 'velocity_from_denoised', 'Prior', 'Denoiser',
-           'GaussianPrior', 'Coupling', 'conditional_coupling', 'FourierEmbedding', 'VelocityMLP', 'FlowPrior',
-           'TrainingSettings', 'flow_matching_loss', 'train_prior']
+__all__ = ['PRIOR_KINDS', 'PAPER_TRAINING', 'denoised_from_velocity', 'velocity_from_denoised', 'Prior', 'Denoiser',
+           'GaussianPrior', 'Coupling', 'conditional_coupling', 'FourierEmbedding', 'VelocityMLP', 'write_prior_file',
+           'read_prior_file', 'describe_prior', 'fitting_header', 'FlowPrior', 'TrainingSettings', 'flow_matching_loss',
+           'train_prior', 'PairSource', 'TensorPairs', 'train_from']
 
 # %% ../nbs/07_flow_matching.ipynb #e074b718
 def denoised_from_velocity(x: Tensor, velocity: Tensor, tau: float) -> Tensor:
@@ -275,10 +278,121 @@ class VelocityMLP(nn.Module):
         return velocity
 
 # %% ../nbs/07_flow_matching.ipynb #c786c336
-FORMAT = "pnpda_nb.prior/1"
-WITH_SOURCE = "pnpda_nb.prior/2"  # a file whose flow starts around the background
+PRIOR_KINDS = {  # the class that reads a kind, and what its formats begin with; a version follows
+    "FlowPrior": "pnpda_nb.prior/",
+    "AnalysisPrior": "pnpda_nb.analysis_prior/",
+    "IncrementalPrior": "pnpda_nb incremental prior ",
+}
 
 
+def write_prior_file(
+    path: str | os.PathLike, kind: str, version: int, tensors: dict[str, Tensor], header: dict
+) -> Path:
+    """Write `tensors` and a `header` of plain (JSON) values, beside `path` and renamed: whole or not at all.
+
+    `kind` is one of `PRIOR_KINDS`, `version` that of its format. Returns the path. Raises `ValueError` for a header
+    that JSON cannot hold.
+    """
+    path = Path(path)
+    texts = {name: _json(name, value) for name, value in header.items()}
+    texts |= {"format": f"{PRIOR_KINDS[kind]}{version}", "written_by": f"pnpda_nb {__version__}"}
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:  # clones, since two names may be one tensor
+        save_file({name: value.detach().clone().contiguous() for name, value in tensors.items()}, beside, metadata=texts)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return path
+
+
+def read_prior_file(path: str | os.PathLike, kind: str, newest: int) -> tuple[int, dict[str, Tensor], dict]:
+    """The format's version, the tensors and the header of a prior file of this `kind`, up to the version `newest`.
+
+    Nothing in the file is executed. Raises `FileNotFoundError` for no file, and `ValueError` for a file that is
+    truncated or foreign, of another kind, of a newer version, or that holds numbers that are not finite.
+    """
+    with _open_prior_file(path) as file:
+        found, version, written_by = _kind_of(path, file.metadata() or {})
+        if found != kind:
+            raise ValueError(f"prior: {path} holds a prior of another kind, which {found}.load reads; expected one for {kind}.load")
+        if version > newest:
+            raise ValueError(
+                f"prior: {path} is of format version {version}, written by {written_by}; "
+                f"this is pnpda_nb {__version__}, which reads a {kind} up to version {newest}"
+            )
+        with fitting_header(path):
+            header = {k: json.loads(v) for k, v in file.metadata().items() if k not in ("format", "written_by")}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    if not all(torch.isfinite(t).all() for t in tensors.values()):
+        raise ValueError(f"prior: {path} holds weights that are not finite")
+    return version, tensors, header | {"written_by": written_by}
+
+
+def describe_prior(path: str | os.PathLike) -> dict:
+    """What a prior file of any kind says it is, by its header: no weight is read.
+
+    `kind` (the class that reads it), `format`, `written_by`, `dim`, the `variables` with their units if the file has a
+    layout, the `training` summary, the names of what is `attached`, the number of `parameters` and the `bytes` of the
+    file. Raises as `read_prior_file` does for no file and for files that are not prior files.
+    """
+    with _open_prior_file(path) as file:
+        metadata = file.metadata() or {}
+        kind, _, written_by = _kind_of(path, metadata)
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+    with fitting_header(path):
+        header = {k: json.loads(metadata[k]) for k in ("architecture", "training", "layout") if k in metadata}
+        dim = shapes["climate.mean"][-1] if kind == "IncrementalPrior" else header["architecture"]["dim"]
+        weights = [math.prod(v) for k, v in shapes.items() if k.startswith("network") and not k.endswith(".frequencies")]
+        return {
+            "kind": kind,
+            "format": metadata["format"],
+            "written_by": written_by,
+            "dim": dim,
+            "variables": _variables(header.get("layout")) or None,
+            "training": header["training"],
+            "attached": sorted(k.removeprefix("attached.") for k in shapes if k.startswith("attached.")),
+            "parameters": sum(weights),
+            "bytes": Path(path).stat().st_size,
+        }
+
+
+@contextmanager
+def fitting_header(path: str | os.PathLike) -> Iterator[None]:
+    """What goes wrong inside is one `ValueError`: the header of the prior file does not fit its contents."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, RuntimeError, ValueError, AttributeError) as error:
+        raise ValueError(f"prior: {path} has a header that does not fit its contents ({type(error).__name__})") from error
+
+
+@contextmanager
+def _open_prior_file(path: str | os.PathLike) -> Iterator[safe_open]:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"prior: no file {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"prior: {path} is not a readable safetensors file (truncated or foreign)") from error
+
+
+def _kind_of(path: str | os.PathLike, metadata: dict[str, str]) -> tuple[str, int, str]:
+    """Kind, version and author of a prior file, by its header."""
+    name = metadata.get("format", "")
+    for kind, start in PRIOR_KINDS.items():
+        if name.startswith(start) and name.removeprefix(start).isdecimal():
+            return kind, int(name.removeprefix(start)), metadata.get("written_by", "an early pnpda_nb")
+    known = ", ".join(repr(f"{start}1") for start in PRIOR_KINDS.values())
+    raise ValueError(f"prior: expected format {known} or a later version in {path}, got {name or None!r}")
+
+
+def _json(name: str, value, **options) -> str:
+    try:
+        return json.dumps(value, **options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: expected plain values that JSON can hold ({error})") from error
+
+# %% ../nbs/07_flow_matching.ipynb #2a6879c0
 class FlowPrior:
     """A learned prior: a velocity network, and the `location` and `scale` `(dim,)` of the units
     that it works in.
@@ -286,8 +400,12 @@ class FlowPrior:
     The source of the flow is N(`location`, `scale`²) or, with `factor`, N(x_b, FFᵀ): `(dim, dim)`, or `(dim,)` for
     the standard deviations of independent variables. With `units` `(dim,)` the network sees (x − x_b) / `units`
     instead of states, and still the background. All are in the units of the states. `training` is a plain record of
-    how it was trained. Raises `ValueError` for a `factor` or `units` of another size, or `units` without `factor`.
+    how it was trained, `layout` one of what the states are: variables, dimensions, units, coordinates (plain values,
+    kept as JSON keeps them), and `attached` holds any other float64 tensors by name. Raises `ValueError` for a
+    `factor` or `units` of another size, `units` without `factor`, and a `layout` or `attached` that no file can hold.
     """
+
+    newest = 2  # version of its files; without a `factor` they are of version 1, which early readers know
 
     def __init__(
         self,
@@ -299,6 +417,8 @@ class FlowPrior:
         *,
         factor: Tensor | None = None,
         units: Tensor | None = None,
+        layout: dict | None = None,
+        attached: dict[str, Tensor] | None = None,
     ):
         self.network, self.location, self.scale = network.eval().requires_grad_(False), location, scale
         self.architecture, self.training = architecture, training or {}
@@ -307,6 +427,11 @@ class FlowPrior:
             raise ValueError(f"factor: expected a size of {self.dim}, got {tuple(factor.shape)}")
         if units is not None and (factor is None or units.shape != (self.dim,)):
             raise ValueError(f"units: expected a size of {self.dim}, and a factor beside, got {tuple(units.shape)}")
+        self.layout = None if layout is None else json.loads(_json("layout", layout, allow_nan=False))  # as it will be read back
+        self.attached = dict(attached or {})
+        for name, value in self.attached.items():
+            if not isinstance(value, Tensor) or value.dtype != torch.float64 or not torch.isfinite(value).all():
+                raise ValueError(f"attached: expected finite float64 tensors, got something else as {name!r}")
         self._times: dict[float, Tensor] = {}  # of the network, which is frozen
 
     def __repr__(self) -> str:
@@ -316,7 +441,9 @@ class FlowPrior:
             else ""
         )
         around = "" if self.factor is None else ", source around the background"
-        return f"FlowPrior(dim={self.dim}, hidden={list(self.architecture['hidden'])}{around}{seen})"
+        names = list(_variables(self.layout))
+        of = f", of {', '.join(names[:4])}{' and others' if len(names) > 4 else ''}" if names else ""
+        return f"FlowPrior(dim={self.dim}{of}, hidden={list(self.architecture['hidden'])}{around}{seen})"
 
     def source(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """Draws of the source `(..., dim)`; if it is centred at the background, the centre is not in them."""
@@ -343,79 +470,51 @@ class FlowPrior:
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write the prior to a safetensors file, whole or not at all."""
-        path = Path(path)
-        tensors = {f"network.{k}": v.contiguous() for k, v in self.network.state_dict().items()}
-        tensors |= {"location": self.location, "scale": self.scale}
-        extra = {"factor": self.factor, "units": self.units}
-        tensors |= {name: value.contiguous().clone() for name, value in extra.items() if value is not None}  # they may be one
-        header = {
-            "format": FORMAT if self.factor is None else WITH_SOURCE,
-            "architecture": json.dumps(self.architecture),
-            "training": json.dumps(self.training),
-        }
-        beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            save_file(tensors, beside, metadata=header)
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
-        return path
+        tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}
+        tensors |= {"location": self.location, "scale": self.scale, "factor": self.factor, "units": self.units}
+        tensors |= {f"attached.{k}": v for k, v in self.attached.items()}
+        header = {"architecture": self.architecture, "training": self.training} | ({} if self.layout is None else {"layout": self.layout})
+        version = 1 if self.factor is None else self.newest
+        return write_prior_file(path, "FlowPrior", version, {k: v for k, v in tensors.items() if v is not None}, header)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "FlowPrior":
         """Read a prior that `save` wrote. Nothing in the file is executed.
 
-        Raises `FileNotFoundError` for no file, `ValueError` for one that is truncated, foreign or
-        of an unknown format.
+        Raises `FileNotFoundError` for no file, and `ValueError` for one that `read_prior_file` refuses or whose header
+        does not fit its contents.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"prior: no file {path}")
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"prior: {path} is not a readable safetensors file (truncated or foreign)"
-            ) from error
-        if header.get("format") not in (FORMAT, WITH_SOURCE):
-            raise ValueError(
-                f"prior: expected format {FORMAT!r} in {path}, got {header.get('format')!r}"
-            )
-        try:
-            architecture = json.loads(header["architecture"])
-            network = VelocityMLP(
-                architecture["dim"],
-                tuple(architecture["hidden"]),
-                architecture["embedding"],
-                stream(0),
-                linear_skip=architecture["linear_skip"],
-            )
-            network.load_state_dict(
-                {k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")}
-            )
-            prior = cls(
-                network,
-                tensors["location"],
-                tensors["scale"],
-                architecture,
-                json.loads(header["training"]),
-                factor=tensors["factor"] if header["format"] == WITH_SOURCE else None,
-                units=tensors.get("units"),
-            )
-        except (KeyError, TypeError, RuntimeError, ValueError) as error:
-            raise ValueError(
-                f"prior: {path} has a header that does not fit its contents ({type(error).__name__})"
-            ) from error
-        if not all(torch.isfinite(t).all() for t in tensors.values()):
-            raise ValueError(f"prior: {path} holds weights that are not finite")
-        return prior
+        version, tensors, header = read_prior_file(path, "FlowPrior", cls.newest)
+
+        def named(start: str) -> dict[str, Tensor]:
+            return {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
+
+        with fitting_header(path):
+            a = header["architecture"]
+            network = VelocityMLP(a["dim"], tuple(a["hidden"]), a["embedding"], stream(0), linear_skip=a["linear_skip"])
+            network.load_state_dict(named("network."))
+            location, scale = tensors["location"], tensors["scale"]
+            if not location.shape == scale.shape == (a["dim"],):
+                raise ValueError("location, scale")
+            return cls(
+                network, location, scale, a, header["training"],
+                factor=tensors["factor"] if version > 1 else None, units=tensors.get("units"),
+                layout=header.get("layout"), attached=named("attached."),
+            )  # fmt: skip
 
 
 def _coloured(noise: Tensor, factor: Tensor) -> Tensor:
     """White `noise` `(..., dim)` with the covariance FFᵀ, for a `factor` as that of `FlowPrior`."""
     return noise * factor if factor.ndim == 1 else noise @ factor.T
+
+
+def _variables(layout: dict | None) -> dict[str, str | None]:
+    """Names and units of a layout's "variables": a list of dictionaries with a name, or a dictionary by name."""
+    found = (layout or {}).get("variables", {})
+    if isinstance(found, dict):
+        found = [{"name": name} | (rest if isinstance(rest, dict) else {}) for name, rest in found.items()]
+    rows = [row if isinstance(row, dict) else {"name": row} for row in found]
+    return {str(row.get("name")): row.get("units") for row in rows}
 
 # %% ../nbs/07_flow_matching.ipynb #ed4b74d3
 @dataclass(frozen=True)
@@ -498,6 +597,16 @@ class TrainingSettings:
                 f"coupling_batch: expected zero or a multiple of {self.batch}, the batch, got {self.coupling_batch}"
             )
 
+    @classmethod
+    def for_dim(cls, dim: int, **changes) -> "TrainingSettings":
+        """Settings for states of size `dim`, with `changes`: three layers of equal width that grow with the state, and
+        no linear map above 400 variables, where its 4 `dim`² weights would be most of the network.
+        """
+        if dim < 1:
+            raise ValueError(f"dim: expected at least 1, got {dim}")
+        width = min(1024, 2 ** math.ceil(math.log2(max(64, 4 * dim))))
+        return cls(**{"hidden": 3 * (width,), "linear_skip": dim <= 400} | changes)
+
     def record(self) -> dict:
         """The settings as plain values. Those that came later are left out where they change nothing, so that
         trainings of earlier versions are known again.
@@ -552,15 +661,20 @@ def train_prior(
         )
     if not (torch.isfinite(background).all() and torch.isfinite(analysis).all()):
         raise ValueError("background, analysis: expected finite pairs")
-    held_out = max(1, round(settings.validation_fraction * len(analysis)))
-    if len(analysis) - held_out < settings.batch:
-        raise ValueError(
-            f"analysis: expected at least {settings.batch} pairs to train on besides {held_out} for validation, got {len(analysis) - held_out}"
-        )
-    state = _Training(background, analysis, held_out, settings, seed)
+    held_out = _held_out(len(analysis), settings)
+    return _train(_HeldPairs(background, analysis, held_out, settings, seed), settings, seed, checkpoint, progress, callback)
+
+# %% ../nbs/07_flow_matching.ipynb #3c187eb9
+def _train(pairs, settings: TrainingSettings, seed: int, checkpoint, progress: bool, callback) -> tuple[FlowPrior, pd.DataFrame]:
+    """The training of `train_prior` and `train_from`, on `_HeldPairs` or `_StreamedPairs`."""
     path = Path(checkpoint) if checkpoint else None
-    if path and path.exists():
-        state.restore(path)
+    memory = _read_checkpoint(path, pairs.fingerprint) if path and path.exists() else None
+    pairs.prepare(memory, progress)
+    state = _Training(pairs, settings, seed)
+    if memory:
+        state.restore(memory)
+    elif path and pairs.kept():  # what took a pass over all pairs
+        state.write(path)
     bar = tqdm(
         total=settings.epochs,
         initial=state.epoch,
@@ -590,16 +704,39 @@ def train_prior(
         path.unlink(missing_ok=True)
     return state.prior(), pd.DataFrame(state.history)
 
-# %% ../nbs/07_flow_matching.ipynb #0bbfe3f6
+
+def _read_checkpoint(path: Path, fingerprint: str) -> dict:
+    try:
+        memory = torch.load(path, weights_only=True)
+        same = memory["fingerprint"] == fingerprint
+    except Exception as error:  # torch has many ways to say that a file is not its own
+        raise ValueError(
+            f"checkpoint: {path} is not a readable training checkpoint ({type(error).__name__})"
+        ) from error
+    if not same:
+        raise ValueError(
+            f"checkpoint: {path} belongs to a training with other settings, seed or pairs; move it away to start anew"
+        )
+    return memory
+
+
+def _held_out(count: int, settings: TrainingSettings) -> int:
+    """How many pairs are for validation."""
+    held_out = max(1, round(settings.validation_fraction * count))
+    if count - held_out < settings.batch:
+        raise ValueError(
+            f"analysis: expected at least {settings.batch} pairs to train on besides {held_out} for validation, got {count - held_out}"
+        )
+    return held_out
+
+
 class _Training:
     """Everything that changes while a prior is trained. `memory` is a copy of it as it was after
     the last whole epoch.
     """
 
-    def __init__(
-        self, background: Tensor, analysis: Tensor, held_out: int, settings: TrainingSettings, seed: int
-    ):
-        self.settings, self.seed, dim = settings, seed, analysis.shape[1]
+    def __init__(self, pairs, settings: TrainingSettings, seed: int):
+        self.pairs, self.settings, self.seed, dim = pairs, settings, seed, pairs.dim
         self.architecture = {
             "network": "VelocityMLP",
             "dim": dim,
@@ -607,29 +744,9 @@ class _Training:
             "embedding": settings.embedding,
             "linear_skip": settings.linear_skip,
         }
-        both = torch.cat((background, analysis))
-        self.location = both.mean(0) if settings.standardise else torch.zeros(dim, dtype=torch.float64)
-        self.scale = both.std(0) if settings.standardise else torch.ones(dim, dtype=torch.float64)
-        if not (self.scale > 0).all():
-            raise ValueError(
-                "analysis: a variable is constant over all pairs and cannot be standardised"
-            )
-        self.factor, self.units = _source_of(background, analysis, settings)
-        b, a = (((x.double() - self.location) / self.scale).float() for x in (background, analysis))
-        if self.units is not None:
-            a = ((analysis.double() - background.double()) / self.units).float()
-        self.colour, inside = None, self.scale if self.units is None else self.units
-        if self.factor is not None:  # the factor in the network's units
-            self.colour = (self.factor / (inside if self.factor.ndim == 1 else inside[:, None])).float()
-        order = torch.randperm(len(a), generator=stream(seed, "split of the pairs"))
-        repeat = settings.validation_draws
-        self.validation = tuple(x[order[:held_out]].repeat(repeat, 1) for x in (b, a))
-        self.pairs = tuple(x[order[held_out:]] for x in (b, a))
-        fixed = stream(seed, "validation noise")
-        self.validation_noise = (
-            self.start(torch.randn(held_out * repeat, dim, generator=fixed), self.validation[0]),
-            torch.rand(held_out * repeat, 1, generator=fixed),
-        )
+        self.colour, inside = None, pairs.scale if pairs.units is None else pairs.units
+        if pairs.factor is not None:  # the factor in the network's units
+            self.colour = (pairs.factor / (inside if pairs.factor.ndim == 1 else inside[:, None])).float()
         self.network = VelocityMLP(
             dim,
             settings.hidden,
@@ -654,10 +771,6 @@ class _Training:
         self.epoch, self.best_epoch, self.best_loss, self.history = 0, 0, math.inf, []
         self.beta = settings.beta or (1.0 if settings.repaired_target else 0.0)
         self.best = _copied(self.network.state_dict())
-        digest = hashlib.sha256(json.dumps([settings.record(), seed]).encode())
-        for x in (b, a):
-            digest.update(x.numpy().tobytes())
-        self.fingerprint = digest.hexdigest()
         self.memory = self._remember()
 
     @property
@@ -671,45 +784,36 @@ class _Training:
         if self.colour is None:
             return noise
         z = _coloured(noise, self.colour)
-        return background + z if self.units is None else z
+        return background + z if self.pairs.units is None else z
 
     def run_epoch(self) -> dict:
-        settings, (b, a) = self.settings, self.pairs
-        order = torch.randperm(len(a), generator=self.generator)
-        noise = torch.randn(a.shape, generator=self.generator)
-        tau = torch.rand(len(a), 1, generator=self.generator)
-        if settings.start_fraction:
-            tau = tau.masked_fill(
-                torch.rand(tau.shape, generator=self.generator) < settings.start_fraction, 0.0
-            )
-        losses, coupled = [], []
-        whole, together = len(a) // settings.batch * settings.batch, settings.coupling_batch or settings.batch
-        for first in range(0, whole, together):
-            some = slice(first, min(first + together, whole))
-            given, target = b[order[some]], a[order[some]]
-            z = self.start(noise[some], given)
-            coupling = conditional_coupling(z, target, given, self.beta)
-            coupled.append((coupling.repaired, coupling.gain))
-            self._steer(coupling.repaired)
-            # the background stays with the noise: with it, an analysis of (almost) the same background is paired
-            split = (x.split(settings.batch) for x in (z, target[coupling.index], given, tau[some]))
-            for batch in zip(*split):
-                loss = flow_matching_loss(self.network, *batch)
-                self.optimiser.zero_grad(set_to_none=True)
-                loss.backward()
-                self.optimiser.step()
-                self._average()
-                losses.append(loss.detach())
-        with torch.no_grad():
-            validation = float(
-                flow_matching_loss(
-                    self.averaged,
-                    self.validation_noise[0],
-                    self.validation[1],
-                    self.validation[0],
-                    self.validation_noise[1],
+        settings, (b, a), losses, coupled = self.settings, self.pairs.of_epoch(self.epoch), [], []
+        order, together = torch.randperm(len(a), generator=self.generator), settings.coupling_batch or settings.batch
+        for portion in order.split(self.pairs.portion):  # as much noise as is wanted in memory
+            noise = torch.randn(len(portion), a.shape[1], generator=self.generator)
+            tau = torch.rand(len(portion), 1, generator=self.generator)
+            if settings.start_fraction:
+                tau = tau.masked_fill(
+                    torch.rand(tau.shape, generator=self.generator) < settings.start_fraction, 0.0
                 )
-            )
+            whole = len(portion) // settings.batch * settings.batch
+            for first in range(0, whole, together):
+                some = slice(first, min(first + together, whole))
+                given, target = b[portion[some]], a[portion[some]]
+                z = self.start(noise[some], given)
+                coupling = conditional_coupling(z, target, given, self.beta)
+                coupled.append((coupling.repaired, coupling.gain))
+                self._steer(coupling.repaired)
+                # the background stays with the noise: with it, an analysis of (almost) the same background is paired
+                split = (x.split(settings.batch) for x in (z, target[coupling.index], given, tau[some]))
+                for batch in zip(*split):
+                    loss = flow_matching_loss(self.network, *batch)
+                    self.optimiser.zero_grad(set_to_none=True)
+                    loss.backward()
+                    self.optimiser.step()
+                    self._average()
+                    losses.append(loss.detach())
+        validation = self._validation()
         training = float(torch.stack(losses).mean())
         if not (math.isfinite(validation) and math.isfinite(training)):
             raise ValueError(
@@ -739,6 +843,18 @@ class _Training:
         self.memory = self._remember()
         return self.history[-1]
 
+    def _validation(self) -> float:
+        """The loss of the averaged weights on pairs that are never trained on, always with the same noise."""
+        (b, a), draws = self.pairs.validation, self.settings.validation_draws
+        fixed, total = stream(self.seed, "validation noise"), 0.0
+        with torch.no_grad():
+            for some in zip(b.split(self.pairs.portion), a.split(self.pairs.portion)):
+                given, target = (x.repeat(draws, 1) for x in some)
+                z = self.start(torch.randn(target.shape, generator=fixed), given)
+                tau = torch.rand(len(target), 1, generator=fixed)
+                total += len(target) * float(flow_matching_loss(self.averaged, z, target, given, tau))
+        return total / (draws * len(a))
+
     def _steer(self, repaired: float) -> None:
         """Raise β if more than the wanted share of analyses has changed partners, and lower it if less has."""
         if self.settings.repaired_target:
@@ -765,29 +881,27 @@ class _Training:
             linear_skip=self.settings.linear_skip,
         )
         network.load_state_dict(self.best)
-        record = {
-            "pairs": len(self.pairs[0]) + len(self.validation[0]) // self.settings.validation_draws,
-            "epochs": self.epoch,
-            "best_epoch": self.best_epoch,
-        }
+        record = {"pairs": self.pairs.count, "epochs": self.epoch, "best_epoch": self.best_epoch}
         record |= {
             "validation_loss": self.best_loss,
             "seed": self.seed,
             "settings": self.settings.record(),
         }
+        record |= self.pairs.record
         return FlowPrior(
             network,
-            self.location,
-            self.scale,
+            self.pairs.location,
+            self.pairs.scale,
             self.architecture,
             json.loads(json.dumps(record)),  # as it will be read back
-            factor=self.factor,
-            units=self.units,
+            factor=self.pairs.factor,
+            units=self.pairs.units,
+            layout=self.pairs.layout,
         )
 
     def _remember(self) -> dict:
         return {
-            "fingerprint": self.fingerprint,
+            "fingerprint": self.pairs.fingerprint,
             "network": _copied(self.network.state_dict()),
             "averaged": _copied(self.averaged.state_dict()),
             "optimiser": _copied(self.optimiser.state_dict()),
@@ -797,7 +911,7 @@ class _Training:
             "numbers": [self.epoch, self.best_epoch, self.best_loss, self.steps],
             "beta": self.beta,
             "history": list(self.history),
-        }
+        } | self.pairs.kept()
 
     def write(self, path: Path) -> None:
         beside = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -807,18 +921,7 @@ class _Training:
         finally:
             beside.unlink(missing_ok=True)
 
-    def restore(self, path: Path) -> None:
-        try:
-            memory = torch.load(path, weights_only=True)
-            same = memory["fingerprint"] == self.fingerprint
-        except Exception as error:  # torch has many ways to say that a file is not its own
-            raise ValueError(
-                f"checkpoint: {path} is not a readable training checkpoint ({type(error).__name__})"
-            ) from error
-        if not same:
-            raise ValueError(
-                f"checkpoint: {path} belongs to a training with other settings, seed or pairs; move it away to start anew"
-            )
+    def restore(self, memory: dict) -> None:
         self.network.load_state_dict(memory["network"])
         self.averaged.load_state_dict(memory["averaged"])
         self.optimiser.load_state_dict(memory["optimiser"])
@@ -830,29 +933,6 @@ class _Training:
         self.memory = memory
 
 
-def _source_of(
-    background: Tensor, analysis: Tensor, settings: TrainingSettings
-) -> tuple[Tensor | None, Tensor | None]:
-    """The `factor` and `units` of a `FlowPrior` that is trained on these pairs `(sample, dim)`."""
-    if settings.source == "white" and settings.target == "state":
-        return None, None
-    increment = analysis.double() - background.double()
-    spread = increment.std(0)
-    if not (spread > 0).all():
-        raise ValueError("analysis: a variable differs from the background's by a constant in all pairs")
-    units = spread if settings.standardise else torch.ones_like(spread)
-    if settings.source == "white":
-        factor = units
-    elif settings.source == "background":
-        factor = settings.source_scale * spread
-    else:
-        factor, failed = torch.linalg.cholesky_ex(torch.atleast_2d(torch.cov(increment.T)))
-        if failed:
-            raise ValueError("analysis: expected increments with a covariance of full rank, as for source 'covariance'")
-        factor = settings.source_scale * factor
-    return factor, units if settings.target == "increment" else None
-
-
 def _copied(tree):
     """A deep copy of a state dictionary, tensors included."""
     if isinstance(tree, Tensor):
@@ -862,3 +942,280 @@ def _copied(tree):
     if isinstance(tree, list):
         return [_copied(v) for v in tree]
     return tree
+
+# %% ../nbs/07_flow_matching.ipynb #bd131b0e
+class _Sample:
+    """Mean, standard deviation and covariance of rows `x` `(sample, dim)`."""
+
+    def __init__(self, x: Tensor):
+        self.x = x
+
+    mean = property(lambda self: self.x.mean(0))
+    deviation = property(lambda self: self.x.std(0))
+    covariance = property(lambda self: torch.atleast_2d(torch.cov(self.x.T)))
+
+
+class _Units:
+    """Pairs of which only `location`, `scale`, `factor` and `units` are known, as those of a `FlowPrior`."""
+
+    record, layout = {}, None
+
+    def find_units(self, settings: TrainingSettings, states: Callable[[], _Sample], increments: Callable[[], _Sample]) -> None:
+        """Find them, from all states and all increments. Raises `ValueError` where something does not vary."""
+        plain = not settings.standardise
+        sample = None if plain else states()
+        self.location = torch.zeros(self.dim, dtype=torch.float64) if plain else sample.mean
+        self.scale = torch.ones(self.dim, dtype=torch.float64) if plain else sample.deviation
+        if not (self.scale > 0).all():
+            raise ValueError("analysis: a variable is constant over all pairs and cannot be standardised")
+        self.factor = self.units = None
+        if settings.source == "white" and settings.target == "state":
+            return
+        sample = increments()
+        spread = sample.deviation
+        if not (spread > 0).all():
+            raise ValueError("analysis: a variable differs from the background's by a constant in all pairs")
+        units = torch.ones_like(spread) if plain else spread
+        if settings.source == "covariance":
+            factor, failed = torch.linalg.cholesky_ex(sample.covariance)
+            if failed:
+                raise ValueError("analysis: expected increments with a covariance of full rank, as for source 'covariance'")
+            self.factor = settings.source_scale * factor
+        else:
+            self.factor = units if settings.source == "white" else settings.source_scale * spread
+        self.units = units if settings.target == "increment" else None
+
+    def inside(self, background: Tensor, analysis: Tensor) -> tuple[Tensor, Tensor]:
+        """Backgrounds and analyses in the network's units, single precision."""
+        b = ((background.double() - self.location) / self.scale).float()
+        if self.units is None:
+            return b, ((analysis.double() - self.location) / self.scale).float()
+        return b, ((analysis.double() - background.double()) / self.units).float()
+
+
+class _HeldPairs(_Units):
+    """Pairs `(sample, dim)` that are all in memory, `held_out` of them for validation."""
+
+    def __init__(self, background: Tensor, analysis: Tensor, held_out: int, settings: TrainingSettings, seed: int):
+        self.count, self.dim = analysis.shape
+        self.find_units(
+            settings, lambda: _Sample(torch.cat((background, analysis))), lambda: _Sample(analysis.double() - background.double())
+        )
+        both = self.inside(background, analysis)
+        digest = hashlib.sha256(json.dumps([settings.record(), seed]).encode())
+        for x in both:
+            digest.update(x.contiguous().numpy())
+        self.fingerprint = digest.hexdigest()
+        order = torch.randperm(self.count, generator=stream(seed, "split of the pairs"))
+        self.validation = tuple(x[order[:held_out]] for x in both)
+        self.pairs = tuple(x[order[held_out:]] for x in both)
+        self.portion = self.count  # noise for all of them at once
+
+    def prepare(self, memory: dict | None, progress: bool) -> None: ...
+
+    def kept(self) -> dict:
+        return {}
+
+    def of_epoch(self, epoch: int) -> tuple[Tensor, Tensor]:
+        return self.pairs
+
+# %% ../nbs/07_flow_matching.ipynb #0461fcc9
+@runtime_checkable
+class PairSource(Protocol):
+    """`count` pairs of states of size `dim`, of which some are read at a time.
+
+    `block` is how many consecutive pairs are best read together (a chunk of a file), `identity` what tells this source
+    from another (such as a digest of its file), `layout` what the states are, as in `FlowPrior`. `read(first, last)`
+    gives backgrounds and analyses `(last - first, dim)`, float64, and raises `ValueError` for what is not finite.
+    """
+
+    count: int
+    dim: int
+    block: int
+    identity: str
+    layout: dict | None
+
+    def read(self, first: int, last: int) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class TensorPairs:
+    """The simplest `PairSource`: tensors `(sample, dim)`, which may be mapped from a file (`torch.from_file`)."""
+
+    background: Tensor
+    analysis: Tensor
+    identity: str
+    block: int = 4096
+    layout: dict | None = None
+
+    @property
+    def count(self) -> int:
+        return self.analysis.shape[0]
+
+    @property
+    def dim(self) -> int:
+        return self.analysis.shape[1]
+
+    def read(self, first: int, last: int) -> tuple[Tensor, Tensor]:
+        pairs = self.background[first:last].double(), self.analysis[first:last].double()
+        if not all(torch.isfinite(x).all() for x in pairs):
+            raise ValueError(f"pairs: expected finite numbers, got others among pairs {first} to {last}")
+        return pairs
+
+# %% ../nbs/07_flow_matching.ipynb #8fcb56f0
+def train_from(
+    source: PairSource,
+    settings: TrainingSettings = TrainingSettings(),
+    *,
+    seed: int = 0,
+    memory: int = 256_000_000,
+    checkpoint: str | os.PathLike | None = None,
+    progress: bool = False,
+    callback: Callable[[int, dict], None] | None = None,
+) -> tuple[FlowPrior, pd.DataFrame]:
+    """Train a `FlowPrior` on the pairs of a `source`, with at most `memory` bytes of them held at a time; otherwise as
+    `train_prior`, which it equals bit for bit if all of them (float64) fit in.
+
+    If they do not, one pass finds the network's units, blocks of at most an eighth of `memory` are set aside for
+    validation, and an epoch is a pass over as many pairs as fit in: random blocks, shuffled together, and all blocks
+    have their turn before one comes again. They are held in the network's units, float32. The process needs two to
+    four times `memory`, besides what libraries and weights take.
+
+    Raises `ValueError` as `train_prior` does; for a `memory` that does not hold a batch; for a source that gives pairs
+    of another shape or type, that are not finite, or that has a layout that no file can hold; and for `source="covariance"` if the covariance does not fit in.
+    """
+    if min(source.count, source.dim, source.block) < 1:
+        raise ValueError(f"source: expected a count, dim and block of at least 1, got {source.count}, {source.dim} and {source.block}")
+    _json("layout", source.layout, allow_nan=False)  # before hours of training, not after
+    held_out, memory = _held_out(source.count, settings), int(memory)
+    if 16 * source.dim * source.count > memory:
+        return _train(_StreamedPairs(source, settings, seed, memory), settings, seed, checkpoint, progress, callback)
+    background, analysis = (torch.empty(source.count, source.dim, dtype=torch.float64) for _ in range(2))
+    step = source.block * max(1, 4096 // source.block)
+    for first in range(0, source.count, step):
+        some = slice(first, min(first + step, source.count))
+        background[some], analysis[some] = _read(source, some.start, some.stop)
+    pairs = _HeldPairs(background, analysis, held_out, settings, seed)
+    del background, analysis  # the pairs are in the network's units now
+    pairs.layout = source.layout
+    return _train(pairs, settings, seed, checkpoint, progress, callback)
+
+# %% ../nbs/07_flow_matching.ipynb #0bbfe3f6
+class _RunningSample:
+    """As `_Sample`, of rows that come in blocks (@eq-running); with `products` also their covariance."""
+
+    def __init__(self, dim: int, products: bool = False):
+        self.count, self.products, self.first = 0, products, None
+        self.shifted, self.squares = torch.zeros(dim, dtype=torch.float64), torch.zeros((dim, dim) if products else dim, dtype=torch.float64)
+
+    def add(self, x: Tensor) -> None:
+        if self.first is None:
+            self.first = x[0].clone()  # so that what is constant has a variance of exactly zero
+        x = x - self.first
+        mean, total = x.mean(0), self.count + len(x)
+        shift = mean - self.shifted
+        x -= mean
+        self.squares += x.T @ x if self.products else x.square_().sum(0)
+        self.squares += self.count * len(x) / total * (shift.outer(shift) if self.products else shift.square())
+        self.shifted += len(x) / total * shift
+        self.count = total
+
+    @property
+    def mean(self) -> Tensor:
+        return self.first + self.shifted
+
+    @property
+    def deviation(self) -> Tensor:
+        return ((self.squares.diagonal() if self.products else self.squares) / (self.count - 1)).sqrt()
+
+    @property
+    def covariance(self) -> Tensor:
+        return self.squares / (self.count - 1)
+
+
+class _StreamedPairs(_Units):
+    """Pairs of a `source`, of which at most `memory` bytes are held."""
+
+    def __init__(self, source: PairSource, settings: TrainingSettings, seed: int, memory: int):
+        self.source, self.settings, self.seed, self.count, self.dim = source, settings, seed, source.count, source.dim
+        room = memory // (8 * source.dim + 8)  # pairs in single precision, and an index for each
+        # blocks are not so short that reading them is all that is done, nor so long that few of them fit in
+        usual = source.block * max(1, 64 // source.block)
+        self.block = max(1, min(usual, room // 32, source.count // 16))
+        blocks = -(-source.count // self.block)
+        held_out = max(1, min(room // 8, round(settings.validation_fraction * source.count)) // self.block)
+        order = torch.randperm(blocks, generator=stream(seed, "validation blocks"))
+        self.for_validation, self.for_training = order[:held_out].sort().values, order[held_out:].sort().values
+        self.blocks_held = min(room // self.block - held_out, len(self.for_training))
+        if self.blocks_held * self.block < settings.batch:
+            least = (8 * source.dim + 8) * (settings.batch + 1) * 2
+            raise ValueError(f"memory: expected at least {least} bytes for batches of {settings.batch}, got {memory}")
+        if settings.source == "covariance" and 8 * source.dim**2 > memory // 8:
+            raise ValueError(
+                f"source: 'covariance' of {source.dim} variables needs a memory of {64 * source.dim**2} bytes, got {memory}"
+            )
+        together = settings.coupling_batch or settings.batch
+        self.portion = together * max(1, room // 64 // together)
+        self.layout, self.buffer, self.held = source.layout, None, None
+        known = [settings.record(), seed, source.identity, source.count, source.dim, self.block, memory]
+        self.fingerprint = hashlib.sha256(json.dumps(known).encode()).hexdigest()
+        self.record = {"memory": memory, "pairs_per_epoch": self.blocks_held * self.block}
+
+    def prepare(self, memory: dict | None, progress: bool) -> None:
+        """Find the units by one pass over all pairs, or in the `memory` of a checkpoint; read those for validation."""
+        if memory:
+            for name, value in memory["units"].items():
+                setattr(self, name, value)
+        else:
+            states, increments = _RunningSample(self.dim), _RunningSample(self.dim, self.settings.source == "covariance")
+            bar = tqdm(total=self.count, desc="statistics", unit="pair", disable=None if progress else True, leave=False)
+            for first in range(0, self.count, self.block):
+                background, analysis = _read(self.source, first, min(first + self.block, self.count))
+                states.add(background)
+                states.add(analysis)
+                increments.add(analysis - background)
+                bar.update(len(analysis))
+            bar.close()
+            self.find_units(self.settings, lambda: states, lambda: increments)
+        self.validation = self._filled(self._room(len(self.for_validation)), self.for_validation)
+        self.record["validation_pairs"] = len(self.validation[0])
+
+    def kept(self) -> dict:
+        return {"units": {name: getattr(self, name) for name in ("location", "scale", "factor", "units")}}
+
+    def of_epoch(self, epoch: int) -> tuple[Tensor, Tensor]:
+        """Pairs of an epoch: the blocks whose turn it is, in the order of the file."""
+        every = len(self.for_training)
+        if self.held is None or self.blocks_held < every:  # else they are there already
+            self.buffer = self.buffer or self._room(self.blocks_held)
+            first, last = epoch * self.blocks_held, (epoch + 1) * self.blocks_held
+            rounds = range(first // every, (last - 1) // every + 1)
+            turns = torch.cat([torch.randperm(every, generator=stream(self.seed, "blocks", n)) for n in rounds])
+            turns = turns[first - every * rounds[0] :][: self.blocks_held].sort().values
+            self.held = self._filled(self.buffer, self.for_training[turns])
+        return self.held
+
+    def _room(self, blocks: int) -> tuple[Tensor, Tensor]:
+        return tuple(torch.empty(blocks * self.block, self.dim) for _ in range(2))
+
+    def _filled(self, room: tuple[Tensor, Tensor], blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """The pairs of `blocks` in the network's units, in `room`."""
+        end = 0
+        for block in blocks.tolist():
+            first = block * self.block
+            some = self.inside(*_read(self.source, first, min(first + self.block, self.count)))
+            for x, new in zip(room, some):
+                x[end : end + len(new)] = new
+            end += len(some[0])
+        return tuple(x[:end] for x in room)
+
+
+def _read(source: PairSource, first: int, last: int) -> tuple[Tensor, Tensor]:
+    """Some pairs of a source, which must be what they should be."""
+    pairs, shape = source.read(first, last), (last - first, source.dim)
+    for x in pairs:
+        if x.shape != shape or x.dtype != torch.float64:
+            raise ValueError(f"source: expected float64 pairs of shape {shape}, got {x.dtype} of {tuple(x.shape)}")
+        if not torch.isfinite(x).all():
+            raise ValueError(f"source: expected finite pairs, got others among those from {first} to {last}")
+    return pairs

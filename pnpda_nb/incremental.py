@@ -20,12 +20,11 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.linalg import LinAlgError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .dynamics import standard_normal, stream
+from .flow_matching import fitting_header, read_prior_file, write_prior_file
 from .networks import ConvolutionNetwork, DenseNetwork, FieldNetwork
 from .observing import Covariance, Observations
 from pnpda_nb.windows import (
@@ -45,10 +44,9 @@ from pnpda_nb.windows import (
 )
 
 # %% auto #0
-__all__ = ['Precision', 'INCREMENTAL_FORMAT', 'KINDS', 'PRECISIONS', 'banded_solve', 'BandedPrecision', 'LowRankPrecision',
-           'DensePrecision', 'most_probable', 'ConstantNetwork', 'Calibration', 'IncrementalPrior', 'RandomSets',
-           'regular_sets', 'IncrementalSettings', 'observe_windows', 'incremental_loss', 'train_incremental',
-           'NeuralIncremental']
+__all__ = ['Precision', 'KINDS', 'PRECISIONS', 'banded_solve', 'BandedPrecision', 'LowRankPrecision', 'DensePrecision',
+           'most_probable', 'ConstantNetwork', 'Calibration', 'IncrementalPrior', 'RandomSets', 'regular_sets',
+           'IncrementalSettings', 'observe_windows', 'incremental_loss', 'train_incremental', 'NeuralIncremental']
 
 # %% ../nbs/09_incremental.ipynb #0345abf5
 class _BandedSolve(torch.autograd.Function):
@@ -179,7 +177,6 @@ def most_probable(mean: Tensor, precision: Precision, information: Information) 
     return mean + posterior.solve(pull), posterior
 
 # %% ../nbs/09_incremental.ipynb #003802bb
-INCREMENTAL_FORMAT = "pnpda_nb incremental prior 1"
 KINDS = ("dense", "convolution", "constant")  # networks
 PRECISIONS = ("banded", "low_rank", "dense")
 
@@ -382,46 +379,25 @@ class IncrementalPrior:
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write the prior to a safetensors file, whole or not at all."""
-        path, climate = Path(path), self.climate
-        tensors = {f"networks.{k}": v.contiguous() for k, v in self.networks.state_dict().items()}
-        tensors |= {f"climate.{k}": getattr(climate, k).contiguous().clone() for k in _CLIMATE if getattr(climate, k) is not None}
-        calibration = self.calibration and dataclasses.asdict(self.calibration)
-        header = {"format": INCREMENTAL_FORMAT, "calibration": json.dumps(calibration)}
-        header |= {k: json.dumps(getattr(self, k)) for k in ("architecture", "training")}
-        beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            save_file(tensors, beside, metadata=header)
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
-        return path
+        tensors = {f"networks.{k}": v for k, v in self.networks.state_dict().items()}
+        tensors |= {f"climate.{k}": getattr(self.climate, k) for k in _CLIMATE if getattr(self.climate, k) is not None}
+        header = {"architecture": self.architecture, "training": self.training}
+        header["calibration"] = self.calibration and dataclasses.asdict(self.calibration)
+        return write_prior_file(path, "IncrementalPrior", 1, tensors, header)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "IncrementalPrior":
         """Read a prior that `save` wrote; nothing in the file is executed. Raises `FileNotFoundError` for no file, `ValueError`
-        for one that is truncated, foreign, or of another format.
+        for one that `read_prior_file` refuses or whose header does not fit its contents.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"prior: no file {path}")
-        try:
-            with safe_open(path, framework="pt") as file:
-                header, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"prior: {path} is not a readable safetensors file (truncated or foreign)") from error
-        if header.get("format") != INCREMENTAL_FORMAT:
-            raise ValueError(f"prior: expected format {INCREMENTAL_FORMAT!r} in {path}, got {header.get('format')!r}")
-        if not all(torch.isfinite(t).all() for t in tensors.values()):
-            raise ValueError(f"prior: {path} holds weights that are not finite")
-        try:
-            architecture, training, calibration = (json.loads(header[k]) for k in ("architecture", "training", "calibration"))
+        _, tensors, header = read_prior_file(path, "IncrementalPrior", 1)
+        with fitting_header(path):
+            architecture, training, calibration = (header[k] for k in ("architecture", "training", "calibration"))
             climate = Climate(*(tensors.get(f"climate.{k}") for k in _CLIMATE))
             size, rest = architecture["size"], {k: architecture[k] for k in _ARCHITECTURE}
             networks = cls.make(climate, **rest, **size).networks
             networks.load_state_dict({k.removeprefix("networks."): v for k, v in tensors.items() if k.startswith("networks.")})
             calibration = calibration and Calibration(tuple(calibration["knots"]), tuple(calibration["factors"]))
-        except (KeyError, TypeError, RuntimeError, ValueError, AttributeError) as error:
-            raise ValueError(f"prior: {path} has a header that does not fit its contents ({type(error).__name__})") from error
         return cls(climate, networks.eval().requires_grad_(False), architecture, training, calibration)
 
 
