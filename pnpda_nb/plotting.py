@@ -5,11 +5,23 @@
 # %% ../nbs/90_plotting.ipynb #e60f6c47
 from __future__ import annotations
 
+import base64
+import hashlib
+import io
+import itertools
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from typing import Any
+
 import matplotlib as mpl
 import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image, features
 
 # %% auto #0
-__all__ = ['COLOURS', 'LINES', 'LABELS', 'line_style', 'book_style', 'mean_and_band']
+__all__ = ['COLOURS', 'LINES', 'LABELS', 'line_style', 'book_style', 'mean_and_band', 'explore']
 
 # %% ../nbs/90_plotting.ipynb #87f578db
 COLOURS = {
@@ -162,3 +174,190 @@ def mean_and_band(ax, x: np.ndarray, runs: np.ndarray, standard_error: bool = Fa
     (line,) = ax.plot(x, mean, **style)
     ax.fill_between(x, mean - std, mean + std, color=line.get_color(), alpha=0.15, lw=0)
     return line
+
+# %% ../nbs/90_plotting.ipynb #1fb5f442
+_MOST_FRAMES = 24
+
+
+def _pixels(figure: Figure) -> Image.Image:
+    """What a matplotlib figure looks like, in its own size; the figure is closed."""
+    import matplotlib.pyplot as plt
+
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=figure.dpi, facecolor="white", bbox_inches=None)
+    plt.close(figure)
+    return Image.open(drawn).convert("RGB")
+
+
+def _addresses(pictures: Sequence[Image.Image], colours: int) -> list[str]:
+    """Pictures of one size as addresses ("data:…") with one palette of so many `colours`; the same pictures give the same."""
+    width, height = pictures[0].size
+    together = Image.new("RGB", (width, height * len(pictures)))
+    for place, picture in enumerate(pictures):
+        together.paste(picture, (0, height * place))
+    # by coverage, not by count: the colour of a few dots matters as much as that of a long line
+    palette = together.quantize(colours, Image.Quantize.MAXCOVERAGE)
+    kind = "webp" if features.check("webp") else "png"
+    options = {"lossless": True, "quality": 100} if kind == "webp" else {"optimize": True}
+    addresses = []
+    for picture in pictures:
+        small, flat = io.BytesIO(), picture.quantize(palette=palette, dither=Image.Dither.NONE)
+        flat.convert("RGB" if kind == "webp" else "P").save(small, kind, **options)
+        addresses.append(f"data:image/{kind};base64,{base64.b64encode(small.getvalue()).decode()}")
+    return addresses
+
+# %% ../nbs/90_plotting.ipynb #79a16ac5
+_STYLE = """
+.explorer{margin:0;color:inherit}
+.explorer img{display:block;box-sizing:content-box;max-width:calc(100% - 1rem - 2px);height:auto;margin:0 auto;padding:.5rem;background:#fff;border:1px solid rgba(128,128,128,.4);border-radius:.4rem}
+.explorer .settings{display:grid;gap:.35rem;max-width:34rem;margin:.6rem auto 0;text-align:left;font-size:.9rem}
+.explorer .settings[hidden]{display:none}
+.explorer .settings>div{display:flex;flex-wrap:wrap;gap:.1rem .7rem;align-items:center}
+.explorer label{flex:1 1 16rem;display:flex;flex-wrap:wrap;gap:.1rem .7rem;align-items:center;margin:0}
+.explorer label span{flex:0 0 13rem;box-sizing:border-box}
+.explorer input{flex:1 1 9rem;min-width:0;margin:0;accent-color:#009e73}
+.explorer output{flex:0 0 5.5rem;font-weight:600;font-variant-numeric:tabular-nums;color:inherit}
+.explorer button{justify-self:start;min-width:6rem;padding:.25rem .8rem;color:inherit;background:none;border:1px solid currentColor;border-radius:.3rem;font:inherit;cursor:pointer}
+.explorer :focus-visible{outline:2px solid #56b4e9;outline-offset:2px}
+@media (max-width:40rem){.explorer .settings>div{position:relative}.explorer label,.explorer label span,.explorer input{flex-basis:100%}.explorer output{position:absolute;top:0;right:0;flex:none}.explorer label span{padding-right:6rem}}
+"""
+_SCRIPT = """
+(() => {
+  const others = FRAMES;
+  for (const explorer of document.querySelectorAll('[data-explorer="KEY"]')) {
+    if (explorer.dataset.ready) continue;
+    explorer.dataset.ready = "yes";
+    const image = explorer.querySelector("img"), button = explorer.querySelector("button");
+    const inputs = [...explorer.querySelectorAll("input")];
+    const frames = [[image.alt, image.src], ...others];
+    let timer = null;
+    const show = () => {
+      let place = 0;
+      for (const input of inputs) {
+        place = place * (Number(input.max) + 1) + Number(input.value);
+        const words = JSON.parse(input.dataset.values)[input.value];
+        input.setAttribute("aria-valuetext", words);
+        input.closest("div").querySelector("output").textContent = words;
+      }
+      [image.alt, image.src] = frames[place];
+    };
+    const stop = () => {
+      clearInterval(timer);
+      timer = null;
+      if (button) button.textContent = "Play";
+    };
+    for (const input of inputs) {
+      input.value = 0;
+      input.addEventListener("input", () => { stop(); show(); });
+    }
+    if (button) button.addEventListener("click", () => {
+      if (timer) return stop();
+      const [input] = inputs;
+      if (input.value === input.max) input.value = 0;
+      else input.stepUp();
+      show();
+      button.textContent = "Pause";
+      timer = setInterval(() => {
+        if (!explorer.isConnected || input.value === input.max) return stop();
+        input.stepUp();
+        show();
+        if (input.value === input.max) stop();
+      }, 800);
+    });
+    explorer.querySelector(".settings").hidden = false;
+  }
+})();
+"""
+
+
+def _words(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _page(frames: Sequence[tuple[str, str]], size: tuple[int, int], settings: Sequence[tuple[str, Sequence[str]]]) -> str:
+    """HTML of an explorer from the description and address of each frame, and the name of each setting with words for its values."""
+    key = hashlib.sha256(json.dumps([frames, settings]).encode()).hexdigest()[:12]
+    rows = "".join(
+        f'<div><label><span>{escape(name)}</span><input type="range" min="0" max="{len(words) - 1}" step="1" value="0" '
+        f'aria-valuetext="{escape(words[0])}" data-values="{escape(json.dumps(words))}"></label>'
+        f'<output aria-live="off">{escape(words[0])}</output></div>'
+        for name, words in settings
+    )
+    button = '<button type="button">Play</button>' if len(settings) == 1 else ""
+    (alt, first), others = frames[0], json.dumps(frames[1:], separators=(",", ":")).replace("<", "\\u003c")
+    return (
+        f'<figure class="explorer" data-explorer="{key}"><style>{_STYLE}</style>'
+        f'<img src="{first}" alt="{escape(alt)}" width="{size[0]}" height="{size[1]}">'
+        f'<div class="settings" role="group" aria-label="Settings of this figure" hidden>{rows}{button}</div>'
+        f"<script>{_SCRIPT.replace('KEY', key).replace('FRAMES', others)}</script></figure>"
+    )
+
+# %% ../nbs/90_plotting.ipynb #6981481f
+def explore(
+    draw: Callable[..., Figure],
+    *,
+    alt: str | Callable[..., str],
+    labels: Mapping[str, str] | None = None,
+    colours: int = 24,
+    **choices: Sequence,
+) -> Any:
+    """A figure with a slider for every setting: `draw(**chosen)` returns the matplotlib figure for one choice of each of
+    the `choices`, at most 24 combinations, and all figures of one size.
+
+    In a live kernel these are ipywidgets that draw anew; otherwise HTML with all frames, which needs neither kernel nor
+    network, and whose bytes depend on nothing but what is drawn. `alt` describes the figure (a string, to which the
+    choice is added, or a function of the choice); `labels` are the words beside the sliders, where they are not the names
+    of the settings; all frames share a palette of so many `colours`. Raises `ValueError` without choices, for too many,
+    and for figures of several sizes.
+    """
+    from IPython import get_ipython
+    from IPython.display import HTML
+
+    counts = [len(values) for values in choices.values()]
+    if not counts or 0 in counts:
+        raise ValueError(f"choices: expected at least one value for every setting, got {dict(choices)}")
+    if math.prod(counts) > _MOST_FRAMES:
+        product = " × ".join(map(str, counts))
+        raise ValueError(f"choices: expected at most {_MOST_FRAMES} combinations, got {math.prod(counts)} ({product})")
+    names = {name: (labels or {}).get(name, name.replace("_", " ")) for name in choices}
+
+    def describe(chosen: dict) -> str:
+        if callable(alt):
+            return alt(**chosen)
+        return f"{alt}: " + ", ".join(f"{names[name]} {_words(value)}" for name, value in chosen.items())
+
+    if getattr(get_ipython(), "kernel", None) is not None:
+        return _live(draw, describe, names, choices, colours)
+    chosen = [dict(zip(choices, values)) for values in itertools.product(*choices.values())]
+    pictures = [_pixels(draw(**each)) for each in chosen]
+    if len(sizes := {picture.size for picture in pictures}) > 1:
+        raise ValueError(f"draw: expected figures of one size, got {sorted(sizes)} pixels")
+    frames = list(zip(map(describe, chosen), _addresses(pictures, colours)))
+    settings = [(names[name], [_words(value) for value in values]) for name, values in choices.items()]
+    return HTML(_page(frames, pictures[0].size, settings))
+
+
+def _live(
+    draw: Callable[..., Figure],
+    describe: Callable[[dict], str],
+    names: Mapping[str, str],
+    choices: Mapping[str, Sequence],
+    colours: int,
+) -> Any:
+    """The same with widgets: a slider for every setting above a figure that is drawn anew."""
+    from IPython.display import HTML, display
+    from ipywidgets import SelectionSlider, VBox, interactive_output
+
+    sliders = {
+        name: SelectionSlider(
+            options=[(_words(value), value) for value in values], description=names[name], continuous_update=False,
+            style={"description_width": "initial"}, layout={"width": "100%", "max_width": "34rem"},
+        )  # fmt: skip
+        for name, values in choices.items()
+    }
+
+    def show(**chosen):
+        (address,) = _addresses([_pixels(draw(**chosen))], colours)
+        display(HTML(f'<img src="{address}" alt="{escape(describe(chosen))}" style="max-width:100%">'))
+
+    return VBox([*sliders.values(), interactive_output(show, sliders)])
