@@ -18,7 +18,7 @@ from typing import Annotated, Optional
 import typer
 
 # %% auto #0
-__all__ = ['app', 'list_studies', 'run', 'train', 'assimilate', 'describe', 'bench', 'published', 'main']
+__all__ = ['app', 'options', 'list_studies', 'run', 'train', 'assimilate', 'describe', 'bench', 'published', 'main']
 
 # %% ../nbs/92_cli.ipynb #d9b03bd7
 app = typer.Typer(
@@ -28,6 +28,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Data assimilation with learned priors.",
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"pnpda {installed_version('pnpda_nb')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version and stop", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Data assimilation with learned priors."""
 
 # %% ../nbs/92_cli.ipynb #dc58c518
 @app.command("list")

@@ -34,9 +34,9 @@ from .sweep import whole_file
 
 # %% auto #0
 __all__ = ['TAUS', 'CANDIDATES', 'Part', 'set_aside', 'usual_settings', 'attach_errors', 'attached_errors', 'plug_and_play',
-           'Unchanged', 'pseudo_observations', 'trial', 'choose_iterations', 'Calibration', 'calibrate', 'Trained',
-           'train_archive', 'assimilate', 'Report', 'report_suffix', 'training_report', 'draw_training', 'draw_ranks',
-           'innovations', 'assimilation_report', 'draw_increments']
+           'Unchanged', 'pseudo_observations', 'at_a_time', 'trial', 'choose_iterations', 'Calibration', 'calibrate',
+           'Trained', 'train_archive', 'assimilate', 'Report', 'report_suffix', 'training_report', 'draw_training',
+           'draw_ranks', 'innovations', 'assimilation_report', 'draw_increments']
 
 # %% ../nbs/15b_operations.ipynb #91e69ff0
 @dataclass(frozen=True, eq=False)
@@ -171,6 +171,12 @@ def _error(x: Tensor, analysis: Tensor, unit: Tensor) -> tuple[float, float]:
     return mean**0.5, float(each.std()) / len(each) ** 0.5 / 2 / max(mean, 1e-300) ** 0.5
 
 
+def at_a_time(method: PnPDA, members: int, dim: int) -> int:
+    """How many states `(members, dim)` to analyse together, so that they and their noise take some tens of megabytes."""
+    one = members * method.ensemble * dim
+    return max(1, 4_000_000 // (one + min(200_000, one * method.iterations)))
+
+
 def trial(prior: FlowPrior, measured: Part, tested: Part, generator: torch.Generator, iterations: Sequence[int]) -> pd.DataFrame:
     """Analyses of the pairs in `tested` from pseudo-observations: background, 3D-Var, and PnP-DA with `iterations`.
 
@@ -184,8 +190,12 @@ def trial(prior: FlowPrior, measured: Part, tested: Part, generator: torch.Gener
     var = residual_covariance(Unchanged(prior.dim), b, a, (0.0,), generator, rank=rank).errors[0]
     states = {"background": background, "3D-Var": var.update(background[:, None], observations)[:, 0]}
     for n in iterations:
-        answer = plug_and_play(prior, n).analyse(background[:, None], observations, forecast=None, generator=generator)
-        states[f"PnP-DA, {n} iteration{'s' * (n > 1)}"] = answer[:, 0]
+        method, answers = plug_and_play(prior, n), []
+        size = at_a_time(method, 1, prior.dim)
+        for b, values in zip(background[:, None].split(size), observations.values.split(size)):
+            some = replace(observations, values=values)
+            answers.append(method.analyse(b, some, forecast=None, generator=generator)[:, 0])
+        states[f"PnP-DA, {n} iteration{'s' * (n > 1)}"] = torch.cat(answers)
     rows = [(name, *_error(x, analysis, unit), len(analysis)) for name, x in states.items()]
     return pd.DataFrame(rows, columns=["analysis", "error", "±", "pairs"])
 
@@ -234,7 +244,7 @@ def calibrate(prior: FlowPrior, trained: Part, measured: Part, tested: Part, gen
             error, bar = _error(x[:, part], analysis[:, part], torch.ones(()))
             row[name] = f"{error:.3g} ± {bar:.1g}"
         rows.append(row | {"pairs": len(analysis)})
-    few = max(2, min(len(analysis), 200, 20_000_000 // (samples * prior.dim)))
+    few = max(2, min(len(analysis), 200, 5_000_000 // (samples * prior.dim)))
     pick = torch.linspace(0, len(analysis) - 1, few).long()
     members = torch.stack([prior(background[pick]).sample(generator, steps=10) for _ in range(samples)], 1)
     below = (members < analysis[pick, None]).sum(1)
@@ -296,7 +306,7 @@ def assimilate(
     """
     method, parts = plug_and_play(prior, iterations, answers), []
     runs, members, dim = states.values.shape
-    together = max(1, 2_000_000 // (members * answers * max(dim, 1000)))
+    together = at_a_time(method, members, dim)
     with tqdm(total=runs, desc="assimilating", unit="state", disable=None if progress else True, leave=False) as bar:
         for first in range(0, runs, together):
             some = slice(first, min(first + together, runs))
