@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import platform
@@ -24,7 +23,6 @@ from importlib.metadata import version as installed_version
 from importlib.util import find_spec
 from math import log2, nan, sqrt
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
@@ -36,10 +34,11 @@ from tqdm.auto import tqdm
 from .dynamics import KuramotoSivashinsky, Lorenz63, Lorenz96, Model, RunStreams, standard_normal, stream
 from .ensemble import LETKF, EnKF
 from .flow_matching import FlowPrior, VelocityMLP, conditional_coupling, flow_matching_loss
+from .interop import import_dapper
 from .observing import Covariance, DiagonalCovariance, Observations, ObservingNetwork, Select
 from .pnp import PnPDA
 from .sweep import code_version, whole_file, writable, write_record
-from .twin import TwinExperiment, cycle, scores
+from .twin import TwinExperiment, cycle, forget_nature_runs, scores
 
 # %% auto #0
 __all__ = ['COLUMNS', 'QUICK', 'DAPPER_MISSING', 'NETWORKS', 'TORCHCFM_MISSING', 'WORKLOADS', 'PARTS', 'seconds_of',
@@ -59,7 +58,8 @@ def _row(part: str, case: str, ours: float = nan, unit: str = "", note: str = ""
 
 # %% ../nbs/95_bench.ipynb #8dd6a6c4
 def seconds_of(work: Callable[[], object]) -> float:
-    """Processor seconds that `work()` takes."""
+    """Processor seconds that `work()` takes, nature runs included."""
+    forget_nature_runs()
     start = time.process_time()
     work()
     return time.process_time() - start
@@ -131,25 +131,11 @@ def sakov2012(cycles: int = 250) -> TwinExperiment:
 DAPPER_MISSING = "skipped: DAPPER is not installed (pip install 'pnpda_nb[dapper]'; it brings an older Jupyter along)"
 
 
-def _import_dapper() -> None:
-    """Import DAPPER quietly."""
-    with (
-        tempfile.TemporaryDirectory() as home,
-        patch.dict(os.environ, HOME=home, USERPROFILE=home),
-        contextlib.redirect_stdout(io.StringIO()),
-    ):
-        import dapper  # noqa: F401
-        import dapper.tools.progressbar as bars
-        from dapper.dpr_config import rc
-    bars.disable_progbar = bars.disable_user_interaction = True
-    rc.liveplotting = False
-
-
 def dapper_run(experiment: TwinExperiment, members: int, inflation: float, seed: int) -> tuple[float, float, float]:
     """The twin experiment (fully observed Lorenz-63, as `sakov2012`) in DAPPER, once: processor seconds of its `simulate` and `assimilate`,
     and the RMSE of the analysis after the burn-in.
     """
-    _import_dapper()
+    import_dapper()
     import dapper.mods as modelling
     from dapper.da_methods import EnKF as DapperEnKF
     from dapper.mods.Lorenz63 import dstep_dx, step
@@ -640,6 +626,7 @@ def _needed(name: str, size: int) -> tuple[float, float]:
 
     make, small, again = WORKLOADS[name]
     make(small)()  # loads what is loaded at the first use
+    forget_nature_runs()
     work, before, start = make(size), peak(), time.process_time()
     work()
     seconds, rise = time.process_time() - start, peak() - before

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Callable, Literal
+from typing import Any, Callable, Literal
 
 import torch
 from torch import Tensor
@@ -267,7 +267,7 @@ class Projected:
             return getattr(self.method, name)
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
-    def analyse(self, background: Tensor, observations: Observations, **rest) -> Tensor:
+    def analyse(self, background: Tensor, observations: Observations, **rest: Any) -> Tensor:
         return self.constraint.project(self.method.analyse(background, observations, **rest), background)
 
 # %% ../nbs/08d_constraints.ipynb #3d70aedc
@@ -289,7 +289,7 @@ class AsObservation:
         if not 0 < self.variance < math.inf:
             raise ValueError(f"variance: expected a positive number, got {self.variance}")
 
-    def analyse(self, background: Tensor, observations: Observations, **rest) -> Tensor:
+    def analyse(self, background: Tensor, observations: Observations, **rest: Any) -> Tensor:
         if observations.missing is not None:
             raise ValueError(f"observations: expected no missing values, got {int(observations.missing.sum())}")
         seen, law = observations.operator, self.constraint
@@ -315,6 +315,6 @@ class ConstrainedPnPDA(PnPDA):
         w = super().towards(x, misfit, length, tau)
         return self.constraint.project(w, misfit.background) if tau else w
 
-    def analyse(self, background: Tensor, observations, *, forecast, generator: torch.Generator) -> Tensor:
+    def analyse(self, background: Tensor, observations: Observations, *, forecast: Callable | None, generator: torch.Generator) -> Tensor:
         answer = super().analyse(background, observations, forecast=forecast, generator=generator)
         return self.constraint.project(answer, background)

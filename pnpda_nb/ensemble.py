@@ -120,7 +120,9 @@ class EnKF(EnsembleFilter):
         weights = torch.linalg.solve_ex(covariance, innovations.mT).result  # (..., size, member)
         return lambda states: states + (anomalies(states).mT @ shown @ weights).mT
 
-    def analyse(self, background: Tensor, observations: Observations, *, forecast, generator) -> Tensor:
+    def analyse(
+        self, background: Tensor, observations: Observations, *, forecast: Callable | None, generator: torch.Generator
+    ) -> Tensor:
         self.require_ensemble(background)
         analysis = self.update(background, observations, generator)(background)
         return self.inflated(analysis, background, generator)
@@ -163,7 +165,9 @@ class ETKF(EnKF):
 
     rotate: bool = False
 
-    def update(self, background, observations, generator):
+    def update(
+        self, background: Tensor, observations: Observations, generator: torch.Generator
+    ) -> Callable[[Tensor], Tensor]:
         seen = observations.operator(background)
         shown, centre = anomalies(seen), seen.mean(-2, keepdim=True)
         weighed = observations.covariance.solve(shown)
@@ -235,7 +239,9 @@ class LETKF(EnsembleFilter):
         if not self.half_width > 0:
             raise ValueError(f"half_width: expected a positive length, got {self.half_width}")
 
-    def analyse(self, background: Tensor, observations: Observations, *, forecast, generator) -> Tensor:
+    def analyse(
+        self, background: Tensor, observations: Observations, *, forecast: Callable | None, generator: torch.Generator
+    ) -> Tensor:
         *batch, members, dim = background.shape
         self.require_ensemble(background)
         if observations.operator.sites is None:
@@ -338,7 +344,9 @@ class LocalEnKF(EnKF):
         if not self.half_width > 0:
             raise ValueError(f"half_width: expected a positive length, got {self.half_width}")
 
-    def update(self, background, observations, generator):
+    def update(
+        self, background: Tensor, observations: Observations, generator: torch.Generator
+    ) -> Callable[[Tensor], Tensor]:
         members, dim, sites = background.shape[-2], background.shape[-1], observations.operator.sites
         if sites is None:
             raise ValueError("sites: LocalEnKF needs an operator that says where its observations are")
@@ -373,8 +381,9 @@ class EnKS(EnsembleFilter):
             raise ValueError(f"kind: expected 'stochastic' or 'symmetric', got {self.kind!r}")
 
     def analyse(
-        self, background: Tensor, observations: Observations, *, forecast, generator, past: Tensor | None = None
-    ) -> Tensor:
+        self, background: Tensor, observations: Observations, *, forecast: Callable | None, generator: torch.Generator,
+        past: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         self.require_ensemble(background)
         method = EnKF() if self.kind == "stochastic" else ETKF(rotate=self.rotate)
         update = method.update(background, observations, generator)
@@ -406,7 +415,9 @@ class ParticleFilter:
         if not 0 <= self.jitter < float("inf"):
             raise ValueError(f"jitter: expected zero or a positive number, got {self.jitter}")
 
-    def analyse(self, background: Tensor, observations: Observations, *, forecast, generator) -> Tensor:
+    def analyse(
+        self, background: Tensor, observations: Observations, *, forecast: Callable | None, generator: torch.Generator
+    ) -> Tensor:
         members, dim = background.shape[-2:]
         misfit = observations.covariance.squared_norm(observations.innovation(background))
         weights = torch.softmax(-misfit / 2, -1)
@@ -459,7 +470,9 @@ class EnRDA:
         if not self.regularisation > 0:
             raise ValueError(f"regularisation: expected a positive number, got {self.regularisation}")
 
-    def analyse(self, background: Tensor, observations: Observations, *, forecast, generator) -> Tensor:
+    def analyse(
+        self, background: Tensor, observations: Observations, *, forecast: Callable | None, generator: torch.Generator
+    ) -> Tensor:
         *batch, members, dim = background.shape
         if members < 2:
             raise ValueError(f"members: EnRDA needs an ensemble of at least 2, got {members}")

@@ -13,7 +13,7 @@ import math
 import os
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Mapping, Sequence
@@ -51,12 +51,23 @@ def same_units(one: str, other: str) -> bool:
 # %% ../nbs/06b_files.ipynb #1525184a
 @dataclass(frozen=True)
 class Field:
-    """One field of a state: its `name` ("" if it has none), dimensions, `shape` and `units`."""
+    """One field of a state: its `name` ("" if it has none), `shape` (empty for a single number), `dims` by name, and `units`.
+
+    Raises `ValueError` for sizes that are negative, or another number of dimensions than sizes.
+    """
 
     name: str
-    dims: tuple[str, ...]
-    shape: tuple[int, ...]
+    shape: tuple[int, ...] = ()
+    dims: tuple[str, ...] = ()
     units: str = ""
+
+    def __post_init__(self):
+        object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
+        object.__setattr__(self, "dims", tuple(self.dims) or tuple(f"{self.title}_{i}" for i in range(len(self.shape))))
+        if any(n < 0 for n in self.shape):
+            raise ValueError(f"shape: expected sizes of at least 0, got {self.shape} for {self.title}")
+        if len(self.dims) != len(self.shape):
+            raise ValueError(f"dims: expected {len(self.shape)}, one a size of {self.title}, got {self.dims}")
 
     @property
     def size(self) -> int:
@@ -112,13 +123,24 @@ class Axis:
 # %% ../nbs/06b_files.ipynb #368c8965
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Which numbers of a state `(..., dim)` are what: `fields`, one after the other, on the `axes` of their dimensions,
-    without the flat positions `left_out`, which no state has.
+    """Which numbers of a state `(..., dim)` are what: `fields`, one after the other, each in C order, on the `axes` of their
+    dimensions, without the flat positions `left_out`, which no state has. Raises `ValueError` for two fields of one name, or a
+    dimension that has two sizes.
     """
 
     fields: tuple[Field, ...]
-    axes: Mapping[str, Axis]
+    axes: Mapping[str, Axis] = field(default_factory=dict)
     left_out: np.ndarray | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "fields", tuple(self.fields))
+        names, sizes = [f.name for f in self.fields], {}
+        if not names or len(set(names)) != len(names):
+            raise ValueError(f"fields: expected distinct names, got {names}")
+        for f in self.fields:
+            for dim, size in zip(f.dims, f.shape):
+                if sizes.setdefault(dim, size) != size:
+                    raise ValueError(f"fields: expected one size for dimension {dim!r}, got {sizes[dim]} and {size}")
 
     @classmethod
     def of(cls, arrays: Mapping[str, xr.DataArray], samples: Sequence[str]) -> "Layout":
@@ -127,14 +149,14 @@ class Layout:
         for name, array in sorted(arrays.items()):
             dims = tuple(str(d) for d in array.dims if d not in samples)
             shape = tuple(array.sizes[d] for d in dims)
-            fields.append(Field(name, dims, shape, str(array.attrs.get("units", ""))))
+            fields.append(Field(name, shape, dims, str(array.attrs.get("units", ""))))
             axes |= {d: Axis.of(array.coords[d]) for d in dims if d in array.coords}
         return cls(tuple(fields), axes)
 
     @classmethod
     def plain(cls, dim: int) -> "Layout":
         """The layout of a state that is just `dim` numbers."""
-        return cls((Field("", ("variable",), (dim,)),), {})
+        return cls((Field("", (dim,), ("variable",)),))
 
     def __repr__(self) -> str:
         return f"Layout(dim={self.dim}: {self})"
@@ -171,6 +193,45 @@ class Layout:
         ends = np.cumsum([0] + [f.size for f in self.fields])
         inside = np.searchsorted(self.kept, ends)
         return {f.name: slice(int(a), int(b)) for f, a, b in zip(self.fields, inside, inside[1:])}
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """A name for every number of a state: "u" for a single one, "u[3]" or "u[3,4]" on a grid."""
+        every = [f.title + (f"[{','.join(map(str, index))}]" if f.shape else "") for f in self.fields for index in np.ndindex(f.shape)]
+        return tuple(every[i] for i in self.kept)
+
+    def split(self, states: Tensor | np.ndarray) -> dict[str, Tensor | np.ndarray]:
+        """The fields `(..., *shape)` of states `(..., dim)`, tensors or arrays, by name; what is left out is nan."""
+        if states.shape[-1] != self.dim:
+            raise ValueError(f"states: expected size {self.dim}, got {states.shape[-1]}")
+        if self.left_out is not None:
+            whole = (*states.shape[:-1], self.size)
+            full = states.new_full(whole, math.nan) if isinstance(states, Tensor) else np.full(whole, np.nan)
+            full[..., self.kept] = states
+            states = full
+        ends = np.cumsum([f.size for f in self.fields]).tolist()
+        return {f.name: states[..., end - f.size : end].reshape(*states.shape[:-1], *f.shape) for f, end in zip(self.fields, ends)}
+
+    def join(self, fields: Mapping[str, Tensor | np.ndarray]) -> Tensor | np.ndarray:
+        """States `(..., dim)` of `fields` `(..., *shape)`, tensors or arrays, by name. Raises `ValueError` for one that is missing."""
+        lost = [f.name for f in self.fields if f.name not in fields]
+        if lost:
+            raise ValueError(f"fields: expected {', '.join(f.name for f in self.fields)}, got none called {', '.join(lost)}")
+        parts = []
+        for f in self.fields:
+            array = fields[f.name]
+            parts.append(array.reshape(*array.shape[: array.ndim - len(f.shape)], f.size))
+        whole = torch.cat(parts, -1) if isinstance(parts[0], Tensor) else np.concatenate(parts, -1)
+        return whole if self.left_out is None else whole[..., self.kept]
+
+    def dataset(self, states: Tensor | np.ndarray, **samples: Sequence) -> xr.Dataset:
+        """States `(..., dim)` as a dataset of fields with units and coordinates; `samples` are the names and coordinates of the
+        leading dimensions (by default one, `member`, without coordinates).
+        """
+        leading, fields = tuple(samples) or ("member",), self.split(np.asarray(states))
+        coords = {d: (d, list(a.values), {"units": a.units} if a.units else {}) for d, a in self.axes.items()}
+        data = {f.title: ((*leading, *f.dims), fields[f.name], {"units": f.units} if f.units else {}) for f in self.fields}
+        return xr.Dataset(data, coords=coords | {d: (d, np.asarray(v)) for d, v in samples.items()})
 
     def field(self, name: str, where: str) -> Field:
         """The field of that name, or a `ValueError` that lists those there are."""
@@ -219,7 +280,7 @@ def layout_record(layout: Layout) -> dict:
 def layout_from_record(record: Mapping) -> Layout:
     """The layout that `layout_record` described. Raises `ValueError` for anything else."""
     try:
-        fields = tuple(Field(f["name"], tuple(f["dims"]), tuple(f["shape"]), f["units"]) for f in record["variables"])
+        fields = tuple(Field(f["name"], tuple(f["shape"]), tuple(f["dims"]), f["units"]) for f in record["variables"])
         axes = {d: Axis(tuple(a["values"]), a["units"], a["period"]) for d, a in record["axes"].items()}
         gone = [np.arange(start, start + length) for start, length in record["left_out"]]
     except (KeyError, TypeError, AttributeError) as error:
@@ -470,13 +531,9 @@ class States:
         """
         names = {field.name: str(self.arrays[field.name].name) for field in self.layout.fields}
         samples, out = self.runs + self.members, {}
-        for (name, part), field in zip(self.layout.parts().items(), self.layout.fields):
-            array = self.arrays[name]
-            flat = np.full((values.shape[0] * values.shape[1], self.layout.size), np.nan)
-            flat[:, self.layout.kept] = values.reshape(len(flat), -1).numpy()
-            begin = sum(f.size for f in self.layout.fields[: self.layout.fields.index(field)])
-            shape = tuple(array.sizes[d] for d in samples) + field.shape
-            block = flat[:, begin : begin + field.size].reshape(shape)
+        for field, block in zip(self.layout.fields, self.layout.split(values.numpy()).values()):
+            array, name = self.arrays[field.name], field.name
+            block = block.reshape(tuple(array.sizes[d] for d in samples) + field.shape)
             kind = array.dtype if np.issubdtype(array.dtype, np.floating) else np.dtype("float64")
             new = xr.DataArray(block.astype(kind), dims=samples + field.dims).transpose(*array.dims)
             out[re.sub(r"(^|_)background(_|$)", rf"\g<1>{role}\g<2>", names[name])] = array.copy(data=new.values)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Callable
 
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ class LearnedMean:
         departures = filtered - filtered.mean(-2, keepdim=True)
         return learned.unsqueeze(-2) + self.stretch * departures, mean, extra
 
-    def analyse(self, background: Tensor, observations: Observations, *, forecast, generator: torch.Generator) -> Tensor:
+    def analyse(self, background: Tensor, observations: Observations, *, forecast: Callable | None, generator: torch.Generator) -> Tensor:
         if background.shape[-1] != self.prior.dim:
             raise ValueError(f"background: expected states of size {self.prior.dim} as the prior's, got {background.shape[-1]}")
         return self.lesson(background, observations, generator)[0]

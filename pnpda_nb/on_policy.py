@@ -88,7 +88,7 @@ class TruthRecord:
         """The network of every trajectory that begins in one of `runs`, or None if there is only one."""
         return self.networks.draw(len(runs), generator) if self.networks else None
 
-    def observe(self, times: Tensor, runs: Tensor, networks, generator: torch.Generator) -> Observations | Sightings:
+    def observe(self, times: Tensor, runs: Tensor, networks: tuple[Tensor, Tensor] | None, generator: torch.Generator) -> Observations | Sightings:
         """What is seen of the targets at `times` of `runs`, drawn anew at each call."""
         truth = self.targets[times, runs]
         if networks is None:
@@ -140,7 +140,7 @@ class ObservedRecord:
     def networks_of(self, runs: Tensor, generator: torch.Generator) -> None:
         return None
 
-    def observe(self, times: Tensor, runs: Tensor, networks, generator: torch.Generator) -> Observations:
+    def observe(self, times: Tensor, runs: Tensor, networks: tuple[Tensor, Tensor] | None, generator: torch.Generator) -> Observations:
         """What was seen at `times` of `runs`."""
         return self.experiment.network.report(self.values[times, runs])
 
@@ -157,7 +157,7 @@ class ObservedRecord:
 class Records:
     """Several records as one, whose runs follow each other: with networks of their own, say. All have the same number of times."""
 
-    def __init__(self, *records):
+    def __init__(self, *records: TruthRecord | ObservedRecord):
         if len({len(r.targets) for r in records}) != 1:
             raise ValueError("records: expected the same number of times in all")
         self.records, self.experiment = records, records[0].experiment
@@ -179,7 +179,7 @@ class Records:
         out = torch.cat([part for _, part in parts])
         return out[torch.cat([here for here, _ in parts]).argsort()]
 
-    def observe(self, times: Tensor, runs: Tensor, networks, generator: torch.Generator) -> Sightings:
+    def observe(self, times: Tensor, runs: Tensor, networks: tuple[Tensor, Tensor] | None, generator: torch.Generator) -> Sightings:
         dim = self.targets.shape[-1]
         shown = [(here, on_grid(record.observe(t, r, None, generator), dim)) for record, here, t, r in self._each(times, runs)]
         order = torch.cat([here for here, _ in shown]).argsort()
@@ -296,7 +296,7 @@ class OnPolicyTraining:
     """
 
     def __init__(
-        self, prior: AnalysisPrior, record, policy: Callable[[AnalysisPrior], Method], settings: OnPolicySettings, *,
+        self, prior: AnalysisPrior, record: TruthRecord | ObservedRecord | Records, policy: Callable[[AnalysisPrior], Method], settings: OnPolicySettings, *,
         members: int = 1, seed: int = 0,
     ):  # fmt: skip
         self.record, self.settings, self.members, self.experiment = record, settings, members, record.experiment
@@ -508,7 +508,7 @@ def innovation_rms(result: xr.Dataset, sites: Sequence[int]) -> float:
 
 def train_on_policy(
     prior: AnalysisPrior,
-    record,
+    record: TruthRecord | ObservedRecord | Records,
     policy: Callable[[AnalysisPrior], Method] = AmortisedAnalysis,
     settings: OnPolicySettings = OnPolicySettings(),
     *,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from .ensemble import EnKF
@@ -57,7 +59,9 @@ class ToldOtherwise:
         if not 0 < self.variance < float("inf"):
             raise ValueError(f"variance: expected a positive number, got {self.variance}")
 
-    def analyse(self, background: Tensor, observations: Observations, *, forecast, generator) -> Tensor:
+    def analyse(
+        self, background: Tensor, observations: Observations, *, forecast: Callable | None, generator: torch.Generator
+    ) -> Tensor:
         variances = torch.full((observations.operator.size,), self.variance, dtype=background.dtype)
         told = dataclasses.replace(observations, covariance=DiagonalCovariance(variances))
         return self.method.analyse(background, told, forecast=forecast, generator=generator)
@@ -171,7 +175,7 @@ def prior_task(
     return Task(name, prior_part, settings, {"archive": archive}, "prior", cost, resumable=True)
 
 # %% ../nbs/96_studies.ipynb #2f1ad09e
-def tuning_part(settings: dict, **learned) -> dict:
+def tuning_part(settings: dict, **learned: Any) -> dict:
     """The best setting of a grid on training truths, and what was tried: see `tune`."""
     experiment = experiment_of(settings["testbed"])
     method = settings["method"]
@@ -197,7 +201,7 @@ def tuning_task(
     return Task(name, tuning_part, settings, dict(needs or {}), "record", cost)
 
 # %% ../nbs/96_studies.ipynb #cf545636
-def cycle_part(settings: dict, **learned) -> xr.Dataset:
+def cycle_part(settings: dict, **learned: Any) -> xr.Dataset:
     """A cycle on test truths, whole or as its `summary`: see `cycle`."""
     experiment = experiment_of(settings["testbed"])
     method = build_method(experiment, settings["method"], **learned)
@@ -287,7 +291,7 @@ class SweepSettings(Settings):
         names = {f.name for f in dataclasses.fields(TrainingSettings)} & {f.name for f in dataclasses.fields(self)}
         return dataclasses.replace(PAPER_TRAINING, **{name: getattr(self, name) for name in names})
 
-    def pnpda(self, **changes) -> dict:
+    def pnpda(self, **changes: Any) -> dict:
         """PnP-DA as the settings say, as a method for `build_method`."""
         return {"name": "pnpda", "iterations": self.iterations, "alpha": self.alpha, "step_rule": self.step_rule} | changes
 
@@ -365,9 +369,9 @@ def along(scores: pd.DataFrame, axis: str, metric: str = "step_rmse") -> pd.Data
 
 
 def figure_along(
-    scores: pd.DataFrame, axis: str, methods: Sequence[str] | None = None, metric: str = "step_rmse", published=None, ax=None,
-    label: str = "", of: int = 0, **options,
-):  # fmt: skip
+    scores: pd.DataFrame, axis: str, methods: Sequence[str] | None = None, metric: str = "step_rmse", published: Sequence[tuple[str, float, float]] | None = None,
+    ax: Axes | None = None, label: str = "", of: int = 0, **options: Any,
+) -> Figure:  # fmt: skip
     """Score against the value of `axis`, one line per method, with standard errors; `published` rows (method, value, mean)
     as crosses, and rings where some of the `of` runs were lost. Returns the figure.
     """

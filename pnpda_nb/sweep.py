@@ -64,7 +64,7 @@ def task_key(settings: Mapping[str, Any]) -> str:
 
 # %% ../nbs/91_sweep.ipynb #4721750f
 @contextmanager
-def whole_file(path: str | os.PathLike):
+def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     """Give a temporary path beside `path` to write to; it is renamed to `path` if the block ends
     well, removed if it does not.
     """
@@ -179,7 +179,7 @@ class Store:
         return None
 
 # %% ../nbs/91_sweep.ipynb #b5cf0845
-def run_task(code: str, name: str, *args) -> bytes:
+def run_task(code: str, name: str, *args: Any) -> bytes:
     """What a worker does: see `_run_task`. Any exception is one that can be sent back, and says which task it was."""
     try:
         return _run_task(code, *args)
@@ -225,7 +225,7 @@ def _run_task(
 class HereExecutor(Executor):
     """Runs what is submitted at once, in this process."""
 
-    def submit(self, function, /, *args, **kwargs) -> Future:
+    def submit(self, function: Callable, /, *args: Any, **kwargs: Any) -> Future:
         future, threads = Future(), torch.get_num_threads()
         try:
             future.set_result(function(*args, **kwargs))
@@ -462,7 +462,7 @@ class Study:
         return self.others.get(preset, self)
 
     def run(
-        self, settings: Any, methods: Sequence[str] | None, store: Store, **options
+        self, settings: Any, methods: Sequence[str] | None, store: Store, **options: Any
     ) -> dict[tuple[str, str], xr.Dataset]:
         """The cycled datasets by condition and method; `options` as for `run_tasks`."""
         chosen = self.choose(methods)
@@ -473,7 +473,7 @@ class Study:
                 beside.write_bytes(store.path(task).read_bytes())
         return dict(zip(plan, results))
 
-    def settings(self, preset: str, changes: Mapping[str, str] | None = None, **overrides) -> Any:
+    def settings(self, preset: str, changes: Mapping[str, str] | None = None, **overrides: Any) -> Any:
         """The settings of `preset` with `changes` given as text (from a command line) and
         `overrides` given as values.
 

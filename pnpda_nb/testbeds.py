@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Callable
+from typing import Any, Callable
 
 import pandas as pd
 import torch
@@ -52,7 +52,7 @@ def _network(sites, dim: int, variance: float) -> ObservingNetwork:
     return ObservingNetwork(Select(sites, dim), DiagonalCovariance(torch.full((len(sites),), float(variance))))
 
 
-def lorenz63(**settings) -> TwinExperiment:
+def lorenz63(**settings: Any) -> TwinExperiment:
     """The Lorenz-63 twin experiment of PnP-DA, which has a [chapter](10_lorenz63.ipynb) of its own; `settings` are
     the arguments of `experiments.lorenz63`.
     """
@@ -329,7 +329,7 @@ METHODS: dict[str, Callable[..., Method]] = {
 LEARNED = ("amortised", "learned_mean")  # of METHODS, those that need a prior
 
 
-def method_by_name(name: str, experiment: TwinExperiment, **settings) -> Method:
+def method_by_name(name: str, experiment: TwinExperiment, **settings: Any) -> Method:
     """The method called `name` with these `settings`, ready for `experiment`.
 
     The variational methods take B as `scale` times the experiment's climatological covariance, or with

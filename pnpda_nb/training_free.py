@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from itertools import pairwise
 from numbers import Integral
-from typing import Literal
+from typing import Callable, Literal
 
 import torch
 from torch import Tensor
@@ -113,7 +113,9 @@ class EnSF(_Generative):
         """g², equation 6 of the paper."""
         return 1 - self.bandwidth**2 + 2 * (1 - self.epsilon) / self.alpha(t) * self.variance(t)
 
-    def analyse(self, background: Tensor, observations: Observations, *, forecast, generator) -> Tensor:
+    def analyse(
+        self, background: Tensor, observations: Observations, *, forecast: Callable | None, generator: torch.Generator
+    ) -> Tensor:
         self.require_ensemble(background)
         centre, spread, members = standardise(background, self.scale, self.bandwidth)
         x = standard_normal(tuple(background.shape), generator).to(background)
@@ -168,7 +170,9 @@ class EnFF(_Generative):
         if not 0 < self.strength < math.inf:
             raise ValueError(f"strength: expected a positive number, got {self.strength}")
 
-    def analyse(self, background: Tensor, observations: Observations, *, forecast, generator) -> Tensor:
+    def analyse(
+        self, background: Tensor, observations: Observations, *, forecast: Callable | None, generator: torch.Generator
+    ) -> Tensor:
         self.require_ensemble(background)
         centre, spread, members = standardise(background, self.scale, self.bandwidth)
         noise = standard_normal(tuple(background.shape), generator).to(background)

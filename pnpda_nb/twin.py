@@ -12,9 +12,9 @@ import math
 import warnings
 from collections import deque
 from dataclasses import dataclass, field, replace
-from functools import partial
-from numbers import Integral
-from typing import Callable, Iterator, Literal, Mapping, Protocol, Sequence, runtime_checkable
+from functools import lru_cache, partial
+from numbers import Integral, Number
+from typing import Any, Callable, Iterator, Literal, Mapping, Protocol, Sequence, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -36,10 +36,10 @@ from pnpda_nb.dynamics import (
 from .observing import Observations, ObservingNetwork
 
 # %% auto #0
-__all__ = ['TwinExperiment', 'nature_start', 'nature_intervals', 'nature_run', 'observation_errors', 'observe_truth', 'Method',
-           'FreeRun', 'RunNoise', 'Forecast', 'Stretch', 'watch_nature', 'filter_cycle', 'window_cycle', 'cycle',
-           'scores', 'summary', 'score_table', 'stack_methods', 'time_mean', 'mean_and_error', 'rank_histogram',
-           'spread_skill', 'Tuned', 'tune']
+__all__ = ['TwinExperiment', 'nature_start', 'nature_intervals', 'nature_run', 'forget_nature_runs', 'observation_errors',
+           'observe_truth', 'Method', 'FreeRun', 'RunNoise', 'Forecast', 'Stretch', 'watch_nature', 'filter_cycle',
+           'window_cycle', 'cycle', 'scores', 'summary', 'score_table', 'stack_methods', 'time_mean', 'mean_and_error',
+           'rank_histogram', 'spread_skill', 'Tuned', 'tune']
 
 # %% ../nbs/03_twin.ipynb #cf0d14c8
 def _require_count(name: str, value: object, least: int) -> None:
@@ -129,11 +129,9 @@ def nature_start(experiment: TwinExperiment, runs: int, seed: int, split: str = 
     """Nature's states `(run, dim of nature)` when the experiment begins, after the spin-up."""
     if runs < 1:
         raise ValueError(f"runs: expected at least 1, got {runs}")
-    draws = standard_normal((runs, experiment.nature.dim), RunStreams(seed, split, "truth", runs=runs))
-    state = torch.tensor(experiment.start, dtype=torch.float64) + experiment.start_variance**0.5 * draws
-    for _ in range(experiment.spin_up):
-        state = experiment.nature.step(state)
-    return state
+    e = experiment
+    chosen = (e.nature, tuple(e.start), e.start_variance, e.spin_up, runs, seed, split)
+    return _spun_up(*chosen).clone() if _is_plain(e.nature) else _spun_up.__wrapped__(*chosen)
 
 
 def nature_intervals(
@@ -142,22 +140,14 @@ def nature_intervals(
     """The true states when the experiment begins `(1, run, dim)`, and then those of one interval after
     the other `(interval, run, dim)`.
     """
-    state = nature_start(experiment, runs, seed, split)
-    yield experiment.resolved(state)[None]
-    streams = RunStreams(seed, split, "nature error", runs=runs)
-    for _ in range(experiment.cycles):
-        error = None
-        if experiment.nature_error.variance > 0:
-            draws = standard_normal((runs, experiment.interval, experiment.nature.dim), streams)
-            error = experiment.nature_error.variance**0.5 * draws.transpose(0, 1)
-        states = trajectory(experiment.nature, state, experiment.interval, error)[1:]
-        if not torch.isfinite(states).all():
-            lost = (~torch.isfinite(states)).any(-1).any(0).nonzero()[:, 0].tolist()
-            raise ValueError(
-                f"nature: the nature run became non-finite in runs {lost[:5]}; is the time step too long?"
-            )
-        state = states[-1]
-        yield experiment.resolved(states)
+    e, start = experiment, nature_start(experiment, runs, seed, split)
+    yield e.resolved(start)[None]
+    chosen = (e.nature, e.nature_error.variance, e.interval, e.cycles, runs, seed, split)
+    if _is_plain(e.nature) and e.steps * runs * e.nature.dim <= 2_000_000:  # 16 MB
+        states = (x.clone() for x in _remembered(tuple(e.start), e.start_variance, e.spin_up, *chosen))
+    else:
+        states = _advancing(start, *chosen)
+    yield from map(e.resolved, states)
 
 
 def nature_run(experiment: TwinExperiment, runs: int, seed: int, split: str = "test") -> Tensor:
@@ -165,6 +155,11 @@ def nature_run(experiment: TwinExperiment, runs: int, seed: int, split: str = "t
     spin-up.
     """
     return torch.cat(list(nature_intervals(experiment, runs, seed, split)))
+
+
+def forget_nature_runs() -> None:
+    """Free the memory of the nature runs that were kept for the next method, and let them be computed again."""
+    _spun_up.cache_clear(), _remembered.cache_clear()
 
 
 def observation_errors(
@@ -189,6 +184,49 @@ def observe_truth(
     network, seen = experiment.network, truth[experiment.interval :: experiment.interval]
     errors = observation_errors(experiment, truth.shape[1], seed, split)
     return [network.report(network.operator(state) + error) for state, error in zip(seen, errors)]
+
+# %% ../nbs/03_twin.ipynb #0c0ce826
+def _is_plain(nature: Model) -> bool:
+    """Whether this is one of the library's models, and nothing but numbers and words."""
+    if not (dataclasses.is_dataclass(nature) and type(nature).__module__.startswith("pnpda_nb.")):
+        return False
+    return all(isinstance(getattr(nature, f.name), (Number, str, type(None))) for f in dataclasses.fields(nature) if f.init)
+
+
+@lru_cache(maxsize=64)
+def _spun_up(
+    nature: Model, start: tuple[float, ...], variance: float, spin_up: int, runs: int, seed: int, split: str
+) -> Tensor:
+    draws = standard_normal((runs, nature.dim), RunStreams(seed, split, "truth", runs=runs))
+    state = torch.tensor(start, dtype=torch.float64) + variance**0.5 * draws
+    for _ in range(spin_up):
+        state = nature.step(state)
+    return state
+
+
+def _advancing(
+    state: Tensor, nature: Model, variance: float, interval: int, cycles: int, runs: int, seed: int, split: str
+) -> Iterator[Tensor]:
+    """The states of one interval after the other."""
+    streams = RunStreams(seed, split, "nature error", runs=runs)
+    for _ in range(cycles):
+        error = None
+        if variance > 0:
+            draws = standard_normal((runs, interval, nature.dim), streams)
+            error = variance**0.5 * draws.transpose(0, 1)
+        states = trajectory(nature, state, interval, error)[1:]
+        if not torch.isfinite(states).all():
+            lost = (~torch.isfinite(states)).any(-1).any(0).nonzero()[:, 0].tolist()
+            raise ValueError(
+                f"nature: the nature run became non-finite in runs {lost[:5]}; is the time step too long?"
+            )
+        state = states[-1]
+        yield states
+
+
+@lru_cache(maxsize=8)
+def _remembered(start: tuple[float, ...], start_variance: float, spin_up: int, *chosen: Any) -> tuple[Tensor, ...]:
+    return tuple(_advancing(_spun_up(chosen[0], start, start_variance, spin_up, *chosen[-3:]), *chosen))
 
 # %% ../nbs/03_twin.ipynb #a0857f8a
 @runtime_checkable
@@ -226,7 +264,9 @@ class FreeRun:
 
     window: int = field(default=1, init=False, repr=False)
 
-    def analyse(self, background, observations, *, forecast, generator):
+    def analyse(
+        self, background: Tensor, observations: Observations, *, forecast: Callable | None, generator: torch.Generator | None
+    ) -> Tensor:
         return background
 
 # %% ../nbs/03_twin.ipynb #189cfb48
@@ -303,7 +343,15 @@ def watch_nature(
         yield truth, network.report(network.operator(truth[-1]) + error)
 
 # %% ../nbs/03_twin.ipynb #1de61724
-def filter_cycle(method, nature, forecast, advance, state, set_aside, generator) -> Iterator[Stretch]:
+def filter_cycle(
+    method: Method,
+    nature: Iterator[tuple[Tensor, Observations]],
+    forecast: Forecast,
+    advance: Callable[[Tensor], Tensor],
+    state: Tensor,
+    set_aside: Callable[[Tensor, int], Tensor],
+    generator: torch.Generator,
+) -> Iterator[Stretch]:
     """Cycle a filter: `advance(state)` forecasts one interval, `(steps + 1, run, member, dim)`, and
     `set_aside(state, k)` takes runs that failed at cycle k out of harm's way.
     """
@@ -334,7 +382,14 @@ def _same_shape(method: Method, background: Tensor, analysis: Tensor) -> None:
 
 # %% ../nbs/03_twin.ipynb #4224b0f9
 def window_cycle(
-    method, nature, forecast, advance, state, set_aside, generator, cycles: int
+    method: Method,
+    nature: Iterator[tuple[Tensor, Observations]],
+    forecast: Forecast,
+    advance: Callable[[Tensor], Tensor],
+    state: Tensor,
+    set_aside: Callable[[Tensor, int], Tensor],
+    generator: torch.Generator,
+    cycles: int,
 ) -> Iterator[Stretch]:
     """Cycle a method that analyses the start of a window; arguments as for `filter_cycle`. If the number
     of `cycles` is no multiple of the shift, the first move is shorter.

@@ -74,7 +74,9 @@ class ThreeDVar:
         if not self.iterations >= 1:
             raise ValueError(f"iterations: expected at least 1, got {self.iterations}")
 
-    def analyse(self, background: Tensor, observations: Observations, *, forecast, generator) -> Tensor:
+    def analyse(
+        self, background: Tensor, observations: Observations, *, forecast: Callable | None, generator: torch.Generator | None
+    ) -> Tensor:
         _check_size(self.covariance, background)
         B = self.scale * self.covariance.matrix.to(background)
         operator, P = observations.operator, observations.covariance
@@ -166,7 +168,9 @@ class OptimalInterpolation:
     covariance: Covariance
     window: int = field(default=1, init=False, repr=False)
 
-    def analyse(self, background: Tensor, observations: Observations, *, forecast, generator) -> Tensor:
+    def analyse(
+        self, background: Tensor, observations: Observations, *, forecast: Callable | None, generator: torch.Generator | None
+    ) -> Tensor:
         if self.mean.shape != background.shape[-1:]:
             raise ValueError(f"mean: expected {background.shape[-1]} numbers, got shape {tuple(self.mean.shape)}")
         return ThreeDVar(self.covariance).analyse(
@@ -181,7 +185,9 @@ class Climatology:
     mean: Tensor
     window: int = field(default=1, init=False, repr=False)
 
-    def analyse(self, background: Tensor, observations: Observations, *, forecast, generator) -> Tensor:
+    def analyse(
+        self, background: Tensor, observations: Observations, *, forecast: Callable | None, generator: torch.Generator | None
+    ) -> Tensor:
         return self.mean.to(background).expand(background.shape).clone()
 
 # %% ../nbs/04_variational.ipynb #7202c622
@@ -211,7 +217,7 @@ class FourDVar:
             raise ValueError(f"iterations: expected at least 1, got {self.iterations}")
 
     def analyse(
-        self, background: Tensor, observations: Sequence[Observations], *, forecast, generator
+        self, background: Tensor, observations: Sequence[Observations], *, forecast: Callable, generator: torch.Generator | None
     ) -> Tensor:
         _check_size(self.covariance, background)
         precision = self.covariance.inverse.to(background) / self.scale
@@ -299,7 +305,7 @@ class WeakFourDVar:
     __post_init__ = FourDVar.__post_init__
 
     def analyse(
-        self, background: Tensor, observations: Sequence[Observations], *, forecast, generator
+        self, background: Tensor, observations: Sequence[Observations], *, forecast: Callable, generator: torch.Generator | None
     ) -> Tensor:
         _check_size(self.covariance, background)
         _check_size(self.model_error, background)
