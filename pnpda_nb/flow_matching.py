@@ -15,7 +15,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterator, Protocol, runtime_checkable
+from typing import Any, Callable, Iterator, Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -598,7 +598,7 @@ class TrainingSettings:
             )
 
     @classmethod
-    def for_dim(cls, dim: int, **changes) -> "TrainingSettings":
+    def for_dim(cls, dim: int, **changes: Any) -> "TrainingSettings":
         """Settings for states of size `dim`, with `changes`: three layers of equal width that grow with the state, and
         no linear map above 400 variables, where its 4 `dim`² weights would be most of the network.
         """
@@ -848,7 +848,7 @@ class _Training:
         (b, a), draws = self.pairs.validation, self.settings.validation_draws
         fixed, total = stream(self.seed, "validation noise"), 0.0
         with torch.no_grad():
-            for some in zip(b.split(self.pairs.portion), a.split(self.pairs.portion)):
+            for some in zip(b.split(self.pairs.glance), a.split(self.pairs.glance)):
                 given, target = (x.repeat(draws, 1) for x in some)
                 z = self.start(torch.randn(target.shape, generator=fixed), given)
                 tau = torch.rand(len(target), 1, generator=fixed)
@@ -1009,7 +1009,7 @@ class _HeldPairs(_Units):
         order = torch.randperm(self.count, generator=stream(seed, "split of the pairs"))
         self.validation = tuple(x[order[:held_out]] for x in both)
         self.pairs = tuple(x[order[held_out:]] for x in both)
-        self.portion = self.count  # noise for all of them at once
+        self.portion = self.glance = self.count  # noise for all of them at once
 
     def prepare(self, memory: dict | None, progress: bool) -> None: ...
 
@@ -1156,6 +1156,7 @@ class _StreamedPairs(_Units):
             )
         together = settings.coupling_batch or settings.batch
         self.portion = together * max(1, room // 64 // together)
+        self.glance = max(1, self.portion // settings.validation_draws)  # each is looked at so often at a time
         self.layout, self.buffer, self.held = source.layout, None, None
         known = [settings.record(), seed, source.identity, source.count, source.dim, self.block, memory]
         self.fingerprint = hashlib.sha256(json.dumps(known).encode()).hexdigest()

@@ -21,7 +21,7 @@ from functools import lru_cache, partial
 from importlib.util import find_spec
 from numbers import Integral
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from unittest.mock import patch
 
 import numpy as np
@@ -31,7 +31,7 @@ from torch import Tensor
 
 from .dynamics import AdditiveModelError, FunctionModel, Model, RunStreams, rk4, standard_normal, stream
 from .files import Field, Layout
-from .observing import Covariance, DiagonalCovariance, Linear, ObservingNetwork, Select
+from .observing import Covariance, DiagonalCovariance, Linear, ObservingNetwork, Operator, Select
 from .twin import Forecast, Method, TwinExperiment, filter_cycle, window_cycle
 
 # %% auto #0
@@ -147,7 +147,7 @@ class _RungeKutta:
         return state
 
 
-def from_tendency(tendency: Callable, dim: int, dt: float, substeps: int = 1, **settings) -> UserModel:
+def from_tendency(tendency: Callable, dim: int, dt: float, substeps: int = 1, **settings: Any) -> UserModel:
     """A model of dx/dt = `tendency(x)`, by `substeps` Runge-Kutta steps of order four in every `dt`; `settings` are those of `UserModel`.
     Raises `ValueError` for fewer than one substep, and what `UserModel` raises.
     """
@@ -359,7 +359,7 @@ class NumpyOperator:
         return (misfit.unsqueeze(-2) @ self.jacobian(state)).squeeze(-2)
 
 
-def operator_from(function: Callable[[np.ndarray], np.ndarray], size: int, dim: int, most: int = 4096):
+def operator_from(function: Callable[[np.ndarray], np.ndarray], size: int, dim: int, most: int = 4096) -> Operator:
     """`function` of arrays, `(n, dim) -> (n, size)`, as the simplest operator that it is: `Select`, `Linear` or `NumpyOperator`. Nothing
     is tried in more than `most` dimensions. Raises `ValueError` for a function that raises anything.
     """
@@ -380,7 +380,7 @@ def operator_from(function: Callable[[np.ndarray], np.ndarray], size: int, dim: 
     return Linear(torch.tensor(matrix, dtype=torch.float64))
 
 # %% ../nbs/15_interop.ipynb #1ca2b9d4
-def dapper_model(hmm) -> UserModel:
+def dapper_model(hmm: Any) -> UserModel:
     """The model of a DAPPER `HiddenMarkovModel`, without its noise, over one step of its time sequence. Raises `ValueError` for a model that
     is random, depends on time, or raises anything.
     """
@@ -398,7 +398,7 @@ def dapper_model(hmm) -> UserModel:
     return UserModel(_DapperStep(dyn, dt), int(dyn.M), dt, numpy=True, name=_name(hmm), on_nonfinite="pass")
 
 
-def dapper_network(operator, dim: int, gaussian: bool = False) -> ObservingNetwork:
+def dapper_network(operator: Any, dim: int, gaussian: bool = False) -> ObservingNetwork:
     """A DAPPER observation `operator` of states of size `dim`, with its noise. Raises `ValueError` for noise that has no covariance, or a mean;
     with `gaussian`, for any that is not Gaussian.
     """
@@ -416,7 +416,7 @@ def dapper_network(operator, dim: int, gaussian: bool = False) -> ObservingNetwo
     return ObservingNetwork(operator_from(operator, int(operator.M), dim), covariance)
 
 
-def dapper_experiment(hmm, cycles: int | None = None) -> TwinExperiment:
+def dapper_experiment(hmm: Any, cycles: int | None = None) -> TwinExperiment:
     """A DAPPER `HiddenMarkovModel` as a twin experiment: its model and noise, operator, start and intervals, for as many `cycles` as it has
     itself (`None`) or are asked for. Cycles inside its burn-in are not scored.
 
@@ -496,7 +496,7 @@ def _isotropic(name: str, variable, dim: int) -> tuple[np.ndarray, float]:
     return mean, float(full[0, 0])
 
 # %% ../nbs/15_interop.ipynb #4bc236d8
-def for_dapper(method: Method, members: int = 1, *, seed: int | None = None, name: str | None = None):
+def for_dapper(method: Method, members: int = 1, *, seed: int | None = None, name: str | None = None) -> Any:
     """Any `method` of ours, with `members`, as an `xp` of DAPPER: `xp.assimilate(HMM, xx, yy)`, `xp.stats`, `xpList`, `launch`.
 
     Its plain settings are attributes, with DAPPER's names where it has some (`N`, `infl`, `rot`, `Lag`), so that tables show them; `name`

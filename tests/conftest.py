@@ -29,6 +29,7 @@ settings.load_profile("book")
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the tests marked slow, too")
+    parser.addoption("--site", metavar="DIR", help="a site that tools/site.py has built, to be opened in a browser")
 
 
 def pytest_configure(config):

@@ -1,10 +1,7 @@
 """The benchmark as a user runs it: small versions, in another process."""
 
 import json
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,15 +9,9 @@ import pytest
 
 from pnpda_nb import bench as benchmark
 
-PNPDA = Path(sys.executable).with_name("pnpda")
 
-
-def pnpda(*words, **options):
-    return subprocess.run([PNPDA, *map(str, words)], capture_output=True, text=True, **options)
-
-
-def test_that_the_quick_benchmark_writes_whole_files_and_prints_its_table(tmp_path):
-    answer = pnpda("bench", "--quick", "--only", "steps", "--out", tmp_path)
+def test_that_the_quick_benchmark_writes_whole_files_and_prints_its_table(tmp_path, forked):
+    answer = forked("bench", "--quick", "--only", "steps", "--out", tmp_path)
     assert answer.returncode == 0, answer.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bench.csv", "manifest.json"]
     table = pd.read_csv(tmp_path / "bench.csv")

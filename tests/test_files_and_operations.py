@@ -25,7 +25,15 @@ from pnpda_nb.files import (
 )
 from pnpda_nb.flow_matching import FlowPrior, TrainingSettings
 from pnpda_nb.observing import Interpolate, Select
-from pnpda_nb.operations import Part, Report, attach_errors, attached_errors, plug_and_play, set_aside, train_archive
+from pnpda_nb.operations import (
+    Part,
+    Report,
+    attach_errors,
+    attached_errors,
+    plug_and_play,
+    set_aside,
+    train_archive,
+)
 
 LAT, LON = np.array([60.0, 50.0, 40.0]), np.arange(0.0, 360.0, 90.0)
 
@@ -381,7 +389,7 @@ def test_that_a_background_of_another_kind_is_refused_by_the_shell(files, tmp_pa
 
 
 def test_that_an_interrupted_training_from_a_shell_goes_on_where_it_was(files, tmp_path):
-    script = f"""
+    script = """
 import sys
 from pnpda_nb import operations
 whole = operations.train_from

@@ -1,8 +1,12 @@
 """Render the book to static pages, offline: `python tools/site.py [--out _site] [--only 01_dynamics.ipynb]`.
 
-The inputs are the files that Quarto reads: `_quarto.yml`, `nbs/*.ipynb`, the bibliography and the style sheet. nbdev's own
-processor prepares the notebooks (it executes imports and definitions, for the API entries), their stored outputs are
-taken as they are, and pandoc makes the pages. The result needs neither a server nor a network.
+The inputs are the files that Quarto reads: `_quarto.yml`, `nbs/*.ipynb`, the bibliography, the filter and the style
+sheet. nbdev's own processor prepares the notebooks (it executes imports and definitions, for the API entries), their
+stored outputs are taken as they are, and pandoc makes the pages. The result needs neither a server nor a network.
+
+Three things are made here only, from the finished pages and the library's source: the index of the search (Quarto has a
+search of its own), the reference, a page of entries for every module, and the pages of highlighted source that both
+link to. With Quarto, entries are those that nbdev's `show_doc` puts into the chapters, and sources are those on GitHub.
 
 Every problem is one line on stderr, and the exit status is then 1. Pages that could be made are still put in place, to
 be looked at.
@@ -32,11 +36,16 @@ import pypandoc
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "tools"))  # last: this file must not shadow the standard library's `site`
+import site_reference as reference  # noqa: E402
+import site_search as search  # noqa: E402
+
 NBS = ROOT / "nbs"
 ASSETS = ROOT / "tools" / "site_assets"
 CACHE = ROOT / ".cache" / "site"
-PACKAGES = ("mathjax@3.2.2", "bootswatch@5.3.8")  # MathJax 4 fetches its fonts while a page is shown; 3 carries them
+PACKAGES = ("mathjax@3.2.2", "bootswatch@5.3.8", "minisearch@7.2.0")  # MathJax 4 fetches its fonts while a page is shown; 3 carries them
 MATHJAX = "mathjax-3.2.2/package/es5/tex-svg-full.js"  # SVG: browsers refuse web fonts to pages opened as files
+MINISEARCH = "minisearch-7.2.0/package/dist/umd/index.js"
 KINDS = {"fig": "Figure", "tbl": "Table", "eq": "Equation", "sec": "Section"}
 CALLOUTS = ("note", "tip", "warning", "important", "caution")
 MARK = ".made-by-tools-site"  # only a folder that carries it may be replaced
@@ -50,16 +59,19 @@ Node = dict[str, Any]
 
 @dataclass
 class Page:
-    """A chapter: where it comes from, where it goes, and what can be referred to in it."""
+    """A chapter, or a page of the reference: where it comes from, where it goes, and what can be referred to in it."""
 
     source: Path
     title: str
     labels: dict[str, str] = field(default_factory=dict)  # label -> its number, or a section's title
+    kind: str = "chapter"  # or "index", "api", "source"
+    file: str = ""  # for pages that no notebook makes
+    text: str = ""  # the same: their markdown
 
     @property
     def name(self) -> str:
         """The page's file name: nbdev, and so every link it makes, drops a notebook's number."""
-        return re.sub(r"^\d+[a-zA-Z0-9]*_", "", self.source.stem.lower()) + ".html"
+        return self.file or re.sub(r"^\d+[a-zA-Z0-9]*_", "", self.source.stem.lower()) + ".html"
 
 
 @dataclass
@@ -70,7 +82,14 @@ class Book:
     sidebar: list[tuple[str, list[str]]]  # (part title or "", notebook names)
     doc_url: str
     out: Path
+    library: reference.Library
     problems: list[str] = field(default_factory=list)
+    made: list[Page] = field(default_factory=list)  # the reference
+    shown: dict[str, str] = field(default_factory=dict)  # what the sidebar calls a notebook, if not by its title
+
+    @property
+    def html(self) -> dict[str, Any]:
+        return self.config.get("format", {}).get("html", {})
 
     def problem(self, where: str, what: str) -> None:
         line = f"{where}: {what}"
@@ -86,7 +105,8 @@ def read_book(out: Path) -> Book:
     from nbdev.config import get_config
 
     settings = get_config()
-    book = Book(yaml.safe_load((ROOT / "_quarto.yml").read_text()), {}, [], [], "", out)
+    library = reference.Library(ROOT / settings.lib_path)
+    book = Book(yaml.safe_load((ROOT / "_quarto.yml").read_text()), {}, [], [], "", out, library)
     book.doc_url = settings.doc_host.rstrip("/") + "/" + settings.doc_baseurl.strip("/")
     for path in sorted(NBS.glob("[!_.]*.ipynb")):
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
@@ -103,6 +123,7 @@ def read_book(out: Path) -> Book:
         section = item.get("section") if isinstance(item, dict) else None
         entries = item.get("contents", []) if section else [item]
         names = [entry["href"] if isinstance(entry, dict) else entry for entry in entries]
+        book.shown |= {entry["href"]: entry["text"] for entry in entries if isinstance(entry, dict) and "text" in entry}
         for name in names:
             if name not in book.pages:
                 book.problem("_quarto.yml", f"the sidebar lists {name}, which is not in nbs/")
@@ -115,6 +136,30 @@ def read_book(out: Path) -> Book:
     for name in book.pages.keys() - set(book.order):
         book.problem("_quarto.yml", f"the sidebar does not list {name}")
     return book
+
+
+def reference_pages(book: Book) -> list[Page]:
+    """The index of all names, and for every module a page of entries and a page of source, in the chapters' order."""
+    library = book.library
+    place = {name: number for number, name in enumerate(book.order)}
+    modules = sorted(library.modules.values(), key=lambda module: (place.get(module.notebook, len(place)), module.name))
+    library.modules = {module.name: module for module in modules}
+    pages = [Page(ROOT, "All names", kind="index", file="reference.html", text=reference.index_markdown(library))]
+    for module in modules:
+        chapter, anchors = book.pages.get(module.notebook), set()
+        if chapter and (ROOT / "_proc" / chapter.source.name).exists():
+            text = (ROOT / "_proc" / chapter.source.name).read_text(encoding="utf-8")
+            anchors = {name.lower() for name in re.findall(r"\bshow_doc\((\w+)", text)}
+        link = (chapter.name, chapter.title) if chapter else None
+        text = reference.module_markdown(module, library, link, anchors)
+        pages.append(Page(module.path, module.name, kind="api", file=module.page, text=text))
+        source = reference.page_name("source", module.name)
+        pages.append(Page(module.path, module.name, kind="source", file=source, text=reference.source_markdown(module, library)))
+    taken = {page.name for page in book.pages.values()}
+    for page in pages:
+        if page.name in taken:
+            book.problem(page.name, "a notebook and the reference both make this page")
+    return pages
 
 
 def number_labels(book: Book, name: str, cells: list[Node]) -> dict[str, str]:
@@ -145,18 +190,21 @@ def process(book: Book, only: str | None, fresh: bool) -> None:
     """Run nbdev's processor into `_proc`, in parallel; what is newer there than its notebook is kept."""
     from nbdev.serve import proc_nbs
 
-    for name in book.pages:  # nbdev compares with its folder's time, and so misses edits made during a run
+    for name in [only] if only else book.pages:  # nbdev compares with its folder's time, and so misses edits made during a run
         done = ROOT / "_proc" / name
         if done.exists() and done.stat().st_mtime < (NBS / name).stat().st_mtime:
             done.unlink()
-    skip = rf"^(?!{re.escape(only)}$)" if only else None
-    try:
-        proc_nbs(n_workers=min(4, os.cpu_count() or 1), force=fresh, skip_file_re=skip)
-    except Exception as error:
-        # from another process the cause comes as the text of a traceback, whose first error line says what happened
-        cause = re.search(r"^\w*(?:Error|Exception)\b.*", str(error.__cause__), re.MULTILINE)
-        reason = cause[0] if cause else repr(error.__cause__ or error)
-        book.problem("nbdev", f"{' '.join(str(error).splitlines()[:1])} {reason}")
+    for name in [only] if only else ["", *book.pages]:
+        if name and not only and (ROOT / "_proc" / name).exists():
+            continue
+        try:  # all of them; then one by one those that were left because another one failed
+            skip = rf"^(?!{re.escape(name)}$)" if name else None
+            proc_nbs(n_workers=1 if name else min(4, os.cpu_count() or 1), force=fresh and (not name or name == only), skip_file_re=skip)
+        except Exception as error:
+            # from another process the cause comes as the text of a traceback, whose first error line says what happened
+            cause = re.search(r"^\w*(?:Error|Exception)\b.*", str(error.__cause__), re.MULTILINE)
+            reason = cause[0] if cause else repr(error.__cause__ or error)
+            book.problem("nbdev", f"{' '.join(str(error).splitlines()[:1])} {reason}")
 
 
 def notebook_markdown(book: Book, page: Page, files: Path) -> str:
@@ -196,13 +244,12 @@ def code_cell(book: Book, page: Page, files: Path, name: str, source: str, outpu
         book.problem(where, f"a cell gives {key} twice, which Quarto refuses (nbdev adds its own to exported cells)")
     if options.get("include") is False:
         return ""
-    html_format = book.config.get("format", {}).get("html", {})
     blocks = []
     if code and options.get("echo") is not False:
         block = fence(code, ".python .cell-code")
-        fold = options.get("code-fold", html_format.get("code-fold", False))
+        fold = options.get("code-fold", book.html.get("code-fold", False))
         if fold:
-            summary = html.escape(str(options.get("code-summary", html_format.get("code-summary", "Code"))))
+            summary = html.escape(str(options.get("code-summary", book.html.get("code-summary", "Code"))))
             # the signature and docstring stand above an exported source, so a long one starts folded
             is_open = " open" if fold == "show" and code.count("\n") < 30 else ""
             opening = fence(f'<details class="code-fold"{is_open}><summary>{summary}</summary>', "=html")
@@ -214,7 +261,8 @@ def code_cell(book: Book, page: Page, files: Path, name: str, source: str, outpu
     caption = str(options.get("tbl-cap" if kind == "tbl" else "fig-cap", ""))
     # a screen reader should not read markup: a link is its text, and stars, dollars and backticks go
     alt = re.sub(r"\[([^\]]*)\]\([^)]*\)|[*$`]", r"\1", str(options.get("fig-alt", caption)))
-    alt = alt or "Figure drawn by the code above"
+    if not alt and any(kind.startswith("image/") for output in outputs for kind in output.get("data", {})):
+        book.problem(where, f"a figure has neither fig-cap nor fig-alt, in the cell that starts with: {code.strip()[:60]!r}")
     shown = []
     if options.get("output", True) is not False:
         for number, output in enumerate(outputs):
@@ -255,9 +303,8 @@ def cell_output(book: Book, page: Page, stem: Path, output: Node, alt: str, as_i
         return ""
     elif "text/markdown" in data:
         body = text(data["text/markdown"])
-        if as_is:  # an entry of the library: its signature as Python writes it
-            body = re.sub(r"(\w+):VAR_POSITIONAL", r"*\1", re.sub(r"(\w+):VAR_KEYWORD", r"**\1", body))
-            body = re.sub(r"^(def .*\()\s*\n\s*\)", r"\1)", body, flags=re.MULTILINE)
+        if as_is:
+            body = library_entry(book, body)
     elif "image/svg+xml" in data:
         body = fence(text(data["image/svg+xml"]), "=html")
     elif image := next((kind for kind in ("image/png", "image/jpeg") if kind in data), None):
@@ -276,6 +323,28 @@ def cell_output(book: Book, page: Page, stem: Path, output: Node, alt: str, as_i
     else:
         body = fence(text(data.get("text/plain", "")), ".output")
     return body if as_is else f"::: {{.cell-output .cell-output-display}}\n{body}\n:::"
+
+
+def library_entry(book: Book, text: str) -> str:
+    """nbdev's entry for a name, with the signature as Python writes it, and links to our reference and source."""
+    match = re.match(
+        rf"-+\s+\[source\]\(\S*/{book.library.package}/([\w/]+)\.py#L\d+\)\{{.*?\}}\s+(#+) (\S+)\s+```python\n.*?\n```\n", text, re.DOTALL
+    )
+    module = match[1].replace("/", ".").removesuffix("__init__").rstrip(".") if match else ""
+    entry = book.library.entry(match[3].replace("\\", ""), module) if match else None
+    if not match or not entry or entry.module != module:
+        return text
+    doc = re.sub(r"\A\s*\*(?!\*)(.+)\*$", r"\1", text[match.end() :], count=1, flags=re.MULTILINE)  # half in italics
+    names = set(re.findall(r"\b\w+(?=[:=,)])", entry.signature))
+    doc = re.sub(r"\[`(\w+)`\]\([^)]*\)", lambda link: f"`{link[1]}`" if link[1] in names else link[0], doc)
+    return "\n\n".join(
+        [
+            f"{match[2]} {match[3]} {{.entry}}",
+            f"::: {{.entry-links}}\n[{entry.kind}]{{.kind}} [reference]({entry.target}) [source]({entry.source})\n:::",
+            f"``` {{.python .signature}}\n{entry.signature}\n```",
+            doc.strip(),
+        ]
+    )
 
 
 # ---------------------------------------------------------------- pandoc's document tree
@@ -434,7 +503,7 @@ def change_link(book: Book, page: Page, element: Node) -> None:
             element["c"][2][0] = book.pages[match.group(1)].name + (match.group(2) or "")
         else:
             book.problem(page.source.name, f"a link goes to {match.group(1)}, which is not in nbs/")
-    else:
+    elif target.partition("#")[0] not in {known.name for known in [*book.made, *book.pages.values()]}:
         copy_local(book, page, target, "link")
 
 
@@ -464,25 +533,46 @@ def pandoc(text: str, *arguments: str) -> tuple[str, str]:
 
 
 def sidebar_html(book: Book, current: Page) -> str:
+    def links(pages: list[Page]) -> str:
+        items = []
+        for page in pages:
+            here = ' class="active" aria-current="page"' if page is current else ""
+            text = book.shown.get(page.source.name, page.title)
+            items.append(f'<li><a href="{page.name}"{here}>{html.escape(text)}</a></li>')
+        return f"<ul>{''.join(items)}</ul>"
+
     parts = []
     for section, names in book.sidebar:
-        here = ' class="active" aria-current="page"'
-        links = "".join(
-            f'<li><a href="{page.name}"{here if page is current else ""}>{html.escape(page.title)}</a></li>'
-            for page in map(book.pages.__getitem__, names)
-        )
-        parts.append((f'<p class="part">{html.escape(section)}</p>' if section else "") + f"<ul>{links}</ul>")
+        title = f'<p class="part">{html.escape(section)}</p>' if section else ""
+        parts.append(title + links([book.pages[name] for name in names]))
+    index, *others = book.made
+    is_open = " open" if current.kind != "chapter" else ""
+    modules = links([page for page in others if page.kind == (current.kind if current.kind == "source" else "api")])
+    parts.append(f'<p class="part">Reference</p>{links([index])}')
+    parts.append(f"<details{is_open}><summary>Modules</summary>{modules}</details>")
     return "".join(parts)
+
+
+def themes(book: Book) -> dict[str, str]:
+    """`theme: cosmo`, `theme: [cosmo, own.scss]` or `theme: {light: …, dark: …}`, as Quarto reads it: names of Bootswatch's."""
+    given = book.html.get("theme", "cosmo")
+    given = given if isinstance(given, dict) else {"light": given}
+    return {mode: name if isinstance(name, str) else name[0] for mode, name in given.items() if mode in ("light", "dark")}
 
 
 def render(book: Book, page: Page) -> str:
     """Write one page; returns the line that says so."""
     start = time.perf_counter()
     where = page.source.name
+    is_chapter = page.kind == "chapter"
     files = book.out / f"{page.name.removesuffix('.html')}_files"
-    markdown = notebook_markdown(book, page, files)
+    markdown = notebook_markdown(book, page, files) if is_chapter else page.text
     document = json.loads(pandoc(markdown, "--from=markdown", "--to=json")[0])
     document["blocks"] = walk(document["blocks"], partial(change_element, book, page))
+    headings = [block["c"] for block in document["blocks"] if block["t"] == "Header"]
+    above = next((number for number, heading in enumerate(headings) if heading[0] <= 2), len(headings))
+    for heading in headings[:above]:  # nbdev's entries are of the third level, also where no heading of the second is above
+        heading[0] -= headings[0][0] - 2
 
     website = book.config.get("website", {})
     meta = document["meta"]
@@ -491,8 +581,12 @@ def render(book: Book, page: Page) -> str:
         for key, value in values.items():
             meta[key.replace("_", "-")] = {"t": "MetaInlines", "c": [raw(value, block=False)]}
 
-    set_meta(site_title=html.escape(website.get("title", "")), sidebar=sidebar_html(book, page), notebook=where)
-    if page.source.name in book.order:
+    set_meta(site_title=html.escape(website.get("title", "")), sidebar=sidebar_html(book, page), kind=page.kind)
+    if "dark" in themes(book):
+        set_meta(dark="1")
+    if is_chapter:
+        meta["notebook"] = {"t": "MetaString", "c": where}
+    if is_chapter and where in book.order:
         place = book.order.index(page.source.name)
         for key, index in (("previous", place - 1), ("next", place + 1)):
             if 0 <= index < len(book.order):
@@ -502,9 +596,9 @@ def render(book: Book, page: Page) -> str:
     if '"t": "Cite"' in tree and '["refs"' not in tree and '["references"' not in tree:  # the author may have placed it
         heading = {"t": "Header", "c": [2, attributes("references"), [string("References")]]}
         document["blocks"] += [heading, {"t": "Div", "c": [attributes("refs"), []]}]
-    html_format = book.config.get("format", {}).get("html", {})
-    depth = html_format.get("toc-depth", 3)
+    depth = book.html.get("toc-depth", 3) if is_chapter else 2
     arguments = ["--from=json", "--to=html5", f"--template={ASSETS / 'page.html'}", "--mathjax=libs/mathjax.js"]
+    arguments += [f"--lua-filter={name}" for name in book.html.get("filters", []) if str(name).endswith(".lua")]
     arguments += ["--citeproc", "--toc", f"--toc-depth={depth}", "--section-divs", "--wrap=preserve"]
     bibliography = book.config.get("bibliography") or []
     for name in [bibliography] if isinstance(bibliography, str) else bibliography:
@@ -522,33 +616,59 @@ def render(book: Book, page: Page) -> str:
             book.problem(where, f"the citation @{missing.group(1)} is not in the bibliography")
         elif line.strip():
             book.problem(where, line.strip())
+    if is_chapter:
+        shutil.copyfile(page.source, book.out / where)
+    elif page.kind == "source":  # lines are named as on GitHub
+        text = re.sub(r'id="L-(\d+)"><a href="#L-\d+"', r'id="L\1"><a href="#L\1" tabindex="-1" aria-label="Line \1"', text)
     (book.out / page.name).write_text(text, encoding="utf-8")
-    shutil.copyfile(page.source, book.out / where)
     return f"{page.name:32} {time.perf_counter() - start:5.1f} s"
+
+
+def mend_links(book: Book, written: list[Page]) -> None:
+    """nbdev links every name in backticks to an entry. Where a chapter shows none, the reference may have one."""
+    anchors: dict[str, set[str]] = {}
+
+    def mend(page: Page, match: re.Match[str]) -> str:
+        path, anchor, shown = match.groups()
+        name = path or page.name
+        if name not in anchors:
+            there = (book.out / name).exists()
+            anchors[name] = set(re.findall(r'\bid="?([^"\s>]+)', (book.out / name).read_text("utf-8"))) if there else {anchor}
+        if anchor in anchors[name]:
+            return match[0]
+        module = next((m.name for m in book.library.modules.values() if m.name.rpartition(".")[2] + ".html" == name), "")
+        entry = book.library.entry(html.unescape(re.sub(r"<[^>]+>", "", shown)), module)
+        return f'<a href="{entry.target}" class="doclink">{shown}</a>' if entry else shown
+
+    for page in written:
+        if page.kind == "chapter":
+            path = book.out / page.name
+            text = path.read_text(encoding="utf-8")
+            pattern = r'<a\s+href="([^"#:]*)#([^"]+)"\s+class="doclink">(.*?)</a>'
+            path.write_text(re.sub(pattern, partial(mend, page), text, flags=re.DOTALL), encoding="utf-8")
 
 
 def check_links(book: Book, written: list[Page]) -> None:
     """What a page shows must exist, and so must the places inside pages that links go to."""
     text = {page.name: (book.out / page.name).read_text(encoding="utf-8") for page in written}
     anchors = {name: set(re.findall(r'\bid="?([^"\s>]+)', page)) for name, page in text.items()}
-    known = {page.name for page in book.pages.values()}
+    known = {page.name for page in [*book.pages.values(), *book.made]}
     for page in written:
-        where = page.source.name
+        where = page.source.name if page.kind == "chapter" else page.name
         for source in re.findall(r'<img\b[^>]*\bsrc="([^":]+)"', text[page.name]):
             if not (book.out / html.unescape(source)).exists():
                 book.problem(where, f"the image {source} is not there")
-        for link, path, anchor in re.findall(r'(<a\b[^>]*\bhref="([^"#:]*)#?([^":]*)"[^>]*>)', text[page.name]):
+        for path, anchor in re.findall(r'<a\b[^>]*\bhref="([^"#:]*)#?([^":]*)"', text[page.name]):
             name = path or page.name
             if name.endswith(".html") and name not in known:
                 book.problem(where, f"a link goes to {name}, which no notebook makes")
-            # citations have been checked, and nbdev's links to methods lead to no entry, as on its own sites
-            checked = bool(anchor) and not anchor.startswith("ref-") and "doclink" not in link
+            checked = bool(anchor) and not anchor.startswith("ref-")  # citations have been checked
             if checked and name in anchors and html.unescape(anchor) not in anchors[name]:
                 book.problem(where, f"a link goes to #{anchor} in {name}, which has no such heading")
 
 
 def copy_assets(book: Book) -> None:
-    """Put theme, MathJax and our own style beside the pages; the first build fetches two packages with npm."""
+    """Put themes, MathJax, the search and our own style beside the pages; the first build fetches three packages with npm."""
     CACHE.mkdir(parents=True, exist_ok=True)
     for package in PACKAGES:
         folder = CACHE / package.replace("@", "-")
@@ -560,17 +680,18 @@ def copy_assets(book: Book) -> None:
             (CACHE / "unpacked").rename(folder)
     libs = book.out / "libs"
     libs.mkdir(parents=True, exist_ok=True)
-    html_format = book.config.get("format", {}).get("html", {})
-    theme = html_format.get("theme", "cosmo")
-    css = CACHE / f"bootswatch-{PACKAGES[1].partition('@')[2]}/package/dist/{theme}/bootstrap.min.css"
-    if not css.exists():
-        raise RuntimeError(f"_quarto.yml: theme {theme} is not one of Bootswatch's")
-    # the theme's web font would be fetched from the network
-    (libs / "theme.css").write_text(re.sub(r"@import\s*(url\([^)]*\)|\"[^\"]*\"|'[^']*');?", "", css.read_text()))
+    for mode, theme in themes(book).items():
+        css = CACHE / f"bootswatch-{PACKAGES[1].partition('@')[2]}/package/dist/{theme}/bootstrap.min.css"
+        if not css.exists():
+            raise RuntimeError(f"_quarto.yml: theme {theme} is not one of Bootswatch's")
+        # the theme's web font would be fetched from the network
+        text = re.sub(r"@import\s*(url\([^)]*\)|\"[^\"]*\"|'[^']*');?", "", css.read_text())
+        (libs / f"theme-{mode}.css").write_text(text)
     shutil.copyfile(CACHE / MATHJAX, libs / "mathjax.js")
+    shutil.copyfile(CACHE / MINISEARCH, libs / "minisearch.js")
     for name in ("site.css", "site.js"):
         shutil.copyfile(ASSETS / name, libs / name)
-    shutil.copyfile(NBS / html_format.get("css", "styles.css"), libs / "book.css")
+    shutil.copyfile(NBS / book.html.get("css", "styles.css"), libs / "book.css")
     (book.out / MARK).touch()
     (book.out / ".nojekyll").touch()
 
@@ -604,10 +725,14 @@ def write_pages(book: Book, only: str | None, fresh: bool) -> None:
             pages.append(book.pages[name])
         else:
             book.problem(name, "nbdev did not process it, so its page is missing")
+    book.made = reference_pages(book)
+    pages += [] if only else book.made
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for line in pool.map(partial(render, book), pages):
             print(line, flush=True)
+    mend_links(book, pages)
     check_links(book, pages)
+    print(f"{search.write_index(book.out)} sections to search")
 
 
 def main() -> int:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import xarray as xr
+from matplotlib.axes import Axes
 
 from .kuramoto_sivashinsky import KuramotoSivashinskySettings, ks_prior
 from .lorenz63 import Lorenz63Settings, lorenz63_archive, lorenz63_prior
@@ -71,12 +73,12 @@ class AblationSettings(Settings):
         for beta in self.betas:
             self.lorenz63(beta=beta)
 
-    def lorenz63(self, **changes) -> Lorenz63Settings:
+    def lorenz63(self, **changes: Any) -> Lorenz63Settings:
         """The settings of the Lorenz-63 study with `changes`."""
         base = {"seed": self.seed, "runs": self.runs, "epochs": self.epochs, "patience": self.patience}
         return dataclasses.replace(Lorenz63Settings(), **(base | changes))
 
-    def lorenz96(self, **changes) -> Lorenz96Settings:
+    def lorenz96(self, **changes: Any) -> Lorenz96Settings:
         """The settings of the Lorenz-96 study with `changes`."""
         base = {"seed": self.seed, "runs": self.runs, "epochs": self.epochs, "patience": self.patience}
         return dataclasses.replace(Lorenz96Settings(), **(base | changes))
@@ -271,7 +273,7 @@ PUBLISHED_ABLATIONS = pd.DataFrame(
 )
 
 
-def figure_variants(scores: pd.DataFrame, axis: str, label: str = "", published: pd.DataFrame | None = None, ax=None):
+def figure_variants(scores: pd.DataFrame, axis: str, label: str = "", published: pd.DataFrame | None = None, ax: Axes | None = None) -> Axes:
     """Score against the values of an ablation's `axis`, one line per variant; bars stand for words. Returns the axes."""
     import matplotlib.pyplot as plt
 

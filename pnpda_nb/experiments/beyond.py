@@ -12,11 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
+from matplotlib.figure import Figure
 
 from ..aware import AnalysisPrior
 from ..hybrid import ENSEMBLE_FIELDS
@@ -70,7 +72,7 @@ def record_task(
     return Task(name, record_part, {"testbed": dict(testbed), "method": dict(method)} | settings, needs, cost=cost)
 
 
-def learning_part(settings: dict, checkpoint: str | None = None, start: AnalysisPrior | None = None, **records) -> AnalysisPrior:
+def learning_part(settings: dict, checkpoint: str | None = None, start: AnalysisPrior | None = None, **records: Any) -> AnalysisPrior:
     """A prior trained where it is used, on a nature run or on `records`: see `train_on_policy`."""
     if checkpoint and not readable(checkpoint):
         Path(checkpoint).unlink(missing_ok=True)  # a training that lost its memory begins anew
@@ -134,7 +136,7 @@ def learning_task(
     return Task(name, learning_part, settings, needs, "analysis_prior", cost, resumable=True)
 
 # %% ../../nbs/14_beyond.ipynb #8c472e66
-def costed_part(settings: dict, **learned) -> xr.Dataset:
+def costed_part(settings: dict, **learned: Any) -> xr.Dataset:
     """A cycle on test truths with what it cost: forecasts per cycle, passes of a network per cycle, and seconds in all."""
     experiment = experiment_of(settings["testbed"])
     method = build_method(experiment, settings["method"], **learned)
@@ -231,13 +233,13 @@ class BeyondSettings(Settings):
             raise ValueError("members: expected ensembles of at least 2")
         self.training()
 
-    def training(self, **changes) -> OnPolicySettings:
+    def training(self, **changes: Any) -> OnPolicySettings:
         """The training of the first prior, with `changes`."""
         names = ("trajectories", "batch", "learning_rate", "half_precision")
         base = {name: getattr(self, name) for name in names} | {"cycles": self.learning_cycles, "steps": self.learning_steps}
         return OnPolicySettings(**(base | changes))
 
-    def following(self, **changes) -> OnPolicySettings:
+    def following(self, **changes: Any) -> OnPolicySettings:
         """The training of a prior that starts from another."""
         return self.training(**({"cycles": max(1, round(self.follow * self.learning_cycles)), "learning_rate": self.learning_rate / 2} | changes))
 
@@ -508,7 +510,7 @@ def report_beyond(scores: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def figure_beyond(scores: pd.DataFrame, metric: str):
+def figure_beyond(scores: pd.DataFrame, metric: str) -> Figure:
     """Score against the number of forecasts, one panel for each condition. Returns the figure."""
     import matplotlib.pyplot as plt
 

@@ -11,15 +11,18 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from scipy.stats import t as student
 from torch import Tensor
 
@@ -340,7 +343,7 @@ def best_of(scene: Scene, starts: int, seed: int = 0) -> Answer:
     return Answer(*best[1:], spent)
 
 
-def plug_and_play(scene: Scene, prior: FlowPrior, residuals=None, iterations: int = 10, members: int = 20, seed: int = 0) -> Answer:
+def plug_and_play(scene: Scene, prior: FlowPrior, residuals: Tensor | None = None, iterations: int = 10, members: int = 20, seed: int = 0) -> Answer:
     """PnP-DA of whole standardised windows: mean and standard deviation of `members` answers, with Kalman steps."""
     P, W, T, n = scene.values.shape
     climate = scene.climate
@@ -401,7 +404,7 @@ def importance(scene: Scene, draws: int, seed: int, block: int = 20000) -> Answe
     return Answer(mean, (second.reshape(P, W, T, n) - mean.square()).clamp_min(1e-12).sqrt())
 
 # %% ../../nbs/14b_trajectories.ipynb #0bb25cb9
-def window_case_part(settings: dict, **learned) -> xr.Dataset:
+def window_case_part(settings: dict, **learned: Any) -> xr.Dataset:
     """What a method does under a condition, as a dataset by process and window."""
     here = scene(*(settings[k] for k in ("testbed", "condition", "windows", "climate_windows", "seed")))
     options = dict(settings["method"])
@@ -843,7 +846,7 @@ _COLOURS = {
 }  # fmt: skip
 
 
-def figure_distribution(runs: xr.Dataset, condition: str, ax=None):
+def figure_distribution(runs: xr.Dataset, condition: str, ax: Axes | None = None) -> Figure:
     """The share of windows with an error above a value, by method, from what `stack_windows` gives. Returns the figure."""
     import matplotlib.pyplot as plt
 
@@ -860,7 +863,7 @@ def figure_distribution(runs: xr.Dataset, condition: str, ax=None):
     return ax.figure
 
 
-def figure_levels(levels: xr.Dataset, window: int = 0):
+def figure_levels(levels: xr.Dataset, window: int = 0) -> Figure:
     """One window after optimal interpolation and after every level, with 90 % intervals. Returns the figure."""
     import matplotlib.pyplot as plt
 
@@ -884,7 +887,7 @@ def figure_levels(levels: xr.Dataset, window: int = 0):
     return fig
 
 
-def figure_coverage(scores: pd.DataFrame, cases: list[tuple[str, str]], ax=None):
+def figure_coverage(scores: pd.DataFrame, cases: list[tuple[str, str]], ax: Axes | None = None) -> Figure:
     """How much 90 % intervals cover, by terciles of the predicted standard deviation. Returns the figure."""
     import matplotlib.pyplot as plt
 
@@ -906,7 +909,7 @@ def figure_coverage(scores: pd.DataFrame, cases: list[tuple[str, str]], ax=None)
     return ax.figure
 
 
-def figure_scaling(scaling: Mapping, axes=None):
+def figure_scaling(scaling: Mapping, axes: Sequence[Axes] | None = None) -> Figure:
     """Time and memory of one analysis against the length of the window, from what `scaling_part` gives. Returns the figure."""
     import matplotlib.pyplot as plt
 
