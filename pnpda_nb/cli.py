@@ -193,7 +193,7 @@ def train(
     ] = None,
     paper: Annotated[bool, typer.Option("--paper", help="train exactly as the paper does")] = False,
     memory: Annotated[int, typer.Option(help="megabytes of pairs to hold at a time")] = 256,
-    names: Annotated[str, typer.Option(help="what tells the two apart in the archive")] = "background,analysis",
+    names: Annotated[str, typer.Option(help="what backgrounds and analyses are called in the archive")] = "background,analysis",
     samples: Annotated[str, typer.Option(help="comma-separated dimensions that count pairs, besides the usual ones")] = "",
     report: Annotated[
         Optional[Path], typer.Option(help="where to write the report (.html or .md); default: beside the prior")
@@ -230,9 +230,9 @@ def train(
     described.write(report)
     calibration = trained.calibration
     typer.echo(f"\n{trained.prior}")
-    typer.echo(f"\nDistance from the analyses of {calibration.pairs} pairs that were set aside, ± standard error:")
+    typer.echo(f"\nDistance from the analyses of {calibration.pairs} pairs that were set aside (± standard error, as if they were independent):")
     typer.echo(calibration.means.to_string(index=False))
-    typer.echo("\nThe same for analyses of a quarter of the points, in standard deviations of the increments:")
+    typer.echo("\nError of analyses when a quarter of the points is seen, in standard deviations of the increments:")
     typer.echo(calibration.trial.round(3).to_string(index=False))
     for width, (covered, bar) in calibration.coverage.items():
         typer.echo(f"{width:.0%} intervals of the prior's samples hold {covered:.1%} ± {bar:.1%}")

@@ -33,18 +33,17 @@ __all__ = ['ROLES', 'SAMPLES', 'MEMBERS', 'same_units', 'Field', 'Axis', 'Layout
 
 # %% ../nbs/06b_files.ipynb #acb01fa6
 def same_units(one: str, other: str) -> bool:
-    """Whether two unit strings are the same product of powers. Nothing is converted, and prefixes and names of units are
-    not understood: `K` is not `kelvin`.
+    """Whether two unit strings are the same product of powers; "/" divides by the one factor that follows it. Nothing is
+    converted, and prefixes and names of units are not understood: `K` is not `kelvin`, and `100 Pa` is not `hPa`.
     """
 
-    def factors(units: str) -> list[tuple[str, int]]:
+    def factors(units: str) -> dict[str, int]:
         powers: dict[str, int] = {}
-        text = re.sub(r"\*\*|\^", "", units.strip())
-        for place, part in enumerate(text.split("/")):
-            for factor in re.findall(r"([^\s*.\d-]+)([-+]?\d+)?", part):
-                power = int(factor[1] or 1)
-                powers[factor[0]] = powers.get(factor[0], 0) + (-power if place else power)
-        return sorted((name, power) for name, power in powers.items() if power)
+        text = re.sub(r"\*\*|\^", "", units)
+        for over, name, power, number in re.findall(r"(/?)\s*(?:([^\s*./\d+-]+)([-+]?\d+)?|(\d+\.?\d*(?:[eE][-+]?\d+)?))", text):
+            factor = name or str(float(number))
+            powers[factor] = powers.get(factor, 0) + int(power or 1) * (-1 if over else 1)
+        return {factor: power for factor, power in powers.items() if power and factor != "1.0"}
 
     return factors(one) == factors(other)
 

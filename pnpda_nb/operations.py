@@ -33,10 +33,10 @@ from .pnp import FactoredError, PnPDA, ResidualCovariance, residual_covariance
 from .sweep import whole_file
 
 # %% auto #0
-__all__ = ['TAUS', 'CANDIDATES', 'Part', 'set_aside', 'usual_settings', 'attach_errors', 'attached_errors', 'plug_and_play',
-           'Unchanged', 'pseudo_observations', 'at_a_time', 'trial', 'choose_iterations', 'Calibration', 'calibrate',
-           'Trained', 'train_archive', 'assimilate', 'Report', 'report_suffix', 'training_report', 'draw_training',
-           'draw_ranks', 'innovations', 'assimilation_report', 'draw_increments']
+__all__ = ['TAUS', 'DRAWS', 'CANDIDATES', 'Part', 'set_aside', 'usual_settings', 'Fixed', 'attach_errors', 'attached_errors',
+           'plug_and_play', 'pseudo_observations', 'at_a_time', 'trial', 'choose_iterations', 'Calibration',
+           'regression', 'calibrate', 'Trained', 'train_archive', 'assimilate', 'Report', 'report_suffix',
+           'training_report', 'draw_training', 'draw_ranks', 'innovations', 'assimilation_report', 'draw_increments']
 
 # %% ../nbs/15b_operations.ipynb #91e69ff0
 @dataclass(frozen=True, eq=False)
@@ -97,6 +97,23 @@ def usual_settings(dim: int, pairs: int, epochs: int | None = None, memory: int 
 
 # %% ../nbs/15b_operations.ipynb #d127aa6d
 TAUS = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9)
+DRAWS = 4
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """A "prior" whose answer is a function of the background, and of nothing else. If that is the background itself, one
+    Kalman step with the covariance of *its* errors is 3D-Var.
+    """
+
+    dim: int
+    mean: Callable[[Tensor], Tensor] = lambda background: background
+
+    def source(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float64)
+
+    def __call__(self, background: Tensor) -> Callable[[Tensor, float], Tensor]:
+        return lambda x, tau: self.mean(background)
 
 
 def attach_errors(prior: FlowPrior, background: Tensor, analysis: Tensor, generator: torch.Generator, rank: int = 64) -> FlowPrior:
@@ -104,13 +121,17 @@ def attach_errors(prior: FlowPrior, background: Tensor, analysis: Tensor, genera
     it was not trained on: at most `rank` directions, no more than a fifth of the pairs can tell, and the rest's variances.
     """
     rank = max(1, min(rank, prior.dim, len(background) // 5, 50_000_000 // (8 * prior.dim * len(TAUS))))
-    with torch.no_grad():
-        measured = residual_covariance(prior, background, analysis, TAUS, generator, rank=rank)
+    denoiser, errors = prior(background), []
+    for tau in TAUS:
+        with torch.no_grad():
+            noise = ((1 - tau) * denoiser.start(generator) for _ in range(DRAWS))
+            answer = sum(denoiser(z + tau * analysis, tau) for z in noise) / DRAWS
+        errors += residual_covariance(Fixed(prior.dim, lambda _: answer), background, analysis, (0.0,), generator, rank=rank).errors
     return _with(
         prior,
         residual_taus=torch.tensor(TAUS, dtype=torch.float64),
-        residual_factor=torch.stack([e.factor for e in measured.errors]).contiguous(),
-        residual_diagonal=torch.stack([e.diagonal for e in measured.errors]),
+        residual_factor=torch.stack([e.factor for e in errors]).contiguous(),
+        residual_diagonal=torch.stack([e.diagonal for e in errors]),
     )
 
 
@@ -131,29 +152,16 @@ def attached_errors(prior: FlowPrior) -> ResidualCovariance | None:
 
 # %% ../nbs/15b_operations.ipynb #e1039e07
 def plug_and_play(prior: FlowPrior, iterations: int | None = None, answers: int = 1) -> PnPDA:
-    """PnP-DA with a prior from a file: Kalman steps if the covariances of its errors are attached, gradient steps if not.
-    Without `iterations`, as many as the file says, or 20.
+    """PnP-DA with a prior from a file: Kalman steps, and `DRAWS` of noise, if the covariances of its errors are attached,
+    gradient steps if not. Without `iterations`, as many as the file says, or 20.
     """
     if iterations is None:
         iterations = int(prior.attached.get("iterations", torch.tensor(20)))
     errors = attached_errors(prior)
-    steps = {} if errors is None else {"data_step": "kalman", "residuals": errors}
+    steps = {} if errors is None else {"data_step": "kalman", "residuals": errors, "draws": DRAWS}
     return PnPDA(prior, iterations=iterations, ensemble=answers, **steps)
 
 # %% ../nbs/15b_operations.ipynb #da518af3
-@dataclass(frozen=True)
-class Unchanged:
-    """A "prior" that believes the background: with the covariance of *its* errors, one Kalman step is 3D-Var."""
-
-    dim: int
-
-    def source(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        return torch.zeros(shape, dtype=torch.float64)
-
-    def __call__(self, background: Tensor) -> Callable[[Tensor, float], Tensor]:
-        return lambda x, tau: background
-
-
 def pseudo_observations(background: Tensor, analysis: Tensor, generator: torch.Generator, share: float = 0.25) -> Observations:
     """A random `share` of the points of `analysis` `(sample, dim)`, the same for all, with errors of a third of the standard
     deviation of the increments there.
@@ -173,12 +181,20 @@ def _error(x: Tensor, analysis: Tensor, unit: Tensor) -> tuple[float, float]:
 
 def at_a_time(method: PnPDA, members: int, dim: int) -> int:
     """How many states `(members, dim)` to analyse together, so that they and their noise take some tens of megabytes."""
-    one = members * method.ensemble * dim
+    one = members * method.ensemble * method.draws * dim
     return max(1, 4_000_000 // (one + min(200_000, one * method.iterations)))
 
 
-def trial(prior: FlowPrior, measured: Part, tested: Part, generator: torch.Generator, iterations: Sequence[int]) -> pd.DataFrame:
-    """Analyses of the pairs in `tested` from pseudo-observations: background, 3D-Var, and PnP-DA with `iterations`.
+def trial(
+    prior: FlowPrior,
+    measured: Part,
+    tested: Part,
+    generator: torch.Generator,
+    iterations: Sequence[int],
+    line: Callable[[Tensor], Tensor] | None = None,
+) -> pd.DataFrame:
+    """Analyses of the pairs in `tested` from pseudo-observations: background, 3D-Var, a Kalman step from a `line` (what a
+    regression makes of backgrounds), if there is one, and PnP-DA with `iterations`.
 
     `measured` are the pairs that all covariances are from. `error` is the root mean square distance from the archive's
     analyses, in standard deviations of the increments, `±` its standard error as if pairs were independent.
@@ -187,8 +203,11 @@ def trial(prior: FlowPrior, measured: Part, tested: Part, generator: torch.Gener
     unit = (analysis - background).std(0).clamp_min(1e-12)
     observations = pseudo_observations(background, analysis, generator)
     rank = prior.attached["residual_factor"].shape[-1]
-    var = residual_covariance(Unchanged(prior.dim), b, a, (0.0,), generator, rank=rank).errors[0]
-    states = {"background": background, "3D-Var": var.update(background[:, None], observations)[:, 0]}
+    states = {"background": background}
+    for name, mean in {"3D-Var": lambda x: x, "regression + Kalman step": line}.items():
+        if mean is not None:
+            B = residual_covariance(Fixed(prior.dim, mean), b, a, (0.0,), generator, rank=rank).errors[0]
+            states[name] = B.update(mean(background)[:, None], observations)[:, 0]
     for n in iterations:
         method, answers = plug_and_play(prior, n), []
         size = at_a_time(method, 1, prior.dim)
@@ -222,19 +241,21 @@ class Calibration:
     pairs: int
 
 
+def regression(trained: Part, most: int = 20_000) -> Callable[[Tensor], Tensor] | None:
+    """Analyses as a linear function of backgrounds, from at most so many pairs; None if they do not determine one."""
+    with contextlib.suppress(ValueError, RuntimeError):
+        return GaussianPrior.from_pairs(*trained.read(0, min(trained.count, most))).mean
+
+
 def calibrate(prior: FlowPrior, trained: Part, measured: Part, tested: Part, generator: torch.Generator, samples: int = 19) -> Calibration:
     """Put the three questions to a prior with errors attached; `samples` are drawn for up to 200 of the tested pairs.
 
     The line is a regression on the pairs that were trained on, if states have at most 200 numbers.
     """
     background, analysis = tested.read()
-    centre = prior(background).conditional_mean(generator, draws=4)
-    estimates = {"background": background}
-    if prior.dim <= 200:
-        some = min(trained.count, 20 * prior.dim + 1000)
-        with contextlib.suppress(ValueError, RuntimeError):  # of backgrounds that do not span the space
-            estimates["regression"] = GaussianPrior.from_pairs(*trained.read(0, some)).mean(background)
-    estimates["prior"] = centre
+    line = regression(trained) if prior.dim <= 200 else None
+    estimates = {"background": background} | ({} if line is None else {"regression": line(background)})
+    estimates["prior"] = prior(background).conditional_mean(generator, draws=4)
     layout = Layout.plain(prior.dim) if prior.layout is None else layout_from_record(prior.layout)
     rows = []
     for spec in layout.fields:
@@ -255,7 +276,7 @@ def calibrate(prior: FlowPrior, trained: Part, measured: Part, tested: Part, gen
         coverage[width] = (float(inside.mean()), float(inside.std()) / len(inside) ** 0.5)
     ranks = torch.bincount(below.flatten(), minlength=samples + 1).double().numpy() / below.numel()
     chosen = int(prior.attached.get("iterations", torch.tensor(20)))
-    tried = trial(prior, measured, tested, generator, sorted({1, chosen}))
+    tried = trial(prior, measured, tested, generator, sorted({1, chosen}), line)
     return Calibration(pd.DataFrame(rows), tried, ranks, coverage, len(analysis))
 
 # %% ../nbs/15b_operations.ipynb #c7897eaf
@@ -422,7 +443,7 @@ def training_report(trained: Trained, name: str) -> Report:
     report.heading("What its mean knows")
     report.table(calibration.means, "How far the archive's analyses are from the background, from a linear regression on it, and from the prior's mean (root mean square ± standard error, as if pairs were independent).")
     report.heading("What it is worth in an analysis")
-    report.table(calibration.trial, "A quarter of the points are seen, with errors of a third of an increment. Errors are in standard deviations of the increments, against the archive's analyses; 3D-Var has its covariance from the same archive.")
+    report.table(calibration.trial, "A quarter of the points are seen, with errors of a third of an increment. Errors are in standard deviations of the increments, against the archive's analyses (± standard error, as if pairs were independent). 3D-Var and the Kalman step from a regression have covariances from the same pairs; the number of iterations was chosen among 1, 5 and 20 with other pairs.")
     report.heading("Calibration")
     covered = ", ".join(f"{width:.0%} intervals hold {value:.1%} ± {bar:.1%}" for width, (value, bar) in calibration.coverage.items())
     report.text(f"Samples of the prior: {covered} of the analyses.")
@@ -444,7 +465,7 @@ def draw_ranks(ranks: np.ndarray) -> Figure:
     figure, ax = plt.subplots(figsize=(7, 2.4), layout="constrained")
     ax.bar(range(len(ranks)), ranks * len(ranks), width=0.9, color="#56B4E9")
     ax.axhline(1, color="k", lw=1, ls="--")
-    ax.set(xlabel="rank of the analysis among the samples", ylabel="frequency / expected")
+    ax.set(xlabel="rank of the analysis among the samples", ylabel="frequency / expected", xticks=range(0, len(ranks), 5))
     return figure
 
 # %% ../nbs/15b_operations.ipynb #7496a075

