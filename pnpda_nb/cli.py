@@ -204,36 +204,44 @@ def train(
 
     import torch
 
-    report = _report_path(report, out)
     _free(out, "out", archive)
+    report = _report_path(report, out)
     if memory < 1:
         raise ValueError(f"memory: expected at least 1 megabyte, got {memory}")
+    if epochs is not None and epochs < 1:
+        raise ValueError(f"epochs: expected at least 1, got {epochs}")
 
     from pnpda_nb.files import open_archive
     from pnpda_nb.flow_matching import PAPER_TRAINING
-    from pnpda_nb.operations import set_aside, train_archive, training_report, usual_settings
+    from pnpda_nb.operations import set_aside, train_archive, training_report, usual_settings, verdict
     from pnpda_nb.sweep import writable
 
     torch.set_num_threads(1)
     roles, dims = (tuple(filter(None, (word.strip() for word in text.split(",")))) for text in (names, samples))
+    if len(roles) != 2:
+        raise ValueError(f"names: expected two names, such as background,analysis, got {names!r}")
     with open_archive(archive, roles=roles, samples=dims) as source:
         pairs = set_aside(source, memory * 1_000_000)[0].count
         settings = usual_settings(source.dim, pairs, epochs, memory * 1_000_000)
         if paper:
             settings = dataclasses.replace(PAPER_TRAINING, epochs=epochs or PAPER_TRAINING.epochs)
         writable(out.parent), writable(report.parent)  # an unwritable place is found out now, not after the training
+        for piece in source.pieces:
+            _free(out, "out", piece.path), _free(report, "report", piece.path)
         typer.echo(str(source))
         checkpoint = out.with_name(f"{out.name}.training")
         trained = train_archive(source, settings, seed=seed, memory=memory * 1_000_000, checkpoint=checkpoint, progress=True)
         described = training_report(trained, archive)
     trained.prior.save(out)
     described.write(report)
+    checkpoint.unlink(missing_ok=True)  # only now
     calibration = trained.calibration
     typer.echo(f"\n{trained.prior}")
     typer.echo(f"\nDistance from the analyses of {calibration.pairs} pairs that were set aside (± standard error, as if they were independent):")
     typer.echo(calibration.means.to_string(index=False))
     typer.echo("\nError of analyses when a quarter of the points is seen, in standard deviations of the increments:")
     typer.echo(calibration.trial.round(3).to_string(index=False))
+    typer.echo(verdict(calibration))
     for width, (covered, bar) in calibration.coverage.items():
         typer.echo(f"{width:.0%} intervals of the prior's samples hold {covered:.1%} ± {bar:.1%}")
     typer.echo(f"\nIn {out} and {report}, after {len(trained.history)} epochs")
@@ -252,24 +260,30 @@ def assimilate(
         Optional[Path], typer.Option(help="where to write the report (.html or .md); default: beside the analysis")
     ] = None,
 ) -> None:
-    """Assimilate observations into a background with a trained prior, and report the increments."""
+    """Assimilate observations into a background, each of its times and members by itself, with a trained prior, and report the increments."""
     import torch
 
-    report = _report_path(report, out)
     for given in (prior, background, observations):
         _free(out, "out", given)
+    report = _report_path(report, out)
+    if out.suffix.lower() not in (".nc", ".nc4", ".cdf", ".netcdf"):
+        raise ValueError(f"out: expected a file that ends in .nc, got {out}")
+    if answers < 1:
+        raise ValueError(f"answers: expected at least 1, got {answers}")
 
     from datetime import datetime, timezone
 
     from pnpda_nb.files import Layout, layout_from_record, read_observations, read_states
     from pnpda_nb.flow_matching import FlowPrior
-    from pnpda_nb.operations import assimilate, assimilation_report, innovations
+    from pnpda_nb.operations import assimilate, assimilation_report, innovations, plug_and_play
     from pnpda_nb.reanalysis import write_netcdf
     from pnpda_nb.sweep import writable
 
     torch.set_num_threads(1)
     loaded = FlowPrior.load(prior)
     layout = Layout.plain(loaded.dim) if loaded.layout is None else layout_from_record(loaded.layout)
+    if layout.dim != loaded.dim:
+        raise ValueError(f"prior: expected a layout of {loaded.dim} numbers in {prior}, got {layout.dim}")
     states = read_states(background, layout)
     sightings = read_observations(observations, states)
     writable(out.parent), writable(report.parent)
@@ -282,7 +296,9 @@ def assimilate(
         f"--prior {prior.name} --background {background.name} --observations {observations.name} --seed {seed}",
         "Conventions": "CF-1.11",
     }
-    described = assimilation_report(loaded, states, analysis, sightings, background.name)
+    method = plug_and_play(loaded, iterations, answers)
+    how = f"PnP-DA with {method.data_step} steps, {method.iterations} iteration(s), {answers} answer(s), seed {seed}; observations from {observations.name}."
+    described = assimilation_report(loaded, states, analysis, sightings, background.name, how)
     write_netcdf(dataset, out)
     described.write(report)
     typer.echo(f"{states}\n{sightings}\n")
@@ -326,7 +342,7 @@ def _report_path(report: Optional[Path], out: Path) -> Path:
 
 def _free(out: Path, name: str, given: object) -> None:
     """Refuse to write over a folder or over what is read."""
-    if out.is_dir():
+    if out.is_dir() or not out.name:
         raise ValueError(f"{name}: expected a file to write, got the folder {out}")
     if out.exists() and Path(str(given)).exists() and out.samefile(Path(str(given))):
         raise ValueError(f"{name}: expected another file than {given}, which is read")
@@ -416,7 +432,8 @@ def main() -> None:
             _fail(error.format_message(), 2)
         raise
     if status == 130:  # the option parser turns Ctrl-C into this
-        _fail("interrupted; what was finished is on disk, and the same command goes on from there", 130)
+        resumes = sys.argv[1:2] in (["run"], ["train"])
+        _fail(f"interrupted; {'what was finished is on disk, and the same command goes on from there' if resumes else 'nothing was written'}", 130)
     sys.exit(status if isinstance(status, int) else 0)
 
 

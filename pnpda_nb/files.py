@@ -252,7 +252,7 @@ def check_field(array: xr.DataArray, field: Field, layout: Layout, samples: Sequ
             raise ValueError(f"{where}: expected {array.name!r} with {size} points along {dim}, got {array.sizes[dim]}")
         if dim in layout.axes and dim in array.coords:
             axis = Axis.of(array.coords[dim])
-            if not layout.axes[dim].fits(axis):
+            if not layout.axes[dim].fits(axis) or (axis.units and layout.axes[dim].units and not same_units(axis.units, layout.axes[dim].units)):
                 raise ValueError(f"{where}: expected coordinates {dim} {layout.axes[dim]}, got {axis}")
     check_units(array.attrs.get("units"), field, f"{where}: {array.name!r}")
 
@@ -260,7 +260,7 @@ def check_field(array: xr.DataArray, field: Field, layout: Layout, samples: Sequ
 def check_units(found: object, field: Field, where: str) -> None:
     """Raise `ValueError`, naming `where`, unless the units found are those of `field`; a field without units takes any."""
     if field.units and not same_units(str(found or ""), field.units):
-        got = f"{found}" if found else "no attribute `units`"
+        got = f"{found}" if found else "none (an attribute `units`, or a column of a table)"
         raise ValueError(f"{where}: expected units {field.units!r} as of {field.title}, got {got}")
 
 # %% ../nbs/06b_files.ipynb #c512350d
@@ -281,8 +281,11 @@ def layout_from_record(record: Mapping) -> Layout:
     try:
         fields = tuple(Field(f["name"], tuple(f["shape"]), tuple(f["dims"]), f["units"]) for f in record["variables"])
         axes = {d: Axis(tuple(a["values"]), a["units"], a["period"]) for d, a in record["axes"].items()}
+        size = sum(f.size for f in fields)
+        if not all(0 <= start and 0 < length and start + length <= size for start, length in record["left_out"]):
+            raise ValueError("positions outside the state")
         gone = [np.arange(start, start + length) for start, length in record["left_out"]]
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"layout: expected variables, axes and left_out, got something else ({type(error).__name__})") from error
     return Layout(fields, axes, np.concatenate(gone) if gone else None)
 
@@ -308,6 +311,8 @@ def open_dataset(path: str | os.PathLike, name: str = "file", group: str | None 
     except ImportError as error:
         raise ValueError(f"{name}: {path} needs a library that is not installed: pip install 'pnpda_nb[zarr]'") from error
     except Exception as error:  # the many errors of HDF5 and Zarr mean one thing here
+        if "cftime" in str(error):
+            raise ValueError(f"{name}: {path} has times that need another library: pip install cftime") from error
         raise ValueError(f"{name}: {path} is not a readable NetCDF file or Zarr store ({type(error).__name__}); is it whole?") from error
 
 
@@ -366,9 +371,10 @@ class Archive:
 
     @cached_property
     def identity(self) -> str:
-        """What tells this archive from others: its layout, size, and first and last pairs."""
-        digest = hashlib.sha256(json.dumps([self.layout, self.count]).encode())
-        for first in {0, self.count - 1}:
+        """What tells this archive from others: its layout, a few of its pairs, and sizes and times of its files."""
+        stamps = [(p.path.stat().st_size, p.path.stat().st_mtime_ns) for p in self.pieces]
+        digest = hashlib.sha256(json.dumps([self.layout, self.count, stamps]).encode())
+        for first in sorted({0, self.count // 3, 2 * self.count // 3, self.count - 1}):
             for x in self.read(first, first + 1):
                 digest.update(x.numpy().tobytes())
         return digest.hexdigest()
@@ -427,10 +433,17 @@ class _Piece:
         self.fields = dict(zip(ROLES, fields))
         whole = self.opened[-1]
         array = next(iter(fields[0].values()))
-        self.samples = tuple(d for d in array.dims if is_sample(str(d), whole, samples))
+        counting = tuple(d for d in array.dims if is_sample(str(d), whole, samples))
+        self.samples = tuple(sorted(counting, key=lambda d: d in MEMBERS))  # members of one time stay together
         if not self.samples:
-            raise ValueError(f"archive: expected a dimension that counts pairs in {path}, such as sample or time, got ({', '.join(map(str, array.dims))})")
+            raise ValueError(f"archive: expected a dimension that counts pairs in {path}, such as sample or time (or one named as `samples`), got ({', '.join(map(str, array.dims))})")
         self.sizes = tuple(array.sizes[d] for d in self.samples)
+        timed = [d for d in self.samples if d in array.coords and np.issubdtype(array.coords[d].dtype, np.datetime64)]
+        self.start = array.coords[timed[0]].values[0] if timed and array.sizes[timed[0]] else None
+        for d in self.samples:  # backgrounds and analyses must be of the same times
+            mine, theirs = (next(iter(some.values())).coords.get(d) for some in fields)
+            if mine is not None and theirs is not None and mine.shape == theirs.shape and not (mine.values == theirs.values).all():
+                raise ValueError(f"archive: expected backgrounds and analyses of the same {d} in {path}, got others")
         self.count = math.prod(self.sizes)
         chunks = array.encoding.get("chunksizes") or array.encoding.get("chunks") or ()
         outer = dict(zip(array.dims, chunks)).get(self.samples[0], 1) or 1
@@ -482,6 +495,11 @@ def _stretch(array: xr.DataArray, samples: Sequence[str], dims: Sequence[str], f
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 # %% ../nbs/06b_files.ipynb #120203c8
+def _naturally(path: str) -> list:
+    """A key that sorts numbers in names by their size: part_2 before part_10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]
+
+
 def open_archive(path: str | os.PathLike, *, roles: Sequence[str] = ROLES, samples: Sequence[str] = ()) -> Archive:
     """Open an archive of pairs: a NetCDF file, a Zarr store, or several of one layout by a pattern such as `"pairs_*.nc"`.
 
@@ -489,19 +507,23 @@ def open_archive(path: str | os.PathLike, *, roles: Sequence[str] = ROLES, sampl
     the first pair misses are left out of the state. Raises `FileNotFoundError` for no file and `ValueError` for files that
     cannot be read, lack something, or do not fit one another.
     """
-    paths = sorted(glob.glob(str(path))) if any(c in str(path) for c in "*?[") else [str(path)]
+    paths = sorted(glob.glob(str(path)), key=_naturally) if any(c in str(path) for c in "*?[") else [str(path)]
     if not paths:
         raise FileNotFoundError(f"archive: no file {path}")
     if len(roles) != 2:
         raise ValueError(f"roles: expected two names, got {roles!r}")
     pieces = [_Piece(Path(p), roles, samples) for p in paths]
     first = pieces[0]
-    state = Layout.of(first.fields[ROLES[0]], first.samples)
+    known = {n: a if a.attrs.get("units") else a.assign_attrs(units=first.fields[ROLES[1]][n].attrs.get("units", "")) for n, a in first.fields[ROLES[0]].items()}
+    state = Layout.of(known, first.samples)
     for piece in pieces:
         piece.fields = {role: {f.name: fields[f.name] for f in state.fields if f.name in fields} for role, fields in piece.fields.items()}
         piece.fit(state)
         if piece.count == 0:
             raise ValueError(f"archive: expected pairs in {piece.path}, got none")
+    starts = [piece.start for piece in pieces if piece.start is not None]
+    if len(set(starts)) < len(starts):
+        raise ValueError(f"archive: expected files of different times, got two of {path} that begin with the same")
     gone = np.flatnonzero(np.isnan(first.read("background", 0, 1)[0]) & np.isnan(first.read("analysis", 0, 1)[0]))
     if len(gone) == state.size:
         raise ValueError(f"archive: expected finite values in {first.path}, got a first pair without any")
@@ -535,7 +557,9 @@ class States:
             block = block.reshape(tuple(array.sizes[d] for d in samples) + field.shape)
             kind = array.dtype if np.issubdtype(array.dtype, np.floating) else np.dtype("float64")
             new = xr.DataArray(block.astype(kind), dims=samples + field.dims).transpose(*array.dims)
-            out[re.sub(r"(^|_)background(_|$)", rf"\g<1>{role}\g<2>", names[name])] = array.copy(data=new.values)
+            copy = array.copy(data=new.values)
+            copy.encoding = {k: v for k, v in array.encoding.items() if k in ("zlib", "complevel", "chunksizes", "shuffle")}  # not packed
+            out[re.sub(r"(^|_)background(_|$)", rf"\g<1>{role}\g<2>", names[name])] = copy
         return xr.Dataset(out)
 
 # %% ../nbs/06b_files.ipynb #96ed5142
@@ -557,6 +581,8 @@ def read_states(path: str | os.PathLike, layout: Layout, *, name: str = "backgro
     shape = [math.prod(first.sizes[d] for d in some) for some in (runs, members)]
     flat = np.concatenate([arrays[f.name].transpose(*runs, *members, *f.dims).values.reshape(math.prod(shape), -1) for f in layout.fields], axis=1)
     kept = flat[:, layout.kept].astype("float64")
+    if layout.left_out is not None and np.isfinite(flat[:, layout.left_out].astype("float64")).any():
+        raise ValueError(f"{name} {path}: expected gaps at the {len(layout.left_out)} points that the archive never has, got values")
     if not np.isfinite(kept).all():
         position = np.argwhere(~np.isfinite(kept))[0, 1]
         field = next(n for n, part in layout.parts().items() if position < part.stop) or "state"
@@ -613,8 +639,12 @@ def locate(stations: xr.Dataset, field: Field, layout: Layout, where: str) -> tu
     """
     count = next(iter(stations.sizes.values()))
     begin = sum(f.size for f in layout.fields[: layout.fields.index(field)])
-    if "index" in stations:
+    if "index" in stations and "index" not in stations.dims:
         flat = _indices(stations["index"], field.size, where)[:, None]
+        if field.dims and all(dim in stations or f"{dim}_index" in stations for dim in field.dims):
+            points, shares = locate(stations.drop_vars("index"), field, layout, where)
+            if not ((points == layout.place[begin + flat]) & (shares > 0)).any(1).all():
+                raise ValueError(f"{where}: expected 'index' and {', '.join(field.dims)} to name the same places, got others")
         weights = np.ones((count, 1))
     else:
         ends = [_ends(stations, dim, size, layout, where) for dim, size in zip(field.dims, field.shape)]
@@ -627,8 +657,9 @@ def locate(stations: xr.Dataset, field: Field, layout: Layout, where: str) -> tu
     places = layout.place[begin + flat]
     lost = ((places < 0) & (weights > 0)).any(1)
     if lost.any():
-        number = stations.get("number", np.arange(count))[np.flatnonzero(lost)[0]]
-        raise ValueError(f"{where}: expected stations where {field.title} has values, got station {int(number)} at a point that the archive leaves out")
+        numbers = np.asarray(stations.get("number", np.arange(count)))[lost]
+        which = f"station{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers[:10]))}{', …' * (len(numbers) > 10)}"
+        raise ValueError(f"{where}: expected stations where {field.title} has values, got {which} at points that the archive leaves out")
     return np.maximum(places, 0), weights
 
 
@@ -734,18 +765,50 @@ def _table(path: str | os.PathLike) -> xr.Dataset:
     if not Path(path).is_file():
         raise FileNotFoundError(f"observations: no file {path}")
     try:
-        table = pd.read_csv(path)
-    except (ValueError, pd.errors.ParserError) as error:
+        with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):  # rows that are longer than the header
+            table = pd.read_csv(path, skipinitialspace=True, index_col=False)
+    except (ValueError, pd.errors.ParserError, pd.errors.ParserWarning) as error:
         raise ValueError(f"observations: {path} is not a readable CSV file ({type(error).__name__})") from error
-    return xr.Dataset({str(name).strip(): ("station", table[name].to_numpy()) for name in table})
+    table.columns = [str(name).strip() for name in table]
+    if len(table.columns) == 1 and ";" in table.columns[0]:
+        raise ValueError(f"observations: expected columns of {path} separated by commas, got semicolons")
+    for name in table.columns.difference(["variable", "units", "time"]):
+        numbers = pd.to_numeric(table[name], errors="coerce")
+        wrong = numbers.isna() & table[name].notna() & (table[name].astype(str).str.strip() != "")
+        if not wrong.all():  # a column of words may be coordinates
+            if wrong.any():
+                row = int(np.flatnonzero(wrong)[0])
+                raise ValueError(f"observations: expected numbers in column {name!r} of {path}, got {table[name].iloc[row]!r} in row {row + 1}")
+            table[name] = numbers
+    data = xr.Dataset({str(name): ("station", table[name].to_numpy()) for name in table if name != "time"})
+    if "time" not in table:
+        return data
+    times = table["time"].drop_duplicates()
+    if len(times) != 1:
+        raise ValueError(f"observations: expected one time in {path}, got {len(times)}; write NetCDF for several, or a file for each")
+    return data.assign_coords(time=_as_time(times.iloc[0], path))
+
+
+def _as_time(text: object, path: str | os.PathLike) -> object:
+    """A time in a table as NetCDF files have it."""
+    if not isinstance(text, str):
+        return text
+    try:
+        return np.datetime64(pd.Timestamp(text).tz_localize(None), "ns")
+    except ValueError as error:
+        raise ValueError(f"observations: expected a time in column 'time' of {path}, got {text!r}") from error
 
 
 def _check_times(data: xr.Dataset, states: States, where: str) -> None:
     """Raise `ValueError` if observations and states both say when they are, and it is not the same."""
     first = next(iter(states.arrays.values()))
-    for dim in ("time", "valid_time", *states.runs):
-        if dim in data.coords and dim in first.coords and data[dim].ndim <= 1 and first[dim].ndim <= 1:
-            mine, theirs = (np.atleast_1d(x[dim].values) for x in (data, first))
+    times = [d for d in ("valid_time", "time") if d in first.coords and first[d].ndim <= 1]
+    for dim in dict.fromkeys(("time", "valid_time", *states.runs)):
+        known = dim if dim in first.coords and first[dim].ndim <= 1 else next(iter(times), None) if dim in ("time", "valid_time") else None
+        if dim in data.variables and known:
+            mine, theirs = np.atleast_1d(data[dim].values), np.atleast_1d(first[known].values)
+            if data[dim].ndim > 1 or (data[dim].dims and data[dim].dims != first[known].dims):  # a time for each station
+                mine = np.unique(mine)
             if mine.shape != theirs.shape or not (mine == theirs).all():
                 ends = (f"{len(v)} from {v[0]} to {v[-1]}" if len(v) > 1 else str(v[0]) if len(v) else "none" for v in (theirs, mine))
                 raise ValueError("{}: expected the background's {} ({}), got {}".format(where, dim, *ends))

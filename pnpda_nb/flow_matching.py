@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -296,9 +296,14 @@ def write_prior_file(
     path = Path(path)
     texts = {name: _json(name, value) for name, value in header.items()}
     texts |= {"format": f"{PRIOR_KINDS[kind]}{version}", "written_by": f"pnpda_nb {__version__}"}
+    # clones, since two names may be one tensor
+    content = save({name: value.detach().clone().contiguous() for name, value in tensors.items()}, metadata=texts)
+    length = int.from_bytes(content[:8], "little")  # of the description, whose order is chance: the same prior makes the same file
+    described = json.dumps(json.loads(content[8 : 8 + length]), sort_keys=True, separators=(",", ":")).encode()
+    described += b" " * (-len(described) % 8)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:  # clones, since two names may be one tensor
-        save_file({name: value.detach().clone().contiguous() for name, value in tensors.items()}, beside, metadata=texts)
+    try:
+        beside.write_bytes(len(described).to_bytes(8, "little") + described + content[8 + length :])
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
@@ -436,12 +441,12 @@ class FlowPrior:
 
     def __repr__(self) -> str:
         seen = (
-            f", trained on {self.training['pairs']} pairs for {self.training['epochs']} epochs"
+            f", trained on {self.training.get('pairs', 'unknown')} pairs for {self.training.get('epochs', 'unknown')} epochs"
             if self.training
             else ""
         )
         around = "" if self.factor is None else ", source around the background"
-        names = list(_variables(self.layout))
+        names = list(filter(None, _variables(self.layout)))
         of = f", of {', '.join(names[:4])}{' and others' if len(names) > 4 else ''}" if names else ""
         return f"FlowPrior(dim={self.dim}{of}, hidden={list(self.architecture['hidden'])}{around}{seen})"
 
@@ -491,6 +496,9 @@ class FlowPrior:
 
         with fitting_header(path):
             a = header["architecture"]
+            widths = [len(tensors[f"network.layers.{i}.weight"]) for i in range(len(a["hidden"]))]
+            if widths != list(a["hidden"]):  # before room is made for what it claims
+                raise ValueError(f"hidden: expected {widths}")
             network = VelocityMLP(a["dim"], tuple(a["hidden"]), a["embedding"], stream(0), linear_skip=a["linear_skip"])
             network.load_state_dict(named("network."))
             location, scale = tensors["location"], tensors["scale"]
@@ -665,7 +673,9 @@ def train_prior(
     return _train(_HeldPairs(background, analysis, held_out, settings, seed), settings, seed, checkpoint, progress, callback)
 
 # %% ../nbs/07_flow_matching.ipynb #3c187eb9
-def _train(pairs, settings: TrainingSettings, seed: int, checkpoint, progress: bool, callback) -> tuple[FlowPrior, pd.DataFrame]:
+def _train(
+    pairs, settings: TrainingSettings, seed: int, checkpoint, progress: bool, callback, keep: bool = False
+) -> tuple[FlowPrior, pd.DataFrame]:
     """The training of `train_prior` and `train_from`, on `_HeldPairs` or `_StreamedPairs`."""
     path = Path(checkpoint) if checkpoint else None
     memory = _read_checkpoint(path, pairs.fingerprint) if path and path.exists() else None
@@ -700,7 +710,9 @@ def _train(pairs, settings: TrainingSettings, seed: int, checkpoint, progress: b
         raise
     finally:
         bar.close()
-    if path:
+    if path and keep:
+        state.write(path)
+    elif path:
         path.unlink(missing_ok=True)
     return state.prior(), pd.DataFrame(state.history)
 
@@ -1071,6 +1083,7 @@ def train_from(
     memory: int = 256_000_000,
     checkpoint: str | os.PathLike | None = None,
     progress: bool = False,
+    keep_checkpoint: bool = False,
     callback: Callable[[int, dict], None] | None = None,
 ) -> tuple[FlowPrior, pd.DataFrame]:
     """Train a `FlowPrior` on the pairs of a `source`, with at most `memory` bytes of them held at a time; otherwise as
@@ -1079,7 +1092,8 @@ def train_from(
     If they do not, one pass finds the network's units, blocks of at most an eighth of `memory` are set aside for
     validation, and an epoch is a pass over as many pairs as fit in: random blocks, shuffled together, and all blocks
     have their turn before one comes again. They are held in the network's units, float32. The process needs two to
-    four times `memory`, besides what libraries and weights take.
+    four times `memory`, besides what libraries and weights take. With `keep_checkpoint` that file stays when training has
+    ended, for whoever saves the prior to remove.
 
     Raises `ValueError` as `train_prior` does; for a `memory` that does not hold a batch; for a source that gives pairs
     of another shape or type, that are not finite, or that has a layout that no file can hold; and for `source="covariance"` if the covariance does not fit in.
@@ -1089,7 +1103,7 @@ def train_from(
     _json("layout", source.layout, allow_nan=False)  # before hours of training, not after
     held_out, memory = _held_out(source.count, settings), int(memory)
     if 16 * source.dim * source.count > memory:
-        return _train(_StreamedPairs(source, settings, seed, memory), settings, seed, checkpoint, progress, callback)
+        return _train(_StreamedPairs(source, settings, seed, memory), settings, seed, checkpoint, progress, callback, keep_checkpoint)
     background, analysis = (torch.empty(source.count, source.dim, dtype=torch.float64) for _ in range(2))
     step = source.block * max(1, 4096 // source.block)
     for first in range(0, source.count, step):
@@ -1098,7 +1112,7 @@ def train_from(
     pairs = _HeldPairs(background, analysis, held_out, settings, seed)
     del background, analysis  # the pairs are in the network's units now
     pairs.layout = source.layout
-    return _train(pairs, settings, seed, checkpoint, progress, callback)
+    return _train(pairs, settings, seed, checkpoint, progress, callback, keep_checkpoint)
 
 # %% ../nbs/07_flow_matching.ipynb #0bbfe3f6
 class _RunningSample:

@@ -78,11 +78,12 @@ class UserModel(FunctionModel):
                 moved = np.asarray(function(state.detach().cpu().numpy().copy()))
                 moved = torch.tensor(moved, dtype=state.dtype, device=state.device)
             else:
-                moved = function(state)
+                moved = function(state.clone())  # it may change what it is given
         except Exception as error:  # whatever a stranger's function may raise
             said = _last_line(str(error)) or "no message"
             raise ValueError(
-                f"{self.name}: raised {type(error).__name__}: {said} (given states of shape {tuple(state.shape)})"
+                f"{self.name}: raised {type(error).__name__}: {said} (given {'arrays' if self.numpy else 'tensors'} of shape "
+                f"{'(dim,), one at a time' if self.one_at_a_time else tuple(state.shape)}; see `numpy` and `one_at_a_time`)"
             ) from error
         if not isinstance(moved, Tensor):
             raise ValueError(f"{self.name}: expected a tensor (numpy=True is for arrays), got {type(moved).__name__}")
@@ -254,13 +255,13 @@ class ProgramModel:
         fields = {}
         for f in self._fields.fields:
             dims, shape = ("member", *f.dims), (count, *f.shape)
-            if f.name not in data.variables:
-                raise ValueError(f"{self.name}: expected {f.name!r} in its output, got {', '.join(map(str, data.variables)) or 'nothing'}")
-            if set(data[f.name].dims) != set(dims):
-                raise ValueError(f"{self.name}: expected {f.name!r} with dimensions {dims}, got {data[f.name].dims}")
-            values = data[f.name].transpose(*dims).values
+            if f.title not in data.variables:
+                raise ValueError(f"{self.name}: expected {f.title!r} in its output, got {', '.join(map(str, data.variables)) or 'nothing'}")
+            if set(data[f.title].dims) != set(dims):
+                raise ValueError(f"{self.name}: expected {f.title!r} with dimensions {dims}, got {data[f.title].dims}")
+            values = data[f.title].transpose(*dims).values
             if values.shape != shape or not np.issubdtype(values.dtype, np.number):
-                raise ValueError(f"{self.name}: expected {f.name!r} to be numbers of shape {shape}, got {values.dtype} of {values.shape}")
+                raise ValueError(f"{self.name}: expected {f.title!r} to be numbers of shape {shape}, got {values.dtype} of {values.shape}")
             fields[f.name] = values
         return self._fields.join(fields)
 

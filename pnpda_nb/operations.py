@@ -35,7 +35,7 @@ from .sweep import whole_file
 # %% auto #0
 __all__ = ['TAUS', 'DRAWS', 'CANDIDATES', 'Part', 'set_aside', 'usual_settings', 'Fixed', 'attach_errors', 'attached_errors',
            'plug_and_play', 'pseudo_observations', 'at_a_time', 'trial', 'choose_iterations', 'Calibration',
-           'regression', 'calibrate', 'Trained', 'train_archive', 'assimilate', 'Report', 'report_suffix',
+           'regression', 'calibrate', 'Trained', 'train_archive', 'assimilate', 'Report', 'report_suffix', 'verdict',
            'training_report', 'draw_training', 'draw_ranks', 'innovations', 'assimilation_report', 'draw_increments']
 
 # %% ../nbs/15b_operations.ipynb #91e69ff0
@@ -93,7 +93,7 @@ def usual_settings(dim: int, pairs: int, epochs: int | None = None, memory: int 
     weights = 3 * dim * width + 2 * width**2 + 4 * dim**2 * usual.linear_skip
     steps = max(1000, min(20_000, 2 * 10**13 // (6 * weights * batch)))
     held = max(batch, min(pairs, memory // (8 * dim)))  # pairs that an epoch sees
-    return replace(usual, hidden=(width,) * 3, batch=batch, epochs=epochs or max(30, min(1000, steps // (held // batch))))
+    return replace(usual, hidden=(width,) * 3, batch=batch, epochs=max(30, min(1000, steps // (held // batch))) if epochs is None else epochs)
 
 # %% ../nbs/15b_operations.ipynb #d127aa6d
 TAUS = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9)
@@ -147,7 +147,10 @@ def attached_errors(prior: FlowPrior) -> ResidualCovariance | None:
     """The error covariances that `attach_errors` attached, or None."""
     if "residual_taus" not in prior.attached:
         return None
-    taus, factors, diagonals = (prior.attached[f"residual_{name}"] for name in ("taus", "factor", "diagonal"))
+    taus, factors, diagonals = (prior.attached.get(f"residual_{name}") for name in ("taus", "factor", "diagonal"))
+    shape = (len(taus), prior.dim)
+    if factors is None or diagonals is None or factors.shape[:2] != shape or diagonals.shape != shape or (diagonals < 0).any():
+        raise ValueError(f"prior: expected attached error covariances for {shape[0]} pseudo-times and {shape[1]} numbers, got others")
     return ResidualCovariance(tuple(taus.tolist()), tuple(FactoredError(L, d) for L, d in zip(factors, diagonals)))
 
 # %% ../nbs/15b_operations.ipynb #e1039e07
@@ -158,7 +161,8 @@ def plug_and_play(prior: FlowPrior, iterations: int | None = None, answers: int 
     if iterations is None:
         iterations = int(prior.attached.get("iterations", torch.tensor(20)))
     errors = attached_errors(prior)
-    steps = {} if errors is None else {"data_step": "kalman", "residuals": errors, "draws": DRAWS}
+    # no gradient step is taken, so its length should not cost anything
+    steps = {} if errors is None else {"data_step": "kalman", "residuals": errors, "draws": DRAWS, "step_rule": "paper"}
     return PnPDA(prior, iterations=iterations, ensemble=answers, **steps)
 
 # %% ../nbs/15b_operations.ipynb #da518af3
@@ -187,7 +191,7 @@ def at_a_time(method: PnPDA, members: int, dim: int) -> int:
 
 def trial(
     prior: FlowPrior,
-    measured: Part,
+    trained: Part,
     tested: Part,
     generator: torch.Generator,
     iterations: Sequence[int],
@@ -196,17 +200,19 @@ def trial(
     """Analyses of the pairs in `tested` from pseudo-observations: background, 3D-Var, a Kalman step from a `line` (what a
     regression makes of backgrounds), if there is one, and PnP-DA with `iterations`.
 
-    `measured` are the pairs that all covariances are from. `error` is the root mean square distance from the archive's
+    The covariances of 3D-Var and of the line are from the pairs that were `trained` on (the prior's own are attached). `error` is the root mean square distance from the archive's
     analyses, in standard deviations of the increments, `±` its standard error as if pairs were independent.
     """
-    (b, a), (background, analysis) = measured.read(), tested.read()
+    (background, analysis), size = tested.read(), 50_000_000 // (8 * prior.dim)
+    b, a = trained.read(max(0, trained.count - max(50, size)))
     unit = (analysis - background).std(0).clamp_min(1e-12)
     observations = pseudo_observations(background, analysis, generator)
-    rank = prior.attached["residual_factor"].shape[-1]
+    rank = max(1, min(prior.dim, 128, len(b) // 5))
     states = {"background": background}
     for name, mean in {"3D-Var": lambda x: x, "regression + Kalman step": line}.items():
         if mean is not None:
-            B = residual_covariance(Fixed(prior.dim, mean), b, a, (0.0,), generator, rank=rank).errors[0]
+            bias = (a - mean(b)).mean(0) if mean is not line else 0.0
+            B = residual_covariance(Fixed(prior.dim, lambda x: mean(x) + bias), b, a, (0.0,), generator, rank=rank).errors[0]
             states[name] = B.update(mean(background)[:, None], observations)[:, 0]
     for n in iterations:
         method, answers = plug_and_play(prior, n), []
@@ -222,9 +228,9 @@ def trial(
 CANDIDATES = (1, 5, 20)
 
 
-def choose_iterations(prior: FlowPrior, measured: Part, generator: torch.Generator) -> FlowPrior:
+def choose_iterations(prior: FlowPrior, trained: Part, measured: Part, generator: torch.Generator) -> FlowPrior:
     """The same prior with the best of the `CANDIDATES` attached as `iterations`."""
-    errors = trial(prior, measured, measured, generator, CANDIDATES).set_index("analysis")["error"].iloc[2:]
+    errors = trial(prior, trained, measured, generator, CANDIDATES).set_index("analysis")["error"].iloc[2:]
     return _with(prior, iterations=torch.tensor(float(CANDIDATES[int(np.argmin(errors))]), dtype=torch.float64))
 
 # %% ../nbs/15b_operations.ipynb #5c0db47e
@@ -247,13 +253,13 @@ def regression(trained: Part, most: int = 20_000) -> Callable[[Tensor], Tensor] 
         return GaussianPrior.from_pairs(*trained.read(0, min(trained.count, most))).mean
 
 
-def calibrate(prior: FlowPrior, trained: Part, measured: Part, tested: Part, generator: torch.Generator, samples: int = 19) -> Calibration:
-    """Put the three questions to a prior with errors attached; `samples` are drawn for up to 200 of the tested pairs.
+def calibrate(prior: FlowPrior, trained: Part, tested: Part, generator: torch.Generator) -> Calibration:
+    """Put the three questions to a prior with errors attached; 19 samples are drawn for each of up to 200 of the tested pairs.
 
-    The line is a regression on the pairs that were trained on, if states have at most 200 numbers.
+    The line is a regression on the pairs that were trained on, if states have at most 200 numbers and there are ten times as many pairs.
     """
     background, analysis = tested.read()
-    line = regression(trained) if prior.dim <= 200 else None
+    line = regression(trained) if prior.dim <= 200 and trained.count >= 10 * prior.dim else None
     estimates = {"background": background} | ({} if line is None else {"regression": line(background)})
     estimates["prior"] = prior(background).conditional_mean(generator, draws=4)
     layout = Layout.plain(prior.dim) if prior.layout is None else layout_from_record(prior.layout)
@@ -265,6 +271,7 @@ def calibrate(prior: FlowPrior, trained: Part, measured: Part, tested: Part, gen
             error, bar = _error(x[:, part], analysis[:, part], torch.ones(()))
             row[name] = f"{error:.3g} ± {bar:.1g}"
         rows.append(row | {"pairs": len(analysis)})
+    samples = 19  # so that 50 and 90 % of the ranks are whole numbers of them
     few = max(2, min(len(analysis), 200, 5_000_000 // (samples * prior.dim)))
     pick = torch.linspace(0, len(analysis) - 1, few).long()
     members = torch.stack([prior(background[pick]).sample(generator, steps=10) for _ in range(samples)], 1)
@@ -276,7 +283,7 @@ def calibrate(prior: FlowPrior, trained: Part, measured: Part, tested: Part, gen
         coverage[width] = (float(inside.mean()), float(inside.std()) / len(inside) ** 0.5)
     ranks = torch.bincount(below.flatten(), minlength=samples + 1).double().numpy() / below.numel()
     chosen = int(prior.attached.get("iterations", torch.tensor(20)))
-    tried = trial(prior, measured, tested, generator, sorted({1, chosen}), line)
+    tried = trial(prior, trained, tested, generator, sorted({1, chosen}), line)
     return Calibration(pd.DataFrame(rows), tried, ranks, coverage, len(analysis))
 
 # %% ../nbs/15b_operations.ipynb #c7897eaf
@@ -300,15 +307,18 @@ def train_archive(
 ) -> Trained:
     """Train a prior on an archive, measure its errors and test it; the pairs for these are set aside from training.
 
-    Arguments as for `train_from`; without `settings`, `usual_settings`. Raises what `train_from` raises, and `ValueError` for
+    Arguments as for `train_from`; without `settings`, `usual_settings`. The `checkpoint` stays, for whoever saves the prior to
+    remove. Raises what `train_from` raises, and `ValueError` for
     fewer than 50 pairs.
     """
     trained, measured, tested = set_aside(source, memory)
     settings = settings or usual_settings(source.dim, trained.count, memory=memory)
-    prior, history = train_from(trained, settings, seed=seed, memory=memory, checkpoint=checkpoint, progress=progress)
+    prior, history = train_from(
+        trained, settings, seed=seed, memory=memory, checkpoint=checkpoint, progress=progress, keep_checkpoint=True
+    )
     prior = attach_errors(prior, *measured.read(), stream(seed, "errors"))
-    prior = choose_iterations(prior, measured, stream(seed, "iterations"))
-    return Trained(prior, history, calibrate(prior, trained, measured, tested, stream(seed, "calibration")))
+    prior = choose_iterations(prior, trained, measured, stream(seed, "iterations"))
+    return Trained(prior, history, calibrate(prior, trained, tested, stream(seed, "calibration")))
 
 # %% ../nbs/15b_operations.ipynb #e4144480
 def assimilate(
@@ -432,6 +442,19 @@ table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }} th, t
 """
 
 # %% ../nbs/15b_operations.ipynb #905c19a7
+def verdict(calibration: Calibration) -> str:
+    """One sentence: whether analyses with the prior were better than the best of those without it, in the `trial`."""
+    table = calibration.trial.set_index("analysis")
+    ours, others = table.iloc[-1], table[~table.index.str.startswith("PnP-DA")]
+    best, bar = others.error.idxmin(), float(np.hypot(ours["±"], others["±"][others.error.idxmin()]))
+    lead = float(others.error.min() - ours.error)
+    if lead > 2 * bar:
+        return f"With this prior analyses were better than with the best of the others ({best})."
+    if lead > -2 * bar:
+        return f"With this prior analyses were about as good as with the best of the others ({best}): see whether you need it."
+    return f"With this prior analyses were WORSE than with the best of the others ({best}): train longer or on more pairs, or do without it."
+
+
 def training_report(trained: Trained, name: str) -> Report:
     """The report of a training on the archive `name`: learning curve, and its calibration."""
     prior, history, calibration = trained.prior, trained.history, trained.calibration
@@ -443,7 +466,8 @@ def training_report(trained: Trained, name: str) -> Report:
     report.heading("What its mean knows")
     report.table(calibration.means, "How far the archive's analyses are from the background, from a linear regression on it, and from the prior's mean (root mean square ± standard error, as if pairs were independent).")
     report.heading("What it is worth in an analysis")
-    report.table(calibration.trial, "A quarter of the points are seen, with errors of a third of an increment. Errors are in standard deviations of the increments, against the archive's analyses (± standard error, as if pairs were independent). 3D-Var and the Kalman step from a regression have covariances from the same pairs; the number of iterations was chosen among 1, 5 and 20 with other pairs.")
+    report.text(verdict(calibration))
+    report.table(calibration.trial, "A quarter of the points are seen, with errors of a third of an increment. Errors are in standard deviations of the increments, against the archive's analyses (± standard error, as if pairs were independent). 3D-Var and the Kalman step from a regression have their covariances from the pairs of training; the number of iterations was chosen among 1, 5 and 20 with other pairs.")
     report.heading("Calibration")
     covered = ", ".join(f"{width:.0%} intervals hold {value:.1%} ± {bar:.1%}" for width, (value, bar) in calibration.coverage.items())
     report.text(f"Samples of the prior: {covered} of the analyses.")
@@ -452,6 +476,7 @@ def training_report(trained: Trained, name: str) -> Report:
 
 
 def draw_training(history: pd.DataFrame) -> Figure:
+    """The losses of a training by epoch; the first twentieth of the epochs may leave the frame."""
     figure, ax = plt.subplots(figsize=(7, 2.8), layout="constrained")
     ax.plot(history.epoch, history.training, color="0.6", label="training")
     ax.plot(history.epoch, history.validation, color="#009E73", label="validation")
@@ -462,6 +487,7 @@ def draw_training(history: pd.DataFrame) -> Figure:
 
 
 def draw_ranks(ranks: np.ndarray) -> Figure:
+    """How often each rank occurs, in units of what is expected."""
     figure, ax = plt.subplots(figsize=(7, 2.4), layout="constrained")
     ax.bar(range(len(ranks)), ranks * len(ranks), width=0.9, color="#56B4E9")
     ax.axhline(1, color="k", lw=1, ls="--")
@@ -491,12 +517,15 @@ def innovations(states: States, analysis: Tensor, sightings: Sightings) -> pd.Da
     return pd.DataFrame(rows)
 
 
-def assimilation_report(prior: FlowPrior, states: States, analysis: Tensor, sightings: Sightings, name: str) -> Report:
-    """The report of an assimilation of the background `name`: departures of observations, and increments."""
+def assimilation_report(
+    prior: FlowPrior, states: States, analysis: Tensor, sightings: Sightings, name: str, how: str = ""
+) -> Report:
+    """The report of an assimilation of the background `name`: departures of observations, and increments; `how` is a
+    sentence about what was done.
+    """
     report = Report(f"Analysis of {name}")
-    method = plug_and_play(prior)
     runs, members = states.values.shape[:2]
-    report.text(f"{runs * members} state(s) of {states.layout}; {sightings!r}. {prior!r}, by PnP-DA with {method.data_step} steps.")
+    report.text(f"{runs * members} state(s) of {states.layout}; {sightings!r}. {prior!r}. {how}".strip())
     report.heading("Observations")
     report.table(innovations(states, analysis, sightings), "Values seen and missing; root mean squares of observation minus background and observation minus analysis, beside the error that the observations claim; increments.")
     report.heading("Increments")
@@ -519,12 +548,12 @@ def draw_increments(spec: Field, states: States, analysis: Tensor, sightings: Si
     dims = spec.dims[-values.ndim :] or ("",)
     axes = [layout.axes.get(d) for d in dims]
     ticks = [np.array(a.values) if a is not None and a.numeric else np.arange(n) for a, n in zip(axes, values.shape)]
-    labels = [f"{d} ({a.units})" if a is not None and a.units else d for d, a in zip(dims, axes)]
+    labels = [f"{d} ({a.units})".replace("$", r"\$") if a is not None and a.units else d for d, a in zip(dims, axes)]
     mine = [i for i, name in enumerate(sightings.fields) if name == spec.name and np.isfinite(sightings.values[0, i])]
     nearest = [int(layout.kept[sightings.points[i, sightings.weights[i].argmax()]]) - begin for i in mine]
     places = [np.unravel_index(flat, spec.shape or (1,))[-values.ndim :] for flat in nearest]
     figure, ax = plt.subplots(figsize=(7, 2.8), layout="constrained")
-    label = f"increment of {spec.title}" + (f" ({spec.units})" if spec.units else "")
+    label = (f"increment of {spec.title}" + (f" ({spec.units})" if spec.units else "")).replace("$", r"\$")
     if values.ndim == 1:
         ax.plot(ticks[0], values, color="#009E73", marker=".")
         ax.axhline(0, color="0.5", lw=0.8)

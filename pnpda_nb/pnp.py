@@ -14,12 +14,13 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 import torch
 import xarray as xr
+from scipy.sparse import csr_array
 from scoringrules import crps_ensemble
 from torch import Tensor
 
 from .ensemble import Distance, anomalies, tapers
 from .flow_matching import Denoiser, FlowPrior, GaussianPrior, Prior
-from .observing import Covariance, DiagonalCovariance, Observations, Present, Select
+from .observing import Covariance, DiagonalCovariance, Interpolate, Observations, Present, Select
 
 # %% auto #0
 __all__ = ['step_size', 'selects_alone', 'Misfit', 'ErrorCovariance', 'Residuals', 'PnPDA', 'convergence', 'analysis_ensemble',
@@ -416,6 +417,8 @@ class FactoredError:
         L = x.new_zeros(x.shape[-1], 0) if self.factor is None else self.factor.to(x)
         d = torch.as_tensor(self.diagonal).to(x) + x.new_zeros(x.shape[-1])
         if not selects_alone(observations):
+            if (few := _interpolation(observations)) is not None and L.ndim == 2 and d.ndim == 1:
+                return self._at_stations(x, observations, few, L, d)
             H = _linearised(x, observations)
             HB = (H @ L) @ L.mT + H * d.unsqueeze(-2)
             return _kalman(x, observations, HB, HB @ H.mT)
@@ -432,6 +435,31 @@ class FactoredError:
         c = torch.linalg.solve_ex(inner, weighed @ innovation.unsqueeze(-1)).result
         rest = precision * (innovation - (U @ c).squeeze(-1))
         return x + (L @ c).squeeze(-1) + d * observations.operator.adjoint(x, rest)
+
+    def _at_stations(self, x: Tensor, observations: Observations, H: csr_array, L: Tensor, d: Tensor) -> Tensor:
+        """`update` where each observation is of a few variables: no matrix is as large as the observations times the state."""
+        HL = torch.from_numpy(H @ L.numpy())
+        S, P = HL @ HL.T + torch.from_numpy(((H * d.numpy()) @ H.T).toarray()), observations.covariance.matrix
+        if observations.missing is not None:
+            present = (~observations.missing).to(S)
+            S = S * present.unsqueeze(-1) * present.unsqueeze(-2)
+        innovation = observations.innovation(x)
+        if (S := S + P).ndim == 2:
+            weight = torch.linalg.solve_ex(S, innovation.flatten(0, -2).T).result.T.reshape(innovation.shape)
+        else:
+            weight = torch.linalg.solve_ex(S, innovation.mT).result.mT
+        return x + (weight @ HL) @ L.T + d * observations.operator.adjoint(x, weight)
+
+
+def _interpolation(observations: Observations) -> csr_array | None:
+    """The operator as a sparse matrix if it is an `Interpolate` with independent errors."""
+    operator = observations.operator
+    operator = operator.operator if isinstance(operator, Present) else operator
+    if not (isinstance(operator, Interpolate) and isinstance(observations.covariance, DiagonalCovariance)):
+        return None
+    rows = np.arange(operator.size).repeat(operator.indices.shape[1])
+    entries = operator.weights.double().numpy().ravel(), (rows, operator.indices.numpy().ravel())
+    return csr_array(entries, shape=(operator.size, operator.dim))
 
 # %% ../nbs/08_pnp.ipynb #8a6fb7f5
 @dataclass(frozen=True, eq=False)

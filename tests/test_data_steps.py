@@ -12,8 +12,10 @@ from pnpda_nb.flow_matching import Denoiser, GaussianPrior
 from pnpda_nb.observing import (
     Covariance,
     DiagonalCovariance,
+    Interpolate,
     Linear,
     Nonlinear,
+    Observations,
     ObservingNetwork,
     Select,
 )
@@ -331,3 +333,22 @@ def test_that_residuals_that_do_not_fit_are_named():
     for wrong in ({"half_width": 0.0}, {"inflation": 0.0}):
         with pytest.raises(ValueError, match=f"^{next(iter(wrong))}: expected"):
             EnsembleResidual(**wrong)
+
+
+@pytest.mark.parametrize("gaps", [False, True])
+def test_that_stations_between_points_are_a_matrix_that_is_not_written_down(gaps):
+    """The sparse path against the dense one, for the same operator as a matrix; some stations stand at one place."""
+    dim, size, g = 12, 5, stream(7, "stations")
+    points = torch.randint(0, dim, (size, 3), generator=g)
+    points[4] = points[3]
+    weights = torch.rand(size, 3, generator=g, dtype=torch.float64)
+    sparse = Interpolate(points, weights, dim)
+    dense = Linear(sparse.jacobian(torch.zeros(dim, dtype=torch.float64)))
+    values = standard_normal((4, size), g)
+    if gaps:
+        values[1, 2] = values[2, 0] = values[2, 4] = torch.nan
+    errors = DiagonalCovariance(torch.rand(size, generator=g, dtype=torch.float64) + 0.1)
+    error = FactoredError(standard_normal((dim, 3), g), torch.rand(dim, generator=g, dtype=torch.float64))
+    x = standard_normal((4, 2, dim), g)
+    one, other = (error.update(x, Observations(values, operator, errors)) for operator in (sparse, dense))
+    assert torch.allclose(one, other, atol=1e-12)

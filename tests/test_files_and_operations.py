@@ -154,7 +154,19 @@ def test_that_an_archive_may_be_groups_several_files_or_a_zarr_store(tmp_path):
     for other in opened[1:]:
         assert all(torch.equal(x, y) for x, y in zip(first, other.read(0, 20)))
         assert other.layout["variables"] == opened[0].layout["variables"]
-    assert opened[0].identity == opened[1].identity and len({a.count for a in opened}) == 1
+    assert len({a.count for a in opened}) == 1
+
+
+def test_that_an_archive_that_was_changed_is_another(tmp_path):
+    pairs = world(30)
+    pairs.to_netcdf(tmp_path / "pairs.nc")
+    with open_archive(tmp_path / "pairs.nc") as archive:
+        before = archive.identity
+        assert before == archive.identity
+    pairs.temperature_analysis[15] += 1.0
+    pairs.to_netcdf(tmp_path / "pairs.nc")
+    with open_archive(tmp_path / "pairs.nc") as archive:
+        assert archive.identity != before
 
 
 @pytest.mark.parametrize(
@@ -230,6 +242,32 @@ def test_that_a_value_sees_its_point_by_index_and_by_coordinate(states, tmp_path
     assert all(isinstance(H, Select) and H.indices == (5, 10, 11) for H in operators)  # point 6 is not in the state
 
 
+def test_that_a_packed_background_gives_an_analysis_that_is_not_cut(files, tmp_path):
+    with xr.open_dataset(files / "today.nc") as today:
+        packed = today.load()
+    packing = {"dtype": "int16", "scale_factor": 1e-3, "add_offset": 280.0, "_FillValue": -32768}
+    packed.to_netcdf(tmp_path / "packed.nc", encoding={"temperature": packing})
+    with open_archive(files / "pairs.nc") as archive:
+        states = read_states(tmp_path / "packed.nc", archive.state)
+    states.dataset(states.values + 50).to_netcdf(tmp_path / "out.nc")
+    with xr.open_dataset(tmp_path / "out.nc") as out:
+        assert np.allclose(out.temperature - packed.temperature, 50, atol=2e-3, equal_nan=True) or np.nanmax(np.abs(out.temperature - packed.temperature - 50)) < 2e-3
+
+
+def test_that_files_of_an_archive_come_in_their_order_and_once(tmp_path):
+    pairs = world(30)
+    pairs = pairs.assign_coords(time=np.datetime64("2020-01-01", "ns") + np.arange(30) * np.timedelta64(1, "D"))
+    for part in (1, 2, 10):
+        first = {1: 0, 2: 10, 10: 20}[part]
+        pairs.isel(time=slice(first, first + 10)).to_netcdf(tmp_path / f"y_{part}.nc")
+    pairs.to_netcdf(tmp_path / "whole.nc")
+    with open_archive(tmp_path / "y_*.nc") as parts, open_archive(tmp_path / "whole.nc") as whole:
+        assert torch.equal(parts.read(0, 30)[0], whole.read(0, 30)[0])
+    pairs.isel(time=slice(10)).to_netcdf(tmp_path / "y_11.nc")
+    with pytest.raises(ValueError, match="files of different times"):
+        open_archive(tmp_path / "y_*.nc")
+
+
 def test_that_what_is_seen_twice_counts_twice(states, tmp_path):
     stations(lat=("station", [50.0, 50.0, 0.0]), lon=("station", [90.0, 90.0, 0.0])).to_netcdf(tmp_path / "twice.nc")
     H = read_observations(tmp_path / "twice.nc", states).operator
@@ -240,18 +278,19 @@ def test_that_what_is_seen_twice_counts_twice(states, tmp_path):
     "changes, message",
     [
         ({"units": ("station", ["K", "K", "km/h"])}, "expected units 'm s-1' as of wind"),
-        ({"units": None}, "no attribute"),
+        ({"units": None}, "got none"),
         ({"variable": None}, "names the field of each station"),
         ({"variable": ("station", ["temperature", "salt", "wind"])}, "expected one of temperature, wind, got 'salt'"),
         ({"error": None}, "standard deviations"),
         ({"error": ("station", [0.1, -0.2, 0.1])}, "expected positive standard deviations of errors, got -0.2 for station 1"),
         ({"lat": ("station", [50.0, 70.0, 0.0])}, "expected stations between 40 and 60, got 70 for station 1"),
         ({"lat": None}, "expected where stations are along lat"),
-        ({"lat": ("station", [50.0, 50.0, 0.0]), "lon": ("station", [90.0, 180.0, 0.0])}, "station 1 at a point that the archive leaves out"),
+        ({"lat": ("station", [50.0, 50.0, 0.0]), "lon": ("station", [90.0, 180.0, 0.0])}, "station 1 at points that the archive leaves out"),
         ({"value": ("station", [np.inf, 279.0, 0.5])}, "1 infinite"),
         ({"value": ("station", [np.nan, np.nan, np.nan])}, "at least one value"),
         ({"value": None}, "expected a variable 'value' or one named as a field"),
-        ({"index": ("station", [0, 12, 0])}, "whole numbers from 0 to 11, got 12"),
+        ({"index": ("station", [0, 12, 0]), "lat": None, "lon": None}, "whole numbers from 0 to 11, got 12"),
+        ({"index": ("station", [5, 0, 0])}, "to name the same places"),
         ({"time": ("time", [5])}, "expected the background's time"),
     ],
 )
@@ -261,6 +300,42 @@ def test_that_observations_that_do_not_fit_are_one_clear_line(states, tmp_path, 
     with pytest.raises(ValueError, match=message) as caught:
         read_observations(tmp_path / "wrong.nc", states)
     assert "\n" not in str(caught.value)
+
+
+def test_that_members_of_one_time_stay_together_whatever_the_order_in_the_file(tmp_path):
+    pairs = world(10).expand_dims(member=3)
+    for name, order in (("a", ("member", "time", "lat", "lon")), ("b", ("time", "member", "lat", "lon"))):
+        pairs.transpose(*order).to_netcdf(tmp_path / f"{name}.nc")
+    with open_archive(tmp_path / "a.nc") as a, open_archive(tmp_path / "b.nc") as b:
+        assert all(torch.equal(x, y) for x, y in zip(a.read(0, 30), b.read(0, 30)))
+        x = a.read(0, 6)[1]
+        assert torch.equal(x[0], x[2]) and not torch.equal(x[2], x[3])  # three members of the first time, then the next
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("value, error, variable, units, lat, lon, time\n281, 0.1, temperature, K, 50, 90, 1999-09-09\n", "expected the background's time"),
+        ("value,error,variable,units,lat,lon\nwarm,0.1,temperature,K,50,90\n2,0.1,temperature,K,50,90\n", "expected numbers in column 'value' of"),
+        ("value;error;variable\n281;0.1;temperature\n", "separated by commas, got semicolons"),
+        ("value,error,variable,lat,lon\n281,0.1,temperature,50,90\n", "got none (an attribute `units`, or a column of a table)"),
+        ("value,error,time\n1,2,2020-01-01\n3,4,2021-01-01\n", "expected one time in"),
+    ],
+)
+def test_that_a_table_that_does_not_fit_is_one_clear_line(files, tmp_path, text, message):
+    (tmp_path / "s.csv").write_text(text)
+    with open_archive(files / "pairs.nc") as archive, xr.open_dataset(files / "today.nc") as today:
+        dated = today.load().assign_coords(time=[np.datetime64("2026-11-22", "ns")])
+        dated.to_netcdf(tmp_path / "dated.nc")
+        states = read_states(tmp_path / "dated.nc", archive.state)
+    with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(")", r"\)")):
+        read_observations(tmp_path / "s.csv", states)
+
+
+def test_that_a_table_with_blanks_and_gaps_is_read(states, tmp_path):
+    (tmp_path / "s.csv").write_text("value, error, variable, units, lat, lon\n281, 0.1, temperature, K, 50, 90\n , 0.1, wind, m s-1, , \n0.5, 0.1, wind, m s-1, , \n")
+    sightings = read_observations(tmp_path / "s.csv", states)
+    assert sightings.values.shape == (1, 3) and np.isnan(sightings.values).sum() == 1
 
 
 # ---------------------------------------------------------------- operations
@@ -360,6 +435,10 @@ def test_that_describe_says_what_a_file_is(files, forked):
         ("train {}/pairs.nc --out n.safetensors --memory 0", "memory: expected at least 1"),
         ("train {}/pairs.nc --out {}/pairs.nc", "which is read"),
         ("train {}/pairs.nc --out n.safetensors --names forecast", "expected two names"),
+        ("train {}/pairs.nc --out n.safetensors --epochs 0", "epochs: expected at least 1, got 0"),
+        ("train {}/pairs.nc --out .", "expected a file to write, got the folder ."),
+        ("assimilate --prior {}/prior.safetensors --background {}/today.nc --observations {}/stations.nc --out n.csv", "ends in .nc"),
+        ("assimilate --prior {}/prior.safetensors --background {}/today.nc --observations {}/stations.nc --out n.nc --answers 0", "answers: expected at least 1"),
         ("assimilate --prior {}/pairs.nc --background {}/today.nc --observations {}/stations.nc --out n.nc", "prior: "),
         ("assimilate --prior {}/prior.safetensors --background {}/stations.nc --observations {}/stations.nc --out n.nc", "expected a variable 'temperature'"),
         ("assimilate --prior {}/prior.safetensors --background {}/today.nc --observations {}/today.nc --out n.nc", "standard deviations"),

@@ -123,7 +123,9 @@ def class_entry(node: ast.ClassDef, module: str) -> Entry:
             hint, default = ast.unparse(item.annotation), ""
             if isinstance(item.value, ast.Call) and ast.unparse(item.value.func).endswith("field"):
                 options = {keyword.arg: ast.unparse(keyword.value) for keyword in item.value.keywords}
-                default = options.get("default") or (f"{options['default_factory']}()" if "default_factory" in options else "")
+                factory = options.get("default_factory", "")
+                made = factory.removeprefix("lambda: ") if factory.startswith("lambda:") else f"{factory}()" * bool(factory)
+                default = options.get("default") or made
                 if options.get("init") == "False":  # not a parameter: a base's field of this name is none either
                     hint = ""
             elif item.value:
