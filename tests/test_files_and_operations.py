@@ -212,26 +212,21 @@ def test_that_names_with_a_role_get_the_other_role(tmp_path, files):
 
 def test_that_stations_see_what_xarray_interpolates(states, tmp_path, files):
     random = np.random.default_rng(3)
-    lat, lon = random.uniform(52, 60, 20), random.uniform(0, 270, 20)  # away from the hole
+    lat, lon = random.uniform(41, 59, 40), random.uniform(0, 270, 40)
+    away = np.abs(lon - 180) > 90  # from the hole, which interpolation would touch
+    lat, lon = lat[away], lon[away]
+    count = len(lat)
+    assert count > 5
     listed = stations(
-        value=("station", np.zeros(20)), error=("station", np.ones(20)), variable=None, units=None,
+        value=("station", np.zeros(count)), error=("station", np.ones(count)), variable=None, units=None,
         lat=("station", lat), lon=("station", lon),
     ).rename(value="temperature", error="temperature_error")
     listed.temperature.attrs["units"] = "K"
     listed.to_netcdf(tmp_path / "s.nc")
     with xr.open_dataset(files / "today.nc") as today:
-        field = today.temperature[0].fillna(0.0)
-    inside = np.abs(lat - 50) > 0
-    wanted = field.interp(lat=("s", lat[inside]), lon=("s", lon[inside])).values
-    try:
-        sightings = read_observations(tmp_path / "s.nc", states)
-    except ValueError as error:  # some of them touch the hole
-        assert "leaves out" in str(error)
-        keep = ~((lat < 60) & (np.abs(lon - 180) < 90))
-        listed.isel(station=keep).to_netcdf(tmp_path / "s2.nc")
-        sightings, wanted = read_observations(tmp_path / "s2.nc", states), wanted[keep]
-    assert isinstance(sightings.operator, Interpolate) and len(wanted) > 3
-    assert np.allclose(sightings.operator(states.values[0, 0]), wanted)
+        wanted = today.temperature[0].interp(lat=("s", lat), lon=("s", lon)).values
+    sightings = read_observations(tmp_path / "s.nc", states)
+    assert isinstance(sightings.operator, Interpolate) and np.allclose(sightings.operator(states.values[0, 0]), wanted)
 
 
 def test_that_a_value_sees_its_point_by_index_and_by_coordinate(states, tmp_path):
@@ -251,7 +246,8 @@ def test_that_a_packed_background_gives_an_analysis_that_is_not_cut(files, tmp_p
         states = read_states(tmp_path / "packed.nc", archive.state)
     states.dataset(states.values + 50).to_netcdf(tmp_path / "out.nc")
     with xr.open_dataset(tmp_path / "out.nc") as out:
-        assert np.allclose(out.temperature - packed.temperature, 50, atol=2e-3, equal_nan=True) or np.nanmax(np.abs(out.temperature - packed.temperature - 50)) < 2e-3
+        moved = (out.temperature - packed.temperature).values
+    assert np.isfinite(moved).sum() == 11 and np.nanmax(np.abs(moved - 50)) < 2e-3
 
 
 def test_that_files_of_an_archive_come_in_their_order_and_once(tmp_path):
@@ -352,8 +348,7 @@ def test_that_the_pairs_set_aside_are_the_last_and_never_trained_on(files):
             set_aside(Part(archive, 0, 49))
 
 
-def test_that_an_analysis_with_exact_errors_of_a_gaussian_is_the_posterior_mean():
-    """One Kalman step from the conditional mean, with its error covariance: what `attach_errors` measures must be enough."""
+def test_that_the_errors_measured_around_a_conditional_mean_have_its_covariance():
     dim, n = 3, 40_000
     A = torch.tensor([[0.9, 0.1, 0], [0, 0.8, 0.1], [0.1, 0, 0.7]], dtype=torch.float64)
     S = torch.tensor([[0.5, 0.3, 0.1], [0.3, 0.4, 0.2], [0.1, 0.2, 0.3]], dtype=torch.float64)
@@ -414,7 +409,7 @@ def test_that_the_shell_trains_and_assimilates_as_python_does(files, tmp_path, f
     with xr.open_dataset(tmp_path / "a.nc") as a, xr.open_dataset(tmp_path / "b.nc") as b, xr.open_dataset(files / "today.nc") as today:
         assert a.equals(b) and a.sizes == today.sizes and a.temperature.attrs["units"] == "K"
         assert np.isnan(a.temperature[0, 1, 2]) and not a.equals(today)
-        assert abs(float(a.wind[0]) - 0.5) < abs(float(today.wind[0]) - 0.5) + 0.05
+        assert abs(float(a.wind[0]) - 0.5) < abs(float(today.wind[0]) - 0.5)
     assert "data:image/png;base64," in (tmp_path / "a.html").read_text()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.html", "a.nc", "b.html", "b.nc", "p.md", "p.safetensors", "p_files"]
 
