@@ -6,6 +6,7 @@ import random
 import resource
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -214,7 +215,7 @@ try:
 except OSError as error:
     print(error)
 """
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (8000, 8000))
     done = subprocess.run([sys.executable, "-c", code], preexec_fn=limit, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.count("\n") == 1 and f"cannot write {path} (File too large)" in done.stdout, done
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["out"]
