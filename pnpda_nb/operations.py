@@ -714,7 +714,7 @@ def _markdown(text: object) -> str:
     """Text as Markdown that shows it as it is: no element of HTML, no link, emphasis, code, mathematics, table or heading."""
     words = html.escape(_words(text), quote=False)
     words = re.sub(r"([\\`*_{}\[\]|~$^#@!])", r"\\\1", words)
-    return re.sub(r"^([-+=:]|\d+(?=[.)]))", lambda m: m[0] + "\u2060" if m[0][0].isdigit() else "\\" + m[0], words)
+    return re.sub(r"^(\d*)([-+=:.)])(?=[-=\s]|$)", r"\1\\\2", words)  # nor a list or a line at its beginning
 
 
 def _cells(table: pd.DataFrame) -> list[list[str]]:
