@@ -1020,8 +1020,8 @@ class _Units:
         lost = still if self.constant is None else still & ~self.constant
         if lost.any():
             raise ValueError(f"analysis: a variable {wrong}: {int(lost.sum())} of {self.dim}, first number {int(lost.nonzero()[0])}")
-        if not torch.isfinite(deviation).all():
-            raise ValueError("background, analysis: expected numbers whose squares are finite, got larger ones")
+        if not torch.isfinite(deviation).all() or not (still | (deviation > 0)).all():
+            raise ValueError("background, analysis: expected numbers whose squares are finite and not zero, got larger or smaller ones")
         return deviation.where(~still, sample.size.where(sample.size > 0, 1.0)) if still.any() else deviation
 
     def inside(self, background: Tensor, analysis: Tensor) -> tuple[Tensor, Tensor]:

@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 
 from .dynamics import RunStreams, stream
 from .files import Axis, Field, Layout, Sightings, States, layout_from_record
-from .flow_matching import FlowPrior, PairSource, TrainingSettings, _RunningSample, _Sample, _size, train_from
+from .flow_matching import FlowPrior, PairSource, TensorPairs, TrainingSettings, _read, _RunningSample, _Sample, _size, train_from
 from .observing import DiagonalCovariance, Observations, ObservingNetwork, Select
 from .pnp import FactoredError, PnPDA, ResidualCovariance, residual_covariance
 from .sweep import whole_file
@@ -103,7 +103,7 @@ def survey(source: PairSource, trained: int, memory: int = 256_000_000, progress
     step = source.block * max(1, min(4096, memory // (128 * source.dim)) // source.block)
     with tqdm(total=source.count, desc="survey", unit="pair", disable=None if progress else True, leave=False) as bar:
         for first in range(0, source.count, step):
-            background, analysis = source.read(first, min(first + step, source.count))
+            background, analysis = _read(source, first, min(first + step, source.count))
             some = slice(max(0, trained - first))
             if len(background[some]):
                 increments.add((analysis - background)[some], _size(background[some], analysis[some]))
@@ -111,8 +111,8 @@ def survey(source: PairSource, trained: int, memory: int = 256_000_000, progress
             values = [ends[0].minimum(values[0]), ends[1].maximum(values[1])] if values else ends
             bar.update(len(background))
     unit = increments.deviation.where(increments.varies, 0.0)
-    if not torch.isfinite(unit).all():
-        raise ValueError("archive: expected numbers whose squares are finite, got larger ones")
+    if not torch.isfinite(unit).all() or (increments.varies & (unit == 0)).any():
+        raise ValueError("archive: expected numbers whose squares are finite and not zero, got larger or smaller ones")
     if not unit.any():
         raise ValueError(f"archive: expected analyses that differ from the backgrounds by something that changes, got none in {trained} pairs")
     return unit, *values
@@ -543,6 +543,7 @@ def train_archive(
     says between which values each variable was `held`. Raises what `train_from` raises, and `ValueError` for fewer than 50 pairs, or
     where nothing changes.
     """
+    _check_seed(seed)
     trained, measured, tested = set_aside(source, memory)
     unit, low, high = survey(source, trained.count, memory, progress)
     if not unit.all():
@@ -555,6 +556,11 @@ def train_archive(
     prior = attach_errors(prior, *measured.read(), stream(seed, "errors"))
     prior = choose_iterations(prior, trained, measured, stream(seed, "iterations"))
     return Trained(prior, history, calibrate(prior, trained, tested, stream(seed, "calibration"), memory))
+
+
+def _check_seed(seed: int) -> None:
+    if not isinstance(seed, Integral) or isinstance(seed, bool) or not abs(seed) < 2**63:
+        raise ValueError(f"seed: expected a whole number of at most 63 bits, got {seed!r}")
 
 
 def _silent(prior: FlowPrior, constant: Tensor) -> FlowPrior:
@@ -593,8 +599,7 @@ def assimilate(
     Raises `ValueError` for arguments out of range, for states or observations that do not fit the prior or one another, and if a
     state or an analysis is not finite.
     """
-    if not isinstance(seed, Integral) or isinstance(seed, bool) or not abs(seed) < 2**63:
-        raise ValueError(f"seed: expected a whole number of at most 63 bits, got {seed!r}")
+    _check_seed(seed)
     method, parts, unit = plug_and_play(prior, iterations, answers), [], attached_unit(prior)
     runs, members, dim = states.values.shape
     if dim != prior.dim:
@@ -766,9 +771,9 @@ def verdict(calibration: Calibration) -> str:
     """
     table = calibration.trial.set_index("analysis")
     ours, others = table.iloc[-1], table[~table.index.str.startswith("PnP-DA")].dropna(subset="error")
-    rest = [f"{name} is not among the others ({table.note[name].removeprefix('not computed: ')})." for name in RIVALS if name in table.index and np.isnan(table.error[name])]
-    rest += [f"{name} is not among the others (it was not tried)." for name in RIVALS if name not in table.index]
-    rest = " ".join([*rest, *calibration.notes])
+    missing = {name: table.note[name] for name in RIVALS if name in table.index and np.isnan(table.error[name])}
+    missing |= {name: "not tried" for name in RIVALS if name not in table.index}
+    rest = " ".join([*(f"Missing among the others: {name} ({reason})." for name, reason in missing.items()), *calibration.notes])
     if np.isnan(ours.error):
         return f"With this prior there was no finite analysis of every pair: do without it. {rest}".strip()
     best = others.error.idxmin()
