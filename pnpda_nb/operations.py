@@ -867,8 +867,8 @@ def assimilation_report(
     report.table(innovations(states, analysis, sightings), "Values seen and missing; root mean squares of observation minus background and observation minus analysis, beside the error that the observations claim; increments.")
     refused = [tuple(map(str, one)) for one in getattr(sightings, "refused", ())]
     if refused:
-        more = f" and {len(refused) - 20} more" if len(refused) > 20 else ""
-        report.table(pd.DataFrame(refused[:20], columns=["field", "where", "value"]), f"Values beyond anything that the archive has held, taken for missing: {len(refused)}{', of which 20' + more if more else ''}.")
+        listed = ", of which 20 are listed" if len(refused) > 20 else ""
+        report.table(pd.DataFrame(refused[:20], columns=["field", "where", "value"]), f"Values beyond anything that the archive has held, taken for missing: {len(refused)}{listed}.")
     report.heading("Increments")
     unit = attached_unit(prior)
     if unit is not None and not unit.all():
