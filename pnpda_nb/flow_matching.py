@@ -110,18 +110,23 @@ class GaussianPrior:
     """
 
     def __init__(self, matrix: Tensor, offset: Tensor, covariance: Covariance):
-        self.matrix, self.offset, self.covariance = matrix, offset, covariance
-        self.dim = covariance.size
-        if matrix.shape != (self.dim, self.dim) or offset.shape != (self.dim,):
+        self.matrix, self.offset = (torch.as_tensor(x, dtype=torch.float64) for x in (matrix, offset))
+        self.dim, self.covariance = covariance.size, covariance
+        if self.matrix.shape != (self.dim, self.dim) or self.offset.shape != (self.dim,):
             raise ValueError(
-                f"matrix, offset: expected sizes {self.dim} as the covariance's, got {tuple(matrix.shape)} and {tuple(offset.shape)}"
+                f"matrix, offset: expected sizes {self.dim} as the covariance's, got {tuple(self.matrix.shape)} and {tuple(self.offset.shape)}"
             )
+        if not (torch.isfinite(self.matrix).all() and torch.isfinite(self.offset).all()):
+            raise ValueError("matrix, offset: expected finite numbers, got others")
 
     @classmethod
     def from_pairs(cls, background: Tensor, analysis: Tensor) -> "GaussianPrior":
         """The Gaussian prior with the sample mean and covariance of pairs `(sample, dim)`: a linear
         regression. Raises `ValueError` for pairs that do not determine one, in whatever units.
         """
+        if background.ndim != 2 or background.shape != analysis.shape or len(analysis) < 2:
+            raise ValueError(f"background, analysis: expected two or more pairs (sample, dim), got {tuple(background.shape)} and {tuple(analysis.shape)}")
+        background, analysis = background.double(), analysis.double()
         joint = torch.cov(torch.cat((background, analysis), -1).T)
         n = background.shape[-1]
         known = Covariance(joint[:n, :n], "covariance of the backgrounds of the pairs")
@@ -139,6 +144,8 @@ class GaussianPrior:
 
     def mean(self, background: Tensor) -> Tensor:
         """E[x_a | x_b] for backgrounds `(..., dim)`."""
+        if background.shape[-1] != self.dim:
+            raise ValueError(f"background: expected states of size {self.dim} as the prior's, got {background.shape[-1]}")
         return background @ self.matrix.T + self.offset
 
     def __call__(self, background: Tensor) -> Denoiser:

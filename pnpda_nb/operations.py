@@ -99,6 +99,8 @@ def survey(source: PairSource, trained: int, memory: int = 256_000_000, progress
 
     Raises `ValueError` if nothing changes, and for numbers whose squares are not finite.
     """
+    if not 2 <= trained <= source.count:
+        raise ValueError(f"trained: expected 2 to {source.count} pairs, as many as there are, got {trained}")
     increments, values = _RunningSample(source.dim), []
     step = source.block * max(1, min(4096, memory // (128 * source.dim)) // source.block)
     with tqdm(total=source.count, desc="survey", unit="pair", disable=None if progress else True, leave=False) as bar:
@@ -127,6 +129,15 @@ def _named(positions: Tensor | np.ndarray, layout: Layout, most: int = 3) -> str
         index = np.unravel_index(int(flat - starts[number]), spec.shape) if spec.shape else ()
         names.append(spec.title + (f"[{','.join(map(str, index))}]" if spec.shape else ""))
     return ", ".join(names) + ("" if len(positions) <= most else ", …")
+
+
+def _check_pairs(background: Tensor, analysis: Tensor, dim: int | None = None) -> None:
+    """Raise `ValueError` for what are not finite pairs `(sample, dim)`."""
+    if background.ndim != 2 or background.shape != analysis.shape or not len(analysis) or dim not in (None, analysis.shape[1]):
+        of = "of one shape" if dim is None else f"of {dim} numbers"
+        raise ValueError(f"background, analysis: expected pairs (sample, dim) {of}, got {tuple(background.shape)} and {tuple(analysis.shape)}")
+    if not (torch.isfinite(background).all() and torch.isfinite(analysis).all()):
+        raise ValueError("background, analysis: expected finite pairs, got others")
 
 
 def _points(count: int) -> str:
@@ -173,6 +184,7 @@ def attach_errors(prior: FlowPrior, background: Tensor, analysis: Tensor, genera
     it was not trained on: at most `rank` directions, no more than a fifth of the pairs can tell, and the rest's variances. Where
     increments never change (`attached_unit`), there is no error.
     """
+    _check_pairs(background, analysis, prior.dim)
     unit = attached_unit(prior)
     constant = torch.zeros(prior.dim, dtype=torch.bool) if unit is None else unit == 0
     analysis = torch.where(constant, background, analysis)
@@ -245,8 +257,11 @@ def pseudo_observations(
 ) -> Observations:
     """A random `share` of the points of `analysis` `(sample, dim)`, the same for all, with errors of a third of the standard
     deviation of the increments there: the `unit` `(dim,)`, by default that of the pairs given. Points where it is 0 are not seen.
-    Raises `ValueError` if that is all of them.
+    Raises `ValueError` if that is all of them, for other than pairs, and for a share that is none.
     """
+    _check_pairs(background, analysis)
+    if not 0 < share <= 1:
+        raise ValueError(f"share: expected more than 0 and at most 1, got {share}")
     if unit is None:
         increments = _Sample(analysis - background, _size(background, analysis))
         unit = increments.deviation.where(increments.varies, 0.0)
@@ -278,8 +293,11 @@ def at_a_time(method: PnPDA, members: int, dim: int) -> int:
 
 def scored(background: Tensor, analysis: Tensor, unit: Tensor) -> Tensor:
     """Which points count in scores of pairs `(sample, dim)`: those whose increments have a `unit`, and change in these pairs. A
-    mask `(dim,)`. Raises `ValueError` if there is none.
+    mask `(dim,)`. Raises `ValueError` if there is none, and for other than pairs and a unit for each variable.
     """
+    _check_pairs(background, analysis)
+    if unit.shape != analysis.shape[1:]:
+        raise ValueError(f"unit: expected {analysis.shape[1]} standard deviations, got shape {tuple(unit.shape)}")
     points = unit > 0
     if len(analysis) > 1:  # of a single pair, nobody can tell
         points = points & _Sample(analysis - background, _size(background, analysis)).varies
@@ -602,10 +620,11 @@ def assimilate(
     _check_seed(seed)
     method, parts, unit = plug_and_play(prior, iterations, answers), [], attached_unit(prior)
     runs, members, dim = states.values.shape
+    values = states.values.double()
     if dim != prior.dim:
         raise ValueError(f"states: expected {prior.dim} numbers in each as the prior has, got {dim}")
-    if not torch.isfinite(states.values).all():
-        raise ValueError(f"states: expected finite numbers, got {int((~torch.isfinite(states.values)).sum())} that are not")
+    if not torch.isfinite(values).all():
+        raise ValueError(f"states: expected finite numbers, got {int((~torch.isfinite(values)).sum())} that are not")
     if sightings.dim != dim or len(sightings.values) != runs:
         raise ValueError(f"sightings: expected {runs} states of {dim} numbers as there are backgrounds, got {len(sightings.values)} of {sightings.dim}")
     together = at_a_time(method, members, dim)
@@ -613,11 +632,11 @@ def assimilate(
         for first in range(0, runs, together):
             some = slice(first, min(first + together, runs))
             streams = RunStreams(seed, "assimilate", first, runs=some.stop - first)
-            parts.append(method.analyse(states.values[some], sightings.observations(some), forecast=None, generator=streams))
+            parts.append(method.analyse(values[some], sightings.observations(some), forecast=None, generator=streams))
             bar.update(some.stop - first)
     analysis = torch.cat(parts)
     if unit is not None:
-        analysis = torch.where(unit > 0, analysis, states.values)
+        analysis = torch.where(unit > 0, analysis, values)
     lost = (~torch.isfinite(analysis)).any(-1).any(-1)
     if lost.any():
         raise ValueError(f"analysis: expected finite numbers, got some that are not in {int(lost.sum())} of {runs} states, first in {int(lost.nonzero()[0])}")

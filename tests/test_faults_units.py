@@ -26,11 +26,13 @@ from pnpda_nb.operations import (
     Report,
     assimilate,
     assimilation_report,
+    attach_errors,
     attached_unit,
     innovations,
     plug_and_play,
     pseudo_observations,
     regression,
+    scored,
     set_aside,
     survey,
     train_archive,
@@ -607,3 +609,39 @@ def test_that_refused_values_are_listed(prior):
     assert innovations(states, states.values, seen).refused.tolist() == [23]
     assert "refused" not in innovations(states, states.values, some_states(prior)[1])
     assert attached_unit(prior).shape == (DIM,)
+
+
+def test_that_single_precision_states_are_analysed_as_double(prior):
+    states, seen = some_states(prior)
+    single = dataclasses.replace(states, values=standard_normal((2, 1, DIM), stream(5)).float())
+    double = dataclasses.replace(states, values=single.values.double())
+    assert torch.equal(assimilate(prior, single, seen), assimilate(prior, double, seen))
+
+
+def test_that_pairs_that_are_none_are_named(prior):
+    background, analysis = pairs(20)
+    unit = torch.ones(DIM, dtype=torch.float64)
+    few = background[:, :5], analysis[:, :5]
+    for call in (
+        lambda: attach_errors(prior, *few, stream(0)),
+        lambda: attach_errors(prior, background / 0, analysis, stream(0)),
+        lambda: pseudo_observations(background, analysis[:3], stream(0)),
+        lambda: scored(background, analysis[:, 0], unit),
+        lambda: GaussianPrior.from_pairs(background, analysis[:3]),
+        lambda: GaussianPrior.from_pairs(background[:1], analysis[:1]),
+    ):
+        with pytest.raises(ValueError, match="^background, analysis: expected"):
+            call()
+    for call, message in (
+        (lambda: pseudo_observations(background, analysis, stream(0), share=0), "share: expected"),
+        (lambda: pseudo_observations(background, analysis, stream(0), share=math.nan), "share: expected"),
+        (lambda: pseudo_observations(background, background, stream(0)), "analysis: expected increments that change"),
+        (lambda: scored(background, analysis, unit[:3]), "unit: expected 12"),
+        (lambda: scored(background, analysis, 0 * unit), "archive: expected points that change"),
+        (lambda: survey(source(background, analysis), 21), "trained: expected 2 to 20 pairs"),
+        (lambda: regression(source(background, analysis)), "pairs: expected at least 30"),
+        (lambda: GaussianPrior(torch.eye(2) / 0, torch.zeros(2), Covariance(torch.eye(2))), "matrix, offset: expected finite"),
+        (lambda: GaussianPrior(torch.eye(2), torch.zeros(2), Covariance(torch.eye(2))).mean(torch.zeros(3).double()), "background: expected states of size 2"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            call()
