@@ -224,7 +224,7 @@ class AnalysisPrior(PriorFile):
             rows.append(torch.where(mask, (seen.value - background) / self.increment, 0.0))
             rows.append(torch.where(mask, (seen.value - self.location) / self.scale, 0.0))
             rows.append(there.expand_as(background))
-            rows.append(torch.where(mask, torch.log(seen.error.clamp_min(1e-6) / self.scale), 0.0))
+            rows.append(torch.where(mask, torch.log((seen.error / self.scale).clamp_min(1e-6)), 0.0))
         shown = torch.stack(rows, -2).float()
         return shown if extra is None else torch.cat((shown, extra.float()), -2)
 

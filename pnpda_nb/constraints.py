@@ -28,7 +28,8 @@ class Constraint:
     """A law c(x) = `function`(x) − `level` = 0. A subclass has `function`, `(..., dim) -> (..., count)`, and `nearest`.
 
     `level` is in the units of the function: a number, a tensor `(count,)` or one for every run, `(run, 1, count)`. `None` stands for
-    what the function is at a background. `tolerance` is the largest |c| on the set, relative to the level or to 1.
+    what the function is at a background. `tolerance` is the largest |c| on the set, relative to the
+    level or to the terms that the function adds up, |∂c/∂x_i · x_i|: in whatever units.
     """
 
     level: Tensor | float | None
@@ -56,7 +57,7 @@ class Constraint:
             landed = self.nearest(x, levels)
             at_hand = torch.cat((x, self.function(x), levels.expand(self.function(x).shape)), -1)
             fine = torch.isfinite(at_hand).all(-1)
-            far = self._distance(landed, levels).detach()
+            far = self._distance(landed, levels, self.terms(landed)).detach()
             lost = fine & ~(far <= self.tolerance)  # true for nan
             if lost.any():
                 raise ValueError(
@@ -64,9 +65,19 @@ class Constraint:
                 )
             return torch.where(fine.unsqueeze(-1), landed, torch.nan)
 
-    def _distance(self, x: Tensor, levels: Tensor) -> Tensor:
-        """|c(x)|, relative to the level or to 1, of the component that is worst: `(...)`."""
-        return ((self.function(x) - levels).abs() / levels.abs().clamp_min(1)).amax(-1)
+    def terms(self, x: Tensor) -> Tensor:
+        """Σ |∂c/∂x_i · x_i| at states `x` `(..., dim)`: how large the numbers are whose rounding c has, `(..., count)`."""
+        return (self.slope(x.detach()) * x.detach().unsqueeze(-2)).abs().sum(-1)
+
+    def slope(self, x: Tensor) -> Tensor:
+        """The Jacobian `(..., count, dim)` of the function."""
+        J = torch.func.vmap(torch.func.jacrev(self.function))(x.reshape(-1, x.shape[-1]))
+        return J.reshape(*x.shape[:-1], *J.shape[1:])
+
+    def _distance(self, x: Tensor, levels: Tensor, terms: Tensor) -> Tensor:
+        """|c(x)|, relative to the level or to the `terms` of the function, of the component that is worst: `(...)`."""
+        apart = (self.function(x) - levels).abs()
+        return (apart / levels.abs().maximum(terms)).masked_fill(apart == 0, 0.0).amax(-1)
 
     def __repr__(self) -> str:
         of = "the background's" if self.level is None else self.level
@@ -88,6 +99,14 @@ def newton_step(x: Tensor, c: Tensor, J: Tensor, B: Tensor) -> Tensor:
     return x - (B @ J.mT @ weights).squeeze(-1)
 
 
+def _balanced(matrix: Tensor) -> Tensor:
+    """A matrix of the same rank, without the units of its rows and columns."""
+    for dim in (1, 0):
+        size = matrix.abs().amax(dim, keepdim=True)
+        matrix = matrix / size.where(size > 0, 1.0)
+    return matrix
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class LinearConstraint(Constraint):
     """`matrix` `(count, dim)` times x is `level`: projected in closed form. Raises `ValueError` for rows that depend on
@@ -100,7 +119,7 @@ class LinearConstraint(Constraint):
     tolerance: float = 1e-10
 
     def __post_init__(self):
-        if self.matrix.ndim != 2 or torch.linalg.matrix_rank(self.matrix) < len(self.matrix):
+        if self.matrix.ndim != 2 or torch.linalg.matrix_rank(_balanced(self.matrix)) < len(self.matrix):
             raise ValueError(f"matrix: expected independent rows (count, dim), got {self.matrix.tolist()}")
         _metric(self.metric, self.matrix.shape[1])
 
@@ -111,6 +130,14 @@ class LinearConstraint(Constraint):
         return newton_step(x, self.function(x) - levels, self.matrix, _metric(self.metric, x.shape[-1]))
 
 # %% ../nbs/08d_constraints.ipynb #3d34af88
+def _semidefinite(A: Tensor) -> bool:
+    """Whether a symmetric matrix is positive semidefinite up to rounding, in whatever units."""
+    size = A.diagonal().clamp_min(0).sqrt()
+    unit = size.where(size > 0, 1.0)
+    balanced = A / unit / unit[:, None]
+    return bool((A.diagonal() >= 0).all() and not A[size == 0].any() and torch.linalg.eigvalsh(balanced)[0] >= -1e-12)
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class QuadraticConstraint(Constraint):
     """xᵀ `matrix` x is `level` > 0, for a positive semidefinite `matrix` `(dim, dim)`: projected to the nearest point of the
@@ -126,7 +153,7 @@ class QuadraticConstraint(Constraint):
     def __post_init__(self):
         A = self.matrix
         square = A.ndim == 2 and torch.equal(A, A.mT)
-        if not square or not torch.linalg.eigvalsh(A)[-1] > 0 or torch.linalg.eigvalsh(A)[0] < -1e-12 * A.abs().max():
+        if not square or not A.any() or not _semidefinite(A):
             raise ValueError(f"matrix: expected a symmetric one, positive semidefinite and not zero, got {A.tolist()}")
         if self.level is not None and not (self.levels() > 0).all():
             raise ValueError(f"level: expected positive numbers, got {self.level}")
@@ -182,12 +209,12 @@ class FunctionConstraint(Constraint):
             raise ValueError(f"iterations: expected at least 1, got {self.iterations}")
 
     def nearest(self, x: Tensor, levels: Tensor) -> Tensor:
-        B, count = _metric(self.metric, x.shape[-1]), self.function(x).shape[-1]
-        slope = torch.func.vmap(torch.func.jacrev(self.function))
+        B = _metric(self.metric, x.shape[-1])
         there, near = torch.zeros(x.shape[:-1], dtype=torch.bool), self.tolerance**0.5 / 10
         for _ in range(self.iterations):
-            J = slope(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], count, x.shape[-1])
-            last = ~(self._distance(x, levels) > near)  # from near the next step arrives; and nan has no more to lose
+            J = self.slope(x)
+            terms = (J * x.unsqueeze(-2)).abs().sum(-1).detach()
+            last = ~(self._distance(x, levels, terms) > near)  # from near the next step arrives; and nan has no more to lose
             moved = newton_step(x, self.function(x) - levels, J, B)
             x = torch.where(there.unsqueeze(-1), x, moved)  # a state does not wait for the others
             there = there | last
