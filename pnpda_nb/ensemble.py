@@ -413,7 +413,7 @@ class ParticleFilter:
     settings out of range, and for `weights` of another shape, below zero, or all zero.
     """
 
-    jitter: float = 0.8
+    jitter: float = 0.7
     resample_below: float = 0.2
     bandwidth: Literal["effective", "members"] = "effective"
     window: int = field(default=1, init=False, repr=False)
