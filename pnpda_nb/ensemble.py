@@ -441,9 +441,7 @@ class ParticleFilter:
         likelihood = -observations.covariance.squared_norm(observations.innovation(background)) / 2
         after = torch.softmax(likelihood if weights is None else weights.log() + likelihood, -1)
         effective = 1 / after.square().sum(-1, keepdim=True)
-        count = members if self.bandwidth == "members" else effective.unsqueeze(-1)
-        width = self.jitter * count ** (-1 / (background.shape[-1] + 4))
-        particles = self._resampled(background, after, width, generator)
+        particles = self._resampled(background, after, generator, weights)
         lost = ~torch.isfinite(after).all(-1, keepdim=True)
         if weights is None:
             return particles.masked_fill(lost.unsqueeze(-1), torch.nan)
@@ -452,12 +450,17 @@ class ParticleFilter:
         particles = torch.where(keep.unsqueeze(-1), background, particles).masked_fill(lost.unsqueeze(-1), torch.nan)
         return particles, torch.where(keep, after, 1 / members)
 
-    def _resampled(self, background: Tensor, weights: Tensor, width: Tensor | float, generator: torch.Generator) -> Tensor:
-        """Particles drawn by their `weights` `(..., member)`, all but the first copy of each moved by a kernel of `width` standard deviations."""
+    def _resampled(self, background: Tensor, weights: Tensor, generator: torch.Generator, before: Tensor | None) -> Tensor:
+        """Particles drawn by their `weights` `(..., member)`, all but the first copy of each moved by the kernel; they had the weights `before`."""
         members, dim = background.shape[-2:]
         drawn = systematic_resampling(weights, generator)
         particles = background.gather(-2, drawn.unsqueeze(-1).expand(background.shape))
         copy = torch.nn.functional.pad(drawn[..., 1:] == drawn[..., :-1], (1, 0)).unsqueeze(-1)
+        count = members
+        if self.bandwidth == "effective":
+            count = 1 / weights.square().sum(-1)[..., None, None]
+            before = torch.full_like(weights, 1 / members) if before is None else before / before.sum(-1, keepdim=True)
+            weights = torch.where(count[..., 0] > dim, weights, before)  # fewer span no space of `dim` dimensions
         # weighted anomalies times a random matrix are draws with the weighted covariance
         centred = background - weights.unsqueeze(-2) @ background
         unbiased = (1 - weights.square().sum(-1)).clamp_min(1 / members)[..., None, None]
@@ -466,7 +469,7 @@ class ParticleFilter:
             spread = torch.linalg.qr(spread, mode="r").R
         chance = standard_normal((*background.shape[:-1], spread.shape[-2]), generator)
         noise = chance.to(background) @ spread
-        return particles + width * copy * noise
+        return particles + self.jitter * count ** (-1 / (dim + 4)) * copy * noise
 
 # %% ../nbs/05_ensemble.ipynb #9805a75c
 def _require_weights(weights: Tensor, background: Tensor) -> None:
