@@ -38,12 +38,15 @@ def make_archive(
     "analysis", "smoothed" (what a method that looks back made of it) or "truth", which only a twin experiment
     has. The first `discard` cycles of every run are
     left out, and so are runs that failed. Returns a dataset of `background`, `analysis` and
-    `truth`, each `(sample, variable)`. Raises `ValueError` if nothing is left, or the method has no such targets.
+    `truth`, each `(sample, variable)`. Raises `ValueError` if nothing is left, or the method has no such targets,
+    or for pairs of members that have weights.
     """
     if targets not in ("analysis", "smoothed", "truth"):
         raise ValueError(f"targets: expected 'analysis', 'smoothed' or 'truth', got {targets!r}")
     if pairs == "members" and targets != "analysis":
         raise ValueError(f"targets: expected 'analysis' for pairs of members, got {targets!r}")
+    if pairs == "members" and getattr(method, "weighted", False):
+        raise ValueError(f"pairs: expected 'means' of {type(method).__name__}, whose members have weights, got 'members'")
     if pairs not in ("means", "members"):
         raise ValueError(f"pairs: expected 'means' or 'members', got {pairs!r}")
     if not 0 <= discard < experiment.cycles:

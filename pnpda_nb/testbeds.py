@@ -43,8 +43,8 @@ from pnpda_nb.variational import (
 
 # %% auto #0
 __all__ = ['TESTBEDS', 'METHODS', 'LEARNED', 'PUBLISHED', 'lorenz63', 'lorenz96', 'kuramoto_sivashinsky', 'pendulum',
-           'double_well', 'sakov2012', 'sakov2008', 'bocquet2013', 'Climate', 'climate_of', 'method_by_name',
-           'Published', 'published_scores']
+           'double_well', 'sakov2012', 'sakov2008', 'bocquet2013', 'bocquet2010', 'Climate', 'climate_of',
+           'method_by_name', 'Published', 'published_scores']
 
 # %% ../nbs/94_testbeds.ipynb #ee063f75
 def _network(sites, dim: int, variance: float) -> ObservingNetwork:
@@ -196,9 +196,29 @@ def bocquet2013(cycles: int = 1000) -> TwinExperiment:
     return replace(sakov2008(cycles, interval=4), name="bocquet2013")
 
 
+def bocquet2010(cycles: int = 1280) -> TwinExperiment:
+    """Lorenz-96 with 10 variables, half observed, as in Bocquet et al. (2010): every second one seen every step of 0.05 with variance
+    2.25, a perfect model, scores from time 20 on.
+    """
+    model = Lorenz96(dim=10)
+    return TwinExperiment(
+        name="bocquet2010",
+        nature=model,
+        forecast_model=model,
+        network=_network(range(0, 10, 2), 10, 2.25),
+        interval=1,
+        cycles=cycles,
+        burn_in=min(400, cycles - 1),
+        start=10 * (0.0,),
+        start_variance=0.001,
+        spin_up=0,
+        first_ensemble="same_law",
+    )
+
+
 TESTBEDS: dict[str, Callable[..., TwinExperiment]] = {
     make.__name__: make
-    for make in (lorenz63, lorenz96, kuramoto_sivashinsky, pendulum, double_well, sakov2012, sakov2008, bocquet2013)
+    for make in (lorenz63, lorenz96, kuramoto_sivashinsky, pendulum, double_well, sakov2012, sakov2008, bocquet2010, bocquet2013)
 }  # fmt: skip
 
 # %% ../nbs/94_testbeds.ipynb #89e11b54
@@ -382,6 +402,7 @@ PUBLISHED: tuple[Published, ...] = tuple(
         ("Sakov & Oke 2008", "sakov2008", "enkf", {"inflation": 1.08}, 28, 0.24),
         ("Sakov & Oke 2008", "sakov2008", "etkf", {"inflation": 1.02, "rotate": True}, 28, 0.18),
         ("Sakov & Oke 2008, baseline", "sakov2008", "letkf", {"inflation": 1.04, "rotate": True, "half_width": 7.28}, 7, 0.22),
+        ("Bocquet et al. 2010", "bocquet2010", "particle_filter", {}, 800, 0.29, 1280),
         ("Bocquet & Sakov 2013", "bocquet2013", "var4d", {"background": "identity", "scale": 0.2, "window": 1}, 1, 0.46),
         ("Bocquet & Sakov 2013", "bocquet2013", "var4d", {"background": "identity", "scale": 0.1, "window": 2}, 1, 0.39),
         ("Bocquet & Sakov 2013", "bocquet2013", "var4d", {"background": "identity", "scale": 0.02, "window": 4}, 1, 0.37),

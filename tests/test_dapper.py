@@ -31,7 +31,7 @@ from pnpda_nb.dynamics import (  # noqa: E402
     stream,
     trajectory,
 )
-from pnpda_nb.ensemble import ETKF, LETKF, EnKF, EnKS  # noqa: E402
+from pnpda_nb.ensemble import ETKF, LETKF, EnKF, EnKS, ParticleFilter  # noqa: E402
 from pnpda_nb.flow_matching import GaussianPrior  # noqa: E402
 from pnpda_nb.observing import Covariance, DiagonalCovariance, Select  # noqa: E402
 from pnpda_nb.pnp import PnPDA  # noqa: E402
@@ -215,6 +215,20 @@ def test_that_smoothers_and_windows_look_back_inside_dapper(prior):
         xp.assimilate(hmm, truth, observations)
         errors = [np.sqrt(np.mean(np.array(getattr(xp.stats.err, which)) ** 2, 1))[65:].mean() for which in "fas"]
         assert errors[2] < errors[1] < errors[0]
+
+
+def test_that_weights_are_told_to_dapper_and_score_there_as_here():
+    hmm = lorenz63(Ko=150)
+    theirs = score(lambda: da.PartFilt(N=200, NER=0.2, reg=1.0), hmm, range(1, 5))
+    ours = score(lambda: for_dapper(ParticleFilter(1.0, 0.2, "members"), 200), hmm, range(1, 5))
+    assert abs(ours.mean() / theirs.mean() - 1) < 0.4
+    set_seed(4)
+    truth, observations = hmm.simulate()
+    xp = for_dapper(ParticleFilter(resample_below=0.5), 50)
+    xp.assimilate(hmm, truth, observations)
+    weights = np.array(xp.stats.w.a)
+    assert np.allclose(weights.sum(1), 1) and (1 / (weights**2).sum(1) >= 25 - 1e-6).all() and (weights.std(1) > 0).any()
+    assert np.array_equal(np.array(xp.stats.w.f)[1:], weights[:-1])
 
 
 def test_that_noise_of_the_model_moves_ensembles_by_as_much_as_dapper_moves_them():
