@@ -627,6 +627,9 @@ class _Contents:
     def need(self, variable: str, wanted: int) -> None:
         """Raise `ValueError` unless numbers of a variable are stored, enough of them, and none would be made up where they are not."""
 
+    def check(self, variable: str, axis: int = 0, first: int = 0, last: int | None = None) -> None:
+        """Raise `ValueError` if packed numbers from `first` to `last` along an axis would become more than they should."""
+
 
 class _HDF5Contents(_Contents):
     """The datasets of an HDF5 file: shapes, chunks, and bytes stored."""
@@ -634,6 +637,7 @@ class _HDF5Contents(_Contents):
     def __init__(self, path: Path, name: str, group: str | None):
         super().__init__(path, name, group)
         self.parts: dict[str, tuple] = {}
+        self.unchecked: dict[tuple[str, int], dict[int, list]] = {}
         import h5py
 
         with h5py.File(path, "r") as file:
@@ -672,11 +676,47 @@ class _HDF5Contents(_Contents):
         if len(found.shape) == 1 and not empty and _too_much(max(declared, chunk), stored):  # coordinates are read when a file is opened
             raise self.refuse(f"{variable!r} claims {declared:.3g} bytes, of which {stored} are stored")
         self.parts[variable] = (found.shape, found.chunks, declared, stored, chunk)
+        if len(found.shape) == 1 and chunk and not empty:
+            self._unpack(variable, found)
 
     def claims(self, variable: str, wanted: int) -> None:
         _, _, _, stored, chunk = self.parts.get(f"{self.group}/{variable}".strip("/"), (None, None, 0, math.inf, 0))
         if _too_much(max(wanted, chunk), stored):
             raise self.refuse(f"{variable!r} claims {max(wanted, chunk):.3g} bytes, of which {stored} are stored")
+
+    def check(self, variable: str, axis: int = 0, first: int = 0, last: int | None = None) -> None:
+        import h5py
+
+        key = f"{self.group}/{variable}".strip("/")
+        if not self.parts.get(key, (None, None))[1] or self.unchecked.get((key, axis)) == {}:
+            return
+        with h5py.File(self.path, "r") as file:
+            self._unpack(key, file[key], axis, first, last)
+
+    def _unpack(self, key: str, found, axis: int = 0, first: int = 0, last: int | None = None) -> None:
+        """Unpack chunks, each once, as far as they should go: those that could become very many bytes."""
+        import h5py
+
+        plan = found.id.get_create_plist()
+        filters = [plan.get_filter(i)[0] for i in range(plan.get_nfilters())]
+        if h5py.h5z.FILTER_DEFLATE not in filters:
+            return
+        place, size = filters.index(h5py.h5z.FILTER_DEFLATE), self.parts[key][4]
+        if (key, axis) not in self.unchecked:
+            rows = self.unchecked[key, axis] = {}
+
+            def note(chunk) -> None:
+                if _too_much(1032 * chunk.size, 0) and not chunk.filter_mask & (1 << place):  # zlib makes at most so much of it
+                    rows.setdefault(chunk.chunk_offset[axis], []).append(chunk.chunk_offset)
+
+            found.id.chunk_iter(note)
+        rows = self.unchecked[key, axis]
+        for row in [r for r in rows if r + found.chunks[axis] > first and (last is None or r < last)]:
+            for offset in rows[row]:
+                most = size + 4 * (h5py.h5z.FILTER_FLETCHER32 in filters[:place])
+                if len(zlib.decompressobj().decompress(found.id.read_direct_chunk(offset)[1], most + 1)) > most:
+                    raise self.refuse(f"expected {most} bytes in the chunk {offset} of {key!r}, got more; is it whole?")
+            del rows[row]
 
     def need(self, variable: str, wanted: int) -> None:
         shape, chunks, declared, stored, chunk = self.parts[f"{self.group}/{variable}".strip("/")]
@@ -1247,9 +1287,14 @@ class _Piece:
 
     def read(self, role: str, first: int, last: int) -> np.ndarray:
         """The fields of pairs `first` to `last`, beside one another: `(pair, size of the layout)`."""
-        columns = []
+        columns, inner = [], math.prod(self.sizes[1:])
         for field in self.state.fields:
-            values = _stretch(self.fields[role][field.name], self.samples, field.dims, first, last, f"archive {self.shown}: pairs from {first}")
+            array = self.fields[role][field.name]
+            try:
+                self.contents[ROLES.index(role)].check(str(array.name), array.dims.index(self.samples[0]), first // inner, -(-last // inner))
+            except (OSError, zlib.error) as error:
+                raise ValueError(f"archive {self.shown}: {array.name!r} cannot be read at pair {first} ({_reason(error)}); is the file whole?") from error
+            values = _stretch(array, self.samples, field.dims, first, last, f"archive {self.shown}: pairs from {first}")
             columns.append(_in_units(values, self.factors[role, field.name]))
         return columns[0] if len(columns) == 1 else np.concatenate(columns, axis=1)
 
@@ -1568,6 +1613,7 @@ def read_states(path: str | os.PathLike, layout: Layout, *, name: str = "backgro
             contents.need(str(array.name), 8 * array.size)
             for part in array.coords.values():
                 contents.claims(str(part.name), part.nbytes)
+            contents.check(str(array.name))
         arrays = {n: _loaded(array, where) for n, array in arrays.items()}
         named = {word for array in arrays.values() for part in (array, *array.coords.values()) for key in _NAMING for word in _names_in((part.attrs | part.encoding).get(key, ""))}
         beside = {n: data[n].reset_coords(drop=True) for n in sorted(named) if n in data.variables and data[n].size <= max(array.size for array in arrays.values())}
@@ -1781,6 +1827,7 @@ def read_observations(path: str | os.PathLike, states: States, *, samples: Seque
             data = whole.drop_vars([n for n in whole.variables if str(n) not in used])
             for n, variable in data.variables.items():
                 (contents.need if n == "value" or n in names else contents.claims)(str(n), 8 * variable.size)
+                contents.check(str(n))
             data = xr.Dataset({n: (v.dims, _plain(_read(data[n], where)), v.attrs) for n, v in data.variables.items()}).set_coords(list(data.coords))
     data = _check_times(data, states, counting, where)
     found = [part for name, field in names.items() if name and name in data.data_vars for part in _named(data, name, field, states, where)]
