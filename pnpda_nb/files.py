@@ -885,8 +885,8 @@ class _ZarrContents(_Contents):
                 for entry in entries:
                     if entry.is_dir():
                         folders.append(Path(entry.path))
-                    elif entry.name not in _DESCRIPTIONS:
-                        total += entry.stat().st_size
+                    elif entry.name not in _DESCRIPTIONS and (found := self.file(os.path.relpath(entry.path, self.root))):
+                        total += found.st_size
                         if 1000 * total >= wanted:
                             return total
         return total
@@ -1616,7 +1616,7 @@ def read_states(path: str | os.PathLike, layout: Layout, *, name: str = "backgro
             contents.check(str(array.name))
         arrays = {n: _loaded(array, where) for n, array in arrays.items()}
         named = {word for array in arrays.values() for part in (array, *array.coords.values()) for key in _NAMING for word in _names_in((part.attrs | part.encoding).get(key, ""))}
-        beside = {n: data[n].reset_coords(drop=True) for n in sorted(named) if n in data.variables and data[n].size <= max(array.size for array in arrays.values())}
+        beside = {n: data[n].reset_coords(drop=True) for n in sorted(named) if n in data.variables and data[n].size <= 8 * max(array.size for array in arrays.values())}
         beside = {n: _loaded(array, where) for n, array in beside.items() if array.dtype.kind in "fiubSU" and n not in {array.name for array in arrays.values()}}
     runs, members = (tuple(d for d in dims if (d in MEMBERS) == inside) for inside in (False, True))
     shape = [math.prod(first.sizes[d] for d in some) for some in (runs, members)]
