@@ -430,7 +430,13 @@ def check_field(array: xr.DataArray, field: Field, layout: Layout, samples: Sequ
     for dim, size in zip(field.dims, field.shape):
         if array.sizes[dim] != size:
             raise ValueError(f"{where}: expected {array.name!r} with {size} points along {dim}, got {array.sizes[dim]}")
-        if dim in layout.axes and dim in array.coords and not layout.axes[dim].fits(axis := Axis.of(array.coords[dim])):
+        if dim not in layout.axes or dim not in array.coords:
+            continue
+        try:
+            axis = Axis.of(array.coords[dim])
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        if not layout.axes[dim].fits(axis):
             raise ValueError(f"{where}: expected coordinates {dim} {layout.axes[dim]}, got {axis}{_first_difference(layout.axes[dim], axis)}")
     check_units(_units(array.attrs, f"{where}: {array.name!r}"), field, f"{where}: {array.name!r}")
 
@@ -1444,6 +1450,10 @@ def _naturally(path: str) -> list:
     return [(int(part), "") if part.isdecimal() and len(part) < 20 else (-1, part) for part in re.split(r"(\d+)", path)]
 
 
+def _listing(names: str | Sequence[str]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
 def _files(path: str | os.PathLike) -> list[str]:
     """The file, or those that a pattern fits, by name."""
     if os.path.lexists(path) or not any(c in str(path) for c in "*?["):
@@ -1460,6 +1470,7 @@ def open_archive(path: str | os.PathLike, *, roles: Sequence[str] = ROLES, sampl
     """
     if len(roles) != 2 or not all(isinstance(role, str) and role for role in roles) or roles[0] == roles[1]:
         raise ValueError(f"roles: expected two names, got {roles!r}")
+    samples = _listing(samples)
     try:
         paths = _files(path)
     except ValueError:  # a path that no file can have
@@ -1476,7 +1487,10 @@ def open_archive(path: str | os.PathLike, *, roles: Sequence[str] = ROLES, sampl
         pieces = _in_order_of_time(pieces)
         first = pieces[0]
         known = {n: a if _units(a.attrs, first.where) else a.assign_attrs(units=_units(first.fields[ROLES[1]][n].attrs, first.where)) for n, a in first.fields[ROLES[0]].items()}
-        state = Layout.of(known, first.samples)
+        try:
+            state = Layout.of(known, first.samples)
+        except ValueError as error:
+            raise ValueError(f"{first.where}: {error}") from error
         if not all(f.size for f in state.fields):
             empty = next(f for f in state.fields if not f.size)
             raise ValueError(f"archive: expected points of {empty.title} in {first.shown}, got none")
@@ -1602,7 +1616,7 @@ def read_states(path: str | os.PathLike, layout: Layout, *, name: str = "backgro
     with opened as data:
         arrays = {field.name: _variable(data, field, (name, layout.roles[0]), where) for field in layout.fields}
         first = next(iter(arrays.values()))
-        dims = [str(d) for d in first.dims if d not in layout.fields[0].dims and is_sample(str(d), data, (*samples, *layout.samples))]
+        dims = [str(d) for d in first.dims if d not in layout.fields[0].dims and is_sample(str(d), data, (*_listing(samples), *layout.samples))]
         for field in layout.fields:
             array = arrays[field.name]
             check_field(array, field, layout, dims, where)
@@ -1673,7 +1687,7 @@ def along_axis(
     if outside.any():
         station = int(np.flatnonzero(outside)[0])
         number = station if numbers is None else numbers[station]
-        ends = values[order[[0, -1]]]
+        ends = values[order[[0, -2 if axis.closed else -1]]]
         raise ValueError(f"{where}: expected stations between {ends[0]:g} and {ends[1]:g}, got {positions[station]:g} for station {number}")
     if len(rising) == 1:
         here = np.full(len(positions), order[0])
@@ -1816,7 +1830,7 @@ def read_observations(path: str | os.PathLike, states: States, *, samples: Seque
     """
     where, layout = f"observations {_shown(path)}", states.layout
     names = {f.title: f for f in layout.fields} | {f.name: f for f in layout.fields}
-    counting = tuple(dict.fromkeys((*_TIMES, *states.runs, *layout.samples, *samples)))
+    counting = tuple(dict.fromkeys((*_TIMES, *states.runs, *layout.samples, *_listing(samples))))
     if str(path).lower().endswith(".csv"):
         data = _table(path, where)
     else:
