@@ -517,7 +517,7 @@ def _attributes(prior: object, given: Mapping[str, Path], how: Mapping[str, obje
     """What an analysis says about itself."""
     from datetime import datetime, timezone
 
-    words = " ".join(f"--{name} {value}" for name, value in {name: path.name for name, path in given.items()} | dict(how))
+    words = " ".join(f"--{name} {value}" for name, value in ({name: path.name for name, path in given.items()} | dict(how)).items())
     return {
         "title": f"analysis of {given['background'].name}",
         "source": f"PnP-DA with {prior!r}",
@@ -657,12 +657,12 @@ def _told(error: BaseException) -> str:
     """An error in words."""
     if hasattr(error, "format_message"):  # a usage error of the option parser
         return error.format_message()
-    said = str(error)
     if isinstance(error, OSError) and error.strerror:
-        said = f"{error.strerror}: {error.filename}" if error.filename is not None else error.strerror
+        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    said = str(error)
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate memory" in said):
         return f"there was not enough memory ({said or type(error).__name__})"
-    if isinstance(error, (ValueError, OSError)) and said:
+    if isinstance(error, (ValueError, OSError)) and ": " in said:  # as our own do: what it is about, and what was wrong
         return " ".join([said, *(f"({note})" for note in getattr(error, "__notes__", ()))])
     return f"unexpected error ({type(error).__name__}: {said}); with PNPDA_TRACEBACK=1 in the environment it says where"
 
@@ -730,8 +730,8 @@ def main() -> None:
             status, message = _attempt()
         out.flush()
         if not status and out.lost and not isinstance(out.lost, BrokenPipeError):
-            status, message = 2, f"standard output: {_told(out.lost)}"
-        for text in dict.fromkeys(str(w.message) for w in caught if not status and not issubclass(w.category, _OURS_ALONE)):
+            status, message = 2, f"standard output: cannot be written ({out.lost.strerror})"
+        for text in dict.fromkeys(str(w.message) for w in caught if not status and not issubclass(w.category, _FOR_PROGRAMMERS)):
             print(f"pnpda: warning: {_short(text)}", file=sys.stderr)
         if message:
             print(f"pnpda: {_short(message)}", file=sys.stderr)
@@ -742,7 +742,7 @@ def main() -> None:
     sys.exit(status)
 
 
-_OURS_ALONE = (DeprecationWarning, PendingDeprecationWarning, ResourceWarning, ImportWarning)  # no matter for who uses a command
+_FOR_PROGRAMMERS = (DeprecationWarning, PendingDeprecationWarning, ResourceWarning, ImportWarning)  # no matter for who uses a command
 
 # %% ../nbs/92_cli.ipynb #80aeeee2
 def _short(message: str) -> str:
