@@ -129,12 +129,13 @@ class _Place(NamedTuple):
 
 def _same(one: Path, other: Path) -> bool:
     """Whether two paths lead to the same file, or would if there were one."""
+    one, other = (Path(os.path.realpath(path)) for path in (one, other))  # also where a folder on the way is yet to be made
     if one.exists() and other.exists():
         return os.path.samefile(one, other)
     if one.exists() or other.exists():
         return False
-    real, also = (unicodedata.normalize("NFC", os.path.realpath(p)).casefold() for p in (one, other))  # some file systems know only one of Ä and ä
-    return real == also
+    name, also = (unicodedata.normalize("NFC", str(path)).casefold() for path in (one, other))  # some file systems know only one of Ä and ä
+    return name == also
 
 
 def _touch(one: _Place, other: _Place) -> bool:
@@ -186,6 +187,7 @@ def _read(name: str, *texts: object) -> list[_Place]:
 
 def _report_path(report: Optional[Path], out: Path) -> Path:
     """Where the report goes: beside what it is about, unless it is said otherwise."""
+    _check_free(_Place("out", out))
     report = out.with_suffix(".html") if report is None else report
     if report.suffix.lower() not in (".html", ".md"):
         raise ValueError(f"report: expected a file that ends in .html or .md, got {report}")

@@ -1,6 +1,7 @@
 """Thousands of command lines, most of them wrong: one line, a status that is known, and nobody's files changed. Long ones with `--slow`."""
 
 import contextlib
+import glob
 import hashlib
 import io
 import os
@@ -88,8 +89,10 @@ def complaint(status: int | None, said: str, before: dict, after: dict) -> str:
         return f"{len(lines)} lines"
     if any(ord(c) < 32 and c != "\n" for c in said):
         return "control characters"
-    if before != after:
-        return f"inputs changed: {sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))}"
+    if changed := sorted(name for name in before if before[name] != after.get(name)):
+        return f"inputs changed: {changed}"
+    if left := sorted(name for name in after if ".part" in Path(name).name):
+        return f"left over: {left}"
     return ""
 
 
@@ -156,9 +159,19 @@ def command_line(r: random.Random, inputs: Path, scratch: Path) -> list[str]:
     return words
 
 
+def may_replace(words: list[str], inputs: Path) -> set[str]:
+    """Names below `inputs` that a command line says are to be written, and does not read."""
+    after = {option: word for option, word in zip(words, words[1:]) if option in ("--out", "--report", "--prior", "--background", "--observations")}
+    read = [*words[1:2], *(after.get(option, "") for option in ("--prior", "--background", "--observations"))]
+    read = {os.path.realpath(path) for text in read for path in (text, *glob.glob(text))} if "\x00" not in "".join(read) else set()
+    written = {str(path) for option in ("--out", "--report") if option in after for path in (Path(after[option]), Path(after[option]).with_suffix(".html"))}
+    return {os.path.relpath(path, inputs) for path in written if not any(f"{os.path.realpath(path)}/".startswith(f"{other}/") for other in read)}
+
+
 def try_out(count: int, seed: int, run, inputs: Path, scratch: Path) -> tuple[list[str], dict[int, int]]:
     """The complaints about `count` command lines, and how often each status came."""
     r, wrong, statuses, before = random.Random(seed), [], {}, contents(inputs)
+    original = {name: (inputs / name).read_bytes() for name in before if (inputs / name).is_file() and not (inputs / name).is_symlink()}
     for _ in range(count):
         words = command_line(r, inputs, scratch)
         if run is by_subprocess:  # which the system would not start
@@ -166,10 +179,16 @@ def try_out(count: int, seed: int, run, inputs: Path, scratch: Path) -> tuple[li
         status, said = run(words, scratch)
         statuses[status] = statuses.get(status, 0) + 1
         after = contents(inputs)
-        left = [name for name in contents(scratch) if ".part" in Path(name).name]
-        if problem := complaint(status, said, before, after) or (f"left over: {left}" if left else ""):
+        if status == 0:
+            for name in may_replace(words, inputs) & {name for name in before if before[name] != after.get(name)}:
+                (inputs / name).unlink()
+                (inputs / name).write_bytes(original[name]) if name in original else (inputs / name).symlink_to(before[name].removeprefix("to "))
+                after[name] = before[name]
+        if problem := complaint(status, said, before, after | {f"new/{name}": what for name, what in contents(scratch).items()}):
             wrong.append(f"{problem}: {words!r} said {said[-300:]!r}")
-            before = after
+        for name in sorted(after.keys() - before.keys(), reverse=True):
+            (inputs / name).rmdir() if after[name] == "folder" else (inputs / name).unlink()
+        before = {name: what for name, what in after.items() if name in before}
     return wrong, statuses
 
 
@@ -194,7 +213,7 @@ def test_that_thousands_of_command_lines_end_as_they_should(inputs, tmp_path, co
 @pytest.mark.parametrize("harm, found", [
     (lambda folder: 1 / 0, "nobody foresaw it"),
     (lambda folder: (folder / "pairs.nc").write_bytes(b""), "inputs changed: ['pairs.nc']"),
-    (lambda folder: (folder / ".1.part.x.nc").touch(), "inputs changed: ['.1.part.x.nc']"),
+    (lambda folder: (folder / ".1.part.x.nc").touch(), "left over: ['.1.part.x.nc']"),
     (lambda folder: print("one\ntwo", file=sys.stderr) or int("x"), "3 lines"),
     (lambda folder: os._exit, ""),
 ])  # fmt: skip
