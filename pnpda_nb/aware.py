@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .dynamics import standard_normal, stream
-from .flow_matching import Denoiser, fitting_header, read_prior_file, velocity_from_denoised, write_prior_file
+from .flow_matching import Denoiser, PriorFile, network_from, velocity_from_denoised
 from .networks import ConvolutionNetwork, DenseNetwork, FieldNetwork, PyramidNetwork
 from .observing import Covariance, DiagonalCovariance, Observations, Present, Select, gaspari_cohn_matrix
 
@@ -148,7 +148,7 @@ def _taper(dim: int, half_width: float, ring: bool) -> Tensor | None:
     return gaspari_cohn_matrix(dim, half_width, ring) if half_width else None
 
 
-class AnalysisPrior:
+class AnalysisPrior(PriorFile):
     """A learned law of analyses, given a background and, if there are any, observations: @eq-increments and @eq-pseudo.
 
     `architecture` says which network it is (see `make`); `location` and `scale` are the units of the state, `increment` those of
@@ -255,27 +255,21 @@ class AnalysisPrior:
     def __call__(self, background: Tensor) -> "LearnedDenoiser":
         return LearnedDenoiser(self, background, None)
 
-    def save(self, path: str | os.PathLike) -> Path:
-        """Write the prior to a safetensors file, whole or not at all."""
+    def contents(self) -> tuple[int, dict[str, Tensor], dict]:
         tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}
         tensors |= {k: getattr(self, k) for k in ("location", "scale", "increment")}
-        return write_prior_file(path, "AnalysisPrior", 1, tensors, {"architecture": self.architecture, "training": self.training})
+        return 1, tensors, {"architecture": self.architecture, "training": self.training}
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "AnalysisPrior":
-        """Read a prior that `save` wrote; nothing in the file is executed. Raises `FileNotFoundError` for no file, `ValueError`
-        for one that `read_prior_file` refuses or whose header does not fit its contents.
-        """
-        _, tensors, header = read_prior_file(path, "AnalysisPrior", 1)
-        with fitting_header(path):
-            architecture, training = header["architecture"], header["training"]
-            network = _network(architecture, stream(0))
-            network.load_state_dict({k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")})
-            units = [tensors[name] for name in ("location", "scale", "increment")]
-        return cls(network.eval().requires_grad_(False), *units, architecture, training)
+    def restored(cls, version: int, tensors: dict[str, Tensor], header: dict) -> "AnalysisPrior":
+        architecture = header["architecture"]
+        weights = {k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")}
+        network = network_from(lambda: _network(architecture, None), architecture, weights)
+        units = [tensors[name] for name in ("location", "scale", "increment")]
+        return cls(network.eval().requires_grad_(False), *units, architecture, header["training"])
 
 
-def _network(architecture: dict, generator: torch.Generator) -> FieldNetwork:
+def _network(architecture: dict, generator: torch.Generator | None) -> FieldNetwork:
     channels, outputs = _FIELDS + architecture["extra"], 2 + architecture["rank"]
     size = {k: tuple(v) if isinstance(v, list) else v for k, v in architecture["size"].items()}
     if architecture["geometry"] == "none":

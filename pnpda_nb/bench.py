@@ -37,7 +37,8 @@ from .flow_matching import FlowPrior, VelocityMLP, conditional_coupling, flow_ma
 from .interop import import_dapper
 from .observing import Covariance, DiagonalCovariance, Observations, ObservingNetwork, Select
 from .pnp import PnPDA
-from .sweep import code_version, whole_file, writable, write_record
+from .disk import read_record, record_bytes, writable, write_whole
+from .sweep import code_version
 from .twin import TwinExperiment, cycle, forget_nature_runs, scores
 
 # %% auto #0
@@ -770,7 +771,7 @@ def _earlier(folder: Path) -> tuple[pd.DataFrame, list[dict]]:
     if not (folder / "bench.csv").exists():
         return pd.DataFrame(columns=COLUMNS), []
     try:
-        sessions = json.loads((folder / "manifest.json").read_text())["sessions"]
+        sessions = read_record(folder / "manifest.json")["sessions"]
         return pd.read_csv(folder / "bench.csv")[list(COLUMNS)], [dict(s, parts=list(s["parts"])) for s in sessions]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"out: {folder} holds a table that this one cannot be added to ({type(error).__name__})") from error
@@ -794,9 +795,8 @@ def _write(
     whole = pd.concat([x for x in (kept[0], table) if len(x)])
     order = [*PARTS, *whole.part]  # a part that is no longer known comes last
     whole = whole.sort_values("part", key=lambda column: column.map(order.index), kind="stable")
-    with whole_file(folder / "bench.csv") as beside:
-        whole.to_csv(beside, index=False, float_format="%.6g")
-    write_record({"sessions": [*kept[1], session]}, folder / "manifest.json")
+    texts = whole.to_csv(index=False, float_format="%.6g"), record_bytes({"sessions": [*kept[1], session]})
+    write_whole({folder / "bench.csv": texts[0], folder / "manifest.json": texts[1]})
 
 # %% ../nbs/95_bench.ipynb #ac1e8ff9
 def machine() -> dict[str, object]:

@@ -14,11 +14,13 @@ import re
 import struct
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import h5netcdf
 import numpy as np
+import torch
 import xarray as xr
 
 from .checks import guard
@@ -26,7 +28,8 @@ from .checks import guard
 # %% auto #0
 __all__ = ['BLANK', 'TAIL', 'write_whole', 'naming', 'writable', 'sealed', 'require_seal', 'record_bytes', 'record_from',
            'write_record', 'read_record', 'with_tail', 'without_tail', 'require_whole_hdf5', 'netcdf_bytes',
-           'netcdf_from', 'write_netcdf', 'writable_attributes']
+           'netcdf_from', 'write_netcdf', 'writable_attributes', 'write_checkpoint', 'read_checkpoint',
+           'fitting_checkpoint']
 
 # %% ../nbs/89_disk.ipynb #fbd22e95
 def write_whole(files: Mapping[str | os.PathLike, bytes | str]) -> None:
@@ -191,7 +194,10 @@ def netcdf_bytes(dataset: xr.Dataset) -> bytes:
     copy.attrs = writable_attributes(dataset.attrs)
     for name in copy.variables:
         copy[name].attrs = writable_attributes(copy[name].attrs)
-    return with_tail(bytes(copy.to_netcdf(engine="h5netcdf")))
+    content = io.BytesIO()
+    with h5netcdf.File(content, "w") as file:  # memory needs no lock, for which a worker of Dask would ask its scheduler
+        copy.dump_to_store(xr.backends.H5NetCDFStore(file, lock=nullcontext()))
+    return with_tail(content.getvalue())
 
 
 def netcdf_from(content: bytes, name: str) -> xr.Dataset:
@@ -233,6 +239,36 @@ def _writable(value: Any) -> Any:
         return value.decode(errors="replace")
     plain = value.tolist() if isinstance(value, np.ndarray) else value
     return json.dumps(plain, default=str)
+
+# %% ../nbs/89_disk.ipynb #375ed042
+def write_checkpoint(memory: dict, path: str | os.PathLike) -> None:
+    """Write a dictionary of tensors and plain values, whole or not at all, and sealed."""
+    content = io.BytesIO()
+    torch.save(memory, content)
+    write_whole({path: with_tail(content.getvalue())})
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict:
+    """Read what `write_checkpoint` wrote. Raises `OSError` for no file, and `ValueError` for one that is damaged or foreign."""
+    with naming(path, "read"):
+        content = Path(path).read_bytes()
+    try:
+        memory = torch.load(io.BytesIO(without_tail(content, "it")), weights_only=True)
+    except Exception as error:  # torch has many ways to say that a file is not its own
+        reason = str(error) if isinstance(error, ValueError) else type(error).__name__
+        raise ValueError(f"checkpoint: {path} is not a readable training checkpoint ({reason})") from error
+    if not isinstance(memory, dict):
+        raise ValueError(f"checkpoint: {path} is not a training checkpoint, but {type(memory).__name__}")
+    return memory
+
+
+@contextmanager
+def fitting_checkpoint(path: str | os.PathLike) -> Iterator[None]:
+    """What goes wrong inside is one `ValueError`: the checkpoint is not one of this training."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, RuntimeError, ValueError, AttributeError) as error:
+        raise ValueError(f"checkpoint: {path} does not fit this training ({type(error).__name__}); move it away to start anew") from error
 
 # %% ../nbs/89_disk.ipynb #68658bbd
 guard(globals())

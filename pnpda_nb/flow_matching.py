@@ -14,27 +14,38 @@ import os
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Iterator, Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import __version__
+from pnpda_nb.disk import (
+    BLANK,
+    fitting_checkpoint,
+    naming,
+    read_checkpoint,
+    require_seal,
+    sealed,
+    write_checkpoint,
+    write_whole,
+)
 from .dynamics import standard_normal, stream
 from .observing import Covariance
 
 # %% auto #0
 __all__ = ['PRIOR_KINDS', 'PAPER_TRAINING', 'denoised_from_velocity', 'velocity_from_denoised', 'Prior', 'Denoiser',
-           'GaussianPrior', 'Coupling', 'conditional_coupling', 'FourierEmbedding', 'VelocityMLP', 'write_prior_file',
-           'read_prior_file', 'describe_prior', 'fitting_header', 'FlowPrior', 'TrainingSettings', 'flow_matching_loss',
-           'train_prior', 'PairSource', 'TensorPairs', 'train_from']
+           'GaussianPrior', 'Coupling', 'conditional_coupling', 'FourierEmbedding', 'VelocityMLP', 'prior_bytes',
+           'read_prior_bytes', 'PriorFile', 'describe_prior', 'fitting_header', 'network_from', 'FlowPrior',
+           'TrainingSettings', 'flow_matching_loss', 'train_prior', 'PairSource', 'TensorPairs', 'train_from']
 
 # %% ../nbs/07_flow_matching.ipynb #e074b718
 def denoised_from_velocity(x: Tensor, velocity: Tensor, tau: float) -> Tensor:
@@ -193,14 +204,15 @@ def _assignment(cost: np.ndarray) -> np.ndarray:
 # %% ../nbs/07_flow_matching.ipynb #44810249
 class FourierEmbedding(nn.Module):
     """Embedding of pseudo-time in `size` features: sine and cosine at `size / 2` fixed frequencies
-    ~ N(0, `scale`²).
+    ~ N(0, `scale`²); without a `generator` they wait to be loaded.
     """
 
-    def __init__(self, size: int, generator: torch.Generator, scale: float = 10.0):
+    def __init__(self, size: int, generator: torch.Generator | None, scale: float = 10.0):
         super().__init__()
         if size < 2 or size % 2:
             raise ValueError(f"embedding: expected an even number of features, got {size}")
-        self.register_buffer("frequencies", (scale * standard_normal((size // 2,), generator)).float())
+        drawn = torch.empty(size // 2) if generator is None else (scale * standard_normal((size // 2,), generator)).float()
+        self.register_buffer("frequencies", drawn)
 
     def forward(self, tau: Tensor) -> Tensor:
         """`(..., 1)` -> `(..., size)`."""
@@ -210,7 +222,7 @@ class FourierEmbedding(nn.Module):
 # %% ../nbs/07_flow_matching.ipynb #64bad89a
 class VelocityMLP(nn.Module):
     """v_θ(x, τ, x_b) of the appendix of PnP-DA: states `(..., dim)`, pseudo-times `(..., 1)`,
-    velocities `(..., dim)`.
+    velocities `(..., dim)`. Without a `generator` its weights wait to be loaded.
     """
 
     def __init__(
@@ -218,19 +230,20 @@ class VelocityMLP(nn.Module):
         dim: int,
         hidden: tuple[int, ...],
         embedding: int,
-        generator: torch.Generator,
+        generator: torch.Generator | None,
         embedding_scale: float = 10.0,
         linear_skip: bool = False,
     ):
         super().__init__()
+        blank = partial(nn.utils.skip_init, nn.Linear, device=torch.get_default_device())
         self.embed = FourierEmbedding(embedding, generator, embedding_scale)
         widths = (2 * dim + embedding, *hidden)
-        self.layers = nn.ModuleList(
-            nn.utils.skip_init(nn.Linear, a, b) for a, b in zip(widths, widths[1:])
-        )
+        self.layers = nn.ModuleList(blank(a, b) for a, b in zip(widths, widths[1:]))
         self.norms = nn.ModuleList(nn.LayerNorm(b) for b in hidden)
-        self.last = nn.utils.skip_init(nn.Linear, hidden[-1], dim)
-        self.skip = nn.utils.skip_init(nn.Linear, 4 * dim, dim, bias=False) if linear_skip else None
+        self.last = blank(hidden[-1], dim)
+        self.skip = blank(4 * dim, dim, bias=False) if linear_skip else None
+        if generator is None:
+            return
         with (
             torch.no_grad()
         ):  # torch's usual uniform law, but from our stream: the global one stays untouched
@@ -285,65 +298,94 @@ PRIOR_KINDS = {  # the class that reads a kind, and what its formats begin with;
 }
 
 
-def write_prior_file(
-    path: str | os.PathLike, kind: str, version: int, tensors: dict[str, Tensor], header: dict
-) -> Path:
-    """Write `tensors` and a `header` of plain (JSON) values, beside `path` and renamed: whole or not at all.
+def prior_bytes(kind: str, version: int, tensors: dict[str, Tensor], header: dict) -> bytes:
+    """A sealed safetensors file of `tensors` and a `header` of plain (JSON) values; the same prior makes the same bytes.
 
-    `kind` is one of `PRIOR_KINDS`, `version` that of its format. Returns the path. Raises `ValueError` for a header
-    that JSON cannot hold.
+    `kind` is one of `PRIOR_KINDS`, `version` that of its format. Raises `ValueError` for a header that JSON cannot hold.
     """
-    path = Path(path)
     texts = {name: _json(name, value) for name, value in header.items()}
-    texts |= {"format": f"{PRIOR_KINDS[kind]}{version}", "written_by": f"pnpda_nb {__version__}"}
+    texts |= {"format": f"{PRIOR_KINDS[kind]}{version}", "written_by": f"pnpda_nb {__version__}", "seal": BLANK.decode()}
     # clones, since two names may be one tensor
     content = save({name: value.detach().clone().contiguous() for name, value in tensors.items()}, metadata=texts)
-    length = int.from_bytes(content[:8], "little")  # of the description, whose order is chance: the same prior makes the same file
+    length = int.from_bytes(content[:8], "little")  # of the description, whose order is chance
     described = json.dumps(json.loads(content[8 : 8 + length]), sort_keys=True, separators=(",", ":")).encode()
     described += b" " * (-len(described) % 8)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        beside.write_bytes(len(described).to_bytes(8, "little") + described + content[8 + length :])
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-    return path
+    return sealed(len(described).to_bytes(8, "little") + described + content[8 + length :])
 
 
-def read_prior_file(path: str | os.PathLike, kind: str, newest: int) -> tuple[int, dict[str, Tensor], dict]:
-    """The format's version, the tensors and the header of a prior file of this `kind`, up to the version `newest`.
+def read_prior_bytes(content: bytes, name: str, kind: str, newest: int) -> tuple[int, dict[str, Tensor], dict]:
+    """The format's version, the tensors and the header of a prior of this `kind`, up to the version `newest`.
 
-    Nothing in the file is executed. Raises `FileNotFoundError` for no file, and `ValueError` for a file that is
-    truncated or foreign, of another kind, of a newer version, or that holds numbers that are not finite.
+    Nothing in the file is executed. Raises `ValueError`, with the `name` of the file, for content that is damaged or foreign, of another
+    kind, of a newer version, or that holds numbers that are not finite.
     """
-    with _open_prior_file(path) as file:
-        found, version, written_by = _kind_of(path, file.metadata() or {})
-        if found != kind:
-            raise ValueError(f"prior: {path} holds a prior of another kind, which {found}.load reads; expected one for {kind}.load")
-        if version > newest:
-            raise ValueError(
-                f"prior: {path} is of format version {version}, written by {written_by}; "
-                f"this is pnpda_nb {__version__}, which reads a {kind} up to version {newest}"
-            )
-        with fitting_header(path):
-            header = {k: json.loads(v) for k, v in file.metadata().items() if k not in ("format", "written_by")}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    found, version, written_by, metadata, _ = _described(content, name)
+    if found != kind:
+        raise ValueError(f"prior: {name} holds a prior of another kind, which {found}.load reads; expected one for {kind}.load")
+    if version > newest:
+        raise ValueError(
+            f"prior: {name} is of format version {version}, written by {written_by}; "
+            f"this is pnpda_nb {__version__}, which reads a {kind} up to version {newest}"
+        )
+    require_seal(content, f"prior: {name}")
+    with fitting_header(name):
+        header = {k: json.loads(v) for k, v in metadata.items() if k not in ("format", "written_by", "seal")}
+        tensors = dict(sorted(load(content).items()))
     if not all(torch.isfinite(t).all() for t in tensors.values()):
-        raise ValueError(f"prior: {path} holds weights that are not finite")
+        raise ValueError(f"prior: {name} holds weights that are not finite")
     return version, tensors, header | {"written_by": written_by}
 
 
+class PriorFile:
+    """What all kinds of priors do with files. A subclass says its `newest` version, what `contents` a file of it has, and how it is
+    `restored` from them.
+    """
+
+    newest = 1
+
+    def contents(self) -> tuple[int, dict[str, Tensor], dict]:
+        """The version, the tensors and the header of the file."""
+        raise TypeError(f"{type(self).__name__}: has no contents for a file")
+
+    @classmethod
+    def restored(cls, version: int, tensors: dict[str, Tensor], header: dict) -> "PriorFile":
+        """The prior with these contents."""
+        raise TypeError(f"{cls.__name__}: cannot be restored from a file")
+
+    def to_bytes(self) -> bytes:
+        """The prior as the content of a safetensors file."""
+        return prior_bytes(type(self).__name__, *self.contents())
+
+    @classmethod
+    def from_bytes(cls, content: bytes, name: str = "prior") -> "PriorFile":
+        """The prior that `to_bytes` made; raises what `read_prior_bytes` raises, and `ValueError` for a header that does not fit."""
+        contents = read_prior_bytes(content, name, cls.__name__, cls.newest)
+        with fitting_header(name):
+            return cls.restored(*contents)
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Write the prior to a safetensors file, whole or not at all."""
+        write_whole({path: self.to_bytes()})
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "PriorFile":
+        """Read a prior that `save` wrote; nothing in the file is executed. Raises `FileNotFoundError` for no file, and `ValueError` as
+        `from_bytes` does.
+        """
+        return cls.from_bytes(_prior_content(path), str(path))
+
+
 def describe_prior(path: str | os.PathLike) -> dict:
-    """What a prior file of any kind says it is, by its header: no weight is read.
+    """What a prior file of any kind says it is, by its header.
 
     `kind` (the class that reads it), `format`, `written_by`, `dim`, the `variables` with their units if the file has a
     layout, the `training` summary, the names of what is `attached`, the number of `parameters` and the `bytes` of the
-    file. Raises as `read_prior_file` does for no file and for files that are not prior files.
+    file. Raises as `PriorFile.load` does for no file and for files that are damaged or no prior files.
     """
-    with _open_prior_file(path) as file:
-        metadata = file.metadata() or {}
-        kind, _, written_by = _kind_of(path, metadata)
-        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+    content = _prior_content(path)
+    kind, _, written_by, metadata, shapes = _described(content, str(path))
+    require_seal(content, f"prior: {path}")
     with fitting_header(path):
         header = {k: json.loads(metadata[k]) for k in ("architecture", "training", "layout") if k in metadata}
         dim = shapes["climate.mean"][-1] if kind == "IncrementalPrior" else header["architecture"]["dim"]
@@ -357,31 +399,60 @@ def describe_prior(path: str | os.PathLike) -> dict:
             "training": header["training"],
             "attached": sorted(k.removeprefix("attached.") for k in shapes if k.startswith("attached.")),
             "parameters": sum(weights),
-            "bytes": Path(path).stat().st_size,
+            "bytes": len(content),
         }
 
 
 @contextmanager
-def fitting_header(path: str | os.PathLike) -> Iterator[None]:
+def fitting_header(name: str | os.PathLike) -> Iterator[None]:
     """What goes wrong inside is one `ValueError`: the header of the prior file does not fit its contents."""
     try:
         yield
-    except (KeyError, IndexError, TypeError, RuntimeError, ValueError, AttributeError) as error:
-        raise ValueError(f"prior: {path} has a header that does not fit its contents ({type(error).__name__})") from error
+    except (KeyError, IndexError, TypeError, RuntimeError, ValueError, AttributeError, ArithmeticError, SafetensorError) as error:
+        raise ValueError(f"prior: {name} has a header that does not fit its contents ({type(error).__name__})") from error
 
 
-@contextmanager
-def _open_prior_file(path: str | os.PathLike) -> Iterator[safe_open]:
-    if not Path(path).is_file():
+def network_from(make: Callable[[], nn.Module], architecture: dict, tensors: dict[str, Tensor]) -> nn.Module:
+    """The network that `make` builds (without drawing weights), with the weights `tensors`.
+
+    What the `architecture` claims is compared with what is there before any room is made. Raises `ValueError` if it does not fit.
+    """
+    claims = architecture | architecture.get("size", {})
+    layers = [len(claim) for claim in claims.values() if isinstance(claim, (list, tuple))]
+    if max([*layers, *(claims.get(name, 0) for name in ("layers", "levels"))], default=0) > len(tensors):
+        raise ValueError(f"architecture: expected no more layers than there are tensors, {len(tensors)}")
+    with torch.device("meta"):  # shapes without numbers
+        network = make()
+    shapes = {name: tuple(t.shape) for name, t in network.state_dict().items()}
+    if shapes != {name: tuple(t.shape) for name, t in tensors.items()}:
+        raise ValueError("architecture: expected the shapes of the weights that are there, got others")
+    network.load_state_dict(tensors, assign=True)
+    return network
+
+# %% ../nbs/07_flow_matching.ipynb #82313ac1
+def _prior_content(path: str | os.PathLike) -> bytes:
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"prior: no file {path}")
+    with naming(path, "read"):
+        return Path(path).read_bytes()
+
+
+def _described(content: bytes, name: str) -> tuple[str, int, str, dict[str, str], dict[str, list[int]]]:
+    """Kind, version and author of a prior file, all texts of its header, and the shapes of its tensors."""
     try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"prior: {path} is not a readable safetensors file (truncated or foreign)") from error
+        length = int.from_bytes(content[:8], "little")
+        described = json.loads(content[8 : 8 + length])
+        metadata = {str(k): str(v) for k, v in described.pop("__metadata__", {}).items()}
+        shapes = {key: list(value["shape"]) for key, value in described.items()}
+        end = max((value["data_offsets"][1] for value in described.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise ValueError(f"prior: {name} is not a readable safetensors file (truncated or foreign)") from error
+    if 8 + length + end != len(content):
+        raise ValueError(f"prior: {name} is not a readable safetensors file (truncated: {len(content)} bytes where it says {8 + length + end})")
+    return *_kind_of(name, metadata), metadata, shapes
 
 
-def _kind_of(path: str | os.PathLike, metadata: dict[str, str]) -> tuple[str, int, str]:
+def _kind_of(path: str, metadata: dict[str, str]) -> tuple[str, int, str]:
     """Kind, version and author of a prior file, by its header."""
     name = metadata.get("format", "")
     for kind, start in PRIOR_KINDS.items():
@@ -398,7 +469,7 @@ def _json(name: str, value, **options) -> str:
         raise ValueError(f"{name}: expected plain values that JSON can hold ({error})") from error
 
 # %% ../nbs/07_flow_matching.ipynb #2a6879c0
-class FlowPrior:
+class FlowPrior(PriorFile):
     """A learned prior: a velocity network, and the `location` and `scale` `(dim,)` of the units
     that it works in.
 
@@ -473,42 +544,29 @@ class FlowPrior:
 
         return Denoiser(background, velocity, self.source, None if self.factor is None else background)
 
-    def save(self, path: str | os.PathLike) -> Path:
-        """Write the prior to a safetensors file, whole or not at all."""
+    def contents(self) -> tuple[int, dict[str, Tensor], dict]:
         tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}
         tensors |= {"location": self.location, "scale": self.scale, "factor": self.factor, "units": self.units}
         tensors |= {f"attached.{k}": v for k, v in self.attached.items()}
         header = {"architecture": self.architecture, "training": self.training} | ({} if self.layout is None else {"layout": self.layout})
         version = 1 if self.factor is None else self.newest
-        return write_prior_file(path, "FlowPrior", version, {k: v for k, v in tensors.items() if v is not None}, header)
+        return version, {k: v for k, v in tensors.items() if v is not None}, header
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "FlowPrior":
-        """Read a prior that `save` wrote. Nothing in the file is executed.
-
-        Raises `FileNotFoundError` for no file, and `ValueError` for one that `read_prior_file` refuses or whose header
-        does not fit its contents.
-        """
-        version, tensors, header = read_prior_file(path, "FlowPrior", cls.newest)
-
+    def restored(cls, version: int, tensors: dict[str, Tensor], header: dict) -> "FlowPrior":
         def named(start: str) -> dict[str, Tensor]:
             return {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
 
-        with fitting_header(path):
-            a = header["architecture"]
-            widths = [len(tensors[f"network.layers.{i}.weight"]) for i in range(len(a["hidden"]))]
-            if widths != list(a["hidden"]):  # before room is made for what it claims
-                raise ValueError(f"hidden: expected {widths}")
-            network = VelocityMLP(a["dim"], tuple(a["hidden"]), a["embedding"], stream(0), linear_skip=a["linear_skip"])
-            network.load_state_dict(named("network."))
-            location, scale = tensors["location"], tensors["scale"]
-            if not location.shape == scale.shape == (a["dim"],):
-                raise ValueError("location, scale")
-            return cls(
-                network, location, scale, a, header["training"],
-                factor=tensors["factor"] if version > 1 else None, units=tensors.get("units"),
-                layout=header.get("layout"), attached=named("attached."),
-            )  # fmt: skip
+        a = header["architecture"]
+        make = lambda: VelocityMLP(a["dim"], tuple(a["hidden"]), a["embedding"], None, linear_skip=a["linear_skip"])
+        location, scale = tensors["location"], tensors["scale"]
+        if not location.shape == scale.shape == (a["dim"],):
+            raise ValueError(f"location, scale: expected a size of {a['dim']}")
+        return cls(
+            network_from(make, a, named("network.")), location, scale, a, header["training"],
+            factor=tensors["factor"] if version > 1 else None, units=tensors.get("units"),
+            layout=header.get("layout"), attached=named("attached."),
+        )  # fmt: skip
 
 
 def _coloured(noise: Tensor, factor: Tensor) -> Tensor:
@@ -682,7 +740,8 @@ def _train(
     pairs.prepare(memory, progress)
     state = _Training(pairs, settings, seed)
     if memory:
-        state.restore(memory)
+        with fitting_checkpoint(path):
+            state.restore(memory)
     elif path and pairs.kept():  # what took a pass over all pairs
         state.write(path)
     bar = tqdm(
@@ -718,14 +777,8 @@ def _train(
 
 
 def _read_checkpoint(path: Path, fingerprint: str) -> dict:
-    try:
-        memory = torch.load(path, weights_only=True)
-        same = memory["fingerprint"] == fingerprint
-    except Exception as error:  # torch has many ways to say that a file is not its own
-        raise ValueError(
-            f"checkpoint: {path} is not a readable training checkpoint ({type(error).__name__})"
-        ) from error
-    if not same:
+    memory = read_checkpoint(path)
+    if memory.get("fingerprint") != fingerprint:
         raise ValueError(
             f"checkpoint: {path} belongs to a training with other settings, seed or pairs; move it away to start anew"
         )
@@ -926,12 +979,7 @@ class _Training:
         } | self.pairs.kept()
 
     def write(self, path: Path) -> None:
-        beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            torch.save(self.memory, beside)
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+        write_checkpoint(self.memory, path)
 
     def restore(self, memory: dict) -> None:
         self.network.load_state_dict(memory["network"])

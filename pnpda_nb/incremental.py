@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .dynamics import standard_normal, stream
-from .flow_matching import fitting_header, read_prior_file, write_prior_file
+from .disk import fitting_checkpoint, read_checkpoint, write_checkpoint
+from .flow_matching import PriorFile, network_from
 from .networks import ConvolutionNetwork, DenseNetwork, FieldNetwork
 from .observing import Covariance, Observations
 from pnpda_nb.windows import (
@@ -186,7 +187,7 @@ class ConstantNetwork(FieldNetwork):
     analyses that it makes.
     """
 
-    def __init__(self, channels: int, outputs: int, generator: torch.Generator, *, dim: int):
+    def __init__(self, channels: int, outputs: int, generator: torch.Generator | None, *, dim: int):
         super().__init__(channels, outputs, generator)
         self.answer = nn.Parameter(torch.zeros(outputs, dim))
 
@@ -235,7 +236,7 @@ class Calibration:
         return deviation * torch.from_numpy(np.exp(log))
 
 # %% ../nbs/09_incremental.ipynb #4df823b7
-class IncrementalPrior:
+class IncrementalPrior(PriorFile):
     """Priors N(μ_θ(x_s, s), Λ_θ(x_s, s)⁻¹) of windows `(T, n)` at `levels` of coarseness s (Blanke et al. 2024), around a `climate`.
 
     Made by `make`, trained by `train_incremental`. `analyse` turns information about windows into their law; everything is batched.
@@ -259,6 +260,16 @@ class IncrementalPrior:
         "constant" one; `size` goes to it. The precision is "banded" with `half_band` (default 2n − 1), "low_rank" with `rank`, or "dense", and never below
         `floor`. With `shared` weights one network serves all levels. Raises `ValueError` for settings out of range.
         """
+        architecture = cls._architecture(
+            climate, levels=levels, network=network, precision=precision, half_band=half_band, rank=rank, shared=shared, update=update, floor=floor, size=size
+        )
+        return cls(climate, _networks(architecture, *climate.mean.shape, stream(seed, "weights")), architecture)
+
+    @staticmethod
+    def _architecture(
+        climate: Climate, *, levels: int, network: str, precision: str, half_band: int, rank: int, shared: bool, update: str, floor: float, size: dict
+    ) -> dict:
+        """The settings of `make`, checked, as plain values."""
         steps, n = climate.mean.shape
         for name, value, known in (("network", network, KINDS), ("precision", precision, PRECISIONS), ("update", update, ("estimate", "average"))):
             if value not in known:
@@ -271,12 +282,8 @@ class IncrementalPrior:
             raise ValueError(f"half_band: expected 1 to {steps * n - 1}, got {half_band}")
         if not floor > 0:
             raise ValueError(f"floor: expected a positive precision, got {floor}")
-        architecture = {
-            "levels": levels, "network": network, "precision": precision, "half_band": half_band, "rank": rank, "shared": shared,
-            "update": update, "floor": floor, "size": size,
-        }  # fmt: skip
-        architecture = json.loads(json.dumps(architecture))
-        return cls(climate, _networks(architecture, steps, n, stream(seed, "weights")), architecture)
+        known = {"levels": levels, "network": network, "precision": precision, "half_band": half_band, "rank": rank, "shared": shared}
+        return json.loads(json.dumps(known | {"update": update, "floor": floor, "size": size}))
 
     def __repr__(self) -> str:
         weights, a = sum(p.numel() for p in self.networks.parameters()), self.architecture
@@ -377,27 +384,20 @@ class IncrementalPrior:
         fitted = Calibration.fit((law.mean - truth) / scale, law.deviation / scale, coverage, bins)
         return IncrementalPrior(self.climate, self.networks, self.architecture, self.training, fitted)
 
-    def save(self, path: str | os.PathLike) -> Path:
-        """Write the prior to a safetensors file, whole or not at all."""
+    def contents(self) -> tuple[int, dict[str, Tensor], dict]:
         tensors = {f"networks.{k}": v for k, v in self.networks.state_dict().items()}
         tensors |= {f"climate.{k}": getattr(self.climate, k) for k in _CLIMATE if getattr(self.climate, k) is not None}
         header = {"architecture": self.architecture, "training": self.training}
-        header["calibration"] = self.calibration and dataclasses.asdict(self.calibration)
-        return write_prior_file(path, "IncrementalPrior", 1, tensors, header)
+        return 1, tensors, header | {"calibration": self.calibration and dataclasses.asdict(self.calibration)}
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "IncrementalPrior":
-        """Read a prior that `save` wrote; nothing in the file is executed. Raises `FileNotFoundError` for no file, `ValueError`
-        for one that `read_prior_file` refuses or whose header does not fit its contents.
-        """
-        _, tensors, header = read_prior_file(path, "IncrementalPrior", 1)
-        with fitting_header(path):
-            architecture, training, calibration = (header[k] for k in ("architecture", "training", "calibration"))
-            climate = Climate(*(tensors.get(f"climate.{k}") for k in _CLIMATE))
-            size, rest = architecture["size"], {k: architecture[k] for k in _ARCHITECTURE}
-            networks = cls.make(climate, **rest, **size).networks
-            networks.load_state_dict({k.removeprefix("networks."): v for k, v in tensors.items() if k.startswith("networks.")})
-            calibration = calibration and Calibration(tuple(calibration["knots"]), tuple(calibration["factors"]))
+    def restored(cls, version: int, tensors: dict[str, Tensor], header: dict) -> "IncrementalPrior":
+        training, calibration = (header[k] for k in ("training", "calibration"))
+        climate = Climate(*(tensors.get(f"climate.{k}") for k in _CLIMATE))
+        architecture = cls._architecture(climate, **header["architecture"])
+        weights = {k.removeprefix("networks."): v for k, v in tensors.items() if k.startswith("networks.")}
+        networks = network_from(lambda: _networks(architecture, *climate.mean.shape, None), architecture, weights)
+        calibration = calibration and Calibration(tuple(calibration["knots"]), tuple(calibration["factors"]))
         return cls(climate, networks.eval().requires_grad_(False), architecture, training, calibration)
 
 
@@ -410,7 +410,6 @@ def _changed_first(rows: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 _CLIMATE = ("mean", "scale", "covariance", "precision")
-_ARCHITECTURE = ("levels", "network", "precision", "half_band", "rank", "shared", "update", "floor")
 
 
 def _in_units(climate: Climate, z: Tensor, bands: Tensor) -> GaussianWindow:
@@ -422,7 +421,7 @@ def _in_units(climate: Climate, z: Tensor, bands: Tensor) -> GaussianWindow:
     return GaussianWindow(climate.mean + climate.scale * z, scaled)
 
 
-def _networks(architecture: dict, steps: int, n: int, generator: torch.Generator) -> nn.ModuleList:
+def _networks(architecture: dict, steps: int, n: int, generator: torch.Generator | None) -> nn.ModuleList:
     size = {k: tuple(v) if isinstance(v, list) else v for k, v in architecture["size"].items()}
     numbers = {"banded": architecture["half_band"] + 1, "low_rank": architecture["rank"] + 1, "dense": steps * n}[architecture["precision"]]
     count = 1 if architecture["shared"] else architecture["levels"]
@@ -433,7 +432,7 @@ def _networks(architecture: dict, steps: int, n: int, generator: torch.Generator
         else:
             kind = {"dense": DenseNetwork, "constant": ConstantNetwork}[architecture["network"]]
             network = kind(n, outputs, generator, dim=steps, **size)
-        if architecture["precision"] == "low_rank":  # a factor of zero would stay so: the gradient of a square
+        if architecture["precision"] == "low_rank" and generator is not None:  # a factor of zero would stay so: the gradient of a square
             with torch.no_grad():
                 for parameter in [network.answer if architecture["network"] == "constant" else network.last.bias]:
                     parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
@@ -733,27 +732,22 @@ class _Training:
 
     def write(self, path: Path) -> None:
         """Everything that is needed to go on, whole or not at all."""
-        beside = path.with_name(f".{path.name}.{os.getpid()}.part")
         content = {
             "fingerprint": self.fingerprint, "iteration": self.iteration, "networks": self.prior.networks.state_dict(),
             "averaged": self.averaged.networks.state_dict(), "optimiser": self.optimiser.state_dict(), "generator": self.generator.get_state(),
             "losses": self.losses, "history": self.history, "best": self.best, "best_score": self.best_score, "seconds": self.seconds,
             "stock": self.stock,
         }  # fmt: skip
-        try:
-            torch.save(content, beside)
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+        write_checkpoint(content, path)
 
     def restore(self, path: Path) -> None:
-        try:
-            content = torch.load(path, weights_only=True)
-            found = content["fingerprint"]
-        except Exception as error:  # torch has many ways to say that a file is not its own
-            raise ValueError(f"checkpoint: {path} is not a readable training checkpoint ({type(error).__name__})") from error
-        if found != self.fingerprint:
+        content = read_checkpoint(path)
+        if content.get("fingerprint") != self.fingerprint:
             raise ValueError(f"checkpoint: {path} belongs to another training; move it away to start anew")
+        with fitting_checkpoint(path):
+            self._restore(content)
+
+    def _restore(self, content: dict) -> None:
         self.prior.networks.load_state_dict(content["networks"])
         self.averaged.networks.load_state_dict(content["averaged"])
         self.optimiser.load_state_dict(content["optimiser"])

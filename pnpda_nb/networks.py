@@ -19,10 +19,10 @@ __all__ = ['Boundary', 'FieldNetwork', 'DenseNetwork', 'walls', 'ConvolutionNetw
 # %% ../nbs/07b_networks.ipynb #a1376974
 class FieldNetwork(nn.Module):
     """A function of fields `(..., channels, dim)` and pseudo-times `(..., 1)`, with answers `(..., outputs, dim)`; it answers
-    zero until it is trained.
+    zero until it is trained. Without a `generator` its weights wait to be loaded.
     """
 
-    def __init__(self, channels: int, outputs: int, generator: torch.Generator, embedding: int = 16):
+    def __init__(self, channels: int, outputs: int, generator: torch.Generator | None, embedding: int = 16):
         super().__init__()
         for name, value in (("channels", channels), ("outputs", outputs)):
             if value < 1:
@@ -30,8 +30,10 @@ class FieldNetwork(nn.Module):
         self.channels, self.outputs = channels, outputs
         self.embed = FourierEmbedding(embedding, generator, scale=1.0)
 
-    def _begin(self, generator: torch.Generator, last: nn.Module) -> None:
+    def _begin(self, generator: torch.Generator | None, last: nn.Module) -> None:
         """torch's usual laws for the weights, but from a stream of our own; and zero for the `last` layer."""
+        if generator is None:
+            return
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 if name.endswith("weight"):
@@ -47,7 +49,7 @@ class DenseNetwork(FieldNetwork):
     """
 
     def __init__(
-        self, channels: int, outputs: int, generator: torch.Generator, *, dim: int, width: int = 128, layers: int = 3, embedding: int = 16
+        self, channels: int, outputs: int, generator: torch.Generator | None, *, dim: int, width: int = 128, layers: int = 3, embedding: int = 16
     ):  # fmt: skip
         super().__init__(channels, outputs, generator, embedding)
         self.first = nn.Linear(channels * dim + embedding, width)
@@ -82,7 +84,7 @@ class ConvolutionNetwork(FieldNetwork):
     """
 
     def __init__(
-        self, channels: int, outputs: int, generator: torch.Generator, *, boundary: Boundary = "ring", width: int = 48,
+        self, channels: int, outputs: int, generator: torch.Generator | None, *, boundary: Boundary = "ring", width: int = 48,
         kernel: int = 5, dilations: tuple[int, ...] = (1, 2, 4, 8, 4, 2), embedding: int = 16, wall_length: float = 8.0,
     ):  # fmt: skip
         super().__init__(channels, outputs, generator, embedding)
@@ -126,7 +128,7 @@ class PyramidNetwork(FieldNetwork):
     """
 
     def __init__(
-        self, channels: int, outputs: int, generator: torch.Generator, *, boundary: Boundary = "ring", width: int = 48, kernel: int = 5,
+        self, channels: int, outputs: int, generator: torch.Generator | None, *, boundary: Boundary = "ring", width: int = 48, kernel: int = 5,
         levels: int = 4, embedding: int = 16, wall_length: float = 8.0,
     ):  # fmt: skip
         super().__init__(channels, outputs, generator, embedding)

@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .aware import AmortisedAnalysis, AnalysisPrior, Residual, Sightings, on_grid
+from .disk import fitting_checkpoint, read_checkpoint, write_checkpoint
 from .dynamics import standard_normal, stream
 from .observing import Observations, ObservingNetwork, Select
 from .twin import Method, TwinExperiment, cycle, scores, watch_nature
@@ -535,15 +536,12 @@ def train_on_policy(
     path, fingerprint = Path(checkpoint) if checkpoint else None, _fingerprint(prior, record, training.method, settings, seed, members)
     best, found = math.inf, None
     if path and path.exists():
-        try:
-            memory = torch.load(path, weights_only=True)
-            same = memory["fingerprint"] == fingerprint
-        except Exception as error:  # torch has many ways to say that a file is not its own
-            raise ValueError(f"checkpoint: {path} is not a readable training checkpoint ({type(error).__name__})") from error
-        if not same:
+        memory = read_checkpoint(path)
+        if memory.get("fingerprint") != fingerprint:
             raise ValueError(f"checkpoint: {path} belongs to another training; move it away to start anew")
-        training.recall(memory["training"])
-        best, found = memory["best"]
+        with fitting_checkpoint(path):
+            training.recall(memory["training"])
+            best, found = memory["best"]
     total = settings.cycles + (settings.foresight_cycles if settings.foresight else 0)
     points = {round(total * (i + 1) / settings.patience_points) for i in range(settings.patience_points)}
     bar = tqdm(total=total, initial=training.cycle, desc="on-policy training", unit="cycle", disable=None if progress else True, leave=False)
@@ -570,7 +568,7 @@ def train_on_policy(
                 if row["validation"] < best:
                     best, found = row["validation"], copy.deepcopy(training.averaged.network.state_dict())
             if path and time.monotonic() - saved > 20:
-                _write(path, {"fingerprint": fingerprint, "training": training.memorise(), "best": (best, found)})
+                write_checkpoint({"fingerprint": fingerprint, "training": training.memorise(), "best": (best, found)}, path)
                 saved = time.monotonic()
     finally:
         bar.close()
@@ -592,12 +590,3 @@ def _fingerprint(prior: AnalysisPrior, record, method: Method, settings: OnPolic
     for x in (record.targets, prior.location, prior.scale, prior.increment, *prior.network.state_dict().values()):
         digest.update(x.detach().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _write(path: Path, content: dict) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        torch.save(content, beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)

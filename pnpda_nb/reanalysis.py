@@ -12,10 +12,11 @@ import numpy as np
 import torch
 import xarray as xr
 
+from .disk import require_whole_hdf5, write_netcdf
 from .twin import Method, TwinExperiment, cycle
 
 # %% auto #0
-__all__ = ['make_archive', 'write_netcdf', 'read_archive', 'check_archive', 'pairs_of']
+__all__ = ['make_archive', 'read_archive', 'check_archive', 'pairs_of']
 
 # %% ../nbs/06_reanalysis.ipynb #b4abd43d
 def make_archive(
@@ -98,18 +99,6 @@ def make_archive(
     )
 
 # %% ../nbs/06_reanalysis.ipynb #36f2ea48
-def write_netcdf(dataset: xr.Dataset, path: str | os.PathLike) -> Path:
-    """Write `dataset` to `path` whole or not at all (beside it first, then renamed)."""
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        dataset.to_netcdf(beside, engine="h5netcdf")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-    return path
-
-
 def read_archive(path: str | os.PathLike) -> xr.Dataset:
     """Read an archive of pairs and check that it can teach: `background` and `analysis` `(sample,
     variable)`, finite, of one size.
@@ -120,6 +109,7 @@ def read_archive(path: str | os.PathLike) -> xr.Dataset:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"archive: no file {path}")
+    require_whole_hdf5(path, "archive")
     try:
         with xr.open_dataset(path, engine="h5netcdf") as opened:
             archive = opened.load()

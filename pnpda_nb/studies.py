@@ -21,6 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from .disk import read_checkpoint
 from .ensemble import EnKF
 from .flow_matching import PAPER_TRAINING, FlowPrior, TrainingSettings, train_prior
 from .observing import DiagonalCovariance, Observations
@@ -157,12 +158,12 @@ def prior_part(settings: dict, archive: xr.Dataset, checkpoint: str | None = Non
 
 
 def readable(checkpoint: str) -> bool:
-    """Whether a file is a checkpoint of a training that torch can read, or is not there."""
+    """Whether a file is a whole checkpoint of a training, or is not there."""
     if not Path(checkpoint).exists():
         return True
     try:
-        torch.load(checkpoint, weights_only=True)
-    except Exception:  # torch has many ways to say that a file is not its own
+        read_checkpoint(checkpoint)
+    except ValueError:
         return False
     return True
 

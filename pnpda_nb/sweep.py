@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import errno
 import hashlib
 import json
 import os
@@ -15,7 +14,6 @@ import pickle
 import re
 import signal
 import sys
-import tempfile
 import threading
 import time
 import warnings
@@ -24,7 +22,7 @@ from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -35,13 +33,13 @@ import xarray as xr
 from tqdm.auto import tqdm
 
 from .aware import AnalysisPrior
+from .disk import netcdf_bytes, netcdf_from, record_bytes, record_from, writable, write_whole
 from .flow_matching import FlowPrior
 from .incremental import IncrementalPrior
-from .reanalysis import write_netcdf
 
 # %% auto #0
-__all__ = ['FORMATS', 'code_version', 'digest_of', 'task_key', 'whole_file', 'writable', 'write_record', 'read_record', 'Task',
-           'Store', 'run_task', 'HereExecutor', 'workplace', 'run_tasks', 'Study', 'parse_as']
+__all__ = ['FORMATS', 'code_version', 'digest_of', 'task_key', 'Task', 'Store', 'run_task', 'HereExecutor', 'workplace',
+           'run_tasks', 'Study', 'parse_as']
 
 # %% ../nbs/91_sweep.ipynb #5890fc25
 @cache
@@ -63,52 +61,13 @@ def task_key(settings: Mapping[str, Any]) -> str:
     return digest_of([code_version(), dict(settings)])
 
 # %% ../nbs/91_sweep.ipynb #4721750f
-@contextmanager
-def whole_file(path: str | os.PathLike) -> Iterator[Path]:
-    """Give a temporary path beside `path` to write to; it is renamed to `path` if the block ends
-    well, removed if it does not.
-    """
-    path = Path(path)
-    beside = path.with_name(
-        f".{os.getpid()}.part.{path.name}"
-    )  # keeps the suffix, which some writers go by
-    try:
-        yield beside
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-# %% ../nbs/91_sweep.ipynb #9ca1d234
-def writable(folder: str | os.PathLike) -> Path:
-    """The folder, created if need be; raises `ValueError` if it cannot be created or written to."""
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(f"out: cannot write to {folder} ({error.strerror})") from error
-    return folder
-
-# %% ../nbs/91_sweep.ipynb #ebdb3f95
-def write_record(record: dict, path: str | os.PathLike) -> None:
-    """Write `record` as JSON, whole or not at all."""
-    with whole_file(path) as beside:
-        beside.write_text(json.dumps(record, indent=1) + "\n")
-
-# %% ../nbs/91_sweep.ipynb #f0b58edd
-def read_record(path: str | os.PathLike) -> dict:
-    """Read a record that `write_record` wrote."""
-    return json.loads(Path(path).read_text())
-
-# %% ../nbs/91_sweep.ipynb #ae009826
-FORMATS: dict[str, tuple[str, Callable[[Any, Path], Any], Callable[[Path], Any]]] = {
-    "dataset": ("nc", write_netcdf, partial(xr.load_dataset, engine="h5netcdf")),
-    "record": ("json", write_record, read_record),
-    "prior": ("safetensors", FlowPrior.save, FlowPrior.load),
-    "analysis_prior": ("safetensors", AnalysisPrior.save, AnalysisPrior.load),
-    "incremental_prior": ("safetensors", IncrementalPrior.save, IncrementalPrior.load),
-}  # of what tasks return: suffix, writer, reader
+FORMATS: dict[str, tuple[str, Callable[[Any], bytes], Callable[[bytes, str], Any]]] = {
+    "dataset": ("nc", netcdf_bytes, netcdf_from),
+    "record": ("json", record_bytes, record_from),
+    "prior": ("safetensors", FlowPrior.to_bytes, FlowPrior.from_bytes),
+    "analysis_prior": ("safetensors", AnalysisPrior.to_bytes, AnalysisPrior.from_bytes),
+    "incremental_prior": ("safetensors", IncrementalPrior.to_bytes, IncrementalPrior.from_bytes),
+}  # of what tasks return: suffix, and the way to bytes and back
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,16 +126,11 @@ class Store:
             content = path.read_bytes()
         except FileNotFoundError:
             return None
-        with tempfile.TemporaryDirectory() as folder:
-            copy = Path(folder) / path.name
-            copy.write_bytes(content)
-            try:
-                return FORMATS[task.format][2](copy)
-            except (OSError, ValueError, KeyError, RuntimeError) as error:  # HDF5 has many ways to say it
-                if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC):
-                    raise
-        path.replace(path.with_name(f"{path.name}.damaged")) if path.exists() else None
-        return None
+        try:
+            return FORMATS[task.format][2](content, str(path))
+        except ValueError:  # its seal says so
+            path.replace(path.with_name(f"{path.name}.damaged")) if path.exists() else None
+            return None
 
 # %% ../nbs/91_sweep.ipynb #b5cf0845
 def run_task(code: str, name: str, *args: Any) -> bytes:
@@ -203,23 +157,15 @@ def _run_task(
     if code != code_version():
         raise ValueError("a worker has another version of pnpda_nb than the process that sent it work; install the same everywhere")
     torch.set_num_threads(1)  # sums are added up in one order everywhere
-    with tempfile.TemporaryDirectory() as folder:
-        needs = {}
-        for (role, kind), content in zip(roles.items(), files, strict=True):
-            path = Path(folder) / f"{role}.{FORMATS[kind][0]}"
-            path.write_bytes(content)
-            needs[role] = FORMATS[kind][2](path)
-        if checkpoint is not None:
-            needs["checkpoint"] = checkpoint or None
-        suffix, write, _ = FORMATS[format]
-        path = Path(folder) / f"result.{suffix}"
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*became non-finite.*")  # the scores count them
-            result = function(settings, **needs)
-            if result is None:
-                raise ValueError(f"{function.__name__}: expected a result to store, got None")
-            write(result, path)
-        return path.read_bytes()
+    needs = {role: FORMATS[kind][2](content, role) for (role, kind), content in zip(roles.items(), files, strict=True)}
+    if checkpoint is not None:
+        needs["checkpoint"] = checkpoint or None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*became non-finite.*")  # the scores count them
+        result = function(settings, **needs)
+    if result is None:
+        raise ValueError(f"{function.__name__}: expected a result to store, got None")
+    return FORMATS[format][1](result)
 
 # %% ../nbs/91_sweep.ipynb #d8da2332
 class HereExecutor(Executor):
@@ -392,8 +338,7 @@ def _finished(waiting: dict[str, Task], store: Store, place: tuple, report: "_Pr
                     error = ChildProcessError(f"{task.name} has killed the workers that tried it; was there enough memory?")
                 failure = failure or error
                 continue
-            with whole_file(store.path(task)) as beside:
-                beside.write_bytes(content)
+            write_whole({store.path(task): content})
             store.path(task, "training").unlink(missing_ok=True)
             unfinished.discard(task.key)
             report.finished(task)
@@ -468,9 +413,7 @@ class Study:
         chosen = self.choose(methods)
         plan, kept = self.plan(settings, chosen), self.kept(settings, chosen)
         results = run_tasks([*plan.values(), *kept.values()], store, **options)
-        for name, task in kept.items():
-            with whole_file(store.folder / name) as beside:
-                beside.write_bytes(store.path(task).read_bytes())
+        write_whole({store.folder / name: store.path(task).read_bytes() for name, task in kept.items()})
         return dict(zip(plan, results))
 
     def settings(self, preset: str, changes: Mapping[str, str] | None = None, **overrides: Any) -> Any:

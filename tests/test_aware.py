@@ -196,6 +196,7 @@ def test_that_a_saved_prior_is_the_same_one(tmp_path):
 
 
 def test_that_files_of_others_and_broken_ones_are_named(tmp_path):
+    from altered import with_seal
     from safetensors.torch import save_file
 
     path = make().save(tmp_path / "prior.safetensors")
@@ -203,7 +204,7 @@ def test_that_files_of_others_and_broken_ones_are_named(tmp_path):
     (tmp_path / "text").write_text("no prior")
     save_file({"x": torch.ones(2)}, tmp_path / "foreign")
     header = {"format": "pnpda_nb.analysis_prior/1", "architecture": "[]", "training": "{}"}
-    save_file({"x": torch.ones(2)}, tmp_path / "header", metadata=header)
+    with_seal({"x": torch.ones(2)}, header, tmp_path / "header")
     for name, message in {
         "cut": "not a readable", "text": "not a readable", "foreign": "expected format", "header": "a header that does not fit"
     }.items():  # fmt: skip

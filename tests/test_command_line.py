@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import xarray as xr
 
-from pnpda_nb.reanalysis import write_netcdf
+from pnpda_nb.disk import write_netcdf
 
 PNPDA = Path(sys.executable).with_name("pnpda")
 # the whole chain, archive and training included, in a few seconds

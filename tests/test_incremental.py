@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from altered import altered, with_seal
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -501,7 +502,7 @@ def test_that_files_of_others_and_broken_ones_are_named(tmp_path):
     (tmp_path / "text").write_text("no prior")
     save_file({"x": torch.ones(2)}, tmp_path / "foreign")
     header = {"format": "pnpda_nb incremental prior 1", "architecture": "[]", "training": "{}", "calibration": "null"}
-    save_file({"x": torch.ones(2)}, tmp_path / "header", metadata=header)
+    with_seal({"x": torch.ones(2)}, header, tmp_path / "header")
     for name, message in {
         "cut": "not a readable", "head": "not a readable", "text": "not a readable", "foreign": "expected format", "header": "a header that does not fit"
     }.items():  # fmt: skip
@@ -519,11 +520,8 @@ def test_that_files_of_others_and_broken_ones_are_named(tmp_path):
 
 def with_architecture(path, **changes):
     with safe_open(path, framework="pt") as file:
-        header, tensors = dict(file.metadata()), {name: file.get_tensor(name) for name in list(file.keys())}
-    architecture = json.loads(header["architecture"]) | changes
-    header["architecture"] = json.dumps({k: v for k, v in architecture.items() if v is not None})
-    save_file(tensors, path, metadata=header)
-    return path
+        architecture = json.loads(file.metadata()["architecture"]) | changes
+    return altered(path, path, architecture=json.dumps({k: v for k, v in architecture.items() if v is not None}))
 
 
 @pytest.mark.parametrize("changes", [{"levels": 3}, {"levels": 1}, {"precision": "dense"}, {"precision": "x"}, {"size": {"width": 9}}, {"shared": True}])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from altered import altered
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -21,10 +22,10 @@ from pnpda_nb.flow_matching import (
     TensorPairs,
     TrainingSettings,
     describe_prior,
-    read_prior_file,
+    prior_bytes,
+    read_prior_bytes,
     train_from,
     train_prior,
-    write_prior_file,
 )
 from pnpda_nb.incremental import IncrementalPrior
 from pnpda_nb.windows import Climate
@@ -72,15 +73,6 @@ CLASSES = {"FlowPrior": FlowPrior, "AnalysisPrior": AnalysisPrior, "IncrementalP
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("priors")
     return {kind: one_of(kind).save(folder / f"{kind}.safetensors") for kind in CLASSES}
-
-
-def rewritten(path: Path, new: Path, change=lambda tensors: None, **texts) -> Path:
-    """A copy of a prior file with some texts of its header changed (None: left out), and its tensors."""
-    with safe_open(path, "pt") as file:
-        header, tensors = dict(file.metadata()) | texts, {name: file.get_tensor(name) for name in file.keys()}
-    change(tensors)
-    save_file(tensors, new, metadata={k: v for k, v in header.items() if v is not None})
-    return new
 
 
 # --- files
@@ -139,7 +131,7 @@ def test_that_a_prior_of_another_kind_is_named_with_the_class_that_reads_it(kind
 
 @pytest.mark.parametrize("kind", CLASSES)
 def test_that_a_file_of_a_newer_library_says_so(kind, files, tmp_path):
-    newer = rewritten(files[kind], tmp_path / "new", format=f"{PRIOR_KINDS[kind]}9", written_by="pnpda_nb 7.1", architecture="unknown")
+    newer = altered(files[kind], tmp_path / "new", format=f"{PRIOR_KINDS[kind]}9", written_by="pnpda_nb 7.1", architecture="unknown")
     with pytest.raises(ValueError, match=rf"^prior: .* version 9, written by pnpda_nb 7\.1; this is pnpda_nb {__version__}, which reads"):
         CLASSES[kind].load(newer)
 
@@ -161,10 +153,10 @@ def test_that_broken_files_are_one_clear_line(kind, files, tmp_path):
     (tmp_path / "text").write_text("no prior")
     save_file({"x": torch.ones(2)}, tmp_path / "foreign", metadata={"format": "pt"})
     for name, change in {"nan": nan, "lost": lost}.items():
-        rewritten(files[kind], tmp_path / name, change)
-    rewritten(files[kind], tmp_path / "no header", architecture=None)
-    rewritten(files[kind], tmp_path / "no json", training="{")
-    rewritten(files[kind], tmp_path / "version", format=f"{PRIOR_KINDS[kind]}x")
+        altered(files[kind], tmp_path / name, change)
+    altered(files[kind], tmp_path / "no header", architecture=None)
+    altered(files[kind], tmp_path / "no json", training="{")
+    altered(files[kind], tmp_path / "version", format=f"{PRIOR_KINDS[kind]}x")
     cases |= {"nan": "not finite", "version": "expected format"} | dict.fromkeys(("lost", "no header", "no json"), "does not fit")
     for name, message in cases.items():
         with pytest.raises(ValueError, match=f"^prior: .*{message}") as error:
@@ -180,18 +172,18 @@ def test_that_units_of_another_size_than_the_network_are_refused(files, tmp_path
         tensors["location"] = tensors["scale"] = torch.ones(4, dtype=torch.float64)
 
     with pytest.raises(ValueError, match="does not fit"):
-        FlowPrior.load(rewritten(files["FlowPrior"], tmp_path / "x", lambda t: (longer(t), t.update(scale=t["scale"].clone()))))
+        FlowPrior.load(altered(files["FlowPrior"], tmp_path / "x", lambda t: (longer(t), t.update(scale=t["scale"].clone()))))
 
 
 def test_that_a_file_is_written_whole_or_not_at_all(tmp_path):
-    path = write_prior_file(tmp_path / "prior", "FlowPrior", 1, {"x": torch.ones(2)}, {"a": 1})
-    before = path.read_bytes()
-    with pytest.raises(ValueError, match="^b: expected plain values"):
-        write_prior_file(path, "FlowPrior", 1, {"x": torch.zeros(2)}, {"b": object()})
-    with pytest.raises(Exception):
-        write_prior_file(path, "FlowPrior", 1, {"x": "no tensor"}, {})
+    prior, path = one_of("FlowPrior"), tmp_path / "prior"
+    before = prior.save(path).read_bytes()
+    prior.training = {"b": object()}
+    with pytest.raises(ValueError, match="^training: expected plain values"):
+        prior.save(path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
-    version, tensors, header = read_prior_file(path, "FlowPrior", 1)
+    content = prior_bytes("FlowPrior", 1, {"x": torch.ones(2)}, {"a": 1})
+    version, tensors, header = read_prior_bytes(content, "x", "FlowPrior", 1)
     assert version == 1 and header["a"] == 1 and torch.equal(tensors["x"], torch.ones(2))
 
 
@@ -201,7 +193,7 @@ def test_that_every_stored_prior_loads_and_describes_itself(path):
     prior = CLASSES[about["kind"]].load(path)
     assert about["dim"] == prior.dim and about["training"] == prior.training and about["bytes"] == path.stat().st_size
     assert about["parameters"] == sum(p.numel() for p in prior.network.parameters())
-    assert about["variables"] is None and about["written_by"] == "an early pnpda_nb"
+    assert about["variables"] is None and about["written_by"] == "an early pnpda_nb"  # and sealed since
 
 
 def test_that_there_are_stored_priors_of_two_kinds():
@@ -214,8 +206,13 @@ def test_that_a_description_needs_no_weights(kind, files, tmp_path, monkeypatch)
     networks = prior.networks if kind == "IncrementalPrior" else prior.network
     assert (about["kind"], about["dim"], about["format"]) == (kind, 3, f"{PRIOR_KINDS[kind]}1")
     assert about["parameters"] == sum(p.numel() for p in networks.parameters())
-    nan = rewritten(files[kind], tmp_path / "nan", lambda tensors: [t.fill_(torch.nan) for t in tensors.values()])
+    nan = altered(files[kind], tmp_path / "nan", lambda tensors: [t.fill_(torch.nan) for t in tensors.values()])
     assert describe_prior(nan)["parameters"] == about["parameters"]  # nobody looked
+    damaged = bytearray(files[kind].read_bytes())
+    damaged[-1] ^= 64
+    (tmp_path / "damaged").write_bytes(damaged)
+    with pytest.raises(ValueError, match="^prior: .*damaged is damaged"):
+        describe_prior(tmp_path / "damaged")
     for name, message in {"cut": "not a readable", "foreign": "expected format"}.items():
         (tmp_path / "cut").write_bytes(files[kind].read_bytes()[:50])
         save_file({"x": torch.ones(2)}, tmp_path / "foreign")

@@ -21,12 +21,13 @@ import pandas as pd
 import torch
 
 from pnpda_nb import testbeds
+from pnpda_nb.disk import write_record
 from pnpda_nb.ensemble import ETKF, LETKF, EnKF
 from pnpda_nb.flow_matching import GaussianPrior
 from pnpda_nb.interop import dapper_experiment, for_dapper, import_dapper
 from pnpda_nb.pnp import PnPDA
 from pnpda_nb.reanalysis import make_archive, pairs_of
-from pnpda_nb.sweep import code_version, write_record
+from pnpda_nb.sweep import code_version
 from pnpda_nb.twin import cycle, scores
 
 ROOT = Path(__file__).resolve().parent.parent
