@@ -445,7 +445,7 @@ def train(
         _say(_line(source))
         trained = train_archive(source, settings, seed=seed, memory=memory * 1_000_000, checkpoint=checkpoint, progress=True)
         described = training_report(trained, archive)
-        _write(_in_memory(trained.prior.save, out) | _in_memory(described.write, report))
+        _write({out: trained.prior.to_bytes()} | _in_memory(described.write, report))
     checkpoint.unlink(missing_ok=True)  # only now
     calibration = trained.calibration
     _say(f"\n{_line(trained.prior)}")
