@@ -401,26 +401,60 @@ def systematic_resampling(weights: Tensor, generator: torch.Generator) -> Tensor
     comb = (start + torch.arange(members, device=weights.device)) / members
     return torch.searchsorted(weights.cumsum(-1).contiguous(), comb).clamp_max(members - 1)
 
-
+# %% ../nbs/05_ensemble.ipynb #5ba1e24e
 @dataclass(frozen=True)
 class ParticleFilter:
-    """Bootstrap particle filter with systematic resampling at every analysis (Gordon et al. 1993);
-    `jitter` scales the kernel that moves copies apart.
+    """Bootstrap particle filter (Gordon et al. 1993): a run is resampled, systematically, when its effective number of particles is less
+    than a share `resample_below` of them (0: never, 1: at every analysis); `jitter` scales the kernel that moves copies apart (Musso et al. 2001).
+    Its width N^(-1/(d+4)) is meant for the "effective" number of particles, or for that of all "members", as `bandwidth` says.
+
+    `analyse` with the `weights` `(..., member)` of the background returns a pair, particles and their weights, which add up to one; without, it
+    returns particles of equal weight, resampled. A run whose weights have become non-finite has an analysis of nan. Raises `ValueError` for
+    settings out of range, and for `weights` of another shape, below zero, or all zero.
     """
 
-    jitter: float = 1.0
+    jitter: float = 0.8
+    resample_below: float = 0.2
+    bandwidth: Literal["effective", "members"] = "effective"
     window: int = field(default=1, init=False, repr=False)
 
     def __post_init__(self):
         if not 0 <= self.jitter < float("inf"):
             raise ValueError(f"jitter: expected zero or a positive number, got {self.jitter}")
+        if not 0 <= self.resample_below <= 1:
+            raise ValueError(f"resample_below: expected a share from 0 to 1, got {self.resample_below}")
+        if self.bandwidth not in ("effective", "members"):
+            raise ValueError(f"bandwidth: expected 'effective' or 'members', got {self.bandwidth!r}")
+
+    @property
+    def weighted(self) -> bool:
+        """Whether its particles have weights to be carried from one analysis to the next."""
+        return self.resample_below < 1
 
     def analyse(
-        self, background: Tensor, observations: Observations, *, forecast: Callable | None, generator: torch.Generator
-    ) -> Tensor:
+        self, background: Tensor, observations: Observations, *, forecast: Callable | None, generator: torch.Generator,
+        weights: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+        members = background.shape[-2]
+        if weights is not None:
+            _require_weights(weights, background)
+        likelihood = -observations.covariance.squared_norm(observations.innovation(background)) / 2
+        after = torch.softmax(likelihood if weights is None else weights.log() + likelihood, -1)
+        effective = 1 / after.square().sum(-1, keepdim=True)
+        count = members if self.bandwidth == "members" else effective.unsqueeze(-1)
+        width = self.jitter * count ** (-1 / (background.shape[-1] + 4))
+        particles = self._resampled(background, after, width, generator)
+        lost = ~torch.isfinite(after).all(-1, keepdim=True)
+        if weights is None:
+            return particles.masked_fill(lost.unsqueeze(-1), torch.nan)
+        # every run has drawn its random numbers, so that none depends on what others do
+        keep = effective >= self.resample_below * members
+        particles = torch.where(keep.unsqueeze(-1), background, particles).masked_fill(lost.unsqueeze(-1), torch.nan)
+        return particles, torch.where(keep, after, 1 / members)
+
+    def _resampled(self, background: Tensor, weights: Tensor, width: Tensor | float, generator: torch.Generator) -> Tensor:
+        """Particles drawn by their `weights` `(..., member)`, all but the first copy of each moved by a kernel of `width` standard deviations."""
         members, dim = background.shape[-2:]
-        misfit = observations.covariance.squared_norm(observations.innovation(background))
-        weights = torch.softmax(-misfit / 2, -1)
         drawn = systematic_resampling(weights, generator)
         particles = background.gather(-2, drawn.unsqueeze(-1).expand(background.shape))
         copy = torch.nn.functional.pad(drawn[..., 1:] == drawn[..., :-1], (1, 0)).unsqueeze(-1)
@@ -432,7 +466,14 @@ class ParticleFilter:
             spread = torch.linalg.qr(spread, mode="r").R
         chance = standard_normal((*background.shape[:-1], spread.shape[-2]), generator)
         noise = chance.to(background) @ spread
-        return particles + self.jitter * members ** (-1 / (dim + 4)) * copy * noise
+        return particles + width * copy * noise
+
+# %% ../nbs/05_ensemble.ipynb #9805a75c
+def _require_weights(weights: Tensor, background: Tensor) -> None:
+    if weights.shape != background.shape[:-1]:
+        raise ValueError(f"weights: expected shape {tuple(background.shape[:-1])}, got {tuple(weights.shape)}")
+    if not ((weights >= 0) & torch.isfinite(weights)).all() or not (weights.sum(-1) > 0).all():
+        raise ValueError("weights: expected finite numbers of at least 0, some of them above it in every run")
 
 # %% ../nbs/05_ensemble.ipynb #4cc99c94
 def entropic_plan(

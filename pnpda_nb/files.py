@@ -5,18 +5,26 @@
 # %% ../nbs/06b_files.ipynb #1338d436
 from __future__ import annotations
 
+import base64
+import bz2
+import contextlib
 import glob
 import hashlib
 import itertools
 import json
+import lzma
 import math
 import os
 import re
+import stat
+import tokenize
 import warnings
-from dataclasses import dataclass, field
-from functools import cached_property
+import zlib
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
-from typing import Mapping, Sequence
+from typing import Any, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -27,15 +35,19 @@ from torch import Tensor
 from .observing import DiagonalCovariance, Interpolate, Observations, Operator, Select
 
 # %% auto #0
-__all__ = ['ROLES', 'SAMPLES', 'MEMBERS', 'same_units', 'Field', 'Axis', 'Layout', 'check_field', 'check_units', 'layout_record',
-           'layout_from_record', 'open_dataset', 'is_sample', 'fields_of', 'Archive', 'open_archive', 'States',
-           'read_states', 'along_axis', 'locate', 'Sightings', 'read_observations']
+__all__ = ['ROLES', 'LONGITUDES', 'PACKERS', 'CHECKSUMS', 'CODECS', 'SAMPLES', 'MEMBERS', 'same_units', 'conversion', 'Field',
+           'Axis', 'Layout', 'check_field', 'check_units', 'layout_record', 'layout_from_record', 'open_dataset',
+           'is_sample', 'fields_of', 'Archive', 'open_archive', 'States', 'writable_attributes', 'read_states',
+           'along_axis', 'locate', 'Sightings', 'read_observations']
 
 # %% ../nbs/06b_files.ipynb #acb01fa6
 def same_units(one: str, other: str) -> bool:
     """Whether two unit strings are the same product of powers; "/" divides by the one factor that follows it. Nothing is
-    converted, and prefixes and names of units are not understood: `K` is not `kelvin`, and `100 Pa` is not `hPa`.
+    converted, and prefixes and names of units are not understood: `K` is not `kelvin`, and `100 Pa` is not `hPa`; see
+    `conversion`.
     """
+    if one == other or max(len(one), len(other)) > 200:  # no unit is that long, whatever it is
+        return one == other
 
     def factors(units: str) -> dict[str, int]:
         powers: dict[str, int] = {}
@@ -47,18 +59,87 @@ def same_units(one: str, other: str) -> bool:
 
     return factors(one) == factors(other)
 
+# %% ../nbs/06b_files.ipynb #a2487798
+def conversion(one: str, other: str) -> tuple[float, float] | None:
+    """Factor and offset that turn a number in units `one` into one in units `other`: (1, 0) where `same_units` says so, None
+    where there are none, or a unit is not known. Practical salinity is converted to nothing, and an angle to angles only.
+    """
+    return (1.0, 0.0) if same_units(one, other) else _converted(one.strip(), other.strip())
+
+
+@lru_cache(maxsize=1000)
+def _converted(one: str, other: str) -> tuple[float, float] | None:
+    if not (_sober(one) and _sober(other)):
+        return None
+    from cf_xarray.units import units as registry  # half a second, so only when it is needed
+    from pint.errors import PintError
+
+    def parsed(text: str) -> tuple[float, Any]:
+        text = re.sub(r"(?<=[^\W_])\.(?=[A-Za-z])", " ", text)  # kg.m-2
+        if not re.match(r"[\d.]", text):
+            return 1.0, registry.parse_units(text)
+        quantity = registry.parse_expression(text)  # 100 Pa
+        return (float(quantity), registry.dimensionless) if isinstance(quantity, int | float) else (float(quantity.magnitude), quantity.units)
+
+    try:
+        (number, unit), (another, target) = (parsed(text) for text in (one, other))
+        kinds = [{"north": "north" in str(u), "east": "east" in str(u), "salinity": "salinity" in str(u), "angle": bool(re.search("degree(?!_C|_F|_R)|radian|turn|arc", str(u)))} for u in (unit, target)]
+        if (kinds[0]["north"] and kinds[1]["east"]) or (kinds[0]["east"] and kinds[1]["north"]):
+            return None
+        if any(kinds[0][k] != kinds[1][k] for k in ("salinity", "angle")) and unit.dimensionless:
+            return None
+        with np.errstate(all="ignore"):  # what overflows is no factor
+            zero, near, far = (float(registry.Quantity(x * number, unit).to(target).magnitude) / another for x in (0.0, 1e6, 2e6))
+    except (PintError, ArithmeticError, AttributeError, SyntaxError, TypeError, ValueError, tokenize.TokenError):
+        return None  # not units that are known, or not of one kind
+    factor = float(near - zero) / 1e6
+    if not (math.isfinite(factor) and factor) or not math.isclose(far - near, near - zero, rel_tol=1e-9):
+        return None  # such as decibels
+    return float(f"{factor:.15g}"), float(f"{zero:.13g}")  # what was lost in computing them
+
+
+def _sober(units: str) -> bool:
+    """Whether a text could be a unit: short, and without powers that nobody could compute."""
+    powers = re.sub(r"^10(\*\*|\^)(?=[-+]?\d{1,2}(?!\d))", "", units)  # 10**-3 kg is one
+    return len(units) <= 80 and not re.search(r"\d{17}|[\d.)]\s*(\*\*|\^)|(\*\*|\^)\s*[-+(]*\d{4}", powers)
+
+
+def _units(attributes: Mapping, where: str) -> str:
+    """The attribute `units` as text, "" for none. Raises `ValueError`, naming `where`, for what cannot be units."""
+    found = attributes.get("units")
+    if isinstance(found, np.ndarray | list | tuple) and np.size(found) == 1:
+        found = np.asarray(found).ravel()[0]
+    if isinstance(found, bytes):
+        found = found.decode(errors="replace")
+    if isinstance(found, int | float | np.number) and not isinstance(found, bool):
+        found = f"{found:g}"
+    if found is not None and not isinstance(found, str):
+        raise ValueError(f"{where}: expected text as its attribute 'units', got {_brief(found)}")
+    return (found or "").strip()
+
+
+def _brief(value: object) -> str:
+    """A value in one line of a message."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
 # %% ../nbs/06b_files.ipynb #1525184a
+ROLES = ("background", "analysis")
+
+
 @dataclass(frozen=True)
 class Field:
-    """One field of a state: its `name` ("" if it has none), `shape` (empty for a single number), `dims` by name, and `units`.
+    """One field of a state: its `name` ("" if it has none), `shape` (empty for a single number), `dims` by name, `units`, and
+    the lowest and highest value that an archive `held` of it, if that is known.
 
-    Raises `ValueError` for sizes that are negative, or another number of dimensions than sizes.
+    Raises `ValueError` for sizes that are negative, another number of dimensions than sizes, or a dimension twice.
     """
 
     name: str
     shape: tuple[int, ...] = ()
     dims: tuple[str, ...] = ()
     units: str = ""
+    held: tuple[float, float] | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
@@ -67,6 +148,18 @@ class Field:
             raise ValueError(f"shape: expected sizes of at least 0, got {self.shape} for {self.title}")
         if len(self.dims) != len(self.shape):
             raise ValueError(f"dims: expected {len(self.shape)}, one a size of {self.title}, got {self.dims}")
+        if len(set(self.dims)) < len(self.dims):
+            raise ValueError(f"dims: expected distinct dimensions of {self.title}, got {self.dims}")
+        if self.held is not None and not (len(self.held) == 2 and all(map(math.isfinite, self.held)) and self.held[0] <= self.held[1]):
+            raise ValueError(f"held: expected the lowest and the highest value of {self.title}, got {self.held}")
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Beyond these no value of the field is believed: five times the range that the archive held, on either side of it.
+        That is far more than any forecast or station was ever off, and less than the numbers that stand for "nothing here".
+        """
+        low, high = self.held or (0.0, 0.0)
+        return (low - 5 * (high - low), high + 5 * (high - low)) if low < high else (-math.inf, math.inf)
 
     @property
     def size(self) -> int:
@@ -80,38 +173,85 @@ class Field:
         sizes = ", ".join(f"{dim}: {size}" for dim, size in zip(self.dims, self.shape))
         return f"{self.title} ({sizes}{'; ' * bool(self.dims and self.units)}{self.units})"
 
+# %% ../nbs/06b_files.ipynb #368c8965
+LONGITUDES = ("degrees_east", "degree_east", "degrees_E", "degree_E", "degreesE", "degreeE")  # as the CF conventions spell their units
+
 
 @dataclass(frozen=True)
 class Axis:
-    """The coordinates of one dimension of a state: numbers or names, and their attributes."""
+    """The coordinates of one dimension of a state: numbers or names, their units, and the `period` of numbers on a circle,
+    which is 360 for longitudes. Raises `ValueError` for a period that is not positive.
+    """
 
     values: tuple
     units: str = ""
     period: float | None = None
 
+    def __post_init__(self):
+        if self.period is None and self.units in LONGITUDES and self.numeric:
+            object.__setattr__(self, "period", 360.0)
+        if self.period is not None and not (self.numeric and 0 < self.period < math.inf):
+            raise ValueError(f"period: expected a positive number for an axis of numbers, got {self.period}")
+
     @classmethod
     def of(cls, coordinate: xr.DataArray) -> "Axis":
-        """The axis that a coordinate of one dimension describes. Longitudes in `degrees_east` that go all the way round, and
-        coordinates with an attribute `period`, are periodic.
+        """The axis that a coordinate of one dimension describes. Longitudes (by units, standard name, or a usual name with
+        units of degrees), and coordinates with an attribute `period`, are on a circle. Raises `ValueError` for attributes
+        that make no sense.
         """
-        values, units = coordinate.values, str(coordinate.attrs.get("units", ""))
-        period = coordinate.attrs.get("period")
-        if period is None and units in ("degrees_east", "degree_east") and len(values) > 2:
-            spacing = (values[-1] - values[0]) / (len(values) - 1)
-            period = 360.0 if math.isclose(abs(spacing) * len(values), 360, rel_tol=1e-3) else None
-        numbers = np.issubdtype(values.dtype, np.number)
-        listed = tuple(float(v) if numbers else str(v) for v in values)
-        return cls(listed, units, None if period is None else float(period))
+        where = f"coordinate {coordinate.name}"
+        values, attributes = _plain(coordinate.values), coordinate.attrs
+        units, period = _units(attributes, where), attributes.get("period")
+        numbers = values.dtype.kind in "fiu"
+        if period is None and numbers and _is_longitude(coordinate, units):
+            period = conversion("degrees", units)[0] * 360 if units and conversion("degrees", units) else 360.0
+        if period is not None and not (isinstance(period, int | float | np.number) and 0 < period < math.inf):
+            raise ValueError(f"{where}: expected a positive number as its attribute 'period', got {_brief(period)}")
+        return cls(tuple(float(v) if numbers else str(v) for v in values), units, None if period is None else float(period))
 
     def fits(self, other: "Axis") -> bool:
-        """Whether the other axis has the same coordinates."""
-        if self.numeric and other.numeric:
-            return len(self.values) == len(other.values) and np.allclose(self.values, other.values, rtol=1e-5, atol=1e-8)
-        return self.values == other.values
+        """Whether the other axis has the same coordinates in the same order, in units of its own, and up to full turns."""
+        factor = conversion(other.units, self.units) if self.units and other.units else (1.0, 0.0)
+        if len(self.values) != len(other.values) or factor is None:
+            return False
+        if not (self.numeric and other.numeric):
+            return self.values == other.values
+        mine = np.array(self.values)
+        apart = np.array(other.values) * factor[0] + factor[1] - mine
+        if self.period is not None:
+            apart = (apart + self.period / 2) % self.period - self.period / 2
+        return bool((np.abs(apart) <= _slack(mine, 1e-3)).all())
 
     @property
     def numeric(self) -> bool:
         return all(isinstance(v, float) for v in self.values)
+
+    @cached_property
+    def line(self) -> tuple[np.ndarray, np.ndarray]:
+        """The order in which the points follow one another, and how far each is from the first of them. A circle is cut at
+        its widest gap, and closed by its first point once more if that gap is about as wide as the others.
+        """
+        values = np.array(self.values)
+        if self.period is None:
+            order = np.argsort(values, kind="stable")
+            return order, values[order] - values[order[0]]
+        slack = _slack(values, 1e-3)
+        turned = (values - values[0]) % self.period
+        turned[turned > self.period - slack] = 0.0
+        order = np.argsort(turned, kind="stable")
+        order = order[np.diff(turned[order], prepend=-np.inf) > slack]  # 0 and 360 are one point
+        gaps = np.diff(turned[order], append=self.period)
+        widest = int(len(gaps) - 1 - np.argmax(gaps[::-1] >= gaps.max() - slack))
+        order = np.roll(order, -widest - 1)
+        along = (turned[order] - turned[order[0]]) % self.period
+        if len(order) > 2 and gaps[widest] <= 1.5 * np.delete(gaps, widest).max():
+            return np.append(order, order[0]), np.append(along, self.period)
+        return order, along
+
+    @property
+    def closed(self) -> bool:
+        """Whether the axis goes all the way round a circle."""
+        return self.period is not None and bool(self.values) and self.line[1][-1] == self.period
 
     def __str__(self) -> str:
         if not self.values:
@@ -119,20 +259,52 @@ class Axis:
         ends = (f"{v:g}" if self.numeric else v for v in (self.values[0], self.values[-1]))
         return f"{len(self.values)} from {' to '.join(ends)} {self.units}".strip()
 
-# %% ../nbs/06b_files.ipynb #368c8965
+
+def _slack(values: np.ndarray, share: float) -> float:
+    """How far from its place a coordinate may be: a `share` of the smallest spacing, or what single precision cuts off, but
+    never a tenth of the spacing.
+    """
+    apart = np.diff(np.unique(values))
+    largest = float(np.abs(values).max())
+    spacing = float(apart.min()) if len(apart) else largest
+    return min(max(share * spacing, 2**-22 * largest), spacing / 10)
+
+
+def _is_longitude(coordinate: xr.DataArray, units: str) -> bool:
+    if units in LONGITUDES or coordinate.attrs.get("standard_name") == "longitude":
+        return True
+    return str(coordinate.name).lower() in ("lon", "longitude") and units in ("", "degrees", "degree")
+
+
+def _plain(values: np.ndarray) -> np.ndarray:
+    """Text as text, whatever it was stored as: bytes, characters, padded with blanks or zeros."""
+    if values.dtype.kind == "S" or (values.dtype == object and any(isinstance(v, bytes) for v in values.flat)):
+        decoded = [v.decode("utf-8", errors="replace") if isinstance(v, bytes) else v for v in values.flat]
+        values = np.array(decoded, dtype=object).reshape(values.shape)
+    if values.dtype == object or values.dtype.kind in "UT":
+        stripped = [v.rstrip(" \0") if isinstance(v, str) else v for v in values.flat]
+        return np.array(stripped, dtype=object).reshape(values.shape)
+    return values
+
+# %% ../nbs/06b_files.ipynb #029c5e57
 @dataclass(frozen=True, eq=False)
 class Layout:
     """Which numbers of a state `(..., dim)` are what: `fields`, one after the other, each in C order, on the `axes` of their
-    dimensions, without the flat positions `left_out`, which no state has. Raises `ValueError` for two fields of one name, or a
-    dimension that has two sizes.
+    dimensions, without the flat positions `left_out`, which no state has. In files, dimensions `samples` count states (besides
+    the usual ones), and `roles` are what backgrounds and analyses are called. Raises `ValueError` for two fields of one name,
+    a dimension that has two sizes, or an axis of another size than its dimension.
     """
 
     fields: tuple[Field, ...]
     axes: Mapping[str, Axis] = field(default_factory=dict)
     left_out: np.ndarray | None = None
+    samples: tuple[str, ...] = ()
+    roles: tuple[str, str] = ROLES
 
     def __post_init__(self):
         object.__setattr__(self, "fields", tuple(self.fields))
+        object.__setattr__(self, "samples", tuple(self.samples))
+        object.__setattr__(self, "roles", tuple(self.roles))
         names, sizes = [f.name for f in self.fields], {}
         if not names or len(set(names)) != len(names):
             raise ValueError(f"fields: expected distinct names, got {names}")
@@ -140,6 +312,8 @@ class Layout:
             for dim, size in zip(f.dims, f.shape):
                 if sizes.setdefault(dim, size) != size:
                     raise ValueError(f"fields: expected one size for dimension {dim!r}, got {sizes[dim]} and {size}")
+                if dim in self.axes and len(self.axes[dim].values) != size:
+                    raise ValueError(f"axes: expected {size} coordinates along {dim!r}, got {len(self.axes[dim].values)}")
 
     @classmethod
     def of(cls, arrays: Mapping[str, xr.DataArray], samples: Sequence[str]) -> "Layout":
@@ -148,9 +322,13 @@ class Layout:
         for name, array in sorted(arrays.items()):
             dims = tuple(str(d) for d in array.dims if d not in samples)
             shape = tuple(array.sizes[d] for d in dims)
-            fields.append(Field(name, shape, dims, str(array.attrs.get("units", ""))))
+            fields.append(Field(name, shape, dims, _units(array.attrs, str(array.name))))
             axes |= {d: Axis.of(array.coords[d]) for d in dims if d in array.coords}
         return cls(tuple(fields), axes)
+
+    def with_held(self, held: Mapping[str, tuple[float, float]]) -> "Layout":
+        """The same layout that knows the lowest and highest value that an archive held of each field; see `Archive.held`."""
+        return replace(self, fields=tuple(replace(f, held=tuple(map(float, held[f.name]))) if f.name in held else f for f in self.fields))
 
     @classmethod
     def plain(cls, dim: int) -> "Layout":
@@ -241,27 +419,49 @@ class Layout:
 
 # %% ../nbs/06b_files.ipynb #35d16599
 def check_field(array: xr.DataArray, field: Field, layout: Layout, samples: Sequence[str], where: str) -> None:
-    """Raise `ValueError`, naming `where`, unless `array` has the dimensions of `field` besides `samples`, their sizes and
-    coordinates, and its units.
+    """Raise `ValueError`, naming `where`, unless `array` holds numbers, with the dimensions of `field` besides `samples`, in any
+    order, their sizes and coordinates, and units that are converted to its own.
     """
-    dims = {str(d) for d in array.dims if d not in samples}
-    if dims != set(field.dims):
+    dims = [str(d) for d in array.dims if d not in samples]
+    if set(dims) != set(field.dims) or len(set(array.dims)) < array.ndim:
         raise ValueError(f"{where}: expected {array.name!r} with dimensions ({', '.join(field.dims)}), got ({', '.join(map(str, array.dims))})")
+    if array.dtype.kind not in "fiub":
+        raise ValueError(f"{where}: expected numbers in {array.name!r}, got {_kind_of(array.dtype)}")
     for dim, size in zip(field.dims, field.shape):
         if array.sizes[dim] != size:
             raise ValueError(f"{where}: expected {array.name!r} with {size} points along {dim}, got {array.sizes[dim]}")
-        if dim in layout.axes and dim in array.coords:
-            axis = Axis.of(array.coords[dim])
-            if not layout.axes[dim].fits(axis) or (axis.units and layout.axes[dim].units and not same_units(axis.units, layout.axes[dim].units)):
-                raise ValueError(f"{where}: expected coordinates {dim} {layout.axes[dim]}, got {axis}")
-    check_units(array.attrs.get("units"), field, f"{where}: {array.name!r}")
+        if dim in layout.axes and dim in array.coords and not layout.axes[dim].fits(axis := Axis.of(array.coords[dim])):
+            raise ValueError(f"{where}: expected coordinates {dim} {layout.axes[dim]}, got {axis}{_first_difference(layout.axes[dim], axis)}")
+    check_units(_units(array.attrs, f"{where}: {array.name!r}"), field, f"{where}: {array.name!r}")
 
 
-def check_units(found: object, field: Field, where: str) -> None:
-    """Raise `ValueError`, naming `where`, unless the units found are those of `field`; a field without units takes any."""
-    if field.units and not same_units(str(found or ""), field.units):
+def check_units(found: object, field: Field, where: str) -> tuple[float, float]:
+    """Factor and offset from the units found to those of `field`. Raises `ValueError`, naming `where`, if nothing converts
+    them; a field without units takes any.
+    """
+    factor = conversion(str(found or ""), field.units) if field.units else (1.0, 0.0)
+    if factor is None:
         got = f"{found}" if found else "none (an attribute `units`, or a column of a table)"
         raise ValueError(f"{where}: expected units {field.units!r} as of {field.title}, got {got}")
+    return factor
+
+
+def _kind_of(dtype: np.dtype) -> str:
+    kinds = {"c": "complex numbers", "M": "times", "m": "durations", "S": "text", "U": "text", "T": "text", "O": "text or objects", "V": "records"}
+    return kinds.get(dtype.kind, str(dtype))
+
+
+def _first_difference(one: Axis, other: Axis) -> str:
+    """Which coordinates differ, where the ends would not show it."""
+    if len(one.values) != len(other.values) or not (one.numeric and other.numeric) or one.units != other.units:
+        return ""
+    index = int(np.argmax(np.array(one.values) != np.array(other.values)))
+    return f" (at {index}: {one.values[index]:g} and {other.values[index]:g})"
+
+
+def _in_units(values: np.ndarray, factor: tuple[float, float]) -> np.ndarray:
+    """Values in other units; the same bits if the units are the same."""
+    return values if factor == (1.0, 0.0) else values * factor[0] + factor[1]
 
 # %% ../nbs/06b_files.ipynb #c512350d
 def layout_record(layout: Layout) -> dict:
@@ -269,53 +469,601 @@ def layout_record(layout: Layout) -> dict:
     gone = np.zeros(0, int) if layout.left_out is None else layout.left_out
     starts = np.flatnonzero(np.diff(gone, prepend=-2) != 1)  # runs of positions: where each starts, and how long it is
     lengths = np.diff(starts, append=len(gone))
-    return {
-        "variables": [{"name": f.name, "dims": list(f.dims), "shape": list(f.shape), "units": f.units} for f in layout.fields],
+    variables = [{"name": f.name, "dims": list(f.dims), "shape": list(f.shape), "units": f.units} | ({"held": list(f.held)} if f.held else {}) for f in layout.fields]
+    record = {
+        "variables": variables,
         "axes": {d: {"values": list(a.values), "units": a.units, "period": a.period} for d, a in layout.axes.items()},
         "left_out": [[int(gone[s]), int(n)] for s, n in zip(starts, lengths)],
     }
+    if layout.samples:
+        record["samples"] = list(layout.samples)
+    if layout.roles != ROLES:
+        record["roles"] = list(layout.roles)
+    return record
 
 
 def layout_from_record(record: Mapping) -> Layout:
     """The layout that `layout_record` described. Raises `ValueError` for anything else."""
     try:
-        fields = tuple(Field(f["name"], tuple(f["shape"]), tuple(f["dims"]), f["units"]) for f in record["variables"])
-        axes = {d: Axis(tuple(a["values"]), a["units"], a["period"]) for d, a in record["axes"].items()}
-        size = sum(f.size for f in fields)
-        if not all(0 <= start and 0 < length and start + length <= size for start, length in record["left_out"]):
+        fields = []
+        for f in record["variables"]:
+            held = None if f.get("held") is None else tuple(float(v) for v in f["held"])
+            fields.append(Field(str(f["name"]), tuple(map(_whole, f["shape"])), tuple(map(str, f["dims"])), str(f["units"]), held))
+        axes = {}
+        for d, a in record["axes"].items():
+            values = tuple(float(v) if isinstance(v, int) and not isinstance(v, bool) else v for v in a["values"])
+            if not all(isinstance(v, float | str) for v in values):
+                raise ValueError("coordinates that are neither numbers nor names")
+            axes[d] = Axis(values, str(a["units"]), a["period"])
+        size, runs = sum(f.size for f in fields), [tuple(map(_whole, run)) for run in record["left_out"]]
+        ends = [0, *(edge for start, length in runs for edge in (start, start + length)), size]
+        if not all(length > 0 for _, length in runs) or sorted(ends) != ends:
             raise ValueError("positions outside the state")
-        gone = [np.arange(start, start + length) for start, length in record["left_out"]]
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"layout: expected variables, axes and left_out, got something else ({type(error).__name__})") from error
-    return Layout(fields, axes, np.concatenate(gone) if gone else None)
+        if sum(length for _, length in runs) > 10_000_000 + 1000 * (size - sum(length for _, length in runs)):  # so much would be allocated
+            raise ValueError("far more positions that are left out than others")
+        samples, roles = (tuple(map(str, record.get(key, usual))) for key, usual in (("samples", ()), ("roles", ROLES)))
+        if len(roles) != 2:
+            raise ValueError("roles that are not two")
+        gone = [np.arange(start, start + length) for start, length in runs]
+        return Layout(tuple(fields), axes, np.concatenate(gone) if gone else None, samples, roles)
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        raise ValueError(f"layout: expected variables, axes and left_out, got something else ({type(error).__name__}: {error})") from error
+
+
+def _whole(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{value!r} is not a whole number")
+    return value
+
+# %% ../nbs/06b_files.ipynb #5166194d
+PACKERS = ("blosc", "bz2", "gzip", "lz4", "lzma", "zlib", "zstd")
+CHECKSUMS = ("adler32", "crc32", "crc32c", "fletcher32", "jenkins_lookup3")
+CODECS = (*PACKERS, *CHECKSUMS, "astype", "base64", "bitround", "bytes", "categorize", "delta", "endian", "fixedscaleoffset", "packbits", "quantize",
+          "sharding_indexed", "shuffle", "transpose", "vlen-bytes", "vlen-utf8")  # fmt: skip
+
+
+def open_dataset(path: str | os.PathLike, name: str = "file", group: str | None = None) -> xr.Dataset:
+    """Open a NetCDF file or a Zarr store without reading its values.
+
+    Raises `FileNotFoundError` for no file, and `ValueError`, naming what it was to be, for one that cannot be read, has codecs
+    that are not known, or claims to hold far more than is there.
+    """
+    return _opened(path, name, group)[0]
+
+# %% ../nbs/06b_files.ipynb #0a58b201
+class _Refused(ValueError):
+    """What was found wrong with a file while a library read it: already the one line that its user is to see."""
+
+
+def _shown(path: object) -> str:
+    """A path in one line of a message."""
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(path))
+    return text if len(text) <= 300 else f"{text[:100]}...{text[-100:]}"
+
+
+def _reason(error: BaseException) -> str:
+    """An error in a few words."""
+    text = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}{': ' * bool(text)}{text if len(text) <= 120 else text[:117] + '...'}"
+
+
+def _opened(path: str | os.PathLike, name: str, group: str | None = None) -> tuple[xr.Dataset, "_Contents"]:
+    """A file as a dataset, and what is known of the bytes behind its variables."""
+    path, shown = Path(path), _shown(path)
+    kind = _format(path, name)
+    # The one place where every file that is read passes: a file's own seal, if it has one, is checked here.
+    try:
+        with warnings.catch_warnings(action="ignore"):  # doubts of the libraries; ours are errors
+            if kind == "zarr":
+                contents: _Contents = _ZarrContents(path, name, group)
+                data = xr.open_zarr(_checked_store()(path, contents), consolidated=False, chunks=None, group=group, decode_timedelta=False)
+            else:
+                contents = (_HDF5Contents if kind == "h5netcdf" else _Contents)(path, name, group)
+                data = xr.open_dataset(path, engine=kind, group=group, cache=False, decode_timedelta=False)
+        return data, contents
+    except _Refused:
+        raise
+    except ImportError as error:
+        raise ValueError(f"{name}: {shown} needs a library that is not installed ({error.name}): pip install 'pnpda_nb[zarr]'") from error
+    except Exception as error:  # the many errors of HDF5 and Zarr mean one thing here
+        if "decode time" in str(error):
+            raise ValueError(f"{name}: {shown} has times that cannot be understood ({_reason(error)})") from error
+        raise ValueError(f"{name}: {shown} is not a readable NetCDF file or Zarr store ({_reason(error)}); is it whole?") from error
+
+
+def _format(path: Path, name: str) -> str:
+    """Which of xarray's engines reads a file, by its first bytes. Raises `FileNotFoundError`, or `ValueError` for anything else."""
+    shown = _shown(path)
+    try:
+        found = os.stat(path)
+        if stat.S_ISDIR(found.st_mode):
+            if any(os.path.lexists(path / known) for known in _DESCRIPTIONS):
+                return "zarr"
+            raise ValueError(f"{name}: expected a NetCDF file or a Zarr store, got the folder {shown} without a description of arrays")
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError(f"{name}: expected a file or a folder, got {shown}, which is neither")
+        with open(path, "rb") as file:
+            starts = [file.read(8)]
+            for begin in (512, 1024, 2048, 4096):  # HDF5 may come after a block of the user's
+                file.seek(begin)
+                starts.append(file.read(8))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(f"{name}: no file {shown}") from error
+    except OSError as error:
+        raise ValueError(f"{name}: {shown} cannot be opened ({error.strerror or _reason(error)})") from error
+    except ValueError as error:
+        if "null" in str(error):
+            raise FileNotFoundError(f"{name}: no file {shown}") from error
+        raise
+    if b"\x89HDF\r\n\x1a\n" in starts:
+        return "h5netcdf"
+    if starts[0][:4] in (b"CDF\x01", b"CDF\x02"):
+        return "scipy"
+    other = {b"CDF\x05": "CDF-5 (64-bit data); copy it to NetCDF-4 with nccopy -4", b"GRIB": "GRIB; convert it to NetCDF-4", b"PK\x03\x04": "a zip archive; unpack it", b"": "an empty file"}
+    got = other.get(starts[0][:4], f"something that begins with {starts[0]!r}")
+    raise ValueError(f"{name}: {shown} is not a readable NetCDF file or Zarr store, expected NetCDF-4, classic NetCDF, or Zarr, got {got}")
+
+
+_DESCRIPTIONS = ("zarr.json", ".zgroup", ".zarray", ".zattrs", ".zmetadata")
+
+
+def _too_much(wanted: int, stored: int) -> bool:
+    """Whether so many bytes would come from so few: more than a thousandfold, which fields of numbers never do, and much at all."""
+    return wanted > 32_000_000 and wanted > 1000 * stored
+
+
+class _Contents:
+    """What is known of the bytes behind the variables of a file; of a classic NetCDF file nothing, since it holds all that it claims."""
+
+    def __init__(self, path: Path, name: str, group: str | None):
+        self.path, self.name, self.group, self.shown = path, name, (group or "").strip("/"), _shown(path)
+
+    def refuse(self, what: str) -> _Refused:
+        return _Refused(f"{self.name} {self.shown}: {what}")
+
+    def claims(self, variable: str, wanted: int) -> None:
+        """Raise `ValueError` if far fewer bytes of a variable are stored than those that are wanted."""
+
+    def need(self, variable: str, wanted: int) -> None:
+        """Raise `ValueError` unless numbers of a variable are stored, enough of them, and none would be made up where they are not."""
+
+
+class _HDF5Contents(_Contents):
+    """The datasets of an HDF5 file: shapes, chunks, and bytes stored."""
+
+    def __init__(self, path: Path, name: str, group: str | None):
+        super().__init__(path, name, group)
+        self.parts: dict[str, tuple] = {}
+        import h5py
+
+        with h5py.File(path, "r") as file:
+            folders, seen = [("", file)], set()
+            while folders:
+                prefix, folder = folders.pop()
+                if (place := h5py.h5o.get_info(folder.id).addr) in seen:
+                    continue
+                seen.add(place)
+                for part in folder:
+                    link = folder.get(part, getlink=True)
+                    if not isinstance(link, h5py.HardLink):
+                        raise self.refuse(f"expected its variables in the file itself, got the link {part!r} to elsewhere")
+                    found = folder[part]
+                    if isinstance(found, h5py.Group):
+                        folders.append((f"{prefix}{part}/", found))
+                    elif isinstance(found, h5py.Dataset) and found.shape is not None:
+                        self._look_at(f"{prefix}{part}", found)
+                if len(seen) + len(self.parts) > 100_000:
+                    raise self.refuse("expected at most 100000 variables")
+
+    def _look_at(self, variable: str, found) -> None:
+        import h5py
+
+        plan = found.id.get_create_plist()
+        if plan.get_external_count() or plan.get_layout() == h5py.h5d.VIRTUAL:
+            raise self.refuse(f"expected its variables in the file itself, got {variable!r} in others")
+        item = found.id.get_type().get_size()
+        stored, chunk = found.id.get_storage_size(), math.prod(found.chunks or ()) * item if found.chunks else 0
+        filters = [plan.get_filter(i)[0] for i in range(plan.get_nfilters())]
+        if len([f for f in filters if f not in (h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32)]) > 1:
+            raise self.refuse(f"expected at most one compression of {variable!r}, got {len(filters)} filters")
+        label = found.attrs.get("NAME", b"") if "NAME" in found.attrs and len(found.shape) == 1 else b""
+        empty = (label if isinstance(label, bytes) else str(label).encode()).startswith(b"This is a netCDF dimension but not a netCDF variable")
+        declared = found.size * item
+        if len(found.shape) == 1 and not empty and _too_much(max(declared, chunk), stored):  # coordinates are read when a file is opened
+            raise self.refuse(f"{variable!r} claims {declared:.3g} bytes, of which {stored} are stored")
+        self.parts[variable] = (found.shape, found.chunks, declared, stored, chunk)
+
+    def claims(self, variable: str, wanted: int) -> None:
+        _, _, _, stored, chunk = self.parts.get(f"{self.group}/{variable}".strip("/"), (None, None, 0, math.inf, 0))
+        if _too_much(max(wanted, chunk), stored):
+            raise self.refuse(f"{variable!r} claims {max(wanted, chunk):.3g} bytes, of which {stored} are stored")
+
+    def need(self, variable: str, wanted: int) -> None:
+        shape, chunks, declared, stored, chunk = self.parts[f"{self.group}/{variable}".strip("/")]
+        if declared and not stored:
+            raise self.refuse(f"nothing of {variable!r} is stored")
+        self.claims(variable, wanted)
+        if chunks:
+            import h5py
+
+            with h5py.File(self.path, "r") as file:
+                found = file[f"{self.group}/{variable}"]
+                there, all_of_it = found.id.get_num_chunks(), math.prod(-(-n // c) for n, c in zip(shape, chunks))
+                if there < all_of_it and not _means_missing(found.fillvalue, found.attrs.get("_FillValue"), found.attrs.get("missing_value")):
+                    raise self.refuse(f"{there} of {all_of_it} chunks of {variable!r} are stored, and {found.fillvalue} in the others would be taken for data")
+
+
+def _means_missing(fill: object, *marks: object) -> bool:
+    """Whether the number that stands where nothing is stored is read as missing."""
+    numbers = [np.asarray(mark).ravel()[0] for mark in (fill, *marks) if mark is not None and np.size(mark) == 1]
+    if not numbers or not np.issubdtype(np.asarray(numbers[0]).dtype, np.number):
+        return False
+    return bool(np.isnan(numbers[0])) or any(np.issubdtype(np.asarray(mark).dtype, np.number) and mark == numbers[0] for mark in numbers[1:])
+
+
+@dataclass(frozen=True)
+class _ZarrArray:
+    """What the description of an array says: its shape and chunks, bytes of one number (None: it varies), and codecs in order."""
+
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...]
+    item: int | None
+    codecs: tuple[tuple[str, dict], ...]
+    gaps: bool  # whether chunks that are not stored read as missing
+    inner: tuple | None = None  # of a shard: chunks, codecs, where the index is, its codecs
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.chunks) * (self.item or 8)
+
+
+class _ZarrContents(_Contents):
+    """The descriptions in a Zarr store, all of them read and checked, and its arrays; chunks are checked when they are read."""
+
+    def __init__(self, path: Path, name: str, group: str | None):
+        super().__init__(path, name, group)
+        self.descriptions: dict[str, bytes] = {}
+        self.arrays: dict[str, _ZarrArray] = {}
+        self.needed: set[str] = set()
+        self.shards: dict[str, tuple] = {}
+        self.root = Path(os.path.realpath(path))
+        folders = [""]
+        for count in itertools.count():
+            if not folders:
+                break
+            prefix = folders.pop()
+            if count > 10_000 or prefix.count("/") > 20:
+                raise self.refuse("expected at most 10000 groups and arrays, 20 deep")
+            if not self._describe(prefix):
+                with os.scandir(self.root / prefix) as entries:
+                    folders += sorted(f"{prefix}{entry.name}/" for entry in entries if entry.is_dir())
+
+    def file(self, key: str) -> os.stat_result | None:
+        """The file behind a key, if there is one. Raises `ValueError` for what is no file, or leads out of the store."""
+        place = self.root / key
+        try:
+            found = os.stat(place)
+        except (FileNotFoundError, NotADirectoryError):
+            if place.is_symlink():
+                raise self.refuse(f"{key} is a link to nothing") from None
+            return None
+        if stat.S_ISDIR(found.st_mode):
+            return None
+        if not stat.S_ISREG(found.st_mode) or self.root not in Path(os.path.realpath(place)).parents:
+            raise self.refuse(f"expected files inside the store, got {key}, which leads out of it")
+        return found
+
+    def _describe(self, prefix: str) -> bool:
+        """Read the descriptions in one folder; whether it is an array."""
+        texts = {}
+        for kind in _DESCRIPTIONS:
+            key = f"{prefix}{kind}"
+            if (found := self.file(key)) is None:
+                continue
+            if found.st_size > 8_000_000:
+                raise self.refuse(f"expected a description in {key}, got {found.st_size} bytes")
+            self.descriptions[key] = (self.root / key).read_bytes()
+            try:
+                texts[kind] = json.loads(self.descriptions[key])
+            except (ValueError, RecursionError) as error:
+                raise self.refuse(f"{key} is not a description of an array or group ({type(error).__name__}); is it whole?") from error
+            if not isinstance(texts[kind], dict):
+                raise self.refuse(f"{key} is not a description of an array or group")
+        variable = prefix.strip("/")
+        both = [texts.get(".zmetadata", {}).get("metadata"), (texts.get("zarr.json", {}).get("consolidated_metadata") or {})]
+        for copies in (both[0], both[1].get("metadata") if isinstance(both[1], dict) else None):  # copies of what is below; they are not used, and may not hide anything
+            for key, copy in copies.items() if isinstance(copies, dict) else ():
+                if isinstance(copy, dict) and ("chunks" in copy or "codecs" in copy):
+                    self._array(f"{prefix}{key}", copy, {}, 2 if "chunks" in copy else 3)
+        if ".zarray" in texts:
+            self.arrays[variable] = self._array(variable, texts[".zarray"], texts.get(".zattrs", {}), 2)
+        if texts.get("zarr.json", {}).get("node_type") == "array":
+            self.arrays[variable] = self._array(variable, texts["zarr.json"], texts["zarr.json"].get("attributes") or {}, 3)
+        return variable in self.arrays
+
+    def _array(self, variable: str, said: dict, attributes: dict, version: int) -> _ZarrArray:
+        try:
+            if version == 2:
+                filters, compressor = said.get("filters") or [], said.get("compressor")
+                codecs = self._codecs(variable, [*filters, *([compressor] if compressor else [])], "id")
+                chunks, gaps, inner = said["chunks"], said.get("fill_value") is not None, None
+                kind = said["dtype"]
+                dtype = np.dtype(kind if isinstance(kind, str) else [tuple(part) for part in kind])
+                item = None if dtype.hasobject else dtype.itemsize
+                if item is None and not (codecs and codecs[0][0] in ("vlen-utf8", "vlen-bytes")):
+                    raise self.refuse(f"expected numbers or text in {variable!r}, got objects")
+            else:
+                codecs = self._codecs(variable, said["codecs"], "name")
+                if said.get("storage_transformers") or said["chunk_grid"]["name"] != "regular":
+                    raise self.refuse(f"expected a regular grid of chunks of {variable!r}, got another")
+                chunks, item = said["chunk_grid"]["configuration"]["chunk_shape"], _zarr_item(said["data_type"])
+                gaps = _means_missing(_zarr_fill(said.get("fill_value")), _zarr_fill(attributes.get("_FillValue")), attributes.get("missing_value"))
+                shards = [(codecs.index(c), c[1]) for c in codecs if c[0] == "sharding_indexed"]
+                inner = None
+                if shards:
+                    at, setting = shards[0]
+                    index = self._codecs(variable, setting.get("index_codecs", [{"name": "bytes"}, {"name": "crc32c"}]), "name")
+                    inner = (tuple(map(_whole, setting["chunk_shape"])), self._codecs(variable, setting["codecs"], "name"), setting.get("index_location", "end"), index)
+                    if len(codecs) != 1 or any(c[0] == "sharding_indexed" for c in inner[1]) or any(c[0] not in ("bytes", "crc32c") for c in index):
+                        raise self.refuse(f"expected shards of {variable!r} that are neither in shards nor packed, got others")
+                    if len(inner[0]) != len(chunks) or any(c < 1 or n % c for n, c in zip(chunks, inner[0])):
+                        raise self.refuse(f"expected chunks of {variable!r} that fill its shards, got {_brief(inner[0])} in {_brief(chunks)}")
+            shape, chunks = (tuple(map(_whole, numbers)) for numbers in (said["shape"], chunks))
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            if isinstance(error, _Refused):
+                raise
+            raise self.refuse(f"the description of {variable!r} lacks something or says what it cannot ({_reason(error)})") from error
+        if len(shape) != len(chunks) or any(n < 0 for n in shape) or any(c < 1 for c in chunks):
+            raise self.refuse(f"expected a shape and chunks of {variable!r}, got {_brief(shape)} and {_brief(chunks)}")
+        array = _ZarrArray(shape, chunks, item, codecs, gaps, inner)
+        if len(shape) == 1 and _too_much(shape[0] * (item or 8), stored := self._stored(variable, shape[0] * (item or 8))):  # coordinates are read when it is opened
+            raise self.refuse(f"{variable!r} claims {shape[0] * (item or 8):.3g} bytes, of which {stored} are stored")
+        return array
+
+    def _codecs(self, variable: str, given: list, key: str) -> tuple[tuple[str, dict], ...]:
+        """The codecs of an array by their plain names, in order. Raises `ValueError` for one that is not known."""
+        codecs = []
+        for codec in given:
+            said = codec.get(key) if isinstance(codec, dict) else codec
+            known = said.removeprefix("numcodecs.") if isinstance(said, str) else said
+            if known not in CODECS:
+                raise _Refused(f"{self.name}: expected codecs that are known not to execute anything in {self.shown}, got the codec {_brief(said)} of {variable!r}")
+            codecs.append((known, (codec.get("configuration") or {}) if key == "name" and isinstance(codec, dict) else codec if isinstance(codec, dict) else {}))
+        packers = [i for i, (known, _) in enumerate(codecs) if known in PACKERS]
+        if len(packers) > 1 or (packers and any(known not in CHECKSUMS for known, _ in codecs[packers[0] + 1 :])):
+            raise self.refuse(f"expected {variable!r} to be packed once, got {', '.join(known for known, _ in codecs)}")
+        return tuple(codecs)
+
+    def _stored(self, variable: str, wanted: int) -> int:
+        """The bytes stored of an array, counted until they are enough."""
+        total, folders = 0, [self.root / variable]
+        while folders:
+            folder = folders.pop()
+            if not folder.is_dir():
+                continue
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.is_dir():
+                        folders.append(Path(entry.path))
+                    elif entry.name not in _DESCRIPTIONS:
+                        total += entry.stat().st_size
+                        if 1000 * total >= wanted:
+                            return total
+        return total
+
+    def claims(self, variable: str, wanted: int) -> None:
+        if _too_much(wanted, stored := self._stored(f"{self.group}/{variable}".strip("/"), wanted)):
+            raise self.refuse(f"{variable!r} claims {wanted:.3g} bytes, of which {stored} are stored")
+
+    def need(self, variable: str, wanted: int) -> None:
+        key = f"{self.group}/{variable}".strip("/")
+        self.needed.add(key)
+        if math.prod(self.arrays[key].shape) and not self._stored(key, 1):
+            raise self.refuse(f"nothing of {variable!r} is stored (if all of it is the fill value, write it with write_empty_chunks=True)")
+        self.claims(variable, wanted)
+
+    def array_of(self, key: str) -> tuple[str, _ZarrArray] | None:
+        """The array that a key is a chunk of."""
+        parts = key.split("/")
+        for length in range(len(parts) - 1, -1, -1):
+            if (variable := "/".join(parts[:length])) in self.arrays:
+                return variable, self.arrays[variable]
+        return None
+
+    def before(self, key: str, whole: bool) -> None:
+        """Raise `ValueError` for a chunk that is not there but should be, or that would become far more than it is."""
+        found, of = self.file(key), self.array_of(key)
+        if of is None:
+            return
+        variable, array = of
+        if found is None:
+            if variable in self.needed and not array.gaps:
+                raise self.refuse(f"the chunk {key} is not stored, and its fill value would be taken for data (if it is data, write the store with write_empty_chunks=True)")
+            return
+        if _too_much(array.size, found.st_size):
+            raise self.refuse(f"the chunk {key} claims {array.size:.3g} bytes, of which {found.st_size} are stored")
+        if whole and array.item and found.st_size > 2 * array.size + 1_000_000:
+            raise self.refuse(f"expected {array.size} bytes or fewer in the chunk {key}, got {found.st_size}")
+        if array.inner:
+            self._check_shard(key, array, found)
+
+    def after(self, key: str, data: bytes) -> None:
+        """Raise `ValueError` unless a chunk that was read is as long as it and its array say."""
+        of = self.array_of(key)
+        if of is None or of[1].inner:
+            return
+        self._check_packed(data, of[1].codecs, of[1].size if of[1].item else None, f"the chunk {key}")
+
+    def _check_shard(self, key: str, array: _ZarrArray, found: os.stat_result) -> None:
+        """The chunks in a shard, by its index; each shard once."""
+        stamp = (found.st_size, found.st_mtime_ns)
+        if self.shards.get(key) == stamp:
+            return
+        chunks, codecs, where, index_codecs = array.inner
+        count = math.prod(n // c for n, c in zip(array.chunks, chunks))
+        size = 16 * count + 4 * sum(known == "crc32c" for known, _ in index_codecs)
+        if size > found.st_size:
+            raise self.refuse(f"expected an index of {size} bytes in the shard {key}, got {found.st_size} bytes of it; is it whole?")
+        expected = math.prod(chunks) * array.item if array.item else None
+        order = next((setting.get("endian", "little") for known, setting in index_codecs if known == "bytes"), "little")
+        with open(self.root / key, "rb") as file:
+            file.seek(0 if where == "start" else found.st_size - size)
+            index = np.frombuffer(file.read(16 * count), ">u8" if order == "big" else "<u8").reshape(-1, 2)
+            for start, length in index.tolist():
+                if start == length == 2**64 - 1:
+                    continue
+                if start + length > found.st_size:
+                    raise self.refuse(f"the shard {key} is shorter than its index says; is it whole?")
+                if expected and (_too_much(expected, length) or length > 2 * expected + 1_000_000):
+                    raise self.refuse(f"a chunk in the shard {key} claims {expected:.3g} bytes, of which {length} are stored")
+                file.seek(start)
+                self._check_packed(file.read(length), codecs, expected, f"a chunk in the shard {key}")
+        self.shards[key] = stamp
+
+    def _check_packed(self, data: bytes, codecs: Sequence[tuple[str, dict]], size: int | None, what: str) -> None:
+        """Raise `ValueError` unless encoded bytes will become the `size` that they should, without decoding more than that."""
+        sizes = [size]
+        for known, _ in codecs:  # what each makes of the size, if that is known
+            same, before = known in ("bitround", "bytes", "endian", "shuffle", "transpose"), sizes[-1]
+            sizes.append(before if same else before + 4 if known in CHECKSUMS and before is not None else None)
+        packer = next((i for i, (known, _) in enumerate(codecs) if known in PACKERS), None)
+        if packer is None:
+            if sizes[-1] is not None and len(data) != sizes[-1]:
+                raise self.refuse(f"expected {sizes[-1]} bytes in {what}, got {len(data)}; is it whole?")
+            return
+        for known, setting in reversed(codecs[packer + 1 :]):
+            first = setting.get("location", "start" if known in ("adler32", "crc32") else "end") == "start"
+            data = data[4:] if first else data[:-4]
+        expected = sizes[packer]
+        most = expected if expected is not None else 16 * size + 1_000_000 if size is not None else max(32_000_000, 1000 * len(data))
+        try:
+            found = _unpacked_size(codecs[packer][0], codecs[packer][1], data, most)
+        except Exception as error:  # whatever a library says of bytes that are not its own
+            raise self.refuse(f"{what} cannot be unpacked ({_reason(error)}); is it whole?") from error
+        if found > most or (expected is not None and found != expected):
+            raise self.refuse(f"expected {most} bytes in {what}, got {'more' if found > most else found}; is it whole?")
+
+
+def _zarr_item(kind: str | dict) -> int | None:
+    """Bytes of one number of a type as Zarr names it; None for text of any length."""
+    name, setting = (kind, {}) if isinstance(kind, str) else (kind["name"], kind.get("configuration") or {})
+    if name in ("string", "bytes", "variable_length_bytes"):
+        return None
+    if name in ("fixed_length_utf32", "null_terminated_bytes", "raw_bytes"):
+        return _whole(setting["length_bytes"])
+    if name in ("numpy.datetime64", "numpy.timedelta64"):
+        return 8
+    if re.fullmatch(r"bool|u?int(8|16|32|64)|float(16|32|64)|complex(64|128)", name):
+        return np.dtype(name).itemsize
+    raise ValueError(f"unknown type {name!r}")
+
+
+def _zarr_fill(value: object) -> object:
+    """A fill value as Zarr writes it, or xarray beside it, as a number if it is one."""
+    if isinstance(value, str):
+        try:
+            return float(value) if len(value) < 10 else np.frombuffer(base64.b64decode(value, validate=True), "<f8")[0]
+        except ValueError:
+            return None
+    return value if isinstance(value, int | float) else None
+
+
+def _unpacked_size(packer: str, setting: dict, data: bytes, most: int) -> int:
+    """How many bytes packed ones will become, from what they say of themselves; those that say nothing are unpacked, but not beyond `most`."""
+    if packer == "blosc":
+        if len(data) < 16 or int.from_bytes(data[12:16], "little") != len(data):
+            raise ValueError("its length is not the one in its header")
+        return int.from_bytes(data[4:8], "little")
+    if packer == "lz4":
+        return int.from_bytes(data[:4], "little")
+    if packer == "zstd":
+        if data[:4] != b"\x28\xb5\x2f\xfd":
+            raise ValueError("it does not begin as it should")
+        flags = data[4]
+        width, dictionary = (1 if flags & 0x20 else 0, 2, 4, 8)[flags >> 6], (0, 1, 2, 4)[flags & 3]
+        begin = 5 + (not flags & 0x20) + dictionary
+        if width:
+            return int.from_bytes(data[begin : begin + width], "little") + 256 * (width == 2)
+        from numcodecs.zstd import decompress
+
+        return len(decompress(data, np.empty(most, np.uint8)))
+    unpack: Any = {
+        "zlib": lambda: zlib.decompressobj(), "gzip": lambda: zlib.decompressobj(wbits=31), "bz2": bz2.BZ2Decompressor,
+        "lzma": lambda: lzma.LZMADecompressor(format=lzma.FORMAT_AUTO, memlimit=256_000_000),
+    }[packer]()  # fmt: skip
+    size = len(unpack.decompress(data, most + 1))
+    if size <= most and (not unpack.eof or unpack.unused_data):
+        raise ValueError("it ends too early or too late")
+    return size
+
+
+@cache
+def _checked_store() -> type:
+    """A store of Zarr that reads only, serves the descriptions that were checked, and checks every chunk."""
+    from zarr.storage import LocalStore
+
+    class CheckedStore(LocalStore):
+        supports_writes, supports_deletes = False, False
+
+        def __init__(self, root: Path, contents: _ZarrContents):
+            super().__init__(root, read_only=True)
+            self.contents = contents
+
+        def with_read_only(self, read_only: bool = True) -> "CheckedStore":
+            return type(self)(self.root, self.contents)
+
+        def get_sync(self, key, *, prototype=None, byte_range=None):
+            if (described := self._described(key, prototype)) is not ...:
+                return described
+            self.contents.before(key, byte_range is None)
+            return self._checked(key, super().get_sync(key, prototype=prototype, byte_range=byte_range), byte_range)
+
+        async def get(self, key, prototype=None, byte_range=None):
+            if (described := self._described(key, prototype)) is not ...:
+                return described
+            self.contents.before(key, byte_range is None)
+            return self._checked(key, await super().get(key, prototype, byte_range), byte_range)
+
+        async def get_partial_values(self, prototype, key_ranges):
+            return [await self.get(key, prototype, byte_range) for key, byte_range in key_ranges]
+
+        def _described(self, key, prototype):
+            if key.rsplit("/", 1)[-1] not in _DESCRIPTIONS:
+                return ...
+            from zarr.core.buffer import default_buffer_prototype
+
+            text = self.contents.descriptions.get(key)
+            return None if text is None else (prototype or default_buffer_prototype()).buffer.from_bytes(text)
+
+        def _checked(self, key, found, byte_range):
+            if found is not None and byte_range is None:
+                self.contents.after(key, found.to_bytes())
+            return found
+
+    return CheckedStore
+
+
+def _read(array: xr.DataArray, where: str) -> np.ndarray:
+    """The values of a variable, or one line that says why they cannot be read."""
+    try:
+        return array.values
+    except _Refused:
+        raise
+    except Exception as error:  # libraries raise what they like
+        raise ValueError(f"{where}: {array.name!r} cannot be read ({_reason(error)}); is the file whole?") from error
+
+
+def _loaded(array: xr.DataArray, where: str) -> xr.DataArray:
+    """A variable and its coordinates in memory."""
+    for part in (array, *array.coords.values()):
+        _read(part, where)
+    return array.load()
 
 # %% ../nbs/06b_files.ipynb #c1a5bbe5
-ROLES = ("background", "analysis")
 SAMPLES = ("sample", "case", "run", "cycle", "time", "valid_time", "forecast_reference_time", "date")
 MEMBERS = ("member", "realization", "number", "ensemble")
 
 # %% ../nbs/06b_files.ipynb #cfadcd3a
-def open_dataset(path: str | os.PathLike, name: str = "file", group: str | None = None) -> xr.Dataset:
-    """Open a NetCDF file or a Zarr store without reading its values.
-
-    Raises `FileNotFoundError` for no file, and `ValueError`, naming what it was to be, for one that cannot be read.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{name}: no file {path}")
-    try:
-        if path.is_dir():
-            with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # a store need not be consolidated
-                return xr.open_zarr(path, chunks=None, group=group)
-        return xr.open_dataset(path, group=group, cache=False)
-    except ImportError as error:
-        raise ValueError(f"{name}: {path} needs a library that is not installed: pip install 'pnpda_nb[zarr]'") from error
-    except Exception as error:  # the many errors of HDF5 and Zarr mean one thing here
-        if "cftime" in str(error):
-            raise ValueError(f"{name}: {path} has times that need another library: pip install cftime") from error
-        raise ValueError(f"{name}: {path} is not a readable NetCDF file or Zarr store ({type(error).__name__}); is it whole?") from error
-
-
 def is_sample(dim: str, data: xr.Dataset, also: Sequence[str] = ()) -> bool:
     """Whether a dimension counts states: by its name, or because its coordinate is a time or a realisation."""
     if dim in (*SAMPLES, *MEMBERS, *also):
@@ -323,8 +1071,7 @@ def is_sample(dim: str, data: xr.Dataset, also: Sequence[str] = ()) -> bool:
     coordinate = data.coords.get(dim)
     if coordinate is None:
         return False
-    known = coordinate.attrs.get("standard_name") in ("time", "forecast_reference_time", "realization")
-    return known or coordinate.attrs.get("axis") == "T" or np.issubdtype(coordinate.dtype, np.datetime64)
+    return coordinate.attrs.get("standard_name") == "realization" or _is_time(dim, coordinate)
 
 
 def fields_of(data: xr.Dataset, role: str) -> dict[str, xr.DataArray]:
@@ -372,12 +1119,20 @@ class Archive:
     @cached_property
     def identity(self) -> str:
         """What tells this archive from others: its layout, a few of its pairs, and sizes and times of its files."""
-        stamps = [(p.path.stat().st_size, p.path.stat().st_mtime_ns) for p in self.pieces]
+        stamps = [(found.st_size, found.st_mtime_ns) for found in (p.path.stat() for p in self.pieces)]
         digest = hashlib.sha256(json.dumps([self.layout, self.count, stamps]).encode())
         for first in sorted({0, self.count // 3, 2 * self.count // 3, self.count - 1}):
             for x in self.read(first, first + 1):
                 digest.update(x.numpy().tobytes())
         return digest.hexdigest()
+
+    def held(self) -> dict[str, tuple[float, float]]:
+        """The lowest and the highest value of every field, in backgrounds and analyses; the whole archive is read for it."""
+        low, high = np.full(self.dim, np.inf), np.full(self.dim, -np.inf)
+        for first in range(0, self.count, self.block):
+            for x in self.read(first, min(first + self.block, self.count)):
+                low, high = np.minimum(low, x.numpy().min(0)), np.maximum(high, x.numpy().max(0))
+        return {name: (float(low[part].min()), float(high[part].max())) for name, part in self.state.parts().items() if part.start < part.stop}
 
     def read(self, first: int, last: int) -> tuple[Tensor, Tensor]:
         """Backgrounds and analyses of the pairs `first` to `last` (excluded), each `(last - first, dim)`.
@@ -405,45 +1160,62 @@ class Archive:
         if not fine.all():
             pair, position = np.argwhere(~fine)[0]
             field = next(name for name, part in self.state.parts().items() if position < part.stop) or "state"
-            raise ValueError(f"archive: expected finite values in {self.name}, got {kept[pair, position]} in the {role} of {field} of pair {first + pair}")
+            raise ValueError(f"archive: expected finite values in {_shown(self.name)}, got {kept[pair, position]} in the {role} of {field} of pair {first + pair}")
         if self.state.left_out is not None and np.isfinite(flat[:, self.state.left_out]).any():
             pair = np.argwhere(np.isfinite(flat[:, self.state.left_out]))[0, 0]
-            raise ValueError(f"archive: expected the points that the first pair of {self.name} misses to be missing always, got values in the {role} of pair {first + pair}")
+            raise ValueError(f"archive: expected the points that the first pair of {_shown(self.name)} misses to be missing always, got values in the {role} of pair {first + pair}")
 
 # %% ../nbs/06b_files.ipynb #23bac61d
 class _Piece:
     """One file of an archive: for both roles, its fields by name, and the dimensions that count pairs."""
 
     def __init__(self, path: Path, roles: Sequence[str], samples: Sequence[str]):
-        self.path, data = path, open_dataset(path, "archive")
-        self.opened, fields = [data], [fields_of(data, role) for role in roles]
+        self.path, self.shown, self.where, self.opened = path, _shown(path), f"archive {_shown(path)}", []
+        try:
+            self._open(roles, samples)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, roles: Sequence[str], samples: Sequence[str]) -> None:
+        data, contents = _opened(self.path, "archive")
+        self.opened.append(data)
+        fields, self.contents = [fields_of(data, role) for role in roles], [contents, contents]
         if not any(fields) and not data.data_vars:
-            try:
-                groups = [open_dataset(path, "archive", group=role) for role in roles]
-            except ValueError:
-                groups = []
-            self.opened += groups
-            fields = [{str(name): array for name, array in group.data_vars.items()} for group in groups] or fields
-        for role, other, mine, theirs in zip(roles, roles[::-1], fields, fields[::-1]):
+            groups = []
+            with contextlib.suppress(ValueError):  # no such groups; what is missing is said below
+                for role in roles:
+                    groups.append(_opened(self.path, "archive", group=role))
+                    self.opened.append(groups[-1][0])
+            if len(groups) == 2:
+                self.contents = [c for _, c in groups]
+                fields = [{str(name): array for name, array in group.data_vars.items()} for group, _ in groups]
+        for role, mine, theirs in zip(roles, fields, fields[::-1]):
             missing = sorted(theirs.keys() - mine.keys())
             if missing or not mine:
                 wanted = f"{missing[0]}_{role}".strip("_") if missing else role
                 found = ", ".join(map(str, data.data_vars)) or "no variables"
-                raise ValueError(f"archive: expected a variable {wanted!r} in {path}, got {found}")
+                raise ValueError(f"archive: expected a variable {wanted!r} in {self.shown}, got {found}")
         self.fields = dict(zip(ROLES, fields))
-        whole = self.opened[-1]
         array = next(iter(fields[0].values()))
-        counting = tuple(d for d in array.dims if is_sample(str(d), whole, samples))
-        self.samples = tuple(sorted(counting, key=lambda d: d in MEMBERS))  # members of one time stay together
+        counting = [str(d) for d in array.dims if is_sample(str(d), self.opened[-1], samples)]
+        times = {d: _times_along(array, d, self.where) for d in counting if d not in MEMBERS}
+        first = next((d for d in counting if times.get(d) is not None), None)
+        self.samples = tuple(sorted(counting, key=lambda d: (d in MEMBERS, d != first)))  # by time; members of one time stay together
         if not self.samples:
-            raise ValueError(f"archive: expected a dimension that counts pairs in {path}, such as sample or time (or one named as `samples`), got ({', '.join(map(str, array.dims))})")
+            raise ValueError(f"archive: expected a dimension that counts pairs in {self.shown}, such as sample or time (or one named as `samples`), got ({', '.join(map(str, array.dims))})")
+        self.times = times[first] if first is not None else _time_of_all(array, self.where)
+        for d in {str(name) for some in fields for a in some.values() for name in a.coords}:  # backgrounds and analyses must be of the same times
+            if d in counting or _is_time(d, next(iter(fields[0].values())).coords.get(d)):
+                mine, theirs = (_plain(_read(some.coords[d], self.where)) if d in some.coords else None for some in (next(iter(f.values())) for f in fields))
+                if mine is not None and theirs is not None and (mine.shape != theirs.shape or not _same(mine, theirs)):
+                    raise ValueError(f"archive: expected backgrounds and analyses of the same {d} in {self.shown}, got others")
+        self.measure()
+
+    def measure(self) -> None:
+        """How many pairs there are, and in what stretches they are stored."""
+        array = next(iter(self.fields[ROLES[0]].values()))
         self.sizes = tuple(array.sizes[d] for d in self.samples)
-        timed = [d for d in self.samples if d in array.coords and np.issubdtype(array.coords[d].dtype, np.datetime64)]
-        self.start = array.coords[timed[0]].values[0] if timed and array.sizes[timed[0]] else None
-        for d in self.samples:  # backgrounds and analyses must be of the same times
-            mine, theirs = (next(iter(some.values())).coords.get(d) for some in fields)
-            if mine is not None and theirs is not None and mine.shape == theirs.shape and not (mine.values == theirs.values).all():
-                raise ValueError(f"archive: expected backgrounds and analyses of the same {d} in {path}, got others")
         self.count = math.prod(self.sizes)
         chunks = array.encoding.get("chunksizes") or array.encoding.get("chunks") or ()
         outer = dict(zip(array.dims, chunks)).get(self.samples[0], 1) or 1
@@ -453,88 +1225,234 @@ class _Piece:
         for data in self.opened:
             data.close()
 
-    def fit(self, state: Layout) -> None:
-        """Raise `ValueError` unless both roles of this file have the layout."""
-        for role, fields in self.fields.items():
+    def fit(self, state: Layout, samples: Sequence[str]) -> None:
+        """Raise `ValueError` unless both roles of this file have the layout; pairs are counted as in the first file."""
+        if set(self.samples) == set(samples):
+            self.samples = tuple(samples)
+            self.measure()
+        self.factors: dict[tuple[str, str], tuple[float, float]] = {}
+        for contents, (role, fields) in zip(self.contents, self.fields.items()):
             for field in state.fields:
                 if field.name not in fields:
-                    raise ValueError(f"archive: expected {field.title} in {self.path} as in the first file, got {', '.join(fields)}")
+                    raise ValueError(f"archive: expected {field.title} in {self.shown} as in the first file, got {', '.join(fields)}")
                 array = fields[field.name]
                 sizes = {d: array.sizes.get(d) for d in self.samples}
                 if tuple(sizes.values()) != self.sizes:
-                    raise ValueError(f"archive: expected {array.name!r} in {self.path} with dimensions {dict(zip(self.samples, self.sizes))}, got {sizes}")
-                check_field(array, field, state, self.samples, f"archive {self.path}")
+                    raise ValueError(f"archive: expected {array.name!r} in {self.shown} with dimensions {dict(zip(self.samples, self.sizes))}, got {sizes}")
+                check_field(array, field, state, self.samples, self.where)
+                self.factors[role, field.name] = check_units(_units(array.attrs, self.where), field, self.where)
+                if self.count:
+                    contents.need(str(array.name), 8 * field.size)
+        self.state = state
 
     def read(self, role: str, first: int, last: int) -> np.ndarray:
         """The fields of pairs `first` to `last`, beside one another: `(pair, size of the layout)`."""
         columns = []
-        for array in self.fields[role].values():
-            dims = tuple(d for d in array.dims if d not in self.samples)
-            try:
-                columns.append(_stretch(array, self.samples, dims, first, last))
-            except OSError as error:
-                raise ValueError(f"archive: {self.path} cannot be read at pair {first} ({type(error).__name__}); is it whole?") from error
+        for field in self.state.fields:
+            values = _stretch(self.fields[role][field.name], self.samples, field.dims, first, last, f"archive {self.shown}: pairs from {first}")
+            columns.append(_in_units(values, self.factors[role, field.name]))
         return columns[0] if len(columns) == 1 else np.concatenate(columns, axis=1)
 
 
-def _stretch(array: xr.DataArray, samples: Sequence[str], dims: Sequence[str], first: int, last: int) -> np.ndarray:
-    """States `first` to `last` of an array whose states are counted by the dimensions `samples`, the last fastest."""
+def _stretch(array: xr.DataArray, samples: Sequence[str], dims: Sequence[str], first: int, last: int, where: str) -> np.ndarray:
+    """States `first` to `last` of an array, with the dimensions `dims` in this order, which are counted by the dimensions
+    `samples`, the last fastest.
+    """
     outer, *rest = samples
     inner = math.prod(array.sizes[d] for d in rest)
     begin, end = -(-first // inner), last // inner  # the whole rows
     parts = []
     if begin > end:  # inside one row
-        return _stretch(array.isel({outer: end}), rest, dims, first - end * inner, last - end * inner)
+        return _stretch(array.isel({outer: end}), rest, dims, first - end * inner, last - end * inner, where)
     if first < begin * inner:
-        parts.append(_stretch(array.isel({outer: begin - 1}), rest, dims, first - (begin - 1) * inner, inner))
+        parts.append(_stretch(array.isel({outer: begin - 1}), rest, dims, first - (begin - 1) * inner, inner, where))
     if begin < end:
         rows = array.isel({outer: slice(begin, end)}).transpose(*samples, *dims)
-        parts.append(np.asarray(rows.values, "float64").reshape((end - begin) * inner, -1))
+        parts.append(np.asarray(_read(rows, where), "float64").reshape((end - begin) * inner, -1))
     if end * inner < last:
-        parts.append(_stretch(array.isel({outer: end}), rest, dims, 0, last - end * inner))
+        parts.append(_stretch(array.isel({outer: end}), rest, dims, 0, last - end * inner, where))
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 # %% ../nbs/06b_files.ipynb #120203c8
+_TIMES = ("time", "valid_time", "forecast_reference_time", "date")
+
+
+def _is_time(name: str, coordinate: xr.DataArray | None) -> bool:
+    """Whether a coordinate is a time, by its name, type or attributes."""
+    if coordinate is None:
+        return False
+    known = coordinate.attrs.get("standard_name") in ("time", "forecast_reference_time") or coordinate.attrs.get("axis") == "T"
+    return name in _TIMES or known or _is_instants(coordinate.dtype, coordinate)
+
+
+def _is_instants(dtype: np.dtype, values: Any) -> bool:
+    if dtype.kind == "M":
+        return True
+    if dtype != object or not np.size(values):
+        return False
+    first = np.asarray(values[(0,) * values.ndim] if values.ndim else values).ravel()[0]
+    return hasattr(first, "calendar")
+
+
+def _instants(values: np.ndarray) -> np.ndarray:
+    """Times as `datetime64`, if they are of the usual calendar; of another as they are, and numbers as numbers."""
+    values = np.asarray(values)
+    if values.dtype.kind == "M":
+        return values.astype("datetime64[ns]") if values.dtype != "datetime64[ns]" and _in_nanoseconds(values) else values
+    if values.dtype == object and values.size and all(getattr(v, "calendar", "") in ("standard", "gregorian", "proleptic_gregorian") and v.year > 1582 for v in values.flat):
+        return np.array([np.datetime64(v.isoformat(), "us") for v in values.flat]).reshape(values.shape)
+    return values
+
+
+def _in_nanoseconds(values: np.ndarray) -> bool:
+    years = values.astype("datetime64[Y]").astype(int)
+    return bool(((years > -290) & (years < 290) | np.isnat(values)).all())
+
+
+def _calendar(values: np.ndarray) -> str:
+    named = getattr(values.flat[0] if values.size else None, "calendar", "standard" if values.dtype.kind == "M" else "")
+    return f"{named} before 1583" if values.dtype == object and named in ("standard", "gregorian", "proleptic_gregorian") else named
+
+
+def _same(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two arrays of coordinates of one shape are the same; times of two calendars never are."""
+    one, other = _instants(one), _instants(other)
+    if _calendar(one) != _calendar(other) or (one.dtype.kind in "iuf") != (other.dtype.kind in "iuf"):
+        return False
+    return bool(np.all(one == other))
+
+
+def _times_along(array: xr.DataArray, dim: str, where: str) -> np.ndarray | None:
+    """The times `(sample,)` of what a dimension counts: its own coordinate, or another along it."""
+    found = [name for name, c in array.coords.items() if c.dims == (dim,) and _is_time(str(name), c)]
+    doubt = None
+    for name in sorted(found, key=lambda n: (n != dim, [*_TIMES, n].index(n))):
+        try:
+            times = _as_ordered(_read(array.coords[name], where), f"{where}: {name}")
+        except ValueError as error:
+            if name == dim:
+                raise
+            doubt = doubt or error  # forecasts of several lengths may begin at one time and be valid at others
+        else:
+            if times is not None:
+                return times
+    if doubt is not None:
+        raise doubt
+    return None
+
+
+def _time_of_all(array: xr.DataArray, where: str) -> np.ndarray | None:
+    """The one time of a file that says it once for all its states."""
+    found = [name for name, c in array.coords.items() if c.ndim == 0 and _is_time(str(name), c)]
+    name = min(found, key=lambda n: [*_TIMES, n].index(n), default=None)
+    return None if name is None else _as_ordered(np.atleast_1d(_read(array.coords[name], where)), f"{where}: {name}")
+
+
+def _as_ordered(times: np.ndarray, where: str) -> np.ndarray | None:
+    """Times that increase, or None for what has no order (names). Raises `ValueError` for those that do not increase."""
+    times = _plain(_instants(times))
+    if times.dtype == object and any(isinstance(t, str) for t in times):
+        with contextlib.suppress(ValueError):
+            times = np.array([_as_time(t, "standard", where) for t in times])
+    if times.dtype.kind not in "iufMmO" or (times.dtype == object and not _calendar(times)):
+        return None
+    wrong = np.isnat(times) if times.dtype.kind in "Mm" else times != times
+    if np.any(wrong):
+        raise ValueError(f"{where}: expected times, got none at {int(np.flatnonzero(wrong)[0])}")
+    if times.dtype == object and len({_calendar(np.array([t], object)) for t in times}) > 1:
+        raise ValueError(f"{where}: expected times of one calendar, got several")
+    back = np.flatnonzero(times[1:] <= times[:-1]) if len(times) > 1 else ()
+    if len(back):
+        before, after = times[back[0]], times[back[0] + 1]
+        hint = " (put members of one time along a dimension of their own, such as member)" if before == after else ""
+        raise ValueError(f"{where}: expected times that increase, got {_time(after)} after {_time(before)}{hint}")
+    return times
+
+
+def _time(value: object) -> str:
+    """A time without the zeros at its end."""
+    return re.sub(r"[T ]00:00:00$", "", re.sub(r"\.?0+$", "", str(value)) if "." in str(value) else str(value))
+
+
+def _in_order_of_time(pieces: list[_Piece]) -> list[_Piece]:
+    """The files of an archive in the order of their times. Raises `ValueError` for those that overlap."""
+    timed = [piece for piece in pieces if piece.times is not None and len(piece.times)]
+    if len(pieces) < 2 or not timed:
+        return pieces
+    if len(timed) < len(pieces):
+        lost = next(piece for piece in pieces if piece not in timed)
+        raise ValueError(f"archive: expected times in all files or in none, got none in {lost.shown}")
+    kinds = {(_calendar(p.times), p.times.dtype.kind in "iuf") for p in timed}
+    if len(kinds) > 1:
+        raise ValueError(f"archive: expected times of one calendar, got {', '.join(sorted(kind or 'numbers' for kind, _ in kinds))}")
+    timed.sort(key=lambda p: p.times[0])
+    for one, other in zip(timed, timed[1:]):
+        if other.times[0] <= one.times[-1]:
+            raise ValueError(
+                f"archive: expected files of different times, got {_time(one.times[0])} to {_time(one.times[-1])} in {one.shown} and {_time(other.times[0])} to {_time(other.times[-1])} in {other.shown}"
+            )
+    return timed
+
+# %% ../nbs/06b_files.ipynb #a8682192
 def _naturally(path: str) -> list:
     """A key that sorts numbers in names by their size: part_2 before part_10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]
+    return [(int(part), "") if part.isdecimal() and len(part) < 20 else (-1, part) for part in re.split(r"(\d+)", path)]
+
+
+def _files(path: str | os.PathLike) -> list[str]:
+    """The file, or those that a pattern fits, by name."""
+    if os.path.lexists(path) or not any(c in str(path) for c in "*?["):
+        return [str(path)]
+    return sorted(glob.glob(str(path)), key=_naturally)
 
 
 def open_archive(path: str | os.PathLike, *, roles: Sequence[str] = ROLES, samples: Sequence[str] = ()) -> Archive:
     """Open an archive of pairs: a NetCDF file, a Zarr store, or several of one layout by a pattern such as `"pairs_*.nc"`.
 
-    `roles` are the names that tell backgrounds from analyses, and `samples` further dimensions that count pairs. Points that
-    the first pair misses are left out of the state. Raises `FileNotFoundError` for no file and `ValueError` for files that
-    cannot be read, lack something, or do not fit one another.
+    `roles` are the names that tell backgrounds from analyses, and `samples` further dimensions that count pairs. Pairs are in
+    the order of their times. Points that the first pair misses are left out of the state. Raises `FileNotFoundError` for no
+    file and `ValueError` for files that cannot be read, lack something, do not fit one another, or have the same times.
     """
-    paths = sorted(glob.glob(str(path)), key=_naturally) if any(c in str(path) for c in "*?[") else [str(path)]
-    if not paths:
-        raise FileNotFoundError(f"archive: no file {path}")
-    if len(roles) != 2:
+    if len(roles) != 2 or not all(isinstance(role, str) and role for role in roles) or roles[0] == roles[1]:
         raise ValueError(f"roles: expected two names, got {roles!r}")
-    pieces = [_Piece(Path(p), roles, samples) for p in paths]
-    first = pieces[0]
-    known = {n: a if a.attrs.get("units") else a.assign_attrs(units=first.fields[ROLES[1]][n].attrs.get("units", "")) for n, a in first.fields[ROLES[0]].items()}
-    state = Layout.of(known, first.samples)
-    for piece in pieces:
-        piece.fields = {role: {f.name: fields[f.name] for f in state.fields if f.name in fields} for role, fields in piece.fields.items()}
-        piece.fit(state)
-        if piece.count == 0:
-            raise ValueError(f"archive: expected pairs in {piece.path}, got none")
-    starts = [piece.start for piece in pieces if piece.start is not None]
-    if len(set(starts)) < len(starts):
-        raise ValueError(f"archive: expected files of different times, got two of {path} that begin with the same")
-    gone = np.flatnonzero(np.isnan(first.read("background", 0, 1)[0]) & np.isnan(first.read("analysis", 0, 1)[0]))
-    if len(gone) == state.size:
-        raise ValueError(f"archive: expected finite values in {first.path}, got a first pair without any")
-    state = Layout(state.fields, state.axes, gone if len(gone) else None)
-    return Archive(pieces, state, str(path))
+    try:
+        paths = _files(path)
+    except ValueError:  # a path that no file can have
+        paths = []
+    if not paths:
+        raise FileNotFoundError(f"archive: no file {_shown(path)}")
+    pieces: list[_Piece] = []
+    try:
+        for p in paths:
+            pieces.append(_Piece(Path(p), roles, samples))
+        for piece in pieces:
+            if piece.count == 0:
+                raise ValueError(f"archive: expected pairs in {piece.shown}, got none")
+        pieces = _in_order_of_time(pieces)
+        first = pieces[0]
+        known = {n: a if _units(a.attrs, first.where) else a.assign_attrs(units=_units(first.fields[ROLES[1]][n].attrs, first.where)) for n, a in first.fields[ROLES[0]].items()}
+        state = Layout.of(known, first.samples)
+        if not all(f.size for f in state.fields):
+            empty = next(f for f in state.fields if not f.size)
+            raise ValueError(f"archive: expected points of {empty.title} in {first.shown}, got none")
+        state = replace(state, samples=tuple(dict.fromkeys([*samples, *first.samples])), roles=tuple(roles))
+        for piece in pieces:
+            piece.fit(state, first.samples)
+        gone = np.flatnonzero(np.isnan(first.read("background", 0, 1)[0]) & np.isnan(first.read("analysis", 0, 1)[0]))
+        if len(gone) == state.size:
+            raise ValueError(f"archive: expected finite values in {first.shown}, got a first pair without any")
+        return Archive(pieces, replace(state, left_out=gone if len(gone) else None), str(path))
+    except BaseException:
+        for piece in pieces:
+            piece.close()
+        raise
 
 # %% ../nbs/06b_files.ipynb #b915fde3
 @dataclass(frozen=True, eq=False)
 class States:
-    """States from a file: `values` `(run, member, dim)`, laid out as `layout`; `arrays` are the variables of the file by
-    field, and `runs` and `members` their dimensions that are not part of a state.
+    """States from a file: `values` `(run, member, dim)`, laid out as `layout`, in its units; `arrays` are the variables of the
+    file by field, in the file's units, `runs` and `members` their dimensions that are not part of a state, and `beside` the
+    variables of the file that those name, such as bounds of coordinates.
     """
 
     values: Tensor
@@ -542,63 +1460,149 @@ class States:
     arrays: Mapping[str, xr.DataArray]
     runs: tuple[str, ...]
     members: tuple[str, ...]
+    beside: Mapping[str, xr.DataArray] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"States({self.values.shape[0]} × {self.values.shape[1]} of {self.layout})"
 
     def dataset(self, values: Tensor, role: str = "analysis") -> xr.Dataset:
         """Other `values` of the same shape as a dataset that looks like the file: its variables, coordinates, units and
-        types; a role in their names is replaced.
+        types; the name of backgrounds in their names is replaced by `role`. Attributes are such as NetCDF can hold, and name
+        no variable that is not there.
         """
-        names = {field.name: str(self.arrays[field.name].name) for field in self.layout.fields}
         samples, out = self.runs + self.members, {}
         for field, block in zip(self.layout.fields, self.layout.split(values.numpy()).values()):
-            array, name = self.arrays[field.name], field.name
+            array = self.arrays[field.name]
+            factor, offset = check_units(_units(array.attrs, str(array.name)), field, str(array.name))
+            block = block if (factor, offset) == (1.0, 0.0) else (block - offset) / factor
             block = block.reshape(tuple(array.sizes[d] for d in samples) + field.shape)
-            kind = array.dtype if np.issubdtype(array.dtype, np.floating) else np.dtype("float64")
+            kind = array.dtype if array.dtype in (np.dtype("float32"), np.dtype("float64")) else np.dtype("float64")
             new = xr.DataArray(block.astype(kind), dims=samples + field.dims).transpose(*array.dims)
             copy = array.copy(data=new.values)
             copy.encoding = {k: v for k, v in array.encoding.items() if k in ("zlib", "complevel", "chunksizes", "shuffle")}  # not packed
-            out[re.sub(r"(^|_)background(_|$)", rf"\g<1>{role}\g<2>", names[name])] = copy
-        return xr.Dataset(out)
+            out[re.sub(rf"(^|_){re.escape(self.layout.roles[0])}(_|$)|(^|_)background(_|$)", rf"\g<1>\g<3>{role}\g<2>\g<4>", str(array.name))] = copy
+        data = xr.Dataset(out)
+        data = data.assign({name: array for name, array in self.beside.items() if name not in data.variables and all(data.sizes.get(d, n) == n for d, n in array.sizes.items())})
+        for name, variable in data.variables.items():
+            data[name].attrs = writable_attributes(_present(variable.attrs, data))
+            if name in data.coords or name in self.beside:
+                kept = ("units", "calendar", "dtype") if _is_instants(variable.dtype, variable) else ()
+                data[name].encoding = {k: v for k, v in variable.encoding.items() if k in kept} | {"_FillValue": None}
+        return data
 
 # %% ../nbs/06b_files.ipynb #96ed5142
-def read_states(path: str | os.PathLike, layout: Layout, *, name: str = "background", samples: Sequence[str] = ()) -> States:
-    """Read states of the given `layout` from a NetCDF file or Zarr store, all of them; `name` is their role in names and errors.
-
-    Raises `FileNotFoundError`, or `ValueError` for a file that cannot be read, does not fit the layout, or has missing values.
+def writable_attributes(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """The attributes in a form that NetCDF can hold: truth values as 0 and 1, dictionaries and mixed lists as JSON, times as
+    text; without those that are None, and those whose names HDF5 keeps for itself.
     """
-    with open_dataset(path, name) as data:
-        arrays = {field.name: _variable(data, field, name, path).load() for field in layout.fields}
+    kept = ((_clean(str(name)).replace("/", "_"), _writable(value)) for name, value in attributes.items())
+    return {name: value for name, value in kept if name and value is not None and name not in _RESERVED}
+
+
+_RESERVED = ("CLASS", "NAME", "DIMENSION_LIST", "DIMENSION_LABELS", "REFERENCE_LIST", "_NCProperties", "_Netcdf4Dimid", "_Netcdf4Coordinates", "_nc3_strict")
+_NAMING = ("ancillary_variables", "bounds", "cell_measures", "climatology", "coordinates", "formula_terms", "grid_mapping", "geometry", "interior_ring", "mesh",
+           "node_coordinates", "node_count", "nodes", "part_node_count", "quantization")  # fmt: skip
+
+
+def _clean(text: str) -> str:
+    """Text that can be encoded, without the zeros that end it in C."""
+    return text.replace("\0", "").encode("utf-8", "replace").decode()
+
+
+def _writable(value: Any) -> Any:
+    if isinstance(value, bytes):
+        value = value.decode(errors="replace")
+    if value is None or isinstance(value, str):
+        return None if value is None else _clean(value)
+    if isinstance(value, list | tuple | set | frozenset):
+        parts = list(value)
+        if all(isinstance(v, str) for v in parts) and parts:
+            return [_clean(v) for v in parts]
+        if not parts or not all(isinstance(v, bool | int | float | np.number | np.bool_) for v in parts):
+            return _clean(json.dumps(parts, default=str))
+        value = np.array(parts)
+    if isinstance(value, dict):
+        return _clean(json.dumps(value, default=str))
+    array = np.asarray(value)
+    if array.dtype.kind == "b":
+        array = array.astype("int8")
+    elif array.dtype == np.float16:
+        array = array.astype("float32")
+    elif array.dtype.kind == "f" and array.dtype.itemsize > 8:
+        array = array.astype("float64")
+    elif array.dtype.kind not in "iuf":  # times, objects, complex numbers, integers beyond 64 bits
+        return _clean(str(value) if array.ndim == 0 else json.dumps(array.tolist(), default=str))
+    return array[()] if array.ndim == 0 else array.ravel()
+
+
+def _names_in(value: object) -> list[str]:
+    """The variables that an attribute names: "area: cell_area" names cell_area."""
+    return [word for word in str(value).split() if not word.endswith(":")]
+
+
+def _present(attributes: Mapping[str, Any], data: xr.Dataset) -> dict[str, Any]:
+    """Attributes without those that name variables that are not there; xarray writes `coordinates` by itself."""
+    return {k: v for k, v in attributes.items() if k not in _NAMING or (k != "coordinates" and all(name in data.variables for name in _names_in(v)))}
+
+# %% ../nbs/06b_files.ipynb #abe83723
+def read_states(path: str | os.PathLike, layout: Layout, *, name: str = "background", samples: Sequence[str] = ()) -> States:
+    """Read states of the given `layout` from a NetCDF file or Zarr store, all of them; `name` is their role in names and
+    errors. Values are converted to the layout's units. Dimensions `samples` count states, besides those that the layout names.
+
+    Raises `FileNotFoundError`, or `ValueError` for a file that cannot be read, does not fit the layout, or has missing values
+    or values beyond anything that its archive held.
+    """
+    where = f"{name} {_shown(path)}"
+    opened, contents = _opened(path, name)
+    with opened as data:
+        arrays = {field.name: _variable(data, field, (name, layout.roles[0]), where) for field in layout.fields}
         first = next(iter(arrays.values()))
-        dims = [str(d) for d in first.dims if d not in layout.fields[0].dims and is_sample(str(d), data, samples)]
+        dims = [str(d) for d in first.dims if d not in layout.fields[0].dims and is_sample(str(d), data, (*samples, *layout.samples))]
+        for field in layout.fields:
+            array = arrays[field.name]
+            check_field(array, field, layout, dims, where)
+            if [array.sizes.get(d) for d in dims] != [first.sizes[d] for d in dims]:
+                raise ValueError(f"{where}: expected {array.name!r} with the dimensions {', '.join(dims)} of {first.name!r}, got {', '.join(map(str, array.dims))}")
+            if not array.size:
+                raise ValueError(f"{where}: expected states in {array.name!r}, got none along {', '.join(d for d in dims if not array.sizes[d])}")
+            contents.need(str(array.name), 8 * array.size)
+            for part in array.coords.values():
+                contents.claims(str(part.name), part.nbytes)
+        arrays = {n: _loaded(array, where) for n, array in arrays.items()}
+        named = {word for array in arrays.values() for part in (array, *array.coords.values()) for key in _NAMING for word in _names_in((part.attrs | part.encoding).get(key, ""))}
+        beside = {n: data[n].reset_coords(drop=True) for n in sorted(named) if n in data.variables and data[n].size <= max(array.size for array in arrays.values())}
+        beside = {n: _loaded(array, where) for n, array in beside.items() if array.dtype.kind in "fiubSU" and n not in {array.name for array in arrays.values()}}
     runs, members = (tuple(d for d in dims if (d in MEMBERS) == inside) for inside in (False, True))
+    shape = [math.prod(first.sizes[d] for d in some) for some in (runs, members)]
+    columns = []
     for field in layout.fields:
         array = arrays[field.name]
-        check_field(array, field, layout, dims, f"{name} {path}")
-        if [array.sizes.get(d) for d in dims] != [first.sizes[d] for d in dims]:
-            raise ValueError(f"{name} {path}: expected {array.name!r} with the dimensions {', '.join(dims)} of {first.name!r}, got {', '.join(map(str, array.dims))}")
-    shape = [math.prod(first.sizes[d] for d in some) for some in (runs, members)]
-    flat = np.concatenate([arrays[f.name].transpose(*runs, *members, *f.dims).values.reshape(math.prod(shape), -1) for f in layout.fields], axis=1)
-    kept = flat[:, layout.kept].astype("float64")
-    if layout.left_out is not None and np.isfinite(flat[:, layout.left_out].astype("float64")).any():
-        raise ValueError(f"{name} {path}: expected gaps at the {len(layout.left_out)} points that the archive never has, got values")
-    if not np.isfinite(kept).all():
-        position = np.argwhere(~np.isfinite(kept))[0, 1]
-        field = next(n for n, part in layout.parts().items() if position < part.stop) or "state"
-        raise ValueError(f"{name} {path}: expected finite values, got {int((~np.isfinite(kept)).sum())} of {field} that are not")
-    return States(torch.from_numpy(kept).reshape(*shape, layout.dim), layout, arrays, runs, members)
+        block = array.transpose(*runs, *members, *field.dims).values.astype("float64").reshape(math.prod(shape), -1)
+        columns.append(_in_units(block, check_units(_units(array.attrs, where), field, where)))
+    flat = np.concatenate(columns, axis=1)
+    kept = flat[:, layout.kept]
+    if layout.left_out is not None and np.isfinite(flat[:, layout.left_out]).any():
+        raise ValueError(f"{where}: expected gaps at the {len(layout.left_out)} points that the archive never has, got values")
+    for field in layout.fields:
+        mine = kept[:, layout.parts()[field.name]]
+        if not np.isfinite(mine).all():
+            raise ValueError(f"{where}: expected finite values, got {int((~np.isfinite(mine)).sum())} of {field.title} that are not")
+        low, high = field.bounds
+        wild = (mine < low) | (mine > high)
+        if wild.any():
+            raise ValueError(f"{where}: expected {field.title} between {low:.4g} and {high:.4g} {field.units} (the archive held {field.held[0]:.4g} to {field.held[1]:.4g}), got {mine[wild][0]:.6g}")
+    return States(torch.from_numpy(np.ascontiguousarray(kept)).reshape(*shape, layout.dim), layout, arrays, runs, members, beside)
 
 
-def _variable(data: xr.Dataset, field: Field, role: str, path) -> xr.DataArray:
+def _variable(data: xr.Dataset, field: Field, roles: Sequence[str], where: str) -> xr.DataArray:
     """The variable of a file that holds a field."""
-    named = [f"{field.name}_{role}", f"{role}_{field.name}", field.name] if field.name else [role, "state"]
-    for candidate in named:
+    named = [n for role in roles for n in ((f"{field.name}_{role}", f"{role}_{field.name}") if field.name else (role,))]
+    for candidate in (*named, field.name or "state"):
         if candidate in data.data_vars:
             return data[candidate]
     if not field.name and len(data.data_vars) == 1:
         return next(iter(data.data_vars.values()))
-    raise ValueError(f"{role} {path}: expected a variable {named[-1] if field.name else role!r}, got {', '.join(map(str, data.data_vars)) or 'none'}")
+    raise ValueError(f"{where}: expected a variable {field.name or roles[0]!r}, got {', '.join(map(str, data.data_vars)) or 'none'}")
 
 # %% ../nbs/06b_files.ipynb #c60d5b40
 def along_axis(
@@ -609,23 +1613,29 @@ def along_axis(
     Raises `ValueError`, naming `where` and the first station (by its place among `numbers`, if they are given), for positions
     outside the axis.
     """
-    values = np.array(axis.values)
-    order = np.argsort(values)
-    rising = values[order]
+    values, positions = np.array(axis.values), np.asarray(positions, "float64")
+    if not np.isfinite(values).all():
+        raise ValueError(f"{where}: expected an axis of finite coordinates, got {axis}")
+    order, rising = axis.line
+    if len(rising) > 1 and not (np.diff(rising) > 0).all():
+        raise ValueError(f"{where}: expected an axis of distinct coordinates, got {values[order][1:][np.diff(rising) == 0][0]:g} twice")
+    slack, along = _slack(values, 1e-6), positions - values[order[0]]
     if axis.period is not None:
-        order, rising = np.append(order, order[0]), np.append(rising, rising[0] + axis.period)
-        positions = rising[0] + (positions - rising[0]) % axis.period
-    slack = 1e-6 * max(1.0, float(np.abs(rising).max()))
-    outside = ~((positions >= rising[0] - slack) & (positions <= rising[-1] + slack))  # nan, too
+        along = along % axis.period
+        along = np.where(along > max(rising[-1] + slack, axis.period - slack), 0.0, along)  # just before the first point
+    outside = ~((along >= -slack) & (along <= rising[-1] + slack))  # nan, too
     if outside.any():
         station = int(np.flatnonzero(outside)[0])
         number = station if numbers is None else numbers[station]
-        raise ValueError(f"{where}: expected stations between {rising[0]:g} and {rising[-1]:g}, got {positions[station]:g} for station {number}")
+        ends = values[order[[0, -1]]]
+        raise ValueError(f"{where}: expected stations between {ends[0]:g} and {ends[1]:g}, got {positions[station]:g} for station {number}")
     if len(rising) == 1:
-        return np.zeros(len(positions), int), np.zeros(len(positions), int), np.zeros(len(positions))
-    upper = np.clip(np.searchsorted(rising, positions), 1, len(rising) - 1)
-    share = np.clip((positions - rising[upper - 1]) / (rising[upper] - rising[upper - 1]), 0, 1)
-    share = np.where(np.abs(share - np.round(share)) < 1e-6, np.round(share), share)
+        here = np.full(len(positions), order[0])
+        return here, here, np.zeros(len(positions))
+    upper = np.clip(np.searchsorted(rising, along), 1, len(rising) - 1)
+    width = rising[upper] - rising[upper - 1]
+    share = np.clip((along - rising[upper - 1]) / width, 0, 1)
+    share = np.where(np.abs(share - np.round(share)) * width <= slack, np.round(share), share)
     arrived = share == 1  # on a point
     return order[upper - ~arrived], order[upper], np.where(arrived, 0.0, share)
 
@@ -674,30 +1684,48 @@ def _ends(stations: xr.Dataset, dim: str, size: int, layout: Layout, where: str)
         raise ValueError(f"{where}: expected '{dim}_index' or 'index', as the archive has no coordinates along {dim}, got {dim!r}")
     if not axis.numeric:
         names = {name: i for i, name in enumerate(axis.values)}
-        unknown = [str(v) for v in given.values if str(v) not in names]
+        called = [str(v) for v in _plain(given.values)]
+        unknown = [v for v in called if v not in names]
         if unknown:
-            raise ValueError(f"{where}: expected {dim} among {', '.join(names)}, got {unknown[0]!r}")
-        index = np.array([names[str(v)] for v in given.values])
+            raise ValueError(f"{where}: expected {dim} among {_brief(', '.join(names))}, got {unknown[0]!r}")
+        index = np.array([names[v] for v in called])
         return index, index, np.zeros(len(index))
-    units = str(given.attrs.get("units", axis.units))
-    if axis.units and not same_units(units, axis.units):
+    units = _units(given.attrs, f"{where}: {dim}") or axis.units
+    factor = conversion(units, axis.units) if axis.units else (1.0, 0.0)
+    if factor is None:
         raise ValueError(f"{where}: expected {dim} in units {axis.units!r}, got {units!r}")
     numbers = stations["number"].values if "number" in stations else None
-    return along_axis(axis, given.values.astype("float64"), f"{where}: {dim}", numbers)
+    return along_axis(axis, _in_units(_numbers(given, where), factor), f"{where}: {dim}", numbers)
 
 
 def _indices(given: xr.DataArray, size: int, where: str) -> np.ndarray:
-    values = given.values
-    wrong = ~((values >= 0) & (values < size) & (values == np.floor(values))) if np.issubdtype(values.dtype, np.number) else np.ones(len(values), bool)
+    values = _numbers(given, where)
+    wrong = ~((values >= 0) & (values < size) & (values == np.floor(values)))
     if wrong.any():
-        raise ValueError(f"{where}: expected {given.name!r} to be whole numbers from 0 to {size - 1}, got {values[wrong][0]}")
+        raise ValueError(f"{where}: expected {given.name!r} to be whole numbers from 0 to {size - 1}, got {values[wrong][0]:g}")
     return values.astype(int)
+
+
+def _numbers(array: xr.DataArray, where: str) -> np.ndarray:
+    """The values of a variable as numbers, written as text or not; what is blank is nan."""
+    values = _plain(_read(array, where))
+    if values.dtype.kind in "fiub":
+        return values.astype("float64")
+    if values.dtype != object or not all(v is None or isinstance(v, str | float | int) for v in values.flat):
+        raise ValueError(f"{where}: expected numbers in {array.name!r}, got {_kind_of(values.dtype)}")
+    texts = pd.Series(["" if v is None or v != v else str(v).strip() for v in values.flat], dtype=object)
+    numbers = pd.to_numeric(texts, errors="coerce")
+    wrong = np.flatnonzero(numbers.isna() & ~texts.str.lower().isin(("", "nan")))
+    if len(wrong):
+        raise ValueError(f"{where}: expected numbers in {'column' if array.attrs.get('table') else 'variable'} {array.name!r}, got {_brief(texts[wrong[0]])} in row {wrong[0] + 1}")
+    return numbers.to_numpy("float64").reshape(values.shape)
 
 # %% ../nbs/06b_files.ipynb #c9502649
 @dataclass(frozen=True, eq=False)
 class Sightings:
     """What was seen of states of a `layout`: `values` `(run, size)` (nan: missing), the standard deviations `errors`
-    `(size,)`, the `fields` they are of, and the points of the state with their weights, `(size, k)` each.
+    `(size,)`, the `fields` they are of, and the points of the state with their weights, `(size, k)` each. Values that were
+    `refused`, being beyond anything that the archive held, are missing; each is a field, a station, and the value.
     """
 
     values: np.ndarray
@@ -706,9 +1734,17 @@ class Sightings:
     points: np.ndarray
     weights: np.ndarray
     dim: int
+    refused: tuple[tuple[str, int, float], ...] = ()
 
     def __repr__(self) -> str:
-        return f"Sightings({len(self.fields)} of {', '.join(dict.fromkeys(f or 'state' for f in self.fields))}; {np.isnan(self.values).mean():.0%} missing)"
+        seen = f"{len(self.fields)} of {', '.join(dict.fromkeys(f or 'state' for f in self.fields))}; {np.isnan(self.values).mean():.0%} missing"
+        return f"Sightings({seen}{', of which ' * bool(self.refused)}{self.beyond})"
+
+    @property
+    def beyond(self) -> str:
+        """The values that were refused, in words; "" for none."""
+        some = ", ".join(f"{value:.6g} of {field or 'state'} at station {station}" for field, station, value in self.refused[:5])
+        return f"{len(self.refused)} refused as beyond anything that the archive held: {some}{', …' * (len(self.refused) > 5)}" if self.refused else ""
 
     @property
     def operator(self) -> Operator:
@@ -722,18 +1758,31 @@ class Sightings:
         """Those of some runs as `Observations`, with independent errors."""
         return Observations(torch.from_numpy(self.values[runs]), self.operator, DiagonalCovariance(torch.from_numpy(self.errors**2)))
 
-# %% ../nbs/06b_files.ipynb #5068c069
-def read_observations(path: str | os.PathLike, states: States) -> Sightings:
+# %% ../nbs/06b_files.ipynb #3ee5da49
+def read_observations(path: str | os.PathLike, states: States, *, samples: Sequence[str] = ()) -> Sightings:
     """Read what was seen of `states`: a NetCDF file, Zarr store or CSV file of stations or of fields with gaps.
 
-    Values of one time are those of all runs only if there is one run. Raises `FileNotFoundError`, or `ValueError` for a file
-    that cannot be read, lacks something, or does not fit: units, times, places off the grid, errors that are not positive.
+    Values are converted to the units of the states, and their errors as differences. Values of one time are those of all
+    runs only if there is one run. Times are in UTC, those with an offset are converted; `samples` are further names of
+    columns that say of which state the values are. Values beyond the `bounds` of their field are missing, and listed as
+    `refused`. Raises `FileNotFoundError`, or `ValueError` for a file that cannot be read, lacks something, or does not fit:
+    units, times, places off the grid, errors that are not positive. Only what is used is checked.
     """
-    where = f"observations {path}"
-    data = _table(path) if str(path).lower().endswith(".csv") else open_dataset(path, "observations").load()
-    _check_times(data, states, where)
-    layout = states.layout
+    where, layout = f"observations {_shown(path)}", states.layout
     names = {f.title: f for f in layout.fields} | {f.name: f for f in layout.fields}
+    counting = tuple(dict.fromkeys((*_TIMES, *states.runs, *layout.samples, *samples)))
+    if str(path).lower().endswith(".csv"):
+        data = _table(path, where)
+    else:
+        dims = [d for f in layout.fields for d in f.dims]
+        used = {"value", "error", "variable", "units", "index", *names, *(f"{n}_error" for n in names), *dims, *(f"{d}_index" for d in dims), *counting}
+        opened, contents = _opened(path, "observations")
+        with opened as whole:
+            data = whole.drop_vars([n for n in whole.variables if str(n) not in used])
+            for n, variable in data.variables.items():
+                (contents.need if n == "value" or n in names else contents.claims)(str(n), 8 * variable.size)
+            data = xr.Dataset({n: (v.dims, _plain(_read(data[n], where)), v.attrs) for n, v in data.variables.items()}).set_coords(list(data.coords))
+    data = _check_times(data, states, counting, where)
     found = [part for name, field in names.items() if name and name in data.data_vars for part in _named(data, name, field, states, where)]
     if "value" in data:
         found += _listed(data, states, where)
@@ -752,66 +1801,95 @@ def read_observations(path: str | os.PathLike, states: States) -> Sightings:
         np.concatenate([padded(part[3]) for part in found]),
         np.concatenate([padded(part[4]) for part in found]),
         layout.dim,
+        tuple(one for part in found for one in part[5]),
     )
-    if np.isinf(sightings.values).any():
-        raise ValueError(f"{where}: expected finite values, got {int(np.isinf(sightings.values).sum())} infinite")
     if np.isnan(sightings.values).all():
-        raise ValueError(f"{where}: expected at least one value, got {sightings.values.size} missing")
+        raise ValueError(f"{where}: expected at least one value, got {sightings.values.size} missing{', of which ' * bool(sightings.refused)}{sightings.beyond}")
     return sightings
 
-# %% ../nbs/06b_files.ipynb #fda99530
-def _table(path: str | os.PathLike) -> xr.Dataset:
-    """A CSV file of stations as a dataset."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"observations: no file {path}")
+# %% ../nbs/06b_files.ipynb #23cedbb9
+def _table(path: str | os.PathLike, where: str) -> xr.Dataset:
+    """A CSV file of stations as a dataset of text, which becomes numbers where it is used."""
+    try:
+        found = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+        raise FileNotFoundError(f"observations: no file {_shown(path)}") from error
+    except OSError as error:
+        raise ValueError(f"{where} cannot be opened ({error.strerror or _reason(error)})") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise FileNotFoundError(f"observations: no file {_shown(path)}")
     try:
         with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):  # rows that are longer than the header
-            table = pd.read_csv(path, skipinitialspace=True, index_col=False)
-    except (ValueError, pd.errors.ParserError, pd.errors.ParserWarning) as error:
-        raise ValueError(f"observations: {path} is not a readable CSV file ({type(error).__name__})") from error
+            table = pd.read_csv(path, skipinitialspace=True, index_col=False, dtype=str, encoding="utf-8-sig")
+    except Exception as error:  # pandas raises what it likes
+        raise ValueError(f"{where} is not a readable CSV file ({_reason(error)})") from error
     table.columns = [str(name).strip() for name in table]
     if len(table.columns) == 1 and ";" in table.columns[0]:
-        raise ValueError(f"observations: expected columns of {path} separated by commas, got semicolons")
-    for name in table.columns.difference(["variable", "units", "time"]):
-        numbers = pd.to_numeric(table[name], errors="coerce")
-        wrong = numbers.isna() & table[name].notna() & (table[name].astype(str).str.strip() != "")
-        if not wrong.all():  # a column of words may be coordinates
-            if wrong.any():
-                row = int(np.flatnonzero(wrong)[0])
-                raise ValueError(f"observations: expected numbers in column {name!r} of {path}, got {table[name].iloc[row]!r} in row {row + 1}")
-            table[name] = numbers
-    data = xr.Dataset({str(name): ("station", table[name].to_numpy()) for name in table if name != "time"})
-    if "time" not in table:
-        return data
-    times = table["time"].drop_duplicates()
-    if len(times) != 1:
-        raise ValueError(f"observations: expected one time in {path}, got {len(times)}; write NetCDF for several, or a file for each")
-    return data.assign_coords(time=_as_time(times.iloc[0], path))
+        raise ValueError(f"{where}: expected columns separated by commas, got semicolons")
+    twice = table.columns[table.columns.duplicated()]
+    if len(twice):
+        raise ValueError(f"{where}: expected distinct columns, got {twice[0]!r} twice")
+    text = {str(name): np.array([None if v != v else str(v).strip() for v in table[name]], dtype=object) for name in table}
+    return xr.Dataset({name: ("station", column, {"table": True}) for name, column in text.items()})
 
 
-def _as_time(text: object, path: str | os.PathLike) -> object:
-    """A time in a table as NetCDF files have it."""
-    if not isinstance(text, str):
-        return text
+def _as_time(text: object, calendar: str, where: str) -> object:
+    """A time in words (ISO 8601) as an instant of a calendar, in UTC; without an offset it is in UTC already."""
+    pattern = r"(\d{4})-?(\d\d)-?(\d\d)(?:[T ]?(\d\d)(?::?(\d\d)(?::?(\d\d)(?:[.,](\d{1,9}))?)?)?)?\s*(Z|UTC|GMT|[+-]\d\d(?::?\d\d)?)?"
     try:
-        return np.datetime64(pd.Timestamp(text).tz_localize(None), "ns")
-    except ValueError as error:
-        raise ValueError(f"observations: expected a time in column 'time' of {path}, got {text!r}") from error
+        year, month, day, hour, minute, second, part, offset = re.fullmatch(pattern, str(text).strip(), re.IGNORECASE).groups()
+        ahead = (offset or "Z").replace(":", "").upper()
+        minutes = 0 if ahead in ("Z", "UTC", "GMT") else int(ahead[0] + "1") * (60 * int(ahead[1:3]) + int(ahead[3:5] or 0))
+        if calendar.startswith(("standard", "gregorian", "proleptic")) or not calendar:
+            clock = f"{hour or '00'}:{minute or '00'}:{second or '00'}"
+            return np.datetime64(f"{year}-{month}-{day}T{clock}.{(part or '0'):0<9}", "ns") - np.timedelta64(minutes, "m")
+        import cftime
+
+        numbers = [int(n or 0) for n in (year, month, day, hour, minute, second)]
+        return cftime.datetime(*numbers, int(f"{(part or '0'):0<6}"[:6]), calendar=calendar) - timedelta(minutes=minutes)
+    except (AttributeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{where}: expected a time such as 2020-01-30T18:00Z{f' of the calendar {calendar}' * bool(calendar)}, got {_brief(text)}") from error
 
 
-def _check_times(data: xr.Dataset, states: States, where: str) -> None:
-    """Raise `ValueError` if observations and states both say when they are, and it is not the same."""
+def _like(values: np.ndarray, known: np.ndarray, where: str) -> np.ndarray:
+    """Times or labels, where they are text, as what they are compared with: instants of its calendar, or numbers."""
+    values = np.atleast_1d(_plain(values))
+    if values.dtype != object or not any(isinstance(v, str) or v is None for v in values.flat):
+        return _instants(values)
+    if known.dtype.kind in "iufb":
+        return _numbers(xr.DataArray(values, dims=[f"d{i}" for i in range(values.ndim)], name=where.rsplit(": ", 1)[-1]), where)
+    if known.dtype == object and not _calendar(known):
+        return values
+    return np.array([_as_time(v, _calendar(known), where) for v in values.flat]).reshape(values.shape)
+
+
+def _check_times(data: xr.Dataset, states: States, counting: Sequence[str], where: str) -> xr.Dataset:
+    """The observations without columns that say when they are. Raises `ValueError` if the states say it too, and it is not the same."""
     first = next(iter(states.arrays.values()))
-    times = [d for d in ("valid_time", "time") if d in first.coords and first[d].ndim <= 1]
-    for dim in dict.fromkeys(("time", "valid_time", *states.runs)):
+    times = [str(n) for n, c in first.coords.items() if c.ndim <= 1 and _is_time(str(n), c)]
+    times.sort(key=lambda n: ["valid_time", "time", n].index(n))
+    for dim in counting:
+        if dim not in data.variables:
+            continue
         known = dim if dim in first.coords and first[dim].ndim <= 1 else next(iter(times), None) if dim in ("time", "valid_time") else None
-        if dim in data.variables and known:
-            mine, theirs = np.atleast_1d(data[dim].values), np.atleast_1d(first[known].values)
-            if data[dim].ndim > 1 or (data[dim].dims and data[dim].dims != first[known].dims):  # a time for each station
-                mine = np.unique(mine)
-            if mine.shape != theirs.shape or not (mine == theirs).all():
-                ends = (f"{len(v)} from {v[0]} to {v[-1]}" if len(v) > 1 else str(v[0]) if len(v) else "none" for v in (theirs, mine))
-                raise ValueError("{}: expected the background's {} ({}), got {}".format(where, dim, *ends))
+        table = bool(data[dim].attrs.get("table"))
+        if known is None:
+            if table and dim in ("time", "valid_time") and len(several := dict.fromkeys(data[dim].values.tolist())) > 1:
+                raise ValueError(f"{where}: expected one {dim}, got {len(several)}; write NetCDF for several, or a file for each")
+            data = data.drop_vars(dim) if table and dim in states.runs else data
+            continue
+        theirs = _instants(np.atleast_1d(_plain(first[known].values)))
+        mine = _like(data[dim].values, theirs, f"{where}: {dim}")
+        if table and len(several := np.unique(mine)) > 1:
+            raise ValueError(f"{where}: expected one {dim}, got {len(several)}; write NetCDF for several, or a file for each")
+        if data[dim].ndim > 1 or (data[dim].dims and data[dim].dims != first[known].dims):  # a time for each station
+            mine = np.unique(mine)
+        if mine.shape != theirs.shape or not _same(mine, theirs):
+            of = [f" of the calendar {_calendar(v)}" if _calendar(mine) != _calendar(theirs) and _calendar(v) else "" for v in (theirs, mine)]
+            ends = (f"{len(v)} from {_time(v[0])} to {_time(v[-1])}{c}" if len(v) > 1 else f"{_time(v[0])}{c}" if len(v) else "none" for v, c in zip((theirs, mine), of))
+            raise ValueError("{}: expected the background's {} ({}), got {}".format(where, known, *ends))
+        data = data.drop_vars(dim) if table else data
+    return data
 
 
 def _by_run(array: xr.DataArray, rest: Sequence[str], states: States, where: str) -> np.ndarray:
@@ -821,7 +1899,7 @@ def _by_run(array: xr.DataArray, rest: Sequence[str], states: States, where: str
         if dim not in array.dims:
             if first.sizes[dim] > 1:
                 raise ValueError(f"{where}: expected {array.name!r} with the dimension {dim} of the background, got ({', '.join(map(str, array.dims))})")
-            array = array.expand_dims(dim)
+            array = array.reset_coords(drop=True).expand_dims(dim)
         elif array.sizes[dim] != first.sizes[dim]:
             raise ValueError(f"{where}: expected {first.sizes[dim]} along {dim} as the background has, got {array.sizes[dim]}")
     extra = [str(d) for d in array.dims if d not in (*states.runs, *rest) and array.sizes[d] == 1]
@@ -830,25 +1908,29 @@ def _by_run(array: xr.DataArray, rest: Sequence[str], states: States, where: str
     if unknown:
         raise ValueError(f"{where}: {unknown[0]} of {array.name!r} is neither a dimension of the background nor that of the stations")
     shape = [math.prod(first.sizes[d] for d in states.runs), *[array.sizes[d] for d in rest]]
-    return array.transpose(*states.runs, *rest).values.astype("float64").reshape(shape)
+    return _numbers(array.transpose(*states.runs, *rest), where).reshape(shape)
 
 
 def _errors(data: xr.Dataset, name: str, like: xr.DataArray, rest: Sequence[str], where: str) -> np.ndarray:
-    """The standard deviations of the errors of a variable, for its dimensions but the runs; flat."""
+    """The standard deviations of the errors of a variable, in its units, for its dimensions but the runs; flat."""
     given = data.get(name, like.attrs.get("error"))
     if given is None:
         raise ValueError(f"{where}: expected the errors' standard deviations as a variable {name!r} or an attribute 'error' of {like.name!r}, got neither")
-    if isinstance(given, xr.DataArray):
-        units, other = given.attrs.get("units"), like.attrs.get("units")
-        if units and other and not same_units(units, other):
-            raise ValueError(f"{where}: expected {name!r} in units {other!r} as {like.name!r}, got {units!r}")
-        unknown = [str(d) for d in given.dims if d not in rest and given.sizes[d] > 1]
-        if unknown:
-            raise ValueError(f"{where}: expected {name!r} to be the same for all {unknown[0]}, got one for each; analyse them one by one")
-        given = given.isel({d: 0 for d in given.dims if d not in rest})
-        given = given.broadcast_like(like.isel({d: 0 for d in like.dims if d not in rest}, drop=True).reset_coords(drop=True)).transpose(*rest).values
     sizes = [like.sizes[d] for d in rest]
-    return np.broadcast_to(np.asarray(given, "float64"), sizes).ravel()
+    if not isinstance(given, xr.DataArray):
+        if not isinstance(given, int | float | np.number) or isinstance(given, bool):
+            raise ValueError(f"{where}: expected a number as the attribute 'error' of {like.name!r}, got {_brief(given)}")
+        return np.full(math.prod(sizes), float(given))
+    units, other = _units(given.attrs, f"{where}: {name!r}"), _units(like.attrs, f"{where}: {like.name!r}")
+    factor = conversion(units, other) if units and other else (1.0, 0.0)
+    if factor is None:
+        raise ValueError(f"{where}: expected {name!r} in units {other!r} as {like.name!r}, got {units!r}")
+    unknown = [str(d) for d in given.dims if d not in rest and given.sizes[d] > 1]
+    if unknown:
+        raise ValueError(f"{where}: expected {name!r} to be the same for all {unknown[0]}, got one for each; analyse them one by one")
+    given = given.isel({d: 0 for d in given.dims if d not in rest}).reset_coords(drop=True)
+    numbers = xr.DataArray(_numbers(given, where), dims=given.dims).broadcast_like(xr.DataArray(np.empty(sizes), dims=rest)).transpose(*rest)
+    return numbers.values.ravel() * factor[0]  # a difference has no offset
 
 
 def _positive(errors: np.ndarray, values: np.ndarray, where: str) -> np.ndarray:
@@ -859,6 +1941,16 @@ def _positive(errors: np.ndarray, values: np.ndarray, where: str) -> np.ndarray:
         station = int(np.flatnonzero(wrong)[0])
         raise ValueError(f"{where}: expected positive standard deviations of errors, got {errors[station]} for station {station}")
     return np.where(there, errors, 1.0)
+
+
+def _believed(values: np.ndarray, of: Sequence[Field], where: str) -> tuple[np.ndarray, list[tuple[str, int, float]]]:
+    """Values `(run, station)` where they are within the bounds of their fields and nan elsewhere, and those that are not."""
+    if np.isinf(values).any():
+        raise ValueError(f"{where}: expected finite values, got {int(np.isinf(values).sum())} infinite")
+    low, high = (np.array(edge) for edge in zip(*((-np.inf, np.inf) if f.held is None else f.bounds for f in of), strict=True)) if len(of) else (np.zeros(0),) * 2
+    beyond = (values < low) | (values > high)
+    refused = [(of[station].name, int(station), float(values[run, station])) for run, station in np.argwhere(beyond)]
+    return np.where(beyond, np.nan, values), refused
 
 
 def _station_dim(array: xr.DataArray, states: States, where: str) -> str:
@@ -872,22 +1964,24 @@ def _station_dim(array: xr.DataArray, states: States, where: str) -> str:
 def _named(data: xr.Dataset, name: str, field: Field, states: States, where: str) -> list[tuple]:
     """Values of a variable with a field's name, at stations or on the field's own grid; see `read_observations`."""
     array = data[name]
-    check_units(array.attrs.get("units"), field, f"{where}: {name!r}")
+    factor = check_units(_units(array.attrs, f"{where}: {name!r}"), field, f"{where}: {name!r}")
     if set(field.dims) <= set(array.dims):
         check_field(array, field, states.layout, [d for d in array.dims if d not in field.dims], where)
-        values = _by_run(array, field.dims, states, where).reshape(-1, field.size)
+        values = _in_units(_by_run(array, field.dims, states, where).reshape(-1, field.size), factor)
+        values, refused = _believed(values, [field] * field.size, where)
         seen = np.flatnonzero(~np.isnan(values).all(0))
         begin = sum(f.size for f in states.layout.fields[: states.layout.fields.index(field)])
         points, weights = states.layout.place[begin + seen][:, None], np.ones((len(seen), 1))
         if (points < 0).any():
             raise ValueError(f"{where}: expected {name!r} to be missing at the {int((points < 0).sum())} points that the archive leaves out, got values")
-        errors = _errors(data, f"{name}_error", array, field.dims, where)[seen]
-        return [(values[:, seen], _positive(errors, values[:, seen], where), (field.name,) * len(seen), points, weights)]
+        errors = _errors(data, f"{name}_error", array, field.dims, where)[seen] * abs(factor[0])
+        return [(values[:, seen], _positive(errors, values[:, seen], where), (field.name,) * len(seen), points, weights, refused)]
     dim = _station_dim(array, states, where)
-    values = _by_run(array, [dim], states, where)
+    values = _in_units(_by_run(array, [dim], states, where), factor)
+    values, refused = _believed(values, [field] * values.shape[1], where)
     points, weights = locate(_stations(data, dim), field, states.layout, where)
-    errors = _positive(_errors(data, f"{name}_error", array, [dim], where), values, where)
-    return [(values, errors, (field.name,) * len(errors), points, weights)]
+    errors = _positive(_errors(data, f"{name}_error", array, [dim], where) * abs(factor[0]), values, where)
+    return [(values, errors, (field.name,) * len(errors), points, weights, refused)]
 
 
 def _stations(data: xr.Dataset, dim: str) -> xr.Dataset:
@@ -900,20 +1994,23 @@ def _listed(data: xr.Dataset, states: States, where: str) -> list[tuple]:
     array, layout = data["value"], states.layout
     dim = _station_dim(array, states, where)
     values, stations = _by_run(array, [dim], states, where), _stations(data, dim)
-    errors = _positive(_errors(data, "error", array, [dim], where), values, where)
+    errors = _errors(data, "error", array, [dim], where)
     if "variable" in stations and not (len(layout.fields) == 1 and "variable" in layout.fields[0].dims):
-        of = [layout.field(str(v), f"{where}: variable") for v in stations["variable"].values]
+        of = [layout.field("" if v is None else str(v), f"{where}: variable") for v in _plain(stations["variable"].values)]
     elif len(layout.fields) == 1:
         of = [layout.fields[0]] * values.shape[1]
     else:
         raise ValueError(f"{where}: expected a variable 'variable' that names the field of each station ({', '.join(f.title for f in layout.fields)}), got none")
-    units = stations["units"].values if "units" in stations else [array.attrs.get("units")] * len(of)
-    parts = []
+    usual = _units(array.attrs, f"{where}: 'value'")
+    units = ["" if v is None else str(v) for v in _plain(stations["units"].values)] if "units" in stations else [usual] * len(of)
+    factors = np.array([check_units(u, f, f"{where}: 'value'") for u, f in zip(units, of)]).reshape(-1, 2)
+    if (factors != (1.0, 0.0)).any():
+        values, errors = values * factors[:, 0] + factors[:, 1], errors * np.abs(factors[:, 0])
+    values, refused = _believed(values, of, where)
+    errors, parts = _positive(errors, values, where), []
     for field in dict.fromkeys(of):
         mine = np.array([f is field for f in of])
-        for found in {str(u or "") for u, m in zip(units, mine) if m}:
-            check_units(found, field, f"{where}: 'value'")
         some = stations.assign(number=(dim, np.arange(len(of)))).isel({dim: mine})
         points, weights = locate(some, field, layout, where)
-        parts.append((values[:, mine], errors[mine], (field.name,) * int(mine.sum()), points, weights))
+        parts.append((values[:, mine], errors[mine], (field.name,) * int(mine.sum()), points, weights, [one for one in refused if of[one[1]] is field]))
     return parts

@@ -131,11 +131,13 @@ class GaussianPrior:
     @classmethod
     def from_pairs(cls, background: Tensor, analysis: Tensor) -> "GaussianPrior":
         """The Gaussian prior with the sample mean and covariance of pairs `(sample, dim)`: a linear
-        regression.
+        regression. Raises `ValueError` for pairs that do not determine one, in whatever units.
         """
         joint = torch.cov(torch.cat((background, analysis), -1).T)
         n = background.shape[-1]
-        matrix = torch.linalg.solve(joint[:n, :n], joint[:n, n:]).T
+        known = Covariance(joint[:n, :n], "covariance of the backgrounds of the pairs")
+        unit = 2.0 ** known.variances.sqrt().log2().round()  # powers of two round nothing; the equations are solved in these units
+        matrix = (torch.linalg.solve(known.matrix / unit / unit[:, None], joint[:n, n:] / unit[:, None]) / unit[:, None]).T
         offset = analysis.mean(0) - matrix @ background.mean(0)
         rest = joint[n:, n:] - matrix @ joint[:n, n:]
         return cls(matrix, offset, Covariance((rest + rest.T) / 2, "residual covariance of the pairs"))
@@ -1005,48 +1007,75 @@ def _copied(tree):
 
 # %% ../nbs/07_flow_matching.ipynb #bd131b0e
 class _Sample:
-    """Mean, standard deviation and covariance of rows `x` `(sample, dim)`."""
+    """Mean, standard deviation and covariance of rows `x` `(sample, dim)`, and which of them vary by more than rounding: that of
+    numbers of the given `size` `(dim,)`, if they are differences of such.
+    """
 
-    def __init__(self, x: Tensor):
-        self.x = x
+    def __init__(self, x: Tensor, size: Tensor | None = None):
+        self.x, self.given = x, size
 
     mean = property(lambda self: self.x.mean(0))
     deviation = property(lambda self: self.x.std(0))
     covariance = property(lambda self: torch.atleast_2d(torch.cov(self.x.T)))
+    size = property(lambda self: _size(self.x) if self.given is None else self.given)
+    varies = property(lambda self: _varies(self.x.amin(0), self.x.amax(0), self.size))
+
+
+def _size(*x: Tensor) -> Tensor:
+    """The largest absolute value `(dim,)` in rows `(sample, dim)`."""
+    return torch.stack([some.abs().amax(0) for some in x]).amax(0).double()
+
+
+def _varies(low: Tensor, high: Tensor, size: Tensor) -> Tensor:
+    """Whether the least and the largest differ by more than the rounding of numbers of that `size`."""
+    return high - low > 8 * torch.finfo(torch.float64).eps * size
 
 
 class _Units:
-    """Pairs of which only `location`, `scale`, `factor` and `units` are known, as those of a `FlowPrior`."""
+    """Pairs of which only `location`, `scale`, `factor` and `units` are known, as those of a `FlowPrior`, and which variables are
+    `constant` `(dim,)`.
+    """
 
-    record, layout = {}, None
+    record, layout, constant = {}, None, None
 
     def find_units(self, settings: TrainingSettings, states: Callable[[], _Sample], increments: Callable[[], _Sample]) -> None:
         """Find them, from all states and all increments. Raises `ValueError` where something does not vary."""
         plain = not settings.standardise
         sample = None if plain else states()
         self.location = torch.zeros(self.dim, dtype=torch.float64) if plain else sample.mean
-        self.scale = torch.ones(self.dim, dtype=torch.float64) if plain else sample.deviation
-        if not (self.scale > 0).all():
-            raise ValueError("analysis: a variable is constant over all pairs and cannot be standardised")
+        self.scale = torch.ones(self.dim, dtype=torch.float64) if plain else self.unit(sample, "is constant over all pairs and cannot be standardised")
         self.factor = self.units = None
         if settings.source == "white" and settings.target == "state":
             return
         sample = increments()
-        spread = sample.deviation
-        if not (spread > 0).all():
-            raise ValueError("analysis: a variable differs from the background's by a constant in all pairs")
+        spread = self.unit(sample, "differs from the background's by a constant in all pairs")
         units = torch.ones_like(spread) if plain else spread
+        moves = torch.ones(self.dim, dtype=torch.bool) if self.constant is None else ~self.constant
         if settings.source == "covariance":
-            factor, failed = torch.linalg.cholesky_ex(sample.covariance)
-            if failed:
-                raise ValueError("analysis: expected increments with a covariance of full rank, as for source 'covariance'")
-            self.factor = settings.source_scale * factor
+            try:
+                factor = Covariance(sample.covariance[moves][:, moves]).factor
+            except ValueError as error:
+                raise ValueError("analysis: expected increments with a covariance of full rank, as for source 'covariance'") from error
+            self.factor = torch.zeros(self.dim, self.dim, dtype=torch.float64)
+            self.factor[moves[:, None] & moves] = (settings.source_scale * factor).flatten()
         else:
-            self.factor = units if settings.source == "white" else settings.source_scale * spread
+            self.factor = (units if settings.source == "white" else settings.source_scale * spread) * moves
         self.units = units if settings.target == "increment" else None
+
+    def unit(self, sample: _Sample, wrong: str) -> Tensor:
+        """The standard deviations of a sample; where it is known to be constant, the size of its numbers, or 1."""
+        deviation, still = sample.deviation, ~sample.varies
+        lost = still if self.constant is None else still & ~self.constant
+        if lost.any():
+            raise ValueError(f"analysis: a variable {wrong}: {int(lost.sum())} of {self.dim}, first number {int(lost.nonzero()[0])}")
+        if not torch.isfinite(deviation).all():
+            raise ValueError("background, analysis: expected numbers whose squares are finite, got larger ones")
+        return deviation.where(~still, sample.size.where(sample.size > 0, 1.0)) if still.any() else deviation
 
     def inside(self, background: Tensor, analysis: Tensor) -> tuple[Tensor, Tensor]:
         """Backgrounds and analyses in the network's units, single precision."""
+        if self.constant is not None:
+            analysis = torch.where(self.constant, background, analysis)
         b = ((background.double() - self.location) / self.scale).float()
         if self.units is None:
             return b, ((analysis.double() - self.location) / self.scale).float()
@@ -1056,10 +1085,12 @@ class _Units:
 class _HeldPairs(_Units):
     """Pairs `(sample, dim)` that are all in memory, `held_out` of them for validation."""
 
-    def __init__(self, background: Tensor, analysis: Tensor, held_out: int, settings: TrainingSettings, seed: int):
-        self.count, self.dim = analysis.shape
+    def __init__(self, background: Tensor, analysis: Tensor, held_out: int, settings: TrainingSettings, seed: int, constant: Tensor | None = None):
+        (self.count, self.dim), self.constant = analysis.shape, constant
         self.find_units(
-            settings, lambda: _Sample(torch.cat((background, analysis))), lambda: _Sample(analysis.double() - background.double())
+            settings,
+            lambda: _Sample(torch.cat((background, analysis))),
+            lambda: _Sample(analysis.double() - background.double(), _size(background, analysis)),
         )
         both = self.inside(background, analysis)
         digest = hashlib.sha256(json.dumps([settings.record(), seed]).encode())
@@ -1086,7 +1117,8 @@ class PairSource(Protocol):
 
     `block` is how many consecutive pairs are best read together (a chunk of a file), `identity` what tells this source
     from another (such as a digest of its file), `layout` what the states are, as in `FlowPrior`. `read(first, last)`
-    gives backgrounds and analyses `(last - first, dim)`, float64, and raises `ValueError` for what is not finite.
+    gives backgrounds and analyses `(last - first, dim)`, float64, and raises `ValueError` for what is not finite. A source
+    may have an attribute `constant`, a mask `(dim,)` of variables of which nothing is to be learned.
     """
 
     count: int
@@ -1157,7 +1189,7 @@ def train_from(
     for first in range(0, source.count, step):
         some = slice(first, min(first + step, source.count))
         background[some], analysis[some] = _read(source, some.start, some.stop)
-    pairs = _HeldPairs(background, analysis, held_out, settings, seed)
+    pairs = _HeldPairs(background, analysis, held_out, settings, seed, getattr(source, "constant", None))
     del background, analysis  # the pairs are in the network's units now
     pairs.layout = source.layout
     return _train(pairs, settings, seed, checkpoint, progress, callback, keep_checkpoint)
@@ -1168,11 +1200,16 @@ class _RunningSample:
 
     def __init__(self, dim: int, products: bool = False):
         self.count, self.products, self.first = 0, products, None
+        self.low = self.high = self.size = None
         self.shifted, self.squares = torch.zeros(dim, dtype=torch.float64), torch.zeros((dim, dim) if products else dim, dtype=torch.float64)
 
-    def add(self, x: Tensor) -> None:
+    def add(self, x: Tensor, size: Tensor | None = None) -> None:
+        """Rows `(sample, dim)`; `size` as in `_Sample`."""
+        ends = x.amin(0), x.amax(0), _size(x) if size is None else size
         if self.first is None:
             self.first = x[0].clone()  # so that what is constant has a variance of exactly zero
+            self.low, self.high, self.size = ends
+        self.low, self.high, self.size = self.low.minimum(ends[0]), self.high.maximum(ends[1]), self.size.maximum(ends[2])
         x = x - self.first
         mean, total = x.mean(0), self.count + len(x)
         shift = mean - self.shifted
@@ -1193,6 +1230,10 @@ class _RunningSample:
     @property
     def covariance(self) -> Tensor:
         return self.squares / (self.count - 1)
+
+    @property
+    def varies(self) -> Tensor:
+        return _varies(self.low, self.high, self.size)
 
 
 class _StreamedPairs(_Units):
@@ -1219,7 +1260,7 @@ class _StreamedPairs(_Units):
         together = settings.coupling_batch or settings.batch
         self.portion = together * max(1, room // 64 // together)
         self.glance = max(1, self.portion // settings.validation_draws)  # each is looked at so often at a time
-        self.layout, self.buffer, self.held = source.layout, None, None
+        self.layout, self.constant, self.buffer, self.held = source.layout, getattr(source, "constant", None), None, None
         known = [settings.record(), seed, source.identity, source.count, source.dim, self.block, memory]
         self.fingerprint = hashlib.sha256(json.dumps(known).encode()).hexdigest()
         self.record = {"memory": memory, "pairs_per_epoch": self.blocks_held * self.block}
@@ -1236,7 +1277,7 @@ class _StreamedPairs(_Units):
                 background, analysis = _read(self.source, first, min(first + self.block, self.count))
                 states.add(background)
                 states.add(analysis)
-                increments.add(analysis - background)
+                increments.add(analysis - background, _size(background, analysis))
                 bar.update(len(analysis))
             bar.close()
             self.find_units(self.settings, lambda: states, lambda: increments)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from importlib.util import find_spec
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import patch
@@ -58,43 +58,61 @@ class UserModel(FunctionModel):
     """A `FunctionModel` that says what went wrong: `function` `(..., dim) -> (..., dim)`, or `(dim,) -> (dim,)` with `one_at_a_time`, over
     one step `dt`, on tensors or (with `numpy=True`) on arrays.
 
-    `step` raises `ValueError`, with the model's `name`, if the function raises anything, returns another shape, or values that are not
-    finite; with `on_nonfinite="pass"` such values are returned, and `cycle` sets the run aside.
+    `step` raises `ValueError`, with the model's `name`, if the function raises anything, or returns what is not real numbers, or another shape.
+    Values that are not finite are returned (those that a masked array hides as nan), and `cycle` sets the run aside; with
+    `on_nonfinite="raise"`, they raise, too.
     """
 
     name: str = "model"
     one_at_a_time: bool = False
-    on_nonfinite: Literal["raise", "pass"] = "raise"
+    on_nonfinite: Literal["raise", "pass"] = "pass"
 
     def __post_init__(self):
         super().__post_init__()
+        if not callable(self.function):
+            raise ValueError(f"function: expected one that can be called, got {self.function!r}")
         _known_choice(self.on_nonfinite)
 
     def step(self, state: Tensor) -> Tensor:
         _require_size(self, state)
         function = per_state(self.function) if self.one_at_a_time else self.function
+        given = state.detach().cpu().numpy().copy() if self.numpy else state.clone()  # it may change what it is given
         try:
-            if self.numpy:
-                moved = np.asarray(function(state.detach().cpu().numpy().copy()))
-                moved = torch.tensor(moved, dtype=state.dtype, device=state.device)
-            else:
-                moved = function(state.clone())  # it may change what it is given
-        except Exception as error:  # whatever a stranger's function may raise
+            moved = function(given)
+        except (Exception, SystemExit) as error:  # whatever a stranger's function may raise
             said = _last_line(str(error)) or "no message"
             raise ValueError(
                 f"{self.name}: raised {type(error).__name__}: {said} (given {'arrays' if self.numpy else 'tensors'} of shape "
                 f"{'(dim,), one at a time' if self.one_at_a_time else tuple(state.shape)}; see `numpy` and `one_at_a_time`)"
             ) from error
-        if not isinstance(moved, Tensor):
+        if self.numpy:
+            moved = torch.from_numpy(_real_numbers(self.name, moved))
+        elif not isinstance(moved, Tensor):
             raise ValueError(f"{self.name}: expected a tensor (numpy=True is for arrays), got {type(moved).__name__}")
+        if moved.is_complex():
+            raise ValueError(f"{self.name}: expected real numbers, got {moved.dtype}")
         if moved.shape != state.shape:
             raise ValueError(f"{self.name}: expected states of shape {tuple(state.shape)}, got {tuple(moved.shape)}")
+        moved = moved.to(state)
         return _finite(self, state, moved)
 
 # %% ../nbs/15_interop.ipynb #4e3b2658
 def _known_choice(on_nonfinite: str) -> None:
     if on_nonfinite not in ("raise", "pass"):
         raise ValueError(f"on_nonfinite: expected 'raise' or 'pass', got {on_nonfinite!r}")
+
+
+def _real_numbers(name: str, values: Any) -> np.ndarray:
+    """`values` as an array of float64, nan where it is masked; raises `ValueError` with `name` for what is not an array of real numbers."""
+    try:
+        array = np.ma.asanyarray(values) if isinstance(values, np.ma.MaskedArray) else np.asarray(values)
+    except Exception as error:  # a list of lists that differ in length, or an object that cannot be an array
+        raise ValueError(f"{name}: expected an array of real numbers, got {type(values).__name__} ({_last_line(str(error))})") from error
+    if array.dtype.kind not in "biuf":
+        got = type(values).__name__ + (f" of {array.dtype}" if array.ndim or hasattr(values, "dtype") else "")
+        raise ValueError(f"{name}: expected an array of real numbers, got {got}")
+    numbers = array.astype(np.float64)
+    return np.ascontiguousarray(np.ma.filled(numbers, np.nan)).reshape(array.shape)
 
 
 def _require_size(model: Model, state: Tensor) -> None:
@@ -135,23 +153,31 @@ class _RungeKutta:
 
     def __call__(self, state):
         if isinstance(state, Tensor):
-            slope = self.tendency
-        else:
-            state = torch.from_numpy(state)
-            slope = lambda x: torch.from_numpy(np.array(self.tendency(x.numpy()), dtype=float))
-            return self._steps(slope, state).numpy()
-        return self._steps(slope, state)
+            return self._steps(lambda x: self.tendency(x.clone()), state)
+        slope = lambda x: torch.from_numpy(_real_numbers("tendency", self.tendency(x.numpy().copy())))
+        return self._steps(slope, torch.from_numpy(np.asarray(state, dtype=np.float64))).numpy()
 
     def _steps(self, slope: Callable, state: Tensor) -> Tensor:
+        def checked(x: Tensor) -> Tensor:
+            k = slope(x)
+            if not isinstance(k, Tensor) or k.is_complex():
+                raise ValueError(f"tendency: expected a real tensor, got {k.dtype if isinstance(k, Tensor) else type(k).__name__}")
+            if k.shape != x.shape:  # it would be spread over all variables or states
+                raise ValueError(f"tendency: expected shape {tuple(x.shape)}, got {tuple(k.shape)}")
+            return k
+
         for _ in range(self.substeps):
-            state = rk4(slope, state, self.dt / self.substeps)
+            state = rk4(checked, state, self.dt / self.substeps)
         return state
 
 
 def from_tendency(tendency: Callable, dim: int, dt: float, substeps: int = 1, **settings: Any) -> UserModel:
     """A model of dx/dt = `tendency(x)`, by `substeps` Runge-Kutta steps of order four in every `dt`; `settings` are those of `UserModel`.
-    Raises `ValueError` for fewer than one substep, and what `UserModel` raises.
+    Raises `ValueError` for a tendency that cannot be called, fewer than one substep, and what `UserModel` raises; so does a step whose tendency has another
+    shape than its state.
     """
+    if not callable(tendency):
+        raise ValueError(f"tendency: expected one that can be called, got {tendency!r}")
     if not (isinstance(substeps, Integral) and substeps >= 1):
         raise ValueError(f"substeps: expected a whole number of at least 1, got {substeps!r}")
     return UserModel(_RungeKutta(tendency, dt, int(substeps)), dim, dt, **settings)
@@ -167,8 +193,8 @@ class ProgramModel:
     (outputs may be either), in a temporary folder. The program is run once for a whole batch of states `(..., dim)`, in the current folder. It is not differentiable.
 
     `step` raises `ValueError`, with the model's `name` (by default the program's), if the program cannot be started, is not done within `timeout` seconds, fails
-    (with the last line of what it had to say), or writes no file, an unreadable one, other variables, dimensions or shapes, or values that are not finite;
-    with `on_nonfinite="pass"` those are returned, and `cycle` sets the run aside.
+    (with the last line of what it had to say), or writes no file, an unreadable one, other variables, dimensions or shapes, or what is not real numbers.
+    Values that are not finite are returned, and `cycle` sets the run aside; with `on_nonfinite="raise"`, they raise, too.
     """
 
     command: str | Sequence[str]
@@ -179,11 +205,14 @@ class ProgramModel:
     timeout: float = 600.0
     classic: bool = False
     name: str = ""
-    on_nonfinite: Literal["raise", "pass"] = "raise"
+    on_nonfinite: Literal["raise", "pass"] = "pass"
     differentiable = False
 
     def __post_init__(self):
-        words = shlex.split(self.command) if isinstance(self.command, str) else tuple(map(str, self.command))
+        try:
+            words = shlex.split(self.command) if isinstance(self.command, str) else tuple(map(str, self.command))
+        except (TypeError, ValueError) as error:  # neither a line nor a list, or a quotation without an end
+            raise ValueError(f"command: expected a line or a list of words, got {self.command!r} ({error})") from error
         for setting, value in (
             ("command", tuple(words)),
             ("name", self.name or (Path(words[0]).name if words else "")),
@@ -193,11 +222,13 @@ class ProgramModel:
         for place in ("{input}", "{output}"):
             if not any(place in word for word in self.command):
                 raise ValueError(f"command: expected {{input}} and {{output}} in it, got {' '.join(self.command)!r}")
+        if any(place in self.command[0] for place in ("{input}", "{output}")):
+            raise ValueError(f"command: expected a program as its first word, got {self.command[0]!r}")
         if self.layout and self.layout.dim != self.dim:
             raise ValueError(f"layout: expected {self.dim} numbers, got {self.layout.dim}")
         FunctionModel(_nothing, self.dim, self.dt, self.names)  # checks sizes and names
-        if not self.timeout > 0:
-            raise ValueError(f"timeout: expected a positive number of seconds, got {self.timeout}")
+        if not (isinstance(self.timeout, Real) and self.timeout > 0):
+            raise ValueError(f"timeout: expected a positive number of seconds, got {self.timeout!r}")
         _known_choice(self.on_nonfinite)
 
     def step(self, state: Tensor) -> Tensor:
@@ -232,8 +263,8 @@ class ProgramModel:
                 process = subprocess.Popen(
                     words, stdin=subprocess.DEVNULL, stdout=out, stderr=errors, start_new_session=os.name == "posix"
                 )
-            except OSError as error:
-                raise ValueError(f"{self.name}: cannot start {words[0]!r} ({error.strerror})") from error
+            except (OSError, ValueError) as error:  # a zero byte in a word is a ValueError
+                raise ValueError(f"{self.name}: cannot start {words[0]!r} ({getattr(error, 'strerror', None) or error})") from error
             try:
                 status = process.wait(self.timeout)
             except subprocess.TimeoutExpired as error:
@@ -260,7 +291,7 @@ class ProgramModel:
             if set(data[f.title].dims) != set(dims):
                 raise ValueError(f"{self.name}: expected {f.title!r} with dimensions {dims}, got {data[f.title].dims}")
             values = data[f.title].transpose(*dims).values
-            if values.shape != shape or not np.issubdtype(values.dtype, np.number):
+            if values.shape != shape or values.dtype.kind not in "iuf":
                 raise ValueError(f"{self.name}: expected {f.title!r} to be numbers of shape {shape}, got {values.dtype} of {values.shape}")
             fields[f.name] = values
         return self._fields.join(fields)
@@ -335,8 +366,9 @@ def import_dapper() -> None:
 # %% ../nbs/15_interop.ipynb #f1eb1943
 @dataclass(frozen=True, eq=False)
 class NumpyOperator:
-    """An observation operator from any `function` of arrays, `(n, dim) -> (n, size)`; its derivatives are central differences. Raises
-    `ValueError` where the function returns another shape.
+    """An observation operator from any `function` of arrays, `(n, dim) -> (n, size)`; its derivatives are central differences, over steps in
+    proportion to what each variable is in the batch. Raises `ValueError` for a function that raises anything, or returns what is not
+    real numbers, or another shape.
     """
 
     function: Callable[[np.ndarray], np.ndarray]
@@ -344,15 +376,21 @@ class NumpyOperator:
     sites: tuple[int, ...] | None = None
     linear = False
 
+    def __post_init__(self):
+        if not callable(self.function):
+            raise ValueError(f"function: expected one that can be called, got {self.function!r}")
+        if not (isinstance(self.size, Integral) and self.size >= 0):
+            raise ValueError(f"size: expected a whole number of at least 0, got {self.size!r}")
+
     def __call__(self, state: Tensor) -> Tensor:
         rows = state.detach().cpu().numpy().reshape(-1, state.shape[-1]).copy()
-        seen = np.asarray(self.function(rows))
+        seen = _called(self.function, rows)
         if seen.shape != (len(rows), self.size):
             raise ValueError(f"function: expected observations of shape {(len(rows), self.size)}, got {seen.shape}")
         return torch.tensor(seen, dtype=state.dtype, device=state.device).reshape(*state.shape[:-1], self.size)
 
     def jacobian(self, state: Tensor) -> Tensor:
-        width = torch.finfo(state.dtype).eps ** (1 / 3) * state.abs().clamp(min=1).unsqueeze(-1)
+        width = torch.finfo(state.dtype).eps ** (1 / 3) * _magnitude(state).unsqueeze(-1)
         moved = [state.unsqueeze(-2) + sign * width * torch.eye(state.shape[-1]).to(state) for sign in (1, -1)]
         return ((self(moved[0]) - self(moved[1])) / (2 * width)).mT
 
@@ -361,24 +399,51 @@ class NumpyOperator:
 
 
 def operator_from(function: Callable[[np.ndarray], np.ndarray], size: int, dim: int, most: int = 4096) -> Operator:
-    """`function` of arrays, `(n, dim) -> (n, size)`, as the simplest operator that it is: `Select`, `Linear` or `NumpyOperator`. Nothing
-    is tried in more than `most` dimensions. Raises `ValueError` for a function that raises anything.
+    """`function` of arrays, `(n, dim) -> (n, size)`, as the simplest operator that it is: `Select`, `Linear` or `NumpyOperator`. It is tried
+    on states of many magnitudes. Nothing is tried in more than `most` dimensions. Raises `ValueError` for a function that raises anything, or returns
+    what is not real numbers.
     """
+    operator = NumpyOperator(function, size)
     if dim > most:
-        return NumpyOperator(function, size)
-    tried = 10 * standard_normal((8, dim), stream(0, "probes")).numpy()
-    try:
-        nothing, matrix, seen = (np.asarray(function(x)) for x in (np.zeros((1, dim)), np.eye(dim), tried.copy()))
-    except Exception as error:  # whatever a stranger's function may raise
-        raise ValueError(f"function: raised {type(error).__name__}: {_last_line(str(error))}") from error
-    matrix = matrix.T
-    linear = matrix.shape == (size, dim) and not nothing.any() and np.allclose(seen, tried @ matrix.T, rtol=1e-10, atol=1e-10)
-    if not linear:
-        return NumpyOperator(function, size)
+        return operator
+    nothing, matrix = _called(function, np.zeros((1, dim))), _called(function, np.eye(dim)).T
+    if matrix.shape != (size, dim) or nothing.any() or not np.isfinite(matrix).all():
+        return operator
+    directions = standard_normal((8, dim), stream(0, "probes")).numpy()
+    for magnitude in (10.0, 1e-6, 1e-3, 1e3, 1e6):
+        tried = magnitude * directions
+        try:
+            seen = _called(function, tried.copy())
+        except ValueError:
+            if magnitude == 10.0:
+                raise
+            return operator  # there are states that it does not take, so it is no matrix
+        if seen.shape != (8, size) or not (abs(seen - tried @ matrix.T) <= 1e-10 * (abs(tried) @ abs(matrix.T))).all():
+            return operator
     picked = matrix.argmax(1)
     if np.array_equal(matrix, np.eye(dim)[picked]) and len(set(picked)) == size:
         return Select(picked, dim)
     return Linear(torch.tensor(matrix, dtype=torch.float64))
+
+# %% ../nbs/15_interop.ipynb #ad072016
+def _called(function: Callable, rows: np.ndarray) -> np.ndarray:
+    """What `function` makes of `rows`: real numbers, or a `ValueError` that names it."""
+    try:
+        seen = function(rows)
+    except (Exception, SystemExit) as error:  # whatever a stranger's function may raise
+        raise ValueError(f"function: raised {type(error).__name__}: {_last_line(str(error)) or 'no message'}") from error
+    return _real_numbers("function", seen)
+
+
+def _magnitude(state: Tensor) -> Tensor:
+    """How large each variable of `state` `(..., dim)` is: as it is there, but not less than what is usual in the batch, since a value may happen to be near
+    zero. What is usual is rounded to a power of 256, so that no state's derivatives depend on the digits of another's.
+    """
+    rows = state.reshape(-1, state.shape[-1]).abs()
+    usual = torch.where(torch.isfinite(rows) & (rows > 0), rows, torch.nan).nanmedian(0).values if len(rows) else rows.new_zeros(rows.shape[-1])
+    others = usual.nanmedian()  # where a variable is zero in all states, what is known are the others
+    usual = torch.where(usual.isnan(), others, usual).nan_to_num(1.0)
+    return torch.maximum(state.abs(), 256 ** (usual.log2() / 8).round())
 
 # %% ../nbs/15_interop.ipynb #1ca2b9d4
 def dapper_model(hmm: Any) -> UserModel:
@@ -389,14 +454,15 @@ def dapper_model(hmm: Any) -> UserModel:
     with _same_luck():
         states = hmm.X0.sample(3)
         try:
-            once, again, later = (np.asarray(dyn(states.copy(), t, dt)) for t in (0.0, 0.0, 12.34 * dt))
-        except Exception as error:
+            answers = [dyn(states.copy(), t, dt) for t in (0.0, 0.0, 12.34 * dt)]
+        except (Exception, SystemExit) as error:
             raise ValueError(f"Dyn: raised {type(error).__name__}: {_last_line(str(error))} ({_name(hmm)})") from error
+        once, again, later = (_real_numbers("Dyn", answer) for answer in answers)
     if not np.array_equal(once, again, equal_nan=True):
         raise ValueError(f"Dyn: expected a model that does the same twice, got one that draws random numbers ({_name(hmm)})")
     if not np.array_equal(once, later, equal_nan=True):
         raise ValueError(f"Dyn: expected a model that does not depend on time, got one that does ({_name(hmm)})")
-    return UserModel(_DapperStep(dyn, dt), int(dyn.M), dt, numpy=True, name=_name(hmm), on_nonfinite="pass")
+    return UserModel(_DapperStep(dyn, dt), int(dyn.M), dt, numpy=True, name=_name(hmm))
 
 
 def dapper_network(operator: Any, dim: int, gaussian: bool = False) -> ObservingNetwork:
@@ -457,7 +523,7 @@ class _DapperStep:
     dt: float
 
     def __call__(self, states: np.ndarray) -> np.ndarray:
-        return np.asarray(self.dyn(states.reshape(-1, states.shape[-1]), 0.0, self.dt)).reshape(states.shape)
+        return _real_numbers("Dyn", self.dyn(states.reshape(-1, states.shape[-1]), 0.0, self.dt)).reshape(states.shape)
 
 
 def _operator_at(hmm, ko: int):
@@ -589,9 +655,10 @@ def _assimilate(xp, hmm, yy) -> None:
             network = constant or dapper_network(_operator_at(hmm, ko), dim)
             yield None, network.report(torch.tensor(np.atleast_1d(yy[ko]), dtype=torch.float64)[None])
 
-    def assess(state: Tensor, k: int, ko: int | None = None, which: str | None = None) -> None:
+    def assess(state: Tensor, k: int, ko: int | None = None, which: str | None = None, weights: Tensor | None = None) -> None:
         if members > 1:
-            xp.stats.assess(k, ko, which, E=state.numpy())
+            w = None if weights is None else weights[0].numpy()
+            xp.stats.assess(k, ko, which, E=state.numpy(), w=w)
         else:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)  # means of nothing but nan
@@ -600,18 +667,21 @@ def _assimilate(xp, hmm, yy) -> None:
     centre = getattr(hmm.X0, "mu", None) if members == 1 else None
     first = hmm.X0.sample(members) if centre is None else np.broadcast_to(centre, (1, dim))
     first = torch.tensor(np.array(first, dtype=float))[None]
-    assess(first[0], 0)
+    equal = None  # DAPPER must be told at the start whether there will be weights
+    if getattr(method, "weighted", False) and not windows:
+        equal = torch.full((1, members), 1 / members, dtype=torch.float64)
+    assess(first[0], 0, weights=equal)
     luck = RunStreams(int(rng.integers(2**62)), "dapper", runs=1)
     loop = partial(window_cycle, cycles=count) if windows else filter_cycle
     stretches = loop(method, arrivals(), Forecast(model, dko), advance, first, finite, luck)
     for ko, stretch in enumerate(progbar(stretches, total=count)):
         k = (ko + 1) * dko
         for before, state in enumerate(stretch.estimate[:-1, 0], k - dko + 1):
-            assess(state, before)
-        assess(stretch.background[0], k, ko, "f")
-        assess(stretch.analysis[0], k, ko)
+            assess(state, before, weights=stretch.background_weights)
+        assess(stretch.background[0], k, ko, "f", stretch.background_weights)
+        assess(stretch.analysis[0], k, ko, weights=stretch.weights)
         if xp.stats.store_s:
-            assess(stretch.smoothed[0], k, ko, "s")
+            assess(stretch.smoothed[0], k, ko, "s", stretch.weights)
 
 
 def _refuse(error: ValueError, state: Tensor) -> Tensor:

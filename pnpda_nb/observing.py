@@ -190,7 +190,7 @@ class Nonlinear:
 # %% ../nbs/02_observing.ipynb #61fef8bf
 class Covariance:
     """A symmetric positive definite `matrix` `(size, size)`, factored once. Raises `ValueError` if
-    it is not one.
+    it is not one; that is a question to its correlations, to relative rounding, whatever the units.
     """
 
     def __init__(self, matrix: Tensor | Sequence, name: str = "covariance"):
@@ -201,18 +201,20 @@ class Covariance:
             raise ValueError(
                 f"{name}: expected finite numbers, got {int((~torch.isfinite(matrix)).sum())} that are not"
             )
-        if not torch.allclose(matrix, matrix.T, rtol=1e-8, atol=1e-12):
-            raise ValueError(
-                f"{name}: expected a symmetric matrix, got one that differs from its transpose"
-            )
-        eigenvalues = torch.linalg.eigvalsh(matrix)
+        _check_variances(matrix.diagonal(), f"{name}: expected a positive definite matrix, got one with the variance")
+        deviations = matrix.diagonal().sqrt()
+        apart = (matrix - matrix.T) / deviations / deviations[:, None]
+        if not (apart.abs() <= 1e-8).all():
+            raise ValueError(f"{name}: expected a symmetric matrix, got one that differs from its transpose")
+        correlations = (matrix / deviations / deviations[:, None]).clamp(-2, 2)  # beyond 1, it is not one
+        eigenvalues = torch.linalg.eigvalsh(correlations)
         # zero up to rounding is not positive
-        if len(matrix) and not eigenvalues[0] > 1e-14 * eigenvalues[-1].abs():
+        if len(matrix) and not eigenvalues[0] > 1e-14 * eigenvalues[-1]:
             raise ValueError(
-                f"{name}: expected a positive definite matrix, got one with smallest eigenvalue {eigenvalues[0].item():.3g}"
+                f"{name}: expected a positive definite matrix, got one whose correlations have the smallest eigenvalue {eigenvalues[0].item():.3g}"
             )
         self.matrix = matrix
-        self.factor = torch.linalg.cholesky(matrix)
+        self.factor = torch.linalg.cholesky(matrix)  # each entry as accurate as that of the correlations: no scaling is needed
 
     def __repr__(self) -> str:
         between = f", variances {self.variances.min():.3g} to {self.variances.max():.3g}" if self.size else ""
@@ -235,7 +237,8 @@ class Covariance:
         """The largest eigenvalue of the inverse: the curvature of the misfit in its stiffest
         direction.
         """
-        return 1 / torch.linalg.eigvalsh(self.matrix)[0].item() if self.size else 0.0
+        # the smallest of the matrix would be lost in the rounding of the largest
+        return torch.linalg.eigvalsh(self.inverse)[-1].item() if self.size else 0.0
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """Errors ~ N(0, matrix), of shape `(*shape, size)`."""
@@ -262,6 +265,15 @@ class Covariance:
         cut.__dict__["largest_precision"] = self.largest_precision
         return cut
 
+
+def _check_variances(variances: Tensor, message: str) -> None:
+    """Raise `ValueError` for variances that are not positive, or so small that their inverse is not finite."""
+    wrong = ~(torch.isfinite(variances) & (variances > 0) & torch.isfinite(1 / variances))
+    if wrong.any():
+        first = int(wrong.nonzero()[0])
+        more = f" and {int(wrong.sum()) - 1} more" if wrong.sum() > 1 else ""
+        raise ValueError(f"{message} {variances[first].item():.3g} at {first}{more}")
+
 # %% ../nbs/02_observing.ipynb #bbc0eb7c
 class DiagonalCovariance(Covariance):
     """Independent errors with `variances` `(size,)`: everything that a `Covariance` does, in linear
@@ -272,8 +284,7 @@ class DiagonalCovariance(Covariance):
         variances = torch.as_tensor(variances, dtype=torch.float64)
         if variances.ndim != 1:
             raise ValueError(f"{name}: expected a vector of variances, got shape {tuple(variances.shape)}")
-        if not (torch.isfinite(variances) & (variances > 0)).all():
-            raise ValueError(f"{name}: expected finite positive variances, got {variances.tolist()[:5]}")
+        _check_variances(variances, f"{name}: expected finite positive variances, got")
         self._variances = variances
 
     @property
@@ -296,7 +307,7 @@ class DiagonalCovariance(Covariance):
     def inverse(self) -> Tensor:
         return torch.diag_embed(1 / self._variances)
 
-    @property
+    @cached_property
     def largest_precision(self) -> float:
         return float(1 / self._variances.min()) if self.size else 0.0
 
@@ -308,7 +319,9 @@ class DiagonalCovariance(Covariance):
         return vectors / _beside(self._variances, vectors.ndim - 1)
 
     def without(self, missing: Tensor) -> "DiagonalCovariance":
-        return DiagonalCovariance._unchecked(torch.where(missing, 1.0, self._variances))
+        cut = DiagonalCovariance._unchecked(torch.where(missing, 1.0, self._variances))
+        cut.__dict__["largest_precision"] = self.largest_precision
+        return cut
 
     @classmethod
     def _unchecked(cls, variances: Tensor) -> "DiagonalCovariance":

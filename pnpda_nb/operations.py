@@ -11,10 +11,16 @@ import html
 import io
 import math
 import os
-from collections.abc import Callable, Sequence
+import re
+import shutil
+import unicodedata
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -22,30 +28,35 @@ import pandas as pd
 import torch
 import xarray as xr
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from .dynamics import RunStreams, stream
-from .files import Field, Layout, Sightings, States, layout_from_record
-from .flow_matching import FlowPrior, GaussianPrior, PairSource, TrainingSettings, train_from
+from .files import Axis, Field, Layout, Sightings, States, layout_from_record
+from .flow_matching import FlowPrior, PairSource, TrainingSettings, _RunningSample, _Sample, _size, train_from
 from .observing import DiagonalCovariance, Observations, ObservingNetwork, Select
 from .pnp import FactoredError, PnPDA, ResidualCovariance, residual_covariance
 from .sweep import whole_file
 
 # %% auto #0
-__all__ = ['TAUS', 'DRAWS', 'CANDIDATES', 'Part', 'set_aside', 'usual_settings', 'Fixed', 'attach_errors', 'attached_errors',
-           'plug_and_play', 'pseudo_observations', 'at_a_time', 'trial', 'choose_iterations', 'Calibration',
-           'regression', 'calibrate', 'Trained', 'train_archive', 'assimilate', 'Report', 'report_suffix', 'verdict',
-           'training_report', 'draw_training', 'draw_ranks', 'innovations', 'assimilation_report', 'draw_increments']
+__all__ = ['TAUS', 'DRAWS', 'MOST', 'CANDIDATES', 'PENALTIES', 'RIVALS', 'Part', 'set_aside', 'survey', 'usual_settings', 'Fixed',
+           'attach_errors', 'attached_unit', 'attached_errors', 'plug_and_play', 'pseudo_observations', 'at_a_time',
+           'scored', 'trial', 'choose_iterations', 'regression', 'Calibration', 'calibrate', 'Trained', 'train_archive',
+           'assimilate', 'Report', 'report_suffix', 'verdict', 'training_report', 'draw_training', 'draw_ranks',
+           'innovations', 'assimilation_report', 'draw_increments']
 
 # %% ../nbs/15b_operations.ipynb #91e69ff0
 @dataclass(frozen=True, eq=False)
 class Part:
-    """The pairs `first` to `last` (excluded) of a `PairSource`, as one."""
+    """The pairs `first` to `last` (excluded) of a `PairSource`, as one; of the variables that are `constant` `(dim,)`, nothing is to
+    be learned.
+    """
 
     source: PairSource
     first: int
     last: int
+    constant: Tensor | None = None
 
     @property
     def count(self) -> int:
@@ -81,6 +92,46 @@ def set_aside(source: PairSource, memory: int = 256_000_000) -> tuple[Part, Part
     ends = (0, source.count - 2 * each, source.count - each, source.count)
     return tuple(Part(source, a, b) for a, b in zip(ends, ends[1:]))
 
+# %% ../nbs/15b_operations.ipynb #cb0e3471
+def survey(source: PairSource, trained: int, memory: int = 256_000_000, progress: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """By one pass over an archive: the standard deviations of the increments in the first `trained` pairs, 0 where they do not
+    change (by more than the rounding of the states); and the least and the largest value in all; each `(dim,)`.
+
+    Raises `ValueError` if nothing changes, and for numbers whose squares are not finite.
+    """
+    increments, values = _RunningSample(source.dim), []
+    step = source.block * max(1, min(4096, memory // (128 * source.dim)) // source.block)
+    with tqdm(total=source.count, desc="survey", unit="pair", disable=None if progress else True, leave=False) as bar:
+        for first in range(0, source.count, step):
+            background, analysis = source.read(first, min(first + step, source.count))
+            some = slice(max(0, trained - first))
+            if len(background[some]):
+                increments.add((analysis - background)[some], _size(background[some], analysis[some]))
+            ends = torch.minimum(background.amin(0), analysis.amin(0)), torch.maximum(background.amax(0), analysis.amax(0))
+            values = [ends[0].minimum(values[0]), ends[1].maximum(values[1])] if values else ends
+            bar.update(len(background))
+    unit = increments.deviation.where(increments.varies, 0.0)
+    if not torch.isfinite(unit).all():
+        raise ValueError("archive: expected numbers whose squares are finite, got larger ones")
+    if not unit.any():
+        raise ValueError(f"archive: expected analyses that differ from the backgrounds by something that changes, got none in {trained} pairs")
+    return unit, *values
+
+
+def _named(positions: Tensor | np.ndarray, layout: Layout, most: int = 3) -> str:
+    """The first few of some positions in a state, by name."""
+    names, starts = [], np.cumsum([0] + [f.size for f in layout.fields])
+    for flat in layout.kept[np.asarray(positions)[:most]]:
+        number = int(np.searchsorted(starts, flat, side="right")) - 1
+        spec = layout.fields[number]
+        index = np.unravel_index(int(flat - starts[number]), spec.shape) if spec.shape else ()
+        names.append(spec.title + (f"[{','.join(map(str, index))}]" if spec.shape else ""))
+    return ", ".join(names) + ("" if len(positions) <= most else ", …")
+
+
+def _points(count: int) -> str:
+    return f"{count} point{'s' * (count > 1)}"
+
 # %% ../nbs/15b_operations.ipynb #1d0ceb0a
 def usual_settings(dim: int, pairs: int, epochs: int | None = None, memory: int = 256_000_000) -> TrainingSettings:
     """Settings for an archive of `pairs` of states of size `dim`: in increments around the background, with a network of at
@@ -98,6 +149,7 @@ def usual_settings(dim: int, pairs: int, epochs: int | None = None, memory: int 
 # %% ../nbs/15b_operations.ipynb #d127aa6d
 TAUS = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9)
 DRAWS = 4
+MOST = 100_000  # iterations or answers that anybody can mean
 
 
 @dataclass(frozen=True)
@@ -118,14 +170,19 @@ class Fixed:
 
 def attach_errors(prior: FlowPrior, background: Tensor, analysis: Tensor, generator: torch.Generator, rank: int = 64) -> FlowPrior:
     """The same prior with the covariance of its errors attached, at the pseudo-times `TAUS`, from pairs `(sample, dim)` that
-    it was not trained on: at most `rank` directions, no more than a fifth of the pairs can tell, and the rest's variances.
+    it was not trained on: at most `rank` directions, no more than a fifth of the pairs can tell, and the rest's variances. Where
+    increments never change (`attached_unit`), there is no error.
     """
+    unit = attached_unit(prior)
+    constant = torch.zeros(prior.dim, dtype=torch.bool) if unit is None else unit == 0
+    analysis = torch.where(constant, background, analysis)
     rank = max(1, min(rank, prior.dim, len(background) // 5, 50_000_000 // (8 * prior.dim * len(TAUS))))
     denoiser, errors = prior(background), []
     for tau in TAUS:
         with torch.no_grad():
             noise = ((1 - tau) * denoiser.start(generator) for _ in range(DRAWS))
             answer = sum(denoiser(z + tau * analysis, tau) for z in noise) / DRAWS
+            answer = torch.where(constant, analysis, answer)
         errors += residual_covariance(Fixed(prior.dim, lambda _: answer), background, analysis, (0.0,), generator, rank=rank).errors
     return _with(
         prior,
@@ -135,12 +192,23 @@ def attach_errors(prior: FlowPrior, background: Tensor, analysis: Tensor, genera
     )
 
 
-def _with(prior: FlowPrior, **attached: Tensor) -> FlowPrior:
-    """The same prior with more attached."""
-    same = {"factor": prior.factor, "units": prior.units, "layout": prior.layout}
+def _with(prior: FlowPrior, layout: Mapping | None = None, **attached: Tensor) -> FlowPrior:
+    """The same prior with more attached, and perhaps with more known of its layout."""
+    same = {"factor": prior.factor, "units": prior.units, "layout": prior.layout if layout is None else layout}
     return FlowPrior(
         prior.network, prior.location, prior.scale, prior.architecture, prior.training, attached=prior.attached | attached, **same
     )
+
+
+def attached_unit(prior: FlowPrior) -> Tensor | None:
+    """The standard deviations of the increments that a prior was trained on, 0 where they never change, if it says so; else None.
+
+    Raises `ValueError` for something else.
+    """
+    unit = prior.attached.get("increment")
+    if unit is not None and (unit.shape != (prior.dim,) or (unit < 0).any()):
+        raise ValueError(f"prior: expected {prior.dim} attached standard deviations of increments, got something else")
+    return unit
 
 
 def attached_errors(prior: FlowPrior) -> ResidualCovariance | None:
@@ -148,39 +216,58 @@ def attached_errors(prior: FlowPrior) -> ResidualCovariance | None:
     if "residual_taus" not in prior.attached:
         return None
     taus, factors, diagonals = (prior.attached.get(f"residual_{name}") for name in ("taus", "factor", "diagonal"))
-    shape = (len(taus), prior.dim)
-    if factors is None or diagonals is None or factors.shape[:2] != shape or diagonals.shape != shape or (diagonals < 0).any():
+    shape = (taus.numel(), prior.dim)
+    if taus.ndim != 1 or factors is None or diagonals is None or factors.ndim != 3 or factors.shape[:2] != shape or diagonals.shape != shape or (diagonals < 0).any():
         raise ValueError(f"prior: expected attached error covariances for {shape[0]} pseudo-times and {shape[1]} numbers, got others")
     return ResidualCovariance(tuple(taus.tolist()), tuple(FactoredError(L, d) for L, d in zip(factors, diagonals)))
 
 # %% ../nbs/15b_operations.ipynb #e1039e07
 def plug_and_play(prior: FlowPrior, iterations: int | None = None, answers: int = 1) -> PnPDA:
     """PnP-DA with a prior from a file: Kalman steps, and `DRAWS` of noise, if the covariances of its errors are attached,
-    gradient steps if not. Without `iterations`, as many as the file says, or 20.
+    gradient steps if not. Without `iterations`, as many as the file says, or 20. Raises `ValueError` for numbers out of range.
     """
     if iterations is None:
-        iterations = int(prior.attached.get("iterations", torch.tensor(20)))
+        said = prior.attached.get("iterations", torch.tensor(20.0))
+        if said.numel() != 1 or not 1 <= float(said) <= MOST:
+            raise ValueError(f"prior: expected an attached number of iterations from 1 to {MOST}, got {said.flatten().tolist()[:3]}")
+        iterations = int(said)
+    for name, value in (("iterations", iterations), ("answers", answers)):
+        if not isinstance(value, Integral) or isinstance(value, bool) or not 1 <= value <= MOST:
+            raise ValueError(f"{name}: expected a whole number from 1 to {MOST}, got {value!r}")
     errors = attached_errors(prior)
     # no gradient step is taken, so its length should not cost anything
     steps = {} if errors is None else {"data_step": "kalman", "residuals": errors, "draws": DRAWS, "step_rule": "paper"}
     return PnPDA(prior, iterations=iterations, ensemble=answers, **steps)
 
 # %% ../nbs/15b_operations.ipynb #da518af3
-def pseudo_observations(background: Tensor, analysis: Tensor, generator: torch.Generator, share: float = 0.25) -> Observations:
+def pseudo_observations(
+    background: Tensor, analysis: Tensor, generator: torch.Generator, share: float = 0.25, unit: Tensor | None = None
+) -> Observations:
     """A random `share` of the points of `analysis` `(sample, dim)`, the same for all, with errors of a third of the standard
-    deviation of the increments there.
+    deviation of the increments there: the `unit` `(dim,)`, by default that of the pairs given. Points where it is 0 are not seen.
+    Raises `ValueError` if that is all of them.
     """
-    dim = analysis.shape[-1]
-    seen = torch.randperm(dim, generator=generator)[: max(1, round(share * dim))].sort().values
-    errors = (analysis - background)[:, seen].std(0).clamp_min(1e-12) / 3
-    return ObservingNetwork(Select(tuple(seen.tolist()), dim), DiagonalCovariance(errors**2)).observe(analysis, generator)
+    if unit is None:
+        increments = _Sample(analysis - background, _size(background, analysis))
+        unit = increments.deviation.where(increments.varies, 0.0)
+    places = unit.nonzero().flatten()
+    if not len(places):
+        raise ValueError("analysis: expected increments that change at some point, got none")
+    seen = places[torch.randperm(len(places), generator=generator)[: max(1, round(share * len(places)))]].sort().values
+    network = ObservingNetwork(Select(tuple(seen.tolist()), analysis.shape[-1]), DiagonalCovariance((unit[seen] / 3) ** 2))
+    return network.observe(analysis, generator)
 
 
-def _error(x: Tensor, analysis: Tensor, unit: Tensor) -> tuple[float, float]:
-    """Root of the mean squared distance, in `unit`s, and the standard error of that over samples."""
+def _error(x: Tensor, analysis: Tensor, unit: Tensor | float = 1.0) -> tuple[float, float]:
+    """Root of the mean squared distance, in `unit`s, and the standard error of that over samples (nan for a single one)."""
     each = ((x - analysis) / unit).square().mean(-1)
     mean = float(each.mean())
-    return mean**0.5, float(each.std()) / len(each) ** 0.5 / 2 / max(mean, 1e-300) ** 0.5
+    return mean**0.5, _bar(each) / 2 / mean**0.5 if mean else 0.0
+
+
+def _bar(each: Tensor) -> float:
+    """The standard error of the mean of some numbers, nan for a single one."""
+    return float(each.std()) / len(each) ** 0.5 if len(each) > 1 else math.nan
 
 
 def at_a_time(method: PnPDA, members: int, dim: int) -> int:
@@ -189,55 +276,177 @@ def at_a_time(method: PnPDA, members: int, dim: int) -> int:
     return max(1, 4_000_000 // (one + min(200_000, one * method.iterations)))
 
 
+def scored(background: Tensor, analysis: Tensor, unit: Tensor) -> Tensor:
+    """Which points count in scores of pairs `(sample, dim)`: those whose increments have a `unit`, and change in these pairs. A
+    mask `(dim,)`. Raises `ValueError` if there is none.
+    """
+    points = unit > 0
+    if len(analysis) > 1:  # of a single pair, nobody can tell
+        points = points & _Sample(analysis - background, _size(background, analysis)).varies
+    if not points.any():
+        raise ValueError("archive: expected points that change in the pairs that are set aside, as they do in those of training, got none")
+    return points
+
+
 def trial(
     prior: FlowPrior,
     trained: Part,
     tested: Part,
     generator: torch.Generator,
     iterations: Sequence[int],
-    line: Callable[[Tensor], Tensor] | None = None,
+    line: Callable[[Tensor], Tensor] | str | None = None,
 ) -> pd.DataFrame:
     """Analyses of the pairs in `tested` from pseudo-observations: background, 3D-Var, a Kalman step from a `line` (what a
-    regression makes of backgrounds), if there is one, and PnP-DA with `iterations`.
+    regression makes of backgrounds, or the reason why there is none), if it is given, and PnP-DA with `iterations`.
 
-    The covariances of 3D-Var and of the line are from the pairs that were `trained` on (the prior's own are attached). `error` is the root mean square distance from the archive's
-    analyses, in standard deviations of the increments, `±` its standard error as if pairs were independent.
+    The covariance of 3D-Var is from the pairs that were `trained` on, that of the line its `errors` if it has them, else from the
+    same pairs (the prior's own are attached). `error` is the root mean square distance from the archive's analyses, in standard
+    deviations of the increments in training, `±` its standard error as if pairs were independent. What cannot be computed has an
+    error of nan, and the reason in a further column, `note`.
     """
     (background, analysis), size = tested.read(), 50_000_000 // (8 * prior.dim)
     b, a = trained.read(max(0, trained.count - max(50, size)))
-    unit = (analysis - background).std(0).clamp_min(1e-12)
-    observations = pseudo_observations(background, analysis, generator)
+    unit = attached_unit(prior)
+    unit = survey(trained, trained.count)[0] if unit is None else unit
+    points = scored(background, analysis, unit)
+    a = torch.where(unit > 0, a, b)
+    observations = pseudo_observations(background, analysis, generator, unit=unit * points)
     rank = max(1, min(prior.dim, 128, len(b) // 5))
-    states = {"background": background}
-    for name, mean in {"3D-Var": lambda x: x, "regression + Kalman step": line}.items():
-        if mean is not None:
-            bias = (a - mean(b)).mean(0) if mean is not line else 0.0
+
+    def kalman(mean: Callable[[Tensor], Tensor], bias: Tensor | float = 0.0) -> Tensor:
+        B = getattr(mean, "errors", None)
+        if B is None:
             B = residual_covariance(Fixed(prior.dim, lambda x: mean(x) + bias), b, a, (0.0,), generator, rank=rank).errors[0]
-            states[name] = B.update(mean(background)[:, None], observations)[:, 0]
-    for n in iterations:
+        return B.update(mean(background)[:, None], observations)[:, 0]
+
+    def plug(n: int) -> Tensor:
         method, answers = plug_and_play(prior, n), []
         size = at_a_time(method, 1, prior.dim)
-        for b, values in zip(background[:, None].split(size), observations.values.split(size)):
-            some = replace(observations, values=values)
-            answers.append(method.analyse(b, some, forecast=None, generator=generator)[:, 0])
-        states[f"PnP-DA, {n} iteration{'s' * (n > 1)}"] = torch.cat(answers)
-    rows = [(name, *_error(x, analysis, unit), len(analysis)) for name, x in states.items()]
-    return pd.DataFrame(rows, columns=["analysis", "error", "±", "pairs"])
+        for some, values in zip(background[:, None].split(size), observations.values.split(size)):
+            seen = replace(observations, values=values)
+            answers.append(method.analyse(some, seen, forecast=None, generator=generator)[:, 0])
+        return torch.cat(answers)
+
+    bias = (a - b).mean(0)
+    ways: dict[str, Callable[[], Tensor] | str] = {"background": lambda: background, "3D-Var": lambda: kalman(lambda x: x, bias)}
+    if line is not None:
+        ways["regression + Kalman step"] = line if isinstance(line, str) else lambda: kalman(line)
+    rows = []
+    for name, way in ways.items():
+        try:
+            rows.append(_row(name, way, analysis, points, unit))
+        except (ValueError, RuntimeError) as error:  # of a rival: its place in the table says so
+            rows.append(_row(name, str(error), analysis, points, unit))
+    for n in iterations:
+        rows.append(_row(f"PnP-DA, {n} iteration{'s' * (n > 1)}", lambda: plug(n), analysis, points, unit))
+    table = pd.DataFrame(rows, columns=["analysis", "error", "±", "pairs", "note"])
+    return table if table.note.any() else table.drop(columns="note")
+
+
+def _row(name: str, way: Callable[[], Tensor] | str, analysis: Tensor, points: Tensor, unit: Tensor) -> tuple:
+    """A row of the trial, from what makes the analyses, or from the reason why they cannot be made."""
+    if isinstance(way, str):
+        return name, math.nan, math.nan, 0, f"not computed: {way}"
+    x = way()
+    lost = int((~torch.isfinite(x)).any(-1).sum())
+    if lost:
+        return name, math.nan, math.nan, len(x), f"not finite in {lost} of {len(x)} pairs"
+    return name, *_error(x[:, points], analysis[:, points], unit[points]), len(x), ""
 
 # %% ../nbs/15b_operations.ipynb #4769989b
 CANDIDATES = (1, 5, 20)
 
 
 def choose_iterations(prior: FlowPrior, trained: Part, measured: Part, generator: torch.Generator) -> FlowPrior:
-    """The same prior with the best of the `CANDIDATES` attached as `iterations`."""
-    errors = trial(prior, trained, measured, generator, CANDIDATES).set_index("analysis")["error"].iloc[2:]
-    return _with(prior, iterations=torch.tensor(float(CANDIDATES[int(np.argmin(errors))]), dtype=torch.float64))
+    """The same prior with the best of the `CANDIDATES` attached as `iterations`. Raises `ValueError` if none has finite analyses."""
+    table = trial(prior, trained, measured, generator, CANDIDATES)
+    errors = table.error[table.analysis.str.startswith("PnP-DA")].to_numpy()
+    if np.isnan(errors).all():
+        raise ValueError(f"prior: expected finite analyses of the pairs set aside, got none with {', '.join(map(str, CANDIDATES))} iterations")
+    return _with(prior, iterations=torch.tensor(float(CANDIDATES[int(np.nanargmin(errors))]), dtype=torch.float64))
+
+# %% ../nbs/15b_operations.ipynb #20884981
+PENALTIES = (0.0, *(10 ** (k / 2) for k in range(-6, 9)), math.inf)  # λ for each pair
+
+
+@dataclass(frozen=True, eq=False)
+class _Line:
+    """Increments as a linear function of backgrounds: a map from some variables to some others, by way of patterns."""
+
+    given: Tensor
+    centre: Tensor
+    unit: Tensor
+    patterns: Tensor
+    wanted: Tensor
+    offset: Tensor
+    answers: Tensor
+    errors: FactoredError | None = None
+
+    def __call__(self, background: Tensor) -> Tensor:
+        seen = (background[..., self.given] - self.centre) / self.unit @ self.patterns
+        return background.index_add(-1, self.wanted, self.offset + seen @ self.answers)
+
+
+class _Ridge:
+    """Ridge regressions of `y` `(sample, m)` on `x` `(sample, n)`, for any penalty."""
+
+    def __init__(self, x: Tensor, y: Tensor, most: int):
+        self.count, self.centre, self.offset = len(x), x.mean(0), y.mean(0)
+        x, y = x - self.centre, y - self.offset
+        few = len(x) < x.shape[1]  # the products that are fewer
+        squares, vectors = torch.linalg.eigh(x @ x.T if few else x.T @ x)
+        kept = (squares > 1e-12 * squares[-1]).nonzero().flatten()[-most:]
+        self.size, vectors = squares[kept].sqrt(), vectors[:, kept]
+        self.patterns = x.T @ vectors / self.size if few else vectors
+        self.told = (x @ self.patterns / self.size).T @ y
+
+    def answers(self, penalty: float) -> Tensor:
+        """What is made of each pattern, for a `penalty` for each pair."""
+        shrunk = torch.zeros_like(self.size) if penalty == math.inf else self.size / (self.size.square() + penalty * self.count)
+        return shrunk[:, None] * self.told
+
+
+def regression(trained: PairSource, most: int = 20_000, memory: int = 256_000_000) -> Callable[[Tensor], Tensor]:
+    """Analyses as a linear function of backgrounds, for states of any size, from at most so many pairs, or as many as fit into a
+    quarter of `memory`; its `errors` are the covariance of what it leaves open of pairs that it is not from.
+
+    Raises `ValueError` for fewer than 30 pairs, and where nothing changes.
+    """
+    dim = trained.dim
+    most = min(trained.count, most, memory // (64 * dim), int((3e10 / dim) ** 0.5) if dim > 1000 else most)
+    if most < 30:
+        raise ValueError(f"pairs: expected at least 30 that fit into a quarter of the memory, got {most}")
+    stretch = max(1, min(trained.block, most // 20))  # spread over the archive, some neighbours at a time
+    starts = [0] if most == trained.count else np.linspace(0, trained.count - stretch, most // stretch).astype(int)
+    parts = [trained.read(int(n), int(n) + (most if most == trained.count else stretch)) for n in starts]
+    background, analysis = (torch.cat(x) for x in zip(*parts))
+    states, increments = _Sample(background), _Sample(analysis - background, _size(background, analysis))
+    moves = increments.varies if getattr(trained, "constant", None) is None else increments.varies & ~trained.constant
+    given, wanted = states.varies.nonzero().flatten(), moves.nonzero().flatten()
+    if not len(given) or not len(wanted):
+        raise ValueError("pairs: expected backgrounds and increments that change, got constant ones")
+    of, to = states.deviation[given], increments.deviation[wanted]
+    x, y = background[:, given] / of, increments.x[:, wanted] / to
+    rank, fitted = max(64, 4_000_000 // dim), len(x) - len(x) // 5
+
+    def line(ridge: _Ridge, penalty: float, errors: FactoredError | None = None) -> _Line:
+        return _Line(given, ridge.centre * of, of, ridge.patterns, wanted, ridge.offset * to, ridge.answers(penalty) * to, errors)
+
+    part = _Ridge(x[:fitted], y[:fitted], rank)
+    seen, left = (x[fitted:] - part.centre) @ part.patterns, y[fitted:] - part.offset
+    lost = [float((left - seen @ part.answers(penalty)).square().mean()) for penalty in PENALTIES]
+    penalty = PENALTIES[int(np.argmin(lost))]
+    unseen = background[fitted:], torch.where(moves, analysis[fitted:], background[fitted:])
+    directions = max(1, min(dim, 128, len(unseen[0]) // 5))
+    errors = residual_covariance(Fixed(dim, line(part, penalty)), *unseen, (0.0,), torch.Generator(), rank=directions).errors[0]
+    return line(_Ridge(x, y, rank), penalty, errors)
 
 # %% ../nbs/15b_operations.ipynb #5c0db47e
 @dataclass(frozen=True, eq=False)
 class Calibration:
     """What is found about a prior on pairs that it has not seen: `means` (how far the analyses are from background, line and
-    prior, by field), `trial` (see there), `ranks` of analyses among the prior's samples, `coverage` of their intervals, and the number of `pairs`.
+    prior, by field), `trial` (see there), `ranks` of analyses among the prior's samples, `coverage` of their intervals, the number
+    of `pairs`, and `notes` on what is left out.
     """
 
     means: pd.DataFrame
@@ -245,46 +454,68 @@ class Calibration:
     ranks: np.ndarray
     coverage: dict[float, tuple[float, float]]
     pairs: int
+    notes: tuple[str, ...] = ()
 
 
-def regression(trained: Part, most: int = 20_000) -> Callable[[Tensor], Tensor] | None:
-    """Analyses as a linear function of backgrounds, from at most so many pairs; None if they do not determine one."""
-    with contextlib.suppress(ValueError, RuntimeError):
-        return GaussianPrior.from_pairs(*trained.read(0, min(trained.count, most))).mean
-
-
-def calibrate(prior: FlowPrior, trained: Part, tested: Part, generator: torch.Generator) -> Calibration:
+def calibrate(prior: FlowPrior, trained: Part, tested: Part, generator: torch.Generator, memory: int = 256_000_000) -> Calibration:
     """Put the three questions to a prior with errors attached; 19 samples are drawn for each of up to 200 of the tested pairs.
 
-    The line is a regression on the pairs that were trained on, if states have at most 200 numbers and there are ten times as many pairs.
+    The line is a `regression` on the pairs that were trained on. Points that do not change do not count (`scored`).
     """
     background, analysis = tested.read()
-    line = regression(trained) if prior.dim <= 200 and trained.count >= 10 * prior.dim else None
-    estimates = {"background": background} | ({} if line is None else {"regression": line(background)})
+    unit = attached_unit(prior)
+    unit = survey(trained, trained.count, memory)[0] if unit is None else unit
+    points = scored(background, analysis, unit)
+    line: Callable[[Tensor], Tensor] | str
+    try:
+        line = regression(trained, memory=memory)
+    except (ValueError, RuntimeError) as error:
+        line = str(error)
+    estimates = {"background": background, "regression": None if isinstance(line, str) else line(background)}
     estimates["prior"] = prior(background).conditional_mean(generator, draws=4)
-    layout = Layout.plain(prior.dim) if prior.layout is None else layout_from_record(prior.layout)
-    rows = []
+    layout, rows = _layout(prior), []
     for spec in layout.fields:
-        part = layout.parts()[spec.name]
+        part = torch.zeros(prior.dim, dtype=torch.bool)
+        part[layout.parts()[spec.name]] = True
+        part &= points
         row = {"field": spec.title, "units": spec.units or "1"}
         for name, x in estimates.items():
-            error, bar = _error(x[:, part], analysis[:, part], torch.ones(()))
-            row[name] = f"{error:.3g} ± {bar:.1g}"
+            row[name] = "not computed" if x is None else "never changes"
+            if x is not None and part.any():
+                row[name] = "{:.3g} ± {:.1g}".format(*_error(x[:, part], analysis[:, part]))
         rows.append(row | {"pairs": len(analysis)})
     samples = 19  # so that 50 and 90 % of the ranks are whole numbers of them
-    few = max(2, min(len(analysis), 200, 5_000_000 // (samples * prior.dim)))
+    few = min(len(analysis), max(2, min(200, 5_000_000 // (samples * prior.dim))))
     pick = torch.linspace(0, len(analysis) - 1, few).long()
-    members = torch.stack([prior(background[pick]).sample(generator, steps=10) for _ in range(samples)], 1)
-    below = (members < analysis[pick, None]).sum(1)
+    members = torch.stack([prior(background[pick]).sample(generator, steps=10)[:, points] for _ in range(samples)], 1)
+    if not torch.isfinite(members).all():
+        raise ValueError("prior: expected finite samples for the pairs set aside, got others")
+    below = (members < analysis[pick, None][..., points]).sum(1)
     coverage = {}
     for width in (0.5, 0.9):
         edge = (1 - width) / 2 * (samples + 1)
         inside = ((below >= edge) & (below <= samples - edge)).double().mean(-1)
-        coverage[width] = (float(inside.mean()), float(inside.std()) / len(inside) ** 0.5)
+        coverage[width] = (float(inside.mean()), _bar(inside))
     ranks = torch.bincount(below.flatten(), minlength=samples + 1).double().numpy() / below.numel()
-    chosen = int(prior.attached.get("iterations", torch.tensor(20)))
-    tried = trial(prior, trained, tested, generator, sorted({1, chosen}), line)
-    return Calibration(pd.DataFrame(rows), tried, ranks, coverage, len(analysis))
+    tried = trial(prior, trained, tested, generator, sorted({1, plug_and_play(prior).iterations}), line)
+    return Calibration(pd.DataFrame(rows), tried, ranks, coverage, len(analysis), _left_out(unit, points, layout))
+
+
+def _layout(prior: FlowPrior) -> Layout:
+    return Layout.plain(prior.dim) if prior.layout is None else layout_from_record(prior.layout)
+
+
+def _left_out(unit: Tensor, points: Tensor, layout: Layout) -> tuple[str, ...]:
+    """What is to be said of points that do not change, in training or in the test."""
+    never, late = (unit == 0).nonzero().flatten(), ((unit > 0) & ~points).nonzero().flatten()
+    notes = []
+    if len(never):
+        verb = "changes" if len(never) == 1 else "change"
+        notes.append(f"{_points(len(never))} never {verb} ({_named(never, layout)}): left out of training and scores, kept in the output.")
+    if len(late):
+        verb = "does" if len(late) == 1 else "do"
+        notes.append(f"{_points(len(late))} {verb} not change in the pairs of the test ({_named(late, layout)}): left out of its scores.")
+    return tuple(notes)
 
 # %% ../nbs/15b_operations.ipynb #c7897eaf
 @dataclass(frozen=True, eq=False)
@@ -308,17 +539,42 @@ def train_archive(
     """Train a prior on an archive, measure its errors and test it; the pairs for these are set aside from training.
 
     Arguments as for `train_from`; without `settings`, `usual_settings`. The `checkpoint` stays, for whoever saves the prior to
-    remove. Raises what `train_from` raises, and `ValueError` for
-    fewer than 50 pairs.
+    remove. Attached to the prior are the standard deviations of the `increment` in training, 0 where it never changes, and its layout
+    says between which values each variable was `held`. Raises what `train_from` raises, and `ValueError` for fewer than 50 pairs, or
+    where nothing changes.
     """
     trained, measured, tested = set_aside(source, memory)
+    unit, low, high = survey(source, trained.count, memory, progress)
+    if not unit.all():
+        trained = replace(trained, constant=unit == 0)
     settings = settings or usual_settings(source.dim, trained.count, memory=memory)
     prior, history = train_from(
         trained, settings, seed=seed, memory=memory, checkpoint=checkpoint, progress=progress, keep_checkpoint=True
     )
+    prior = _with(_silent(prior, unit == 0), _held(prior.layout, low, high), increment=unit)
     prior = attach_errors(prior, *measured.read(), stream(seed, "errors"))
     prior = choose_iterations(prior, trained, measured, stream(seed, "iterations"))
-    return Trained(prior, history, calibrate(prior, trained, tested, stream(seed, "calibration")))
+    return Trained(prior, history, calibrate(prior, trained, tested, stream(seed, "calibration"), memory))
+
+
+def _silent(prior: FlowPrior, constant: Tensor) -> FlowPrior:
+    """The same prior, whose flow, if it starts at the background, stays there in the variables that are `constant`, exactly."""
+    if prior.factor is not None and constant.any():
+        for layer in filter(None, (prior.network.last, prior.network.skip)):
+            for x in (layer.weight, layer.bias):
+                if x is not None:
+                    x[constant] = 0
+    return prior
+
+
+def _held(layout: Mapping | None, low: Tensor, high: Tensor) -> dict | None:
+    """The record of a layout that also says between which values each variable was."""
+    if layout is None:
+        return None
+    record, parts = dict(layout), layout_from_record(layout).parts()
+    ends = {name: [float(low[part].min()), float(high[part].max())] for name, part in parts.items() if part.stop > part.start}
+    record["variables"] = [dict(v) | ({"held": ends[v["name"]]} if v["name"] in ends else {}) for v in record["variables"]]
+    return record
 
 # %% ../nbs/15b_operations.ipynb #e4144480
 def assimilate(
@@ -333,10 +589,20 @@ def assimilate(
 ) -> Tensor:
     """The analyses of `states` given what was seen of them, `(run, member, dim)`: each run, and each member, by itself.
 
-    The mean of `answers` that differ by their noise. Raises `ValueError` if an analysis is not finite.
+    The mean of `answers` that differ by their noise. Where increments never change in the pairs of training, it is the background.
+    Raises `ValueError` for arguments out of range, for states or observations that do not fit the prior or one another, and if a
+    state or an analysis is not finite.
     """
-    method, parts = plug_and_play(prior, iterations, answers), []
+    if not isinstance(seed, Integral) or isinstance(seed, bool) or not abs(seed) < 2**63:
+        raise ValueError(f"seed: expected a whole number of at most 63 bits, got {seed!r}")
+    method, parts, unit = plug_and_play(prior, iterations, answers), [], attached_unit(prior)
     runs, members, dim = states.values.shape
+    if dim != prior.dim:
+        raise ValueError(f"states: expected {prior.dim} numbers in each as the prior has, got {dim}")
+    if not torch.isfinite(states.values).all():
+        raise ValueError(f"states: expected finite numbers, got {int((~torch.isfinite(states.values)).sum())} that are not")
+    if sightings.dim != dim or len(sightings.values) != runs:
+        raise ValueError(f"sightings: expected {runs} states of {dim} numbers as there are backgrounds, got {len(sightings.values)} of {sightings.dim}")
     together = at_a_time(method, members, dim)
     with tqdm(total=runs, desc="assimilating", unit="state", disable=None if progress else True, leave=False) as bar:
         for first in range(0, runs, together):
@@ -345,6 +611,8 @@ def assimilate(
             parts.append(method.analyse(states.values[some], sightings.observations(some), forecast=None, generator=streams))
             bar.update(some.stop - first)
     analysis = torch.cat(parts)
+    if unit is not None:
+        analysis = torch.where(unit > 0, analysis, states.values)
     lost = (~torch.isfinite(analysis)).any(-1).any(-1)
     if lost.any():
         raise ValueError(f"analysis: expected finite numbers, got some that are not in {int(lost.sum())} of {runs} states, first in {int(lost.nonzero()[0])}")
@@ -369,55 +637,102 @@ class Report:
 
     def figure(self, figure: Figure, caption: str) -> None:
         image = io.BytesIO()
-        figure.savefig(image, format="png", dpi=130, metadata={"Software": None})
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # about letters that a font lacks
+            figure.savefig(image, format="png", dpi=130, metadata={"Software": None})
         plt.close(figure)
         self.blocks.append(("figure", image.getvalue(), caption))
 
     def write(self, path: str | os.PathLike) -> Path:
-        """Write HTML or Markdown, as the suffix says. Raises `ValueError` for another suffix."""
+        """Write HTML or Markdown, as the suffix says, whole or not at all. Raises `ValueError` for another suffix."""
         path = Path(path)
-        kind = report_suffix(path)
-        text = self.html() if kind == ".html" else self.markdown(path)
-        with whole_file(path) as beside:
-            beside.write_text(text, encoding="utf-8")
+        folder = path.with_name(f"{path.stem}_files")
+        text, images = self.html(), {}
+        if report_suffix(path) == ".md":
+            text = self.markdown(path)
+            images = {folder / f"{number}.png": content for number, (kind, content, _) in enumerate(self.blocks) if kind == "figure"}
+        new = bool(images) and not folder.exists()
+        try:
+            if images:
+                folder.mkdir(exist_ok=True)
+            with contextlib.ExitStack() as stack:  # every file is written beside its place before the first one is moved there
+                for place, content in ({path: text.encode()} | images).items():
+                    stack.enter_context(whole_file(place)).write_bytes(content)
+        except BaseException:
+            if new:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
         return path
 
     def html(self) -> str:
         """The report as one HTML page."""
-        parts = [f"<h1>{html.escape(self.title)}</h1>"]
+
+        def escaped(text: object) -> str:
+            return html.escape(_words(text))
+
+        parts = [f"<h1>{escaped(self.title)}</h1>"]
         for kind, content, caption in self.blocks:
-            words = html.escape(caption)
+            words = escaped(caption)
             if kind == "heading":
-                parts.append(f"<h2>{html.escape(content)}</h2>")
+                parts.append(f"<h2>{escaped(content)}</h2>")
             elif kind == "text":
-                parts.append(f"<p>{html.escape(content)}</p>")
+                parts.append(f"<p>{escaped(content)}</p>")
             elif kind == "table":
-                rows = content.to_html(index=False, border=0, float_format="{:.3g}".format)
-                parts.append(f'<figure><figcaption>{words}</figcaption><div class="wide">{rows}</div></figure>')
+                head, *rows = ([escaped(cell) for cell in row] for row in _cells(content))
+                lines = ["".join(f"<td>{cell}</td>" for cell in row) for row in rows]
+                body = f"<thead><tr>{''.join(f'<th>{cell}</th>' for cell in head)}</tr></thead>\n<tbody>" + "\n".join(f"<tr>{line}</tr>" for line in lines)
+                parts.append(f'<figure><figcaption>{words}</figcaption><div class="wide"><table>{body}</tbody></table></div></figure>')
             else:
                 source = base64.b64encode(content).decode()
                 parts.append(f'<figure><img src="data:image/png;base64,{source}" alt="{words}"><figcaption>{words}</figcaption></figure>')
-        return _PAGE.format(title=html.escape(self.title), body="\n".join(parts))
+        return _PAGE.format(title=escaped(self.title), body="\n".join(parts))
 
     def markdown(self, path: Path) -> str:
-        """The report as Markdown; its figures are written to a folder beside `path`."""
-        parts, folder = [f"# {self.title}"], path.with_name(f"{path.stem}_files")
+        """The report as Markdown, with figures in a folder beside `path`, where `write` puts them."""
+        parts, folder = [f"# {_markdown(self.title)}"], quote(os.fsencode(f"{path.stem}_files"))
         for number, (kind, content, caption) in enumerate(self.blocks):
             if kind == "heading":
-                parts.append(f"## {content}")
+                parts.append(f"## {_markdown(content)}")
             elif kind == "text":
-                parts.append(content)
+                parts.append(_markdown(content))
             elif kind == "table":
-                header = [str(c) for c in content]
-                rows = [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in row] for row in content.itertuples(index=False)]
-                lines = [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
-                parts.append(f"{caption}\n\n" + "\n".join(lines))
+                head, *rows = ([_markdown(cell) for cell in row] for row in _cells(content))
+                lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+                parts.append(f"{_markdown(caption)}\n\n" + "\n".join(lines))
             else:
-                folder.mkdir(exist_ok=True)
-                with whole_file(folder / f"{number}.png") as beside:
-                    beside.write_bytes(content)
-                parts.append(f"![{caption}]({folder.name}/{number}.png)")
+                parts.append(f"![{_markdown(caption)}]({folder}/{number}.png)")
         return "\n\n".join(parts) + "\n"
+
+
+def _words(text: object) -> str:
+    """Text on one line, without characters that cannot be written, are not seen, or turn the order of others round."""
+    hidden = {*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C, 0xFEFF}
+    shown = (c if unicodedata.category(c) not in ("Cc", "Cs") and ord(c) not in hidden else "\N{REPLACEMENT CHARACTER}" for c in " ".join(str(text).split()))
+    return "".join(shown)
+
+
+def _markdown(text: object) -> str:
+    """Text as Markdown that shows it as it is: no element of HTML, no link, emphasis, code, mathematics, table or heading."""
+    words = html.escape(_words(text), quote=False)
+    words = re.sub(r"([\\`*_{}\[\]|~$^#@!])", r"\\\1", words)
+    return re.sub(r"^(\d*)([-+=:.)])(?=[-=\s]|$)", r"\1\\\2", words)  # nor a list or a line at its beginning
+
+
+def _cells(table: pd.DataFrame) -> list[list[str]]:
+    """The names of the columns of a table, and its rows, as text."""
+
+    def cell(value: object) -> str:
+        if isinstance(value, Real) and not isinstance(value, (bool, Integral)):
+            return f"{value:.3g}" if math.isfinite(value) else "–" if math.isnan(value) else str(value)
+        return str(value)
+
+    return [[str(name) for name in table], *([cell(value) for value in row] for row in table.itertuples(index=False, name=None))]
+
+
+def _label(text: object, longest: int = 60) -> str:
+    """Text for a figure: its letters are those that the font has, and there are not too many."""
+    letters = get_font(findfont(FontProperties())).get_charmap()
+    words = "".join(c if ord(c) in letters else "?" for c in _words(text))
+    return words if len(words) <= longest else words[: longest - 1] + "…"
 
 
 def report_suffix(path: str | os.PathLike) -> str:
@@ -442,17 +757,31 @@ table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }} th, t
 """
 
 # %% ../nbs/15b_operations.ipynb #905c19a7
+RIVALS = ("background", "3D-Var", "regression + Kalman step")
+
+
 def verdict(calibration: Calibration) -> str:
-    """One sentence: whether analyses with the prior were better than the best of those without it, in the `trial`."""
+    """Whether analyses with the prior were better than the best of those without it, in the `trial`: one sentence, and one for each
+    rival that is missing, and for what is left out.
+    """
     table = calibration.trial.set_index("analysis")
-    ours, others = table.iloc[-1], table[~table.index.str.startswith("PnP-DA")]
-    best, bar = others.error.idxmin(), float(np.hypot(ours["±"], others["±"][others.error.idxmin()]))
-    lead = float(others.error.min() - ours.error)
-    if lead > 2 * bar:
-        return f"With this prior analyses were better than with the best of the others ({best})."
-    if lead > -2 * bar:
-        return f"With this prior analyses were about as good as with the best of the others ({best}): see whether you need it."
-    return f"With this prior analyses were WORSE than with the best of the others ({best}): train longer or on more pairs, or do without it."
+    ours, others = table.iloc[-1], table[~table.index.str.startswith("PnP-DA")].dropna(subset="error")
+    rest = [f"{name} is not among the others ({table.note[name].removeprefix('not computed: ')})." for name in RIVALS if name in table.index and np.isnan(table.error[name])]
+    rest += [f"{name} is not among the others (it was not tried)." for name in RIVALS if name not in table.index]
+    rest = " ".join([*rest, *calibration.notes])
+    if np.isnan(ours.error):
+        return f"With this prior there was no finite analysis of every pair: do without it. {rest}".strip()
+    best = others.error.idxmin()
+    bar, lead = float(np.hypot(ours["±"], others["±"][best])), float(others.error[best] - ours.error)
+    if np.isnan(bar):
+        said = f"There are too few pairs to tell whether analyses with this prior are better than with the best of the others ({best})."
+    elif lead > 2 * bar:
+        said = f"With this prior analyses were better than with the best of the others ({best})."
+    elif lead > -2 * bar:
+        said = f"With this prior analyses were about as good as with the best of the others ({best}): see whether you need it."
+    else:
+        said = f"With this prior analyses were WORSE than with the best of the others ({best}): train longer or on more pairs, or do without it."
+    return f"{said} {rest}".strip()
 
 
 def training_report(trained: Trained, name: str) -> Report:
@@ -467,7 +796,7 @@ def training_report(trained: Trained, name: str) -> Report:
     report.table(calibration.means, "How far the archive's analyses are from the background, from a linear regression on it, and from the prior's mean (root mean square ± standard error, as if pairs were independent).")
     report.heading("What it is worth in an analysis")
     report.text(verdict(calibration))
-    report.table(calibration.trial, "A quarter of the points are seen, with errors of a third of an increment. Errors are in standard deviations of the increments, against the archive's analyses (± standard error, as if pairs were independent). 3D-Var and the Kalman step from a regression have their covariances from the pairs of training; the number of iterations was chosen among 1, 5 and 20 with other pairs.")
+    report.table(calibration.trial, "A quarter of the points are seen, with errors of a third of an increment. Errors are in standard deviations of the increments in the pairs of training, against the archive's analyses (± standard error, as if pairs were independent). 3D-Var and the Kalman step from a regression have their covariances from the pairs of training; the number of iterations was chosen among 1, 5 and 20 with other pairs.")
     report.heading("Calibration")
     covered = ", ".join(f"{width:.0%} intervals hold {value:.1%} ± {bar:.1%}" for width, (value, bar) in calibration.coverage.items())
     report.text(f"Samples of the prior: {covered} of the analyses.")
@@ -497,9 +826,10 @@ def draw_ranks(ranks: np.ndarray) -> Figure:
 # %% ../nbs/15b_operations.ipynb #7496a075
 def innovations(states: States, analysis: Tensor, sightings: Sightings) -> pd.DataFrame:
     """For every field: how many values were seen and are missing, root mean squares of observation − background and −
-    analysis, the error that the observations claim, and the root mean square and largest increment.
+    analysis, the error that the observations claim, and the root mean square and largest increment. If values were refused
+    (`sightings.refused`), also how many.
     """
-    H, rows = sightings.operator, []
+    H, rows, refused = sightings.operator, [], [str(name) for name, *_ in getattr(sightings, "refused", ())]
     seen = torch.from_numpy(sightings.values)[:, None]
     departures = {"O − B": seen - H(states.values), "O − A": seen - H(analysis)}
     for spec in states.layout.fields:
@@ -508,11 +838,13 @@ def innovations(states: States, analysis: Tensor, sightings: Sightings) -> pd.Da
         increment = (analysis - states.values)[..., part]
         there = ~np.isnan(sightings.values[:, mine])
         row = {"field": spec.title, "units": spec.units or "1", "seen": int(there.sum()), "missing": int((~there).sum())}
+        if refused:
+            row["refused"] = sum(name in (spec.name, spec.title) for name in refused)
         for name, x in departures.items():
             row[name] = float(x[..., mine].square().nanmean().sqrt()) if there.any() else math.nan
         claimed = np.broadcast_to(sightings.errors[mine], there.shape)[there]
         row["error"] = float(np.sqrt((claimed**2).mean())) if there.any() else math.nan
-        row |= {"RMS increment": float(increment.square().mean().sqrt()), "largest": float(increment.abs().max())}
+        row |= {"RMS increment": float(increment.square().mean().sqrt()), "largest": float(increment.abs().max())} if increment.numel() else {}
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -528,7 +860,15 @@ def assimilation_report(
     report.text(f"{runs * members} state(s) of {states.layout}; {sightings!r}. {prior!r}. {how}".strip())
     report.heading("Observations")
     report.table(innovations(states, analysis, sightings), "Values seen and missing; root mean squares of observation minus background and observation minus analysis, beside the error that the observations claim; increments.")
+    refused = [tuple(map(str, one)) for one in getattr(sightings, "refused", ())]
+    if refused:
+        more = f" and {len(refused) - 20} more" if len(refused) > 20 else ""
+        report.table(pd.DataFrame(refused[:20], columns=["field", "where", "value"]), f"Values beyond anything that the archive has held, taken for missing: {len(refused)}{', of which 20' + more if more else ''}.")
     report.heading("Increments")
+    unit = attached_unit(prior)
+    if unit is not None and not unit.all():
+        still = (unit == 0).nonzero().flatten()
+        report.text(f"{_points(len(still))} never change in the pairs of training ({_named(still, states.layout)}): the analysis is the background there.")
     for spec in states.layout.fields:
         report.figure(draw_increments(spec, states, analysis, sightings), f"Increments (analysis − background) of {spec.title} in the first state, and where it was seen.")
     return report
@@ -544,27 +884,39 @@ def draw_increments(spec: Field, states: States, analysis: Tensor, sightings: Si
     begin = sum(f.size for f in layout.fields[: layout.fields.index(spec)])
     values = full[begin : begin + spec.size].reshape(spec.shape or (1,))
     while values.ndim > 2:
-        values = np.nanmean(values, axis=0)
+        there = np.isfinite(values)
+        values = np.where(there.any(0), np.where(there, values, 0).sum(0) / np.maximum(there.sum(0), 1), np.nan)
     dims = spec.dims[-values.ndim :] or ("",)
     axes = [layout.axes.get(d) for d in dims]
-    ticks = [np.array(a.values) if a is not None and a.numeric else np.arange(n) for a, n in zip(axes, values.shape)]
-    labels = [f"{d} ({a.units})".replace("$", r"\$") if a is not None and a.units else d for d, a in zip(dims, axes)]
+    ticks = [_ticks(axis, n) for axis, n in zip(axes, values.shape)]
+    labels = [_label(f"{d} ({a.units})" if a is not None and a.units else d) for d, a in zip(dims, axes)]
     mine = [i for i, name in enumerate(sightings.fields) if name == spec.name and np.isfinite(sightings.values[0, i])]
     nearest = [int(layout.kept[sightings.points[i, sightings.weights[i].argmax()]]) - begin for i in mine]
     places = [np.unravel_index(flat, spec.shape or (1,))[-values.ndim :] for flat in nearest]
     figure, ax = plt.subplots(figsize=(7, 2.8), layout="constrained")
-    label = (f"increment of {spec.title}" + (f" ({spec.units})" if spec.units else "")).replace("$", r"\$")
+    label = _label(f"increment of {spec.title}" + (f" ({spec.units})" if spec.units else ""))
     if values.ndim == 1:
         ax.plot(ticks[0], values, color="#009E73", marker=".")
         ax.axhline(0, color="0.5", lw=0.8)
         ax.plot([ticks[0][i] for (i,) in places], np.zeros(len(places)), "x", color="#D55E00", ms=8, mew=2, label="seen near here")
-        ax.set(xlabel=labels[0], ylabel=label)
+        below, beside = labels[0], label
         if places:
             ax.legend(frameon=False)
     else:
-        most = float(np.nanmax(np.abs(values))) or 1.0
+        most = float(np.abs(values[np.isfinite(values)]).max(initial=0.0)) or 1.0
         shades = ax.pcolormesh(ticks[1], ticks[0], values, cmap="RdBu_r", vmin=-most, vmax=most, shading="nearest")
         ax.plot([ticks[1][j] for _, j in places], [ticks[0][i] for i, _ in places], "kx", ms=5)
-        ax.set(xlabel=labels[1], ylabel=labels[0])
-        figure.colorbar(shades, label=label)
+        below, beside = labels[1], labels[0]
+        figure.colorbar(shades).set_label(label, parse_math=False)
+    ax.set_xlabel(below, parse_math=False)
+    ax.set_ylabel(beside, parse_math=False)
     return figure
+
+
+def _ticks(axis: Axis | None, size: int) -> np.ndarray:
+    """Where the points of an axis are drawn: at their coordinates, if these go one way, else one after the other."""
+    places = np.array(axis.values, "float64") if axis is not None and axis.numeric and len(axis.values) == size else np.arange(float(size))
+    if axis is not None and axis.period and np.isfinite(places).all():
+        places = np.unwrap(places, period=axis.period)
+    steps = np.diff(places)
+    return places if np.isfinite(places).all() and ((steps > 0).all() or (steps < 0).all()) else np.arange(float(size))

@@ -513,8 +513,9 @@ def residual_covariance(
     should not be those that the prior was trained on.
 
     Dense; tapered by a Gaspari-Cohn function of `half_width` grid intervals (`distance` as in `neighbours`); or the
-    leading `rank` directions with the rest of the variances on the diagonal. Always positive definite. Raises
-    `ValueError` for pairs or settings that do not fit, and for residuals that are not finite.
+    leading `rank` directions of the correlations with the rest of the variances on the diagonal. Positive definite among
+    the variables that have residuals; one without any (up to the rounding of its values) has an error of exactly zero.
+    Raises `ValueError` for pairs or settings that do not fit, and for residuals that are not finite, or whose squares are not.
     """
     _require_grid(taus)
     if background.ndim != 2 or background.shape != analysis.shape or background.shape[-1] != prior.dim:
@@ -532,6 +533,10 @@ def residual_covariance(
         left = (analysis - denoiser((1 - tau) * z + tau * analysis, tau)).detach() / len(analysis) ** 0.5
         if not torch.isfinite(left).all():
             raise ValueError(f"prior: expected finite answers to the pairs, got some that are not at pseudo-time {tau}")
+        rounding = 8 * torch.finfo(left.dtype).eps * analysis.abs().amax(0)
+        left = left.masked_fill(left.abs().amax(0) * len(left) ** 0.5 <= rounding, 0.0)
+        if not torch.isfinite(left.square().sum(0)).all():
+            raise ValueError(f"background, analysis: expected numbers whose squares are finite, got a residual of {left.abs().max() * len(left) ** 0.5:.3g}")
         errors.append(_dense(left, taper) if rank is None else _factored(left, rank))
     return ResidualCovariance(tuple(taus), tuple(errors))
 
@@ -543,21 +548,20 @@ def _taper(dim: int, half_width: float, distance: Distance) -> Tensor:
     return tapers(dim, tuple(range(dim)), half_width, distance)[1]
 
 
-def _floor(variances: Tensor) -> float:
-    """A variance that is nothing beside these, but keeps a covariance positive definite."""
-    return float(1e-8 * variances.mean() + 1e-30)
+_FLOOR = 1e-8  # of its own variance: nothing beside it, but keeps a covariance positive definite
 
 
 def _dense(left: Tensor, taper: Tensor | float) -> DenseError:
     B = left.T @ left * taper
-    return DenseError(B + _floor(B.diagonal()) * torch.eye(len(B)).to(B))
+    return DenseError(B + torch.diag(_FLOOR * B.diagonal()))
 
 
 def _factored(left: Tensor, rank: int) -> FactoredError:
-    _, size, directions = torch.linalg.svd(left, full_matrices=False)
-    L = directions[:rank].T * size[:rank]
     variances = left.square().sum(0)
-    return FactoredError(L, (variances - L.square().sum(-1)).clamp_min(_floor(variances)))
+    deviations = variances.sqrt()
+    _, size, directions = torch.linalg.svd(left / deviations.where(deviations > 0, 1.0), full_matrices=False)
+    L = directions[:rank].T * size[:rank] * deviations[:, None]
+    return FactoredError(L, (variances - L.square().sum(-1)).maximum(_FLOOR * variances))
 
 # %% ../nbs/08_pnp.ipynb #43d4f3bb
 @dataclass(frozen=True)

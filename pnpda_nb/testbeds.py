@@ -213,14 +213,15 @@ class Climate:
 @lru_cache(maxsize=8)
 def climate_of(experiment: TwinExperiment, runs: int = 20, steps: int = 2000, seed: int = 0) -> Climate:
     """The climate of an experiment's nature, from `runs` training truths of at least `steps` steps, of which the
-    first quarter is left out. Directions without variance get a millionth of the mean variance.
+    first quarter is left out. The variance of each variable is a millionth larger than theirs, for directions
+    without variance; a variable that never changes gets a millionth of the mean of the others'.
     """
     longer = max(experiment.cycles, -(-steps // experiment.interval))
     states = nature_run(replace(experiment, cycles=longer), runs, seed, "training")
     states = states[len(states) // 4 :]
     covariance = torch.atleast_2d(torch.cov(states.reshape(-1, experiment.dim).T))
-    ridge = 1e-6 * covariance.diagonal().mean().clamp_min(1e-12)
-    matrix = covariance + ridge * torch.eye(experiment.dim, dtype=covariance.dtype)
+    variances = covariance.diagonal()
+    matrix = covariance + torch.diag(1e-6 * variances.where(variances > 0, variances.mean()))
     return Climate(states.mean((0, 1)), Covariance(matrix, "climatological covariance"))
 
 # %% ../nbs/94_testbeds.ipynb #237d272e

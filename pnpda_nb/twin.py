@@ -238,12 +238,14 @@ class Method(Protocol):
     without its error, for methods that need it (without `steps`: to the next observation time);
     `generator` is the method's own stream.
 
-    Three optional attributes make other methods. With `from_start` (implied by a `window` above 1)
+    Optional attributes make other methods. With `from_start` (implied by a `window` above 1)
     the background is valid at the *start* of the window, one interval before the first of a list of
     `window` observations; the analysis is one of that time, or of all times of the window, `(window
     + 1, ..., member, dim)`. `shift` says by how many observation times the window moves on (default:
     `window`). A method with a `lag` is also given `past` `(lag, ..., member, dim)`, the analyses
-    before, and returns them improved, followed by the new one.
+    before, and returns them improved, followed by the new one. A filter that is `weighted` is also
+    given the `weights` `(..., member)` of the background, which add up to one, and returns a pair:
+    the analysis, and its weights.
     """
 
     window: int
@@ -323,6 +325,9 @@ class Stretch:
     """One interval of a cycle: nature's states `truth` and the `estimate` of them `(steps, run, dim)`,
     and what there is at its end: `observations`, and the ensembles `background`, `analysis` and
     `smoothed` (what later observations made of the analysis) `(run, member, dim)`.
+
+    Where members carry weights `(run, member)`, `weights` are those of the analysis, and `background_weights` those of the
+    background and of all estimates before the analysis; None are equal ones.
     """
 
     truth: Tensor
@@ -331,6 +336,8 @@ class Stretch:
     background: Tensor
     analysis: Tensor
     smoothed: Tensor
+    background_weights: Tensor | None = None
+    weights: Tensor | None = None
 
 
 def watch_nature(
@@ -355,20 +362,26 @@ def filter_cycle(
     """Cycle a filter: `advance(state)` forecasts one interval, `(steps + 1, run, member, dim)`, and
     `set_aside(state, k)` takes runs that failed at cycle k out of harm's way.
     """
-    lag = getattr(method, "lag", 0)
+    lag, weighted = getattr(method, "lag", 0), getattr(method, "weighted", False)
+    if lag and weighted:
+        raise ValueError(f"method: expected one with a lag or with weights, got {type(method).__name__} with both")
+    weights = state.new_full(state.shape[:-1], 1 / state.shape[-2]) if weighted else None
     waiting: deque[Stretch] = deque()
     for k, (truth, observations) in enumerate(nature):
         states = advance(state)
         background = set_aside(states[-1].clone(), k)
         past = {"past": torch.stack([s.smoothed for s in waiting])} if lag and waiting else {}
-        analysis = method.analyse(background, observations, forecast=forecast, generator=generator, **past)
+        carried, before = {"weights": weights} if weighted else past, weights
+        analysis = method.analyse(background, observations, forecast=forecast, generator=generator, **carried)
         if past:
             for stretch, smoothed in zip(waiting, analysis[:-1]):
                 stretch.smoothed = set_aside(smoothed, k)
             analysis = analysis[-1]
+        if weighted:
+            analysis, weights = _with_weights(method, background, analysis)
         _same_shape(method, background, analysis)
         states[-1] = state = set_aside(analysis, k)
-        waiting.append(Stretch(truth, observations, states[1:], background, state, state))
+        waiting.append(Stretch(truth, observations, states[1:], background, state, state, before, weights))
         if len(waiting) > lag:
             yield waiting.popleft()
     yield from waiting
@@ -379,6 +392,22 @@ def _same_shape(method: Method, background: Tensor, analysis: Tensor) -> None:
         raise ValueError(
             f"{type(method).__name__}: expected an analysis of shape {tuple(background.shape)}, got {tuple(analysis.shape)}"
         )
+
+
+def _with_weights(method: Method, background: Tensor, answer: Any) -> tuple[Tensor, Tensor]:
+    """The analysis and the weights of a weighted method. A run whose weights are no weights has an analysis of nan, and equal ones."""
+    if not (isinstance(answer, tuple) and len(answer) == 2):
+        raise ValueError(f"{type(method).__name__}: expected an analysis and its weights, got {type(answer).__name__}")
+    analysis, weights = answer
+    _same_shape(method, background, analysis)
+    if weights.shape != background.shape[:-1]:
+        raise ValueError(
+            f"{type(method).__name__}: expected weights of shape {tuple(background.shape[:-1])}, got {tuple(weights.shape)}"
+        )
+    total = weights.sum(-1, keepdim=True)
+    lost = ~(torch.isfinite(total) & (total > 0) & (weights >= 0).all(-1, keepdim=True))
+    weights = torch.where(lost, 1 / weights.shape[-1], weights / total)
+    return analysis.masked_fill(lost.unsqueeze(-1), torch.nan), weights
 
 # %% ../nbs/03_twin.ipynb #4224b0f9
 def window_cycle(
@@ -455,7 +484,8 @@ def cycle(
     spreads, `smoothed` means for methods that look back, `observations`, the fair `crps` of the
     analysis ensemble and the `rank` of the truth in it, the number of observations `missing`, and
     `failed`, the cycle (counted from 0) at which a run became non-finite, or -1. With
-    `keep_members`, also the ensembles themselves. With `keep="scores"` only what `scores` and the
+    `keep_members`, also the ensembles themselves. If members have weights, all of these use them; their `concentration` Σ w² is one
+    over the effective number of members, and `keep_members` keeps them, too. With `keep="scores"` only what `scores` and the
     other summaries need, in memory that does not grow with the number of cycles. `nature` is what
     `watch_nature` yields, if it is at hand. Raises
     `ValueError` for fewer than one run or member, or a method without a `window`.
@@ -541,8 +571,42 @@ def cycle(
 
 def _averaged(stretch: Stretch) -> Stretch:
     """Of the states between analyses only the mean is of use, and they are many."""
-    stretch.estimate = stretch.estimate.mean(-2, keepdim=True)
+    if stretch.weights is None:
+        stretch.estimate = stretch.estimate.mean(-2, keepdim=True)
+    else:  # the last of them is the analysis
+        before, last = stretch.estimate[:-1], stretch.estimate[-1:]
+        stretch.estimate = torch.cat((_mean(before, stretch.background_weights), _mean(last, stretch.weights))).unsqueeze(-2)
     return stretch
+
+
+def _mean(ensemble: Tensor, weights: Tensor | None) -> Tensor:
+    """The mean over members of `ensemble` `(..., member, dim)` with their `weights` `(..., member)`."""
+    return ensemble.mean(-2) if weights is None else (weights.unsqueeze(-1) * ensemble).sum(-2)
+
+
+def _variance(ensemble: Tensor, weights: Tensor | None) -> Tensor:
+    """The unbiased variance over members of `ensemble` `(..., member, dim)` with their `weights` `(..., member)`."""
+    if weights is None:
+        return ensemble.var(-2, unbiased=True)
+    squared = (ensemble - _mean(ensemble, weights).unsqueeze(-2)).square()
+    return _mean(squared, weights) / _unlike(weights).unsqueeze(-1)
+
+
+def _unlike(weights: Tensor) -> Tensor:
+    """1 - Σ w²: how often two members drawn by their weights are two; what makes sample statistics unbiased."""
+    return (1 - weights.square().sum(-1)).clamp_min(1 / weights.shape[-1])
+
+
+def _fair_crps(truth: Tensor, ensemble: Tensor, weights: Tensor) -> Tensor:
+    """The fair CRPS of `truth` `(..., dim)` for members `(..., member, dim)` with `weights` `(..., member)`: in a sorted ensemble, the mean
+    distance between two members is a sum over one of them.
+    """
+    apart = (ensemble - truth.unsqueeze(-2)).movedim(-1, -2)  # sorted values then lose nothing to a large mean
+    order = apart.argsort(-1)
+    apart = apart.gather(-1, order)
+    w = weights.unsqueeze(-2).expand(apart.shape).gather(-1, order)
+    between = (w * apart * (2 * w.cumsum(-1) - w - 1)).sum(-1)  # half of it, over all pairs
+    return (w * apart.abs()).sum(-1) - between / _unlike(weights).unsqueeze(-1)
 
 
 def _settings_of(method: Method) -> str:
@@ -582,9 +646,12 @@ def _as_dataset(
         for x in ([s.background for s in stretches], [s.analysis for s in stretches])
     )
     members, at_cycles = analysis.shape[2], truth[interval - 1 :: interval]
+    weights = before = None
+    if stretches[0].weights is not None:
+        before, weights = (torch.stack(x) for x in ([s.background_weights for s in stretches], [s.weights for s in stretches]))
 
-    def spread(x: Tensor) -> Tensor:
-        return x.var(-2, unbiased=True).mean(-1).sqrt()
+    def spread(x: Tensor, weights: Tensor | None) -> Tensor:
+        return _variance(x, weights).mean(-1).sqrt()
 
     def by_run(x: Tensor) -> np.ndarray:
         return x.transpose(0, 1).numpy()
@@ -598,8 +665,8 @@ def _as_dataset(
             "truth": (step, by_run(truth)),
             "estimate": (step, by_run(estimate)),
             "rmse": (("run", "time"), by_run((estimate - truth).square().mean(-1).sqrt())),
-            "background": (per_cycle, by_run(background.mean(-2))),
-            "analysis": (per_cycle, by_run(analysis.mean(-2))),
+            "background": (per_cycle, by_run(_mean(background, before))),
+            "analysis": (per_cycle, by_run(_mean(analysis, weights))),
             "observations": (
                 ("run", "cycle", "observation"),
                 by_run(values.masked_fill(missing, torch.nan)),
@@ -624,13 +691,15 @@ def _as_dataset(
         # a failure reaches back as far as the method looks: nothing of such a run is kept
         result["smoothed"] = (per_cycle, by_run(smoothed.masked_fill((failed >= 0)[:, None], torch.nan)))
     if members > 1:
-        result["background_spread"] = (("run", "cycle"), by_run(spread(background)))
-        result["analysis_spread"] = (("run", "cycle"), by_run(spread(analysis)))
-        result["crps"] = (
-            per_cycle,
-            crps_ensemble(by_run(at_cycles), by_run(analysis), m_axis=2, estimator="pwm"),
-        )
-        rank = (analysis < at_cycles.unsqueeze(2)).sum(2).double()
+        result["background_spread"] = (("run", "cycle"), by_run(spread(background, before)))
+        result["analysis_spread"] = (("run", "cycle"), by_run(spread(analysis, weights)))
+        below = analysis < at_cycles.unsqueeze(2)
+        if weights is None:
+            crps, rank = crps_ensemble(by_run(at_cycles), by_run(analysis), m_axis=2, estimator="pwm"), below.sum(2).double()
+        else:  # the rank among as many members drawn evenly from the weighted ones
+            crps, rank = by_run(_fair_crps(at_cycles, analysis, weights)), (members * _mean(below, weights)).round()
+            result["concentration"] = (("run", "cycle"), by_run(weights.square().sum(-1).masked_fill(bad_cycle, torch.nan)))
+        result["crps"] = (per_cycle, crps)
         result["rank"] = (per_cycle, by_run(rank.masked_fill(bad_cycle[..., None], torch.nan)))
     if keep_members:
         whole = ("run", "cycle", "member", "variable")
@@ -638,6 +707,8 @@ def _as_dataset(
             (whole, by_run(background)),
             (whole, by_run(analysis)),
         )
+        if weights is not None:
+            result["background_weights"], result["analysis_weights"] = ((whole[:-1], by_run(x)) for x in (before, weights))
     return result
 
 # %% ../nbs/03_twin.ipynb #1d321234
@@ -650,7 +721,7 @@ def scores(result: xr.Dataset) -> xr.Dataset:
     return _statistics(result).drop_vars(_HIDDEN, errors="ignore")
 
 
-_HIDDEN = ("squared_error", "variance", "ranks", "squared")
+_HIDDEN = ("squared_error", "variance", "ranks", "squared", "concentration")
 
 # %% ../nbs/03_twin.ipynb #3d35a943
 def summary(result: xr.Dataset) -> xr.Dataset:
@@ -712,6 +783,8 @@ def _statistics(result: xr.Dataset) -> xr.Dataset:
         out["crps"] = result.crps.mean("cycle", skipna=False)
         out["spread"] = result.analysis_spread.mean("cycle", skipna=False)
         out["variance"] = (result.analysis_spread**2).mean("cycle", skipna=False)
+        if "concentration" in result:
+            out["concentration"] = result.concentration.mean("cycle", skipna=False)
         out["squared_error"] = (("run",), ((result.analysis - at_cycles.values) ** 2).values.mean((1, 2)))
         bins = np.arange(result.attrs["members"] + 1)
         counts = (result["rank"].values[..., None] == bins).mean((1, 2))
@@ -898,13 +971,13 @@ def rank_histogram(result: xr.Dataset) -> np.ndarray:
 def spread_skill(result: xr.Dataset) -> xr.DataArray:
     """Spread over skill of every run: the root of (N+1)/N times the mean variance of the analysis
     ensemble, over the root mean squared error of its mean; 1 is honest, less is overconfident (Fortin
-    et al. 2014). Raises `ValueError` for a single forecast.
+    et al. 2014). If members have weights, N is the effective number of them. Raises `ValueError` for a single forecast.
     """
     statistics = _statistics(result)
     if "variance" not in statistics:
         raise ValueError("members: spread and skill need an ensemble of at least 2, got 1")
-    n = result.attrs["members"]
-    return np.sqrt((n + 1) / n * statistics.variance / statistics.squared_error)
+    own = statistics.concentration if "concentration" in statistics else 1 / result.attrs["members"]
+    return np.sqrt((1 + own) * statistics.variance / statistics.squared_error)
 
 # %% ../nbs/03_twin.ipynb #c7705ba9
 @dataclass(frozen=True)

@@ -39,9 +39,9 @@ def gauss_newton(
     minimum of the linearised problem. Costs have the shape of the batch.
 
     A step that does not lower the cost is shortened. An element is finished when its step is below
-    `tolerance`, relative to the root mean square of its numbers or to 1.
+    `tolerance`, relative to the root mean square of its numbers, or to that of its first guess if that is larger.
     """
-    x, value = first, cost(first)
+    x, value, guessed = first, cost(first), first.square().mean(-1).sqrt()
     length, done = torch.ones_like(value), ~torch.isfinite(value)
     for _ in range(iterations):
         step = direction(x)
@@ -51,7 +51,7 @@ def gauss_newton(
         x = torch.where(better.unsqueeze(-1), trial, x)
         value = torch.where(better, lowered, value)
         size = step.square().mean(-1).sqrt() * length
-        done = done | ~(size > tolerance * x.square().mean(-1).sqrt().clamp_min(1))
+        done = done | ~(size > tolerance * x.square().mean(-1).sqrt().maximum(guessed))
         length = torch.where(better, (2 * length).clamp_max(1), length / 4)
         if done.all():
             break

@@ -190,8 +190,9 @@ def test_that_measured_residuals_are_those_of_theory():
         matrix = error.factor @ error.factor.T + torch.diag(error.diagonal)
         assert error.factor.shape == (DIM, 2) and (error.diagonal > 0).all()
         assert torch.allclose(matrix.diagonal(), dense.matrix.diagonal(), rtol=1e-6)
-        top = torch.linalg.eigh(dense.matrix).eigenvectors[:, -2:]
-        assert torch.allclose(top @ top.T @ error.factor, error.factor, atol=1e-6)  # the leading directions
+        units = dense.matrix.diagonal().sqrt()[:, None]
+        top = torch.linalg.eigh(dense.matrix / units / units.T).eigenvectors[:, -2:]
+        assert torch.allclose(top @ top.T @ (error.factor / units), error.factor / units, atol=1e-6)  # the leading ones of the correlations
 
 
 @pytest.mark.parametrize("settings", [{}, {"half_width": 1.5}, {"half_width": 4.0}, {"half_width": 1.5, "distance": "line"}, {"rank": 1}, {"rank": DIM}])
