@@ -5,15 +5,26 @@
 # %% ../nbs/92_cli.ipynb #a43a1231
 from __future__ import annotations
 
+import glob
+import hashlib
+import io
 import json
 import os
 import platform
+import re
 import signal
 import sys
+import tempfile
+import threading
 import time
+import traceback
+import unicodedata
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, NamedTuple, Optional
 
 import typer
 
@@ -32,7 +43,7 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"pnpda {installed_version('pnpda_nb')}")
+        _say(f"pnpda {installed_version('pnpda_nb')}")
         raise typer.Exit
 
 
@@ -52,16 +63,202 @@ def list_studies() -> None:
     from pnpda_nb.testbeds import METHODS, TESTBEDS
 
     for study in STUDIES.values():
-        typer.echo(f"{study.name}: {study.description}")
-        typer.echo(f"  methods  {', '.join(study.methods)}")
+        _say(f"{study.name}: {study.description}")
+        _say(f"  methods  {', '.join(study.methods)}")
         others = {name: other.presets[name] for name, other in study.others.items()}
         for name, preset in {**study.presets, **others}.items():
-            typer.echo(f"  preset   {name}: {preset.runs} runs")
-    typer.echo("in Python, by name (pnpda_nb.testbeds):")
-    typer.echo(f"  testbeds {', '.join(TESTBEDS)}")
-    typer.echo(f"  methods  {', '.join(METHODS)}")
+            _say(f"  preset   {name}: {preset.runs} runs")
+    _say("in Python, by name (pnpda_nb.testbeds):")
+    _say(f"  testbeds {', '.join(TESTBEDS)}")
+    _say(f"  methods  {', '.join(METHODS)}")
 
 # %% ../nbs/92_cli.ipynb #dfa8397c
+def _name(text: str) -> str:
+    """A name that a file could have."""
+    try:
+        if not text:
+            raise ValueError("nothing")
+        os.lstat(text)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # too long, a null character, half a character, no permission
+        raise typer.BadParameter(f"expected the name of a file or folder, got {text!r} ({getattr(error, 'strerror', None) or error})") from error
+    return text
+
+
+def _path(text: str) -> Path:
+    return Path(_name(text))
+
+
+def _whole(name: str, value: Optional[int], most: int = 1_000_000) -> None:
+    """Raise `ValueError` for a number below 1 or above what makes sense."""
+    if value is not None and not 1 <= value <= most:
+        raise ValueError(f"{name}: expected at {'least 1' if value < 1 else f'most {most}'}, got {value}")
+
+# %% ../nbs/92_cli.ipynb #82c79c2b
+def _seed(seed: int) -> None:
+    if not abs(seed) < 2**63:
+        raise ValueError(f"seed: expected a number of at most 63 bits, got {seed}")
+
+
+def _words(name: str, text: Optional[str]) -> tuple[str, ...]:
+    """The words of a list with commas; none for none."""
+    if text is None:
+        return ()
+    words = tuple(word.strip() for word in text.split(","))
+    if not all(words):
+        raise ValueError(f"{name}: expected names with commas between them, got {text!r}")
+    return words
+
+
+def _roles(names: Optional[str]) -> tuple[str, ...]:
+    """What backgrounds and analyses are called, if it was said."""
+    roles = _words("names", names)
+    if names is not None and len(set(roles)) != 2:
+        raise ValueError(f"names: expected two names, such as background,analysis, got {names!r}")
+    return roles
+
+# %% ../nbs/92_cli.ipynb #19660dee
+class _Place(NamedTuple):
+    """Where something is or will be: the option's `name`, the `path`, and whether everything below it counts."""
+
+    name: str
+    path: Path
+    folder: bool = False
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether two paths lead to the same file, or would if there were one."""
+    one, other = (Path(os.path.realpath(path)) for path in (one, other))  # also where a folder on the way is yet to be made
+    if one.exists() and other.exists():
+        return os.path.samefile(one, other)
+    if one.exists() or other.exists():
+        return False
+    name, also = (unicodedata.normalize("NFC", str(path)).casefold() for path in (one, other))  # some file systems know only one of Ä and ä
+    return name == also
+
+
+def _touch(one: _Place, other: _Place) -> bool:
+    """Whether two places are the same, or one is inside the other."""
+    inside = any(_same(above, b.path) for a, b in ((one, other), (other, one)) if b.folder for above in Path(os.path.realpath(a.path)).parents)
+    return inside or _same(one.path, other.path)
+
+# %% ../nbs/92_cli.ipynb #51b5277d
+def _check_places(outputs: Iterable[_Place], inputs: Iterable[_Place] = ()) -> None:
+    """Raise `ValueError` if an output could not be written, or would meet an input or another output."""
+    outputs, inputs = list(outputs), list(inputs)
+    for place in inputs:
+        if place.path.exists() and not (place.path.is_file() or place.path.is_dir()):
+            raise ValueError(f"{place.name}: expected a file or a folder, got {place.path}, which is a device or a pipe")
+    for number, place in enumerate(outputs):
+        _check_free(place)
+        for given in inputs:
+            if _touch(place, given):
+                raise ValueError(f"{place.name}: expected another place than {given.path}, which is read ({given.name}), got {place.path}")
+        for other in outputs[:number]:
+            if _touch(place, other):
+                raise ValueError(f"{place.name}: expected another place than {other.path}, where {other.name} is written, got {place.path}")
+
+
+def _check_free(place: _Place) -> None:
+    """Raise `ValueError` if there is something that cannot be replaced, or there cannot be anything."""
+    name, path, folder = place
+    if not folder and (path.is_dir() or not path.name):
+        raise ValueError(f"{name}: expected a file to write, got the folder {path}")
+    if path.exists() and not (path.is_dir() if folder else path.is_file()):
+        raise ValueError(f"{name}: expected a {'folder' if folder else 'file'} to write, got {path}, which is something else")
+    with suppress(FileNotFoundError, NotADirectoryError):
+        os.lstat(_beside(path))  # a name may be too long with a few characters more
+
+# %% ../nbs/92_cli.ipynb #08363bd4
+def _beside(path: Path) -> Path:
+    """A name that is used while `path` is written; longer than all the others."""
+    return path.with_name(f".{os.getpid():07}.part.training.{path.name}")
+
+
+def _read(name: str, *texts: object) -> list[_Place]:
+    """Places that are read, and every file that a pattern matches."""
+    found = []
+    for text in map(str, texts):
+        matched = glob.glob(text) if any(c in text for c in "*?[") else []
+        found += [_Place(name, path, path.is_dir()) for path in map(Path, dict.fromkeys([text, *matched]))]
+    return found
+
+
+def _report_path(report: Optional[Path], out: Path) -> Path:
+    """Where the report goes: beside what it is about, unless it is said otherwise."""
+    _check_free(_Place("out", out))
+    report = out.with_suffix(".html") if report is None else report
+    if report.suffix.lower() not in (".html", ".md"):
+        raise ValueError(f"report: expected a file that ends in .html or .md, got {report}")
+    return report
+
+
+def _with_report(report: Path) -> list[_Place]:
+    """A report's places; in Markdown its figures are in a folder beside it."""
+    figures = [_Place("report", report.with_name(f"{report.stem}_files"), True)] if report.suffix.lower() == ".md" else []
+    return [_Place("report", report), *figures]
+
+# %% ../nbs/92_cli.ipynb #1d1985a8
+@contextmanager
+def _room(**folders: Path) -> Iterator[None]:
+    """Inside, the folders are there and can be written to; what was made for them and is empty after a failure is removed."""
+    from pnpda_nb.disk import writable
+
+    made: list[Path] = []
+    try:
+        for name, folder in folders.items():
+            made += [path for path in (folder, *folder.parents) if not path.exists()]
+            try:
+                writable(folder)
+            except ValueError as error:
+                raise ValueError(str(error).replace("out", name, 1)) from error
+        yield
+    except BaseException:
+        for path in sorted(set(made), key=lambda path: -len(path.parts)):
+            with suppress(OSError):
+                path.rmdir()
+        raise
+
+
+def _in_memory(write: Callable[[Path], object], path: Path) -> dict[Path, bytes]:
+    """The files that `write(path)` would make, `path` itself and others beside it or below, with their contents."""
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder) / path.name)
+        made = [found for found in sorted(Path(folder).rglob("*")) if found.is_file()]
+        return {path.parent / found.relative_to(folder): found.read_bytes() for found in made}
+
+# %% ../nbs/92_cli.ipynb #d2d575fb
+def _write(files: Mapping[Path, bytes]) -> None:
+    """Write all of the files, or none."""
+    from pnpda_nb.disk import write_whole
+
+    for path in files:
+        _tidy(path)
+    with _room(**{f"out{i}": folder for i, folder in enumerate(dict.fromkeys(path.parent for path in files))}):
+        write_whole(files)
+
+
+def _tidy(path: Path) -> None:
+    """Remove what processes that were killed an hour ago or earlier left beside `path`."""
+    for left in path.parent.glob(f".*.part.{glob.escape(path.name)}"):
+        number = re.match(r"\.(\d+)\.part\.", left.name)
+        with suppress(OSError):  # it may be somebody else's to remove
+            if number and not _alive(int(number[1])) and time.time() - left.stat().st_mtime > 3600:
+                left.unlink()
+
+# %% ../nbs/92_cli.ipynb #7b944467
+def _alive(number: int) -> bool:
+    """Whether there is such a process on this machine."""
+    try:
+        os.kill(number, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # not ours
+        return True
+    return True
+
+# %% ../nbs/92_cli.ipynb #bf1533f7
 @app.command()
 def run(
     experiment: Annotated[str, typer.Argument(help="name of an experiment, as given by `pnpda list`")],
@@ -80,7 +277,7 @@ def run(
         typer.Option("--set", help="key=value; a setting of the experiment, may be repeated"),
     ] = None,
     out: Annotated[
-        Optional[Path], typer.Option(help="folder for the results; default: runs/EXPERIMENT_PRESET")
+        Optional[Path], typer.Option(help="folder for the results; default: runs/EXPERIMENT_PRESET", parser=_path, metavar="FOLDER")
     ] = None,
     workers: Annotated[
         Optional[int], typer.Option(help="processes to use on this machine; default: one per core, at most four")
@@ -92,260 +289,279 @@ def run(
     """Run an experiment and write scores, cycles, figures and a manifest. Results do not depend on who computes them."""
     start = time.perf_counter()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # states are small, and one thread adds numbers up in one order
+    changes = dict(_key_value(text) for text in set_ or [])
+    names = _words("methods", methods)
+    _whole("workers", workers, 1000), _whole("runs", runs), _whole("members", members)
+    if scheduler is not None and not scheduler.strip():
+        raise ValueError(f"scheduler: expected an address such as tcp://host:8786, got {scheduler!r}")
+
     import torch
 
     from pnpda_nb.experiments import find_study
     from pnpda_nb.studies import conditional_scores
-    from pnpda_nb.sweep import Store, code_version, digest_of
+    from pnpda_nb.sweep import Store
 
     torch.set_num_threads(1)
     study = find_study(experiment).with_preset(preset)
-    changes = dict(_key_value(text) for text in set_ or [])
     settings = study.settings(preset, changes, runs=runs, members=members, seed=seed)
-    chosen = study.choose([m.strip() for m in methods.split(",")] if methods else None)
+    _check_settings({name: getattr(settings, name) for name in changes})
+    chosen = study.choose(names or None)
     folder = out or Path("runs") / f"{experiment}_{preset}"
-    store = Store(folder)
+    _check_folder(folder, "scores.csv", "cycles.nc", "manifest.json", *study.kept(settings, chosen), given=_read("set", *filter(None, changes.values())))
     workers = min(os.cpu_count() or 1, 4) if workers is None else workers
-    results = study.run(settings, chosen, store, workers=workers, scheduler=scheduler, progress=True)
-    table = (study.tabulate or conditional_scores)(results)
-    _write_results(folder, study, results, table)
-    manifest = {
-        "experiment": experiment,
-        "preset": preset,
-        "settings": vars(settings),
-        "methods": {
-            _case(*case): json.loads(result.attrs["method_settings"]) for case, result in results.items()
-        },
-        "failed_runs": {_case(*case): int((result.failed >= 0).sum()) for case, result in results.items()},
-        "versions": {"python": platform.python_version()}
-        | {
-            name: installed_version(name)
-            for name in ("pnpda_nb", "torch", "numpy", "scipy", "pot", "xarray")
-        },
-        "settings_hash": digest_of(vars(settings)),
-        "code": code_version(),
-        "workers": workers if scheduler is None else scheduler,
-        "wall_seconds": round(time.perf_counter() - start, 1),
-    }
-    _write_text(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
-    typer.echo(study.report(table))
-    lost = {name: count for name, count in manifest["failed_runs"].items() if count}
+    with _room(out=folder / "parts"):
+        results = study.run(settings, chosen, Store(folder), workers=workers, scheduler=scheduler, progress=True)
+        table = (study.tabulate or conditional_scores)(results)
+        files = {folder / name: content for name, content in _contents(study, results, table).items()}
+        kept = [folder / name for name in study.kept(settings, chosen)]
+        report = study.report(table)
+        about = _about(
+            files, kept, experiment=experiment, preset=preset, settings=vars(settings),
+            methods={_case(*case): json.loads(result.attrs["method_settings"]) for case, result in results.items()},
+            failed_runs={_case(*case): int((result.failed >= 0).sum()) for case, result in results.items()},
+            workers=workers if scheduler is None else scheduler, wall_seconds=round(time.perf_counter() - start, 1),
+        )  # fmt: skip
+        _write(files | _manifest(folder, about))
+    _say(report)
+    lost = {name: count for name, count in about["failed_runs"].items() if count}
     for name, count in list(lost.items())[:10]:
-        typer.echo(f"{name}: {count} of {settings.runs} runs became non-finite and are left out")
+        _say(f"{name}: {count} of {settings.runs} runs became non-finite and are left out")
     if len(lost) > 10:
-        typer.echo(f"and {len(lost) - 10} more cases of which runs were lost; see manifest.json")
-    typer.echo(
-        f"\nIn {folder}: scores.csv, cycles.nc, manifest.json and {len(list(folder.glob('*.png')))} figures, in {manifest['wall_seconds']:.0f} s"
-    )
+        _say(f"and {len(lost) - 10} more cases of which runs were lost; see manifest.json")
+    figures = sum(path.suffix == ".png" for path in files)
+    _say(f"\nIn {folder}: scores.csv, cycles.nc, manifest.json and {figures} figures, in {about['wall_seconds']:.0f} s")
 
-# %% ../nbs/92_cli.ipynb #82c79c2b
+# %% ../nbs/92_cli.ipynb #6c3e9243
 def _key_value(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
-    if not (key and equals):
+    if not (key.strip() and equals):
         raise ValueError(f"set: expected key=value, got {text!r}")
     return key.strip(), value.strip()
+
+
+def _check_settings(changes: Mapping[str, object]) -> None:
+    """Raise `ValueError` for numbers that no experiment could use."""
+    for name, value in changes.items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not abs(number) < float("inf"):
+                raise ValueError(f"set: expected {name} to be finite, got {number}")
+            if isinstance(number, int) and name != "seed" and abs(number) > 1_000_000:
+                raise ValueError(f"set: expected {name} to be at most 1000000, got {number}")
+
+
+def _check_folder(folder: Path, *names: str, given: Iterable[_Place] = ()) -> None:
+    """Raise `ValueError` for a folder that `names` cannot be written in, or that is or holds what is `given`."""
+    there = [place for place in given if place.path.exists()]
+    _check_places([_Place("out", folder, True)], there)
+    for name in names:
+        _check_free(_Place("out", folder / name))
 
 
 def _case(condition: str, method: str) -> str:
     return f"{condition} {method}".strip()
 
 
-def _write_text(path: Path, text: str) -> None:
-    from pnpda_nb.sweep import whole_file
-
-    with whole_file(path) as beside:
-        beside.write_text(text)
-
-
-def _write_results(folder: Path, study, results, table) -> None:
-    """scores.csv, cycles.nc and the figures, each whole or not at all."""
+def _contents(study, results, table) -> dict[str, bytes]:
+    """What is in scores.csv, in cycles.nc and in the figures."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from pnpda_nb.reanalysis import write_netcdf
+    from pnpda_nb.disk import netcdf_bytes
     from pnpda_nb.studies import stack_cases
-    from pnpda_nb.sweep import whole_file
     from pnpda_nb.twin import stack_methods
 
-    _write_text(folder / "scores.csv", table.to_csv(index=False, float_format="%.8g"))
     if study.stack:
         cycles = study.stack(results)
     elif all("estimate" in result for result in results.values()):
         cycles = stack_methods({name: r for (_, name), r in results.items()})
     else:
         cycles = stack_cases(results)
-    write_netcdf(cycles, folder / "cycles.nc")
+    files = {"scores.csv": table.to_csv(index=False, float_format="%.8g").encode(), "cycles.nc": netcdf_bytes(cycles)}
     for name, figure in study.figures(results).items():
-        with whole_file(folder / f"{name}.png") as beside:
-            figure.savefig(beside, metadata={"Software": None})
+        image = io.BytesIO()
+        figure.savefig(image, format="png", metadata={"Software": None})
         plt.close(figure)
+        files[f"{name}.png"] = image.getvalue()
+    return files
 
-# %% ../nbs/92_cli.ipynb #19660dee
+
+def _about(files: Mapping[Path, bytes], kept: Iterable[Path] = (), **facts: object) -> dict:
+    """The `facts` for a manifest, with versions and the checksums of `files` and of what is `kept` on the disk beside them."""
+    from pnpda_nb.sweep import code_version, digest_of
+
+    sums = {path.name: hashlib.sha256(content).hexdigest() for path, content in files.items()}
+    for path in kept:
+        with open(path, "rb") as file:
+            sums[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    versions = {name: installed_version(name) for name in ("pnpda_nb", "torch", "numpy", "scipy", "pot", "xarray")}
+    about = {"versions": {"python": platform.python_version()} | versions, "settings_hash": digest_of(facts["settings"]), "code": code_version()}
+    return facts | about | {"files": sums}
+
+
+def _manifest(folder: Path, about: dict) -> dict[Path, bytes]:
+    from pnpda_nb.disk import record_bytes
+
+    return {folder / "manifest.json": record_bytes(about)}
+
+# %% ../nbs/92_cli.ipynb #753a93bd
 @app.command()
 def train(
-    archive: Annotated[str, typer.Argument(help="NetCDF file or Zarr store of backgrounds and analyses, or a quoted pattern of several")],
-    out: Annotated[Path, typer.Option(help="where to write the prior (safetensors)")],
+    archive: Annotated[str, typer.Argument(help="NetCDF file or Zarr store of backgrounds and analyses, or a quoted pattern of several", parser=_name, metavar="ARCHIVE")],
+    out: Annotated[Path, typer.Option(help="where to write the prior (safetensors)", parser=_path, metavar="FILE")],
     seed: Annotated[int, typer.Option(help="seed of the training")] = 0,
     epochs: Annotated[
         Optional[int], typer.Option(help="epochs at the most; default: as many as make about 20000 steps")
     ] = None,
     paper: Annotated[bool, typer.Option("--paper", help="train exactly as the paper does")] = False,
     memory: Annotated[int, typer.Option(help="megabytes of pairs to hold at a time")] = 256,
-    names: Annotated[str, typer.Option(help="what backgrounds and analyses are called in the archive")] = "background,analysis",
-    samples: Annotated[str, typer.Option(help="comma-separated dimensions that count pairs, besides the usual ones")] = "",
+    names: Annotated[Optional[str], typer.Option(help="what backgrounds and analyses are called in the archive; default: background,analysis")] = None,
+    samples: Annotated[Optional[str], typer.Option(help="comma-separated dimensions that count pairs, besides the usual ones")] = None,
     report: Annotated[
-        Optional[Path], typer.Option(help="where to write the report (.html or .md); default: beside the prior")
+        Optional[Path], typer.Option(help="where to write the report (.html or .md); default: beside the prior", parser=_path, metavar="FILE")
     ] = None,
 ) -> None:
     """Train a prior on an archive of backgrounds and analyses, of any size, and report how good it is."""
     import dataclasses
 
+    roles, dims, report = _roles(names), _words("samples", samples), _report_path(report, out)
+    _whole("memory", memory, 1_000_000_000), _whole("epochs", epochs), _seed(seed)
+    checkpoint = out.with_name(f"{out.name}.training")
+    _check_places([_Place("out", out), _Place("out", checkpoint), *_with_report(report)], _read("archive", archive))
+
     import torch
 
-    _free(out, "out", archive)
-    report = _report_path(report, out)
-    if memory < 1:
-        raise ValueError(f"memory: expected at least 1 megabyte, got {memory}")
-    if epochs is not None and epochs < 1:
-        raise ValueError(f"epochs: expected at least 1, got {epochs}")
-
-    from pnpda_nb.files import open_archive
+    from pnpda_nb.files import ROLES, open_archive
     from pnpda_nb.flow_matching import PAPER_TRAINING
     from pnpda_nb.operations import set_aside, train_archive, training_report, usual_settings, verdict
-    from pnpda_nb.sweep import writable
 
     torch.set_num_threads(1)
-    roles, dims = (tuple(filter(None, (word.strip() for word in text.split(",")))) for text in (names, samples))
-    if len(roles) != 2:
-        raise ValueError(f"names: expected two names, such as background,analysis, got {names!r}")
-    with open_archive(archive, roles=roles, samples=dims) as source:
+    with open_archive(archive, roles=roles or ROLES, samples=dims) as source, _room(out=out.parent, report=report.parent):
         pairs = set_aside(source, memory * 1_000_000)[0].count
         settings = usual_settings(source.dim, pairs, epochs, memory * 1_000_000)
         if paper:
             settings = dataclasses.replace(PAPER_TRAINING, epochs=epochs or PAPER_TRAINING.epochs)
-        writable(out.parent), writable(report.parent)  # an unwritable place is found out now, not after the training
-        for piece in source.pieces:
-            _free(out, "out", piece.path), _free(report, "report", piece.path)
-        typer.echo(str(source))
-        checkpoint = out.with_name(f"{out.name}.training")
+        _say(_line(source))
         trained = train_archive(source, settings, seed=seed, memory=memory * 1_000_000, checkpoint=checkpoint, progress=True)
         described = training_report(trained, archive)
-    trained.prior.save(out)
-    described.write(report)
+        _write({out: trained.prior.to_bytes()} | _in_memory(described.write, report))
     checkpoint.unlink(missing_ok=True)  # only now
     calibration = trained.calibration
-    typer.echo(f"\n{trained.prior}")
-    typer.echo(f"\nDistance from the analyses of {calibration.pairs} pairs that were set aside (± standard error, as if they were independent):")
-    typer.echo(calibration.means.to_string(index=False))
-    typer.echo("\nError of analyses when a quarter of the points is seen, in standard deviations of the increments:")
-    typer.echo(calibration.trial.round(3).to_string(index=False))
-    typer.echo(verdict(calibration))
+    _say(f"\n{_line(trained.prior)}")
+    _say(f"\nDistance from the analyses of {calibration.pairs} pairs that were set aside (± standard error, as if they were independent):")
+    _say(_table(calibration.means))
+    _say("\nError of analyses when a quarter of the points is seen, in standard deviations of the increments:")
+    _say(_table(calibration.trial.round(3)))
+    _say(verdict(calibration))
     for width, (covered, bar) in calibration.coverage.items():
-        typer.echo(f"{width:.0%} intervals of the prior's samples hold {covered:.1%} ± {bar:.1%}")
-    typer.echo(f"\nIn {out} and {report}, after {len(trained.history)} epochs")
+        _say(f"{width:.0%} intervals of the prior's samples hold {covered:.1%} ± {bar:.1%}")
+    _say(f"\nIn {out} and {report}, after {len(trained.history)} epochs")
 
-
+# %% ../nbs/92_cli.ipynb #a311b02e
 @app.command()
 def assimilate(
-    prior: Annotated[Path, typer.Option(help="a prior that `pnpda train` made")],
-    background: Annotated[Path, typer.Option(help="NetCDF file or Zarr store with the forecast, with the archive's variables")],
-    observations: Annotated[Path, typer.Option(help="NetCDF or CSV file of stations, or fields with gaps")],
-    out: Annotated[Path, typer.Option(help="where to write the analysis (NetCDF)")],
+    prior: Annotated[Path, typer.Option(help="a prior that `pnpda train` made", parser=_path, metavar="FILE")],
+    background: Annotated[Path, typer.Option(help="NetCDF file or Zarr store with the forecast, with the archive's variables", parser=_path, metavar="FILE")],
+    observations: Annotated[Path, typer.Option(help="NetCDF or CSV file of stations, or fields with gaps", parser=_path, metavar="FILE")],
+    out: Annotated[Path, typer.Option(help="where to write the analysis (NetCDF)", parser=_path, metavar="FILE")],
     iterations: Annotated[Optional[int], typer.Option(help="of plug-and-play; default: what was best in training")] = None,
     answers: Annotated[int, typer.Option(help="answers with noise of their own, of which the mean is taken")] = 1,
     seed: Annotated[int, typer.Option(help="seed of the noise")] = 0,
+    names: Annotated[Optional[str], typer.Option(help="what backgrounds and analyses are called in files; default: as in the archive of the prior")] = None,
+    samples: Annotated[Optional[str], typer.Option(help="comma-separated dimensions that count states, besides the usual ones; default: as in the archive")] = None,
     report: Annotated[
-        Optional[Path], typer.Option(help="where to write the report (.html or .md); default: beside the analysis")
+        Optional[Path], typer.Option(help="where to write the report (.html or .md); default: beside the analysis", parser=_path, metavar="FILE")
     ] = None,
 ) -> None:
     """Assimilate observations into a background, each of its times and members by itself, with a trained prior, and report the increments."""
-    import torch
-
-    for given in (prior, background, observations):
-        _free(out, "out", given)
-    report = _report_path(report, out)
+    roles, dims, report = _roles(names), _words("samples", samples), _report_path(report, out)
     if out.suffix.lower() not in (".nc", ".nc4", ".cdf", ".netcdf"):
         raise ValueError(f"out: expected a file that ends in .nc, got {out}")
-    if answers < 1:
-        raise ValueError(f"answers: expected at least 1, got {answers}")
+    _whole("iterations", iterations), _whole("answers", answers), _seed(seed)
+    given = {"prior": prior, "background": background, "observations": observations}
+    _check_places([_Place("out", out), *_with_report(report)], [place for name, path in given.items() for place in _read(name, path)])
 
-    from datetime import datetime, timezone
+    import torch
 
-    from pnpda_nb.files import Layout, layout_from_record, read_observations, read_states
+    from pnpda_nb.disk import netcdf_bytes
+    from pnpda_nb.files import ROLES, Layout, layout_from_record, read_observations, read_states
     from pnpda_nb.flow_matching import FlowPrior
     from pnpda_nb.operations import assimilate, assimilation_report, innovations, plug_and_play
-    from pnpda_nb.reanalysis import write_netcdf
-    from pnpda_nb.sweep import writable
 
     torch.set_num_threads(1)
     loaded = FlowPrior.load(prior)
     layout = Layout.plain(loaded.dim) if loaded.layout is None else layout_from_record(loaded.layout)
     if layout.dim != loaded.dim:
         raise ValueError(f"prior: expected a layout of {loaded.dim} numbers in {prior}, got {layout.dim}")
-    states = read_states(background, layout)
+    known = loaded.layout or {}
+    roles, dims = roles or tuple(known.get("roles", ROLES)), dims or tuple(known.get("samples", ()))
+    states = read_states(background, layout, name=roles[0], samples=dims)
     sightings = read_observations(observations, states)
-    writable(out.parent), writable(report.parent)
-    analysis = assimilate(loaded, states, sightings, iterations=iterations, answers=answers, seed=seed, progress=True)
-    dataset = states.dataset(analysis)
-    dataset.attrs = {
-        "title": f"analysis of {background.name}",
-        "source": f"PnP-DA with {loaded!r}",
-        "history": f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ} pnpda {installed_version('pnpda_nb')} assimilate "
-        f"--prior {prior.name} --background {background.name} --observations {observations.name} --seed {seed}",
+    how = {"iterations": iterations, "answers": answers, "seed": seed, "names": names, "samples": samples}
+    attributes = _attributes(loaded, given, {name: value for name, value in how.items() if value is not None})
+    netcdf_bytes(states.dataset(states.values, roles[1]).isel({d: slice(1) for d in states.runs}).assign_attrs(attributes))
+    method = plug_and_play(loaded, iterations, answers)
+    said = f"PnP-DA with {method.data_step} steps, {method.iterations} iteration(s), {answers} answer(s), seed {seed}; observations from {observations.name}."
+    with _room(out=out.parent, report=report.parent):
+        analysis = assimilate(loaded, states, sightings, iterations=iterations, answers=answers, seed=seed, progress=True)
+        described = assimilation_report(loaded, states, analysis, sightings, background.name, said)
+        dataset = states.dataset(analysis, roles[1])
+        dataset.attrs = attributes
+        departures = innovations(states, analysis, sightings)
+        _write({out: netcdf_bytes(dataset)} | _in_memory(described.write, report))
+    _say(f"{_line(states)}\n{_line(sightings)}\n")
+    _say(_table(departures, float_format="{:.3g}".format))
+    _say(f"\nIn {out} and {report}")
+
+# %% ../nbs/92_cli.ipynb #b77ab04c
+def _attributes(prior: object, given: Mapping[str, Path], how: Mapping[str, object]) -> dict[str, str]:
+    """What an analysis says about itself."""
+    from datetime import datetime, timezone
+
+    words = " ".join(f"--{name} {value}" for name, value in ({name: path.name for name, path in given.items()} | dict(how)).items())
+    return {
+        "title": f"analysis of {given['background'].name}",
+        "source": f"PnP-DA with {prior!r}",
+        "history": f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ} pnpda {installed_version('pnpda_nb')} assimilate {words}",
         "Conventions": "CF-1.11",
     }
-    method = plug_and_play(loaded, iterations, answers)
-    how = f"PnP-DA with {method.data_step} steps, {method.iterations} iteration(s), {answers} answer(s), seed {seed}; observations from {observations.name}."
-    described = assimilation_report(loaded, states, analysis, sightings, background.name, how)
-    write_netcdf(dataset, out)
-    described.write(report)
-    typer.echo(f"{states}\n{sightings}\n")
-    typer.echo(innovations(states, analysis, sightings).to_string(index=False, float_format="{:.3g}".format))
-    typer.echo(f"\nIn {out} and {report}")
 
-
+# %% ../nbs/92_cli.ipynb #fd84fe8c
 @app.command()
-def describe(file: Annotated[str, typer.Argument(help="a prior, or an archive of pairs")]) -> None:
+def describe(
+    file: Annotated[str, typer.Argument(help="a prior, an archive of pairs, or a quoted pattern of several files", parser=_name, metavar="FILE")],
+    names: Annotated[Optional[str], typer.Option(help="what backgrounds and analyses are called in the archive; default: background,analysis")] = None,
+    samples: Annotated[Optional[str], typer.Option(help="comma-separated dimensions that count pairs, besides the usual ones")] = None,
+) -> None:
     """Say what a file is: a prior or an archive. Nothing in it is executed, and no more of it is read than that takes."""
+    roles, dims = _roles(names), _words("samples", samples)
+    _check_places([], _read("file", file))
+
+    from pnpda_nb.files import ROLES, open_archive
     from pnpda_nb.flow_matching import describe_prior
 
-    if Path(file).suffix == ".safetensors":
+    if _is_prior(Path(file)):
         for key, value in describe_prior(file).items():
-            typer.echo(f"{key:12} {value}")
+            _say(f"{key:12} {_line(value)}")
         return
-
-    from pnpda_nb.files import open_archive
-
-    with open_archive(file) as archive:
-        typer.echo(f"{archive.count} pairs of states of {archive.dim} numbers")
+    with open_archive(file, roles=roles or ROLES, samples=dims) as archive:
+        _say(f"{archive.count} pairs of states of {archive.dim} numbers")
         for field in archive.state.fields:
-            typer.echo(f"  {field}")
+            _say(f"  {_line(field)}")
         for dim, axis in archive.state.axes.items():
-            typer.echo(f"  {dim}: {axis}")
+            _say(f"  {_line(dim)}: {_line(axis)}")
         if archive.state.left_out is not None:
-            typer.echo(f"  {len(archive.state.left_out)} points are missing always")
+            _say(f"  {len(archive.state.left_out)} points are missing always")
 
-# %% ../nbs/92_cli.ipynb #51b5277d
-def _report_path(report: Optional[Path], out: Path) -> Path:
-    """Where the report goes: beside what it is about, unless it is said otherwise."""
-    report = out.with_suffix(".html") if report is None else report
-    if report.suffix.lower() not in (".html", ".md"):
-        raise ValueError(f"report: expected a file that ends in .html or .md, got {report}")
-    if report == out:
-        raise ValueError(f"out: expected another file than the report, got {out} for both")
-    if report.is_dir():
-        raise ValueError(f"report: expected a file to write, got the folder {report}")
-    return report
-
-
-def _free(out: Path, name: str, given: object) -> None:
-    """Refuse to write over a folder or over what is read."""
-    if out.is_dir() or not out.name:
-        raise ValueError(f"{name}: expected a file to write, got the folder {out}")
-    if out.exists() and Path(str(given)).exists() and out.samefile(Path(str(given))):
-        raise ValueError(f"{name}: expected another file than {given}, which is read")
+# %% ../nbs/92_cli.ipynb #6d48d817
+def _is_prior(path: Path) -> bool:
+    """Whether a file is, or claims to be, of safetensors: the length of a header, and then the header."""
+    if not path.is_file():
+        return path.suffix == ".safetensors"
+    with open(path, "rb") as file:
+        head = file.read(9)
+    return path.suffix == ".safetensors" or (head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size)
 
 # %% ../nbs/92_cli.ipynb #f8345d50
 @app.command()
@@ -359,30 +575,33 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="a small version, in seconds")] = False,
     full: Annotated[bool, typer.Option("--full", help="no run of a peer is saved by scaling")] = False,
     out: Annotated[
-        Optional[Path], typer.Option(help="folder for bench.csv and manifest.json, where parts that are measured replace their old rows")
+        Optional[Path],
+        typer.Option(help="folder for bench.csv and manifest.json, where parts that are measured replace their old rows", parser=_path, metavar="FOLDER"),
     ] = None,
 ) -> None:
     """Measure speed and memory on one core, against DAPPER, LSODA and the core itself."""
     import dataclasses
-    import os
 
     if quick and full:
         raise ValueError("quick: expected one of --quick and --full, got both")
+    names = _words("only", only)
+    _check_folder(out, "bench.csv", "manifest.json") if out else None
     for library in ("OMP", "MKL", "OPENBLAS"):  # before they are loaded
         os.environ.setdefault(f"{library}_NUM_THREADS", "1")
     os.environ.setdefault("MPLBACKEND", "Agg")
 
-    from pnpda_nb.bench import QUICK, Sizes, report
+    from pnpda_nb.bench import QUICK, Sizes, choose_parts, report
     from pnpda_nb.bench import bench as measure
 
     sizes = QUICK if quick else Sizes()
     if full:
         sizes = dataclasses.replace(sizes, peer_runs=sizes.runs // sizes.repeats)
-    names = [name.strip() for name in only.split(",")] if only else None
-    table = measure(names, sizes, out, progress=True)
-    typer.echo(report(table))
+    choose_parts(names or None)
+    with _room(**{"out": out} if out else {}):
+        table = measure(names or None, sizes, out, progress=True)
+    _say(report(table))
     if out:
-        typer.echo(f"\nIn {out}: bench.csv and manifest.json")
+        _say(f"\nIn {out}: bench.csv and manifest.json")
 
 # %% ../nbs/92_cli.ipynb #4d878b04
 @app.command()
@@ -391,52 +610,162 @@ def published(
     seed: Annotated[int, typer.Option(help="seed of every random stream")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="shorter, and without what takes minutes")] = False,
     out: Annotated[
-        Optional[Path], typer.Option(help="folder for scores.csv and manifest.json; default: none")
+        Optional[Path], typer.Option(help="folder for scores.csv and manifest.json; default: none", parser=_path, metavar="FOLDER")
     ] = None,
 ) -> None:
     """Compare the classical methods with scores that others have published."""
     start = time.perf_counter()
+    _whole("runs", runs), _seed(seed)
+    _check_folder(out, "scores.csv", "manifest.json") if out else None
+
     import torch
 
-    from pnpda_nb.sweep import code_version, writable
     from pnpda_nb.testbeds import published_scores
 
     torch.set_num_threads(1)
+    with _room(**{"out": out} if out else {}):
+        table = published_scores(runs, seed, quick, progress=True)
+        if out:
+            files = {out / "scores.csv": table.to_csv(index=False, float_format="%.6g").encode()}
+            about = _about(files, settings={"runs": runs, "seed": seed, "quick": quick}, wall_seconds=round(time.perf_counter() - start, 1))
+            _write(files | _manifest(out, about))
+    _say(_table(table.drop(columns="source").round(3)))
     if out:
-        writable(out)
-    table = published_scores(runs, seed, quick, progress=True)
-    typer.echo(table.drop(columns="source").round(3).to_string(index=False))
-    if out:
-        manifest = {
-            "settings": {"runs": runs, "seed": seed, "quick": quick},
-            "versions": {n: installed_version(n) for n in ("pnpda_nb", "torch", "numpy")},
-            "code": code_version(),
-            "wall_seconds": round(time.perf_counter() - start, 1),
-        }
-        _write_text(out / "scores.csv", table.to_csv(index=False, float_format="%.6g"))
-        _write_text(out / "manifest.json", json.dumps(manifest, indent=1) + "\n")
-        typer.echo(f"\nIn {out}: scores.csv and manifest.json")
+        _say(f"\nIn {out}: scores.csv and manifest.json")
 
 # %% ../nbs/92_cli.ipynb #c8a87504
-def main() -> None:
-    """Entry point of the `pnpda` command."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's way to say Ctrl-C
+def _attempt() -> tuple[int, str]:
+    """Run the command: its exit status, and what went wrong."""
     try:
-        status = app(standalone_mode=False)
-    except (ValueError, OSError, TypeError) as error:
-        _fail(str(error), 2)
+        status = app(standalone_mode=False, prog_name="pnpda")
     except (KeyboardInterrupt, typer.Abort):
         status = 130
-    except Exception as error:
-        if hasattr(error, "format_message"):  # a usage error of the option parser
-            _fail(error.format_message(), 2)
-        raise
+    except (Exception, SystemExit) as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # `pnpda` alone
+            _say(error.format_message())
+            return 0, ""
+        if isinstance(error, SystemExit):  # the option parser's answer to a pipe that was closed
+            error = error.__context__ or error
+        if os.environ.get("PNPDA_TRACEBACK"):
+            print(_visible("".join(traceback.format_exception(error))), file=sys.stderr)
+        return 2, _told(error)
     if status == 130:  # the option parser turns Ctrl-C into this
         resumes = sys.argv[1:2] in (["run"], ["train"])
-        _fail(f"interrupted; {'what was finished is on disk, and the same command goes on from there' if resumes else 'nothing was written'}", 130)
-    sys.exit(status if isinstance(status, int) else 0)
+        return 130, f"interrupted; {'what was finished is on disk, and the same command goes on from there' if resumes else 'nothing was written'}"
+    return 0, ""
 
 
-def _fail(message: str, status: int) -> None:
-    print(f"pnpda: {' '.join(message.split())}", file=sys.stderr)
+def _told(error: BaseException) -> str:
+    """An error in words."""
+    if hasattr(error, "format_message"):  # a usage error of the option parser
+        return error.format_message()
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    said = str(error)
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate memory" in said):
+        return f"there was not enough memory ({said or type(error).__name__})"
+    if isinstance(error, (ValueError, OSError)) and ": " in said:  # as our own do: what it is about, and what was wrong
+        return " ".join([said, *(f"({note})" for note in getattr(error, "__notes__", ()))])
+    return f"unexpected error ({type(error).__name__}: {said}); with PNPDA_TRACEBACK=1 in the environment it says where"
+
+# %% ../nbs/92_cli.ipynb #02b6f22c
+class _Outlet:
+    """A text stream that never stops the work; `lost` is the error of what could not be written."""
+
+    def __init__(self, stream):
+        self.stream, self.lost = stream, None
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str):
+        if name in ("buffer", "stream") or self.stream is None:
+            raise AttributeError(name)
+        return getattr(self.stream, name)
+
+    def _try(self, name: str, *args: str) -> None:
+        try:
+            if self.stream is not None:
+                getattr(self.stream, name)(*args)
+        except OSError as error:
+            self.lost = self.lost or error
+
+    def write(self, text: str) -> int:
+        self._try("write", text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try("flush")
+
+# %% ../nbs/92_cli.ipynb #fcfb6a87
+def _visible(text: str) -> str:
+    """The text with everything but lines of printable characters as escapes."""
+    return "".join(c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _line(what: object) -> str:
+    """What comes from a file, on one line."""
+    return _visible(str(what)).replace("\n", r"\n")
+
+
+def _table(table, **options) -> str:
+    """A table, each row on one line."""
+    words = table.select_dtypes(exclude="number").columns
+    return table.assign(**{name: table[name].map(_line) for name in words}).rename(columns=_line).to_string(index=False, **options)
+
+
+def _say(text: str) -> None:
+    print(_visible(text))
+
+
+assert _visible("T\x1b]0;gone\x07 \u202e") == r"T\x1b]0;gone\x07 \u202e" and _line("a\nb") == r"a\nb"
+
+# %% ../nbs/92_cli.ipynb #7dbc9715
+def main() -> None:
+    """Entry point of the `pnpda` command."""
+    streams = sys.stdout, sys.stderr
+    _occupy()
+    sys.stdout, sys.stderr = out, err = [_Outlet(stream) for stream in streams]
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's way to say Ctrl-C
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            status, message = _attempt()
+        out.flush()
+        if not status and out.lost and not isinstance(out.lost, BrokenPipeError):
+            status, message = 2, f"standard output: cannot be written ({out.lost.strerror})"
+        for text in dict.fromkeys(str(w.message) for w in caught if not status and not issubclass(w.category, _FOR_PROGRAMMERS)):
+            print(f"pnpda: warning: {_short(text)}", file=sys.stderr)
+        if message:
+            print(f"pnpda: {_short(message)}", file=sys.stderr)
+        err.flush()
+    finally:
+        sys.stdout, sys.stderr = streams
+        _silence(out), _silence(err)
     sys.exit(status)
+
+
+_FOR_PROGRAMMERS = (DeprecationWarning, PendingDeprecationWarning, ResourceWarning, ImportWarning)  # no matter for who uses a command
+
+# %% ../nbs/92_cli.ipynb #80aeeee2
+def _short(message: str) -> str:
+    """A message on one line, of at most 2000 characters."""
+    line = _visible(" ".join(message.split()))
+    return line if len(line) <= 2000 else f"{line[:1500]} ... {line[-400:]}"
+
+
+def _occupy() -> None:
+    """Open what is closed of the three standard files: the next file that is opened must not become one of them."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+
+
+def _silence(outlet: _Outlet) -> None:
+    """What could not be written is not tried again when the process ends."""
+    if outlet.lost:
+        with suppress(OSError, ValueError, AttributeError):
+            number = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(number, outlet.stream.fileno())
+            os.close(number)

@@ -81,22 +81,24 @@ def executed(executions):
 
 # Importing torch takes longer than most commands. One process imports everything, and every command is a fork of it.
 FORKS = """
-import json, os, sys, tempfile
+import json, os, resource, sys, tempfile
 import pnpda_nb.cli, pnpda_nb.experiments, pnpda_nb.flow_matching, pnpda_nb.reanalysis
 for line in sys.stdin:
-    words, folder = json.loads(line)
+    words, folder, before = json.loads(line)
     out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
     child = os.fork()
     if not child:
         os.chdir(folder)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0), os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
         sys.argv, status = ["pnpda", *words], 1
+        exec(before)
         try:
             pnpda_nb.cli.main()
         except SystemExit as end:
             status = end.code or 0
         finally:
-            sys.stdout.flush(), sys.stderr.flush()
+            for stream in filter(None, (sys.stdout, sys.stderr)):
+                stream.flush()
             os._exit(status)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     texts = [(f.seek(0), f.read().decode())[1] for f in (out, err)]
@@ -109,8 +111,8 @@ def forked():
     """The `pnpda` command in a process of its own that does not have to import the libraries first."""
     with subprocess.Popen([sys.executable, "-c", FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
 
-        def pnpda(*words, folder=".") -> subprocess.CompletedProcess:
-            print(json.dumps([[str(w) for w in words], str(folder)]), file=server.stdin, flush=True)
+        def pnpda(*words, folder=".", before="") -> subprocess.CompletedProcess:  # with `before`, code that the process runs first
+            print(json.dumps([[str(w) for w in words], str(folder), before]), file=server.stdin, flush=True)
             return subprocess.CompletedProcess(words, *json.loads(server.stdout.readline()))
 
         yield pnpda
