@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .checks import guard
 from .dynamics import standard_normal, stream
 from .flow_matching import Denoiser, fitting_header, read_prior_file, velocity_from_denoised, write_prior_file
 from .networks import ConvolutionNetwork, DenseNetwork, FieldNetwork, PyramidNetwork
@@ -375,3 +376,6 @@ class AmortisedAnalysis:
                 known = observations.observations() if isinstance(observations, Sightings) else observations
                 analysis = residual.update(analysis, known)
             return analysis + self.spread * residual.draw(generator) if self.spread else analysis
+
+# %% ../nbs/08b_aware.ipynb #2c69af65
+guard(globals())

@@ -13,6 +13,7 @@ from typing import Any, Callable, Literal
 import torch
 from torch import Tensor
 
+from .checks import guard
 from .dynamics import Model, rk4
 from .observing import Covariance, Nonlinear, Observations
 from .flow_matching import Prior
@@ -318,3 +319,6 @@ class ConstrainedPnPDA(PnPDA):
     def analyse(self, background: Tensor, observations: Observations, *, forecast: Callable | None, generator: torch.Generator) -> Tensor:
         answer = super().analyse(background, observations, forecast=forecast, generator=generator)
         return self.constraint.project(answer, background)
+
+# %% ../nbs/08d_constraints.ipynb #7e357f48
+guard(globals())

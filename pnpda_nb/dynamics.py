@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .checks import guard
+
 # %% auto #0
 __all__ = ['Model', 'rk4', 'Lorenz63', 'FunctionModel', 'trajectory', 'stream', 'RunStreams', 'standard_normal',
            'AdditiveModelError', 'Lorenz96', 'TwoScaleLorenz96', 'ETDRK4Weights', 'etdrk4_weights', 'etdrk4',
@@ -588,3 +590,6 @@ def lyapunov_exponents(
             stretch += r.diagonal(dim1=-2, dim2=-1).abs().log()
         states = model.step(states)
     return stretch / (steps * model.dt)
+
+# %% ../nbs/01_dynamics.ipynb #3ed28a9d
+guard(globals())

@@ -15,6 +15,7 @@ import torch
 from scipy.spatial import cKDTree
 from torch import Tensor
 
+from .checks import guard
 from .dynamics import standard_normal
 from .observing import Covariance, DiagonalCovariance, Observations, gaspari_cohn
 
@@ -516,3 +517,6 @@ class EnRDA:
             return self.weight
         trace = covariance.matrix.trace()
         return (trace / (trace + background.var(1, unbiased=True).sum(-1)))[:, None, None]
+
+# %% ../nbs/05_ensemble.ipynb #7d01b7b0
+guard(globals())

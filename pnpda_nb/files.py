@@ -24,6 +24,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from .checks import guard
 from .observing import DiagonalCovariance, Interpolate, Observations, Operator, Select
 
 # %% auto #0
@@ -917,3 +918,6 @@ def _listed(data: xr.Dataset, states: States, where: str) -> list[tuple]:
         points, weights = locate(some, field, layout, where)
         parts.append((values[:, mine], errors[mine], (field.name,) * int(mine.sum()), points, weights))
     return parts
+
+# %% ../nbs/06b_files.ipynb #7ec31f07
+guard(globals())

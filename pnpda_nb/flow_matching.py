@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import __version__
+from .checks import guard
 from .dynamics import standard_normal, stream
 from .observing import Covariance
 
@@ -1234,3 +1235,6 @@ def _read(source: PairSource, first: int, last: int) -> tuple[Tensor, Tensor]:
         if not torch.isfinite(x).all():
             raise ValueError(f"source: expected finite pairs, got others among those from {first} to {last}")
     return pairs
+
+# %% ../nbs/07_flow_matching.ipynb #345b204a
+guard(globals())

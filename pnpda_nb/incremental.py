@@ -23,6 +23,7 @@ from numpy.linalg import LinAlgError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .checks import guard
 from .dynamics import standard_normal, stream
 from .flow_matching import fitting_header, read_prior_file, write_prior_file
 from .networks import ConvolutionNetwork, DenseNetwork, FieldNetwork
@@ -803,3 +804,6 @@ class NeuralIncremental:
             known = known(self.prior.climate.mean)
         mean = self.prior.analyse(known).mean
         return mean.movedim(-2, 0)[: len(observations) + 1].contiguous()
+
+# %% ../nbs/09_incremental.ipynb #fe06a33a
+guard(globals())

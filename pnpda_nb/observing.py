@@ -12,6 +12,7 @@ from typing import Callable, Protocol, Sequence, runtime_checkable
 import torch
 from torch import Tensor
 
+from .checks import guard
 from .dynamics import standard_normal
 
 # %% auto #0
@@ -459,3 +460,6 @@ def gaspari_cohn_matrix(dim: int, half_width: float, periodic: bool = False) -> 
     index = torch.arange(dim, dtype=torch.float64)
     distance = (index[:, None] - index[None, :]).abs()
     return gaspari_cohn(torch.minimum(distance, dim - distance) if periodic else distance, half_width)
+
+# %% ../nbs/02_observing.ipynb #770a434d
+guard(globals())

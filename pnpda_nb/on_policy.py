@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .aware import AmortisedAnalysis, AnalysisPrior, Residual, Sightings, on_grid
+from .checks import guard
 from .dynamics import standard_normal, stream
 from .observing import Observations, ObservingNetwork, Select
 from .twin import Method, TwinExperiment, cycle, scores, watch_nature
@@ -601,3 +602,6 @@ def _write(path: Path, content: dict) -> None:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+# %% ../nbs/08c_on_policy.ipynb #c8ff55c0
+guard(globals())

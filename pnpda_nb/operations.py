@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .checks import guard
 from .dynamics import RunStreams, stream
 from .files import Field, Layout, Sightings, States, layout_from_record
 from .flow_matching import FlowPrior, GaussianPrior, PairSource, TrainingSettings, train_from
@@ -568,3 +569,6 @@ def draw_increments(spec: Field, states: States, analysis: Tensor, sightings: Si
         ax.set(xlabel=labels[1], ylabel=labels[0])
         figure.colorbar(shades, label=label)
     return figure
+
+# %% ../nbs/15b_operations.ipynb #fa955fec
+guard(globals())

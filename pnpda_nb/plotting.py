@@ -20,6 +20,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image, features
 
+from .checks import guard
+
 # %% auto #0
 __all__ = ['COLOURS', 'LINES', 'LABELS', 'line_style', 'book_style', 'mean_and_band', 'explore']
 
@@ -361,3 +363,6 @@ def _live(
         display(HTML(f'<img src="{address}" alt="{escape(describe(chosen))}" style="max-width:100%">'))
 
     return VBox([*sliders.values(), interactive_output(show, sliders)])
+
+# %% ../nbs/90_plotting.ipynb #19d0408a
+guard(globals())

@@ -18,6 +18,7 @@ from scipy.sparse import csr_array
 from scoringrules import crps_ensemble
 from torch import Tensor
 
+from .checks import guard
 from .ensemble import Distance, anomalies, tapers
 from .flow_matching import Denoiser, FlowPrior, GaussianPrior, Prior
 from .observing import Covariance, DiagonalCovariance, Interpolate, Observations, Present, Select
@@ -775,3 +776,6 @@ class PnPDA4D(_PlugAndPlay):
     def states(self, x: Tensor, misfit: WindowMisfit, background: Tensor) -> Tensor:
         states = (misfit.linearised_at(x) if self.relinearise else misfit).states(x)
         return torch.cat((background[None], states))
+
+# %% ../nbs/08_pnp.ipynb #2e2be9f5
+guard(globals())

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import xarray as xr
 
+from .checks import guard
 from .twin import Method, TwinExperiment, cycle
 
 # %% auto #0
@@ -153,3 +154,6 @@ def pairs_of(archive: xr.Dataset) -> tuple[torch.Tensor, torch.Tensor]:
     check_archive(archive)
     background, analysis = (archive[name].values.astype("float64") for name in ("background", "analysis"))
     return torch.tensor(background), torch.tensor(analysis)
+
+# %% ../nbs/06_reanalysis.ipynb #68233542
+guard(globals())

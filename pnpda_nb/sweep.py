@@ -35,6 +35,7 @@ import xarray as xr
 from tqdm.auto import tqdm
 
 from .aware import AnalysisPrior
+from .checks import guard
 from .flow_matching import FlowPrior
 from .incremental import IncrementalPrior
 from .reanalysis import write_netcdf
@@ -519,3 +520,6 @@ def parse_as(name: str, text: str, like: Any) -> Any:
         return text
     except (ValueError, KeyError):
         raise ValueError(f"set: expected {name} to be like {like!r}, got {text!r}") from None
+
+# %% ../nbs/91_sweep.ipynb #e7e14002
+guard(globals())

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .aware import AmortisedAnalysis, BlindPrior
+from .checks import guard
 from pnpda_nb.dynamics import (
     AdditiveModelError,
     DoubleWell,
@@ -402,3 +403,6 @@ def published_scores(runs: int = 20, seed: int = 0, quick: bool = False, progres
         rows.append((row.source, row.testbed, row.method, settings, row.members, row.score, ours, error, some, cycles))
     columns = "source testbed method settings members published ours error runs cycles".split()
     return pd.DataFrame(rows, columns=columns)
+
+# %% ../nbs/94_testbeds.ipynb #7ab56627
+guard(globals())

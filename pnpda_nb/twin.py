@@ -24,6 +24,7 @@ from scoringrules import crps_ensemble
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .checks import guard
 from pnpda_nb.dynamics import (
     AdditiveModelError,
     Model,
@@ -960,3 +961,6 @@ def tune(
         raise ValueError(f"tune: every run of every setting in {dict(grid)} became non-finite")
     best = table.sort_values(["failed", "mean"], kind="stable").index[0]
     return Tuned(make(**settings[best]), settings[best], table)
+
+# %% ../nbs/03_twin.ipynb #511fd8a0
+guard(globals())

@@ -11,6 +11,7 @@ from typing import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .checks import guard
 from .observing import Covariance, Observations, gaspari_cohn_matrix
 
 # %% auto #0
@@ -347,3 +348,6 @@ class WeakFourDVar:
         for _ in observations:
             guess.append(forecast(guess[-1]))
         return unstack(gauss_newton(cost, direction, stack(torch.stack(guess)), self.iterations))
+
+# %% ../nbs/04_variational.ipynb #ed3582ce
+guard(globals())

@@ -16,6 +16,7 @@ from scipy.linalg import LinAlgError, cho_solve_banded, cholesky_banded
 from scipy.linalg.lapack import dtbtrs
 from torch import Tensor
 
+from .checks import guard
 from .dynamics import AdditiveModelError, Model, standard_normal, trajectory
 from .observing import Covariance, Observations
 from .twin import Forecast, TwinExperiment
@@ -692,3 +693,6 @@ def window_four_dvar(
 def normalised_mse(x: Tensor, truth: Tensor, scale: Tensor) -> Tensor:
     """The mean squared error of windows `(..., T, n)` in units of the climatological `scale` `(T, n)`: shape `(...)`."""
     return ((x - truth) / scale).square().mean((-2, -1))
+
+# %% ../nbs/04b_windows.ipynb #1940d306
+guard(globals())
