@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checks import guard
+from .checks import Complex, guard
 
 # %% auto #0
 __all__ = ['Model', 'rk4', 'Lorenz63', 'FunctionModel', 'trajectory', 'stream', 'RunStreams', 'standard_normal',
@@ -329,7 +329,7 @@ def etdrk4_weights(rates: Tensor, dt: float) -> ETDRK4Weights:
     return ETDRK4Weights(z.exp(), (z / 2).exp(), *(dt * values.real.mean(-1) for values in around))
 
 
-def etdrk4(nonlinear: Callable[[Tensor], Tensor], modes: Tensor, weights: ETDRK4Weights) -> Tensor:
+def etdrk4(nonlinear: Callable[[Complex], Complex], modes: Complex, weights: ETDRK4Weights) -> Complex:
     """One exponential Runge-Kutta step of order four for dv/dt = λv + N(v) (Cox and Matthews 2002, eqs. 26-29;
     Kassam and Trefethen 2005)."""
     w = weights

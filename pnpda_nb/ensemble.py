@@ -15,7 +15,7 @@ import torch
 from scipy.spatial import cKDTree
 from torch import Tensor
 
-from .checks import guard
+from .checks import Gappy, Index, guard
 from .dynamics import standard_normal
 from .observing import Covariance, DiagonalCovariance, Observations, gaspari_cohn
 
@@ -129,7 +129,7 @@ class EnKF(EnsembleFilter):
         return self.inflated(analysis, background, generator)
 
 # %% ../nbs/05_ensemble.ipynb #0e6e83d0
-def ensemble_weights(information: Tensor, pull: Tensor) -> tuple[Tensor, Tensor]:
+def ensemble_weights(information: Gappy, pull: Gappy) -> tuple[Gappy, Gappy]:
     """The weights of the mean `(..., member)` and the transform `(..., member, member)` of the ETKF, from
     C = `information` `(..., member, member)` and Y P⁻¹ (y − ȳ) = `pull` `(..., member)`.
 
@@ -189,7 +189,7 @@ Distance = Literal["ring", "line"] | Callable[[Tensor, Tensor], Tensor]
 @lru_cache(maxsize=8)
 def neighbours(
     dim: int, sites: tuple[int, ...], reach: float, distance: Distance = "ring"
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Index, Gappy]:
     """For every state variable the observations within `reach`: their numbers and distances, both
     `(dim, most)`, padded with number 0 at infinite distance.
 
@@ -392,7 +392,7 @@ class EnKS(EnsembleFilter):
         return analysis if past is None else torch.cat((update(past), analysis.unsqueeze(0)))
 
 # %% ../nbs/05_ensemble.ipynb #29177d97
-def systematic_resampling(weights: Tensor, generator: torch.Generator) -> Tensor:
+def systematic_resampling(weights: Tensor, generator: torch.Generator) -> Index:
     """Indices `(..., member)` of the particles drawn, in ascending order, for `weights` `(..., member)` that
     add up to one; a particle of weight w is drawn N w times, rounded up or down.
     """

@@ -24,7 +24,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from .checks import guard
+from .checks import Gappy, GappyArray, guard
 from .observing import DiagonalCovariance, Interpolate, Observations, Operator, Select
 
 # %% auto #0
@@ -200,7 +200,7 @@ class Layout:
         every = [f.title + (f"[{','.join(map(str, index))}]" if f.shape else "") for f in self.fields for index in np.ndindex(f.shape)]
         return tuple(every[i] for i in self.kept)
 
-    def split(self, states: Tensor | np.ndarray) -> dict[str, Tensor | np.ndarray]:
+    def split(self, states: Gappy | GappyArray) -> dict[str, Gappy | GappyArray]:
         """The fields `(..., *shape)` of states `(..., dim)`, tensors or arrays, by name; what is left out is nan."""
         if states.shape[-1] != self.dim:
             raise ValueError(f"states: expected size {self.dim}, got {states.shape[-1]}")
@@ -212,7 +212,7 @@ class Layout:
         ends = np.cumsum([f.size for f in self.fields]).tolist()
         return {f.name: states[..., end - f.size : end].reshape(*states.shape[:-1], *f.shape) for f, end in zip(self.fields, ends)}
 
-    def join(self, fields: Mapping[str, Tensor | np.ndarray]) -> Tensor | np.ndarray:
+    def join(self, fields: Mapping[str, Gappy | GappyArray]) -> Gappy | GappyArray:
         """States `(..., dim)` of `fields` `(..., *shape)`, tensors or arrays, by name. Raises `ValueError` for one that is missing."""
         lost = [f.name for f in self.fields if f.name not in fields]
         if lost:
@@ -224,7 +224,7 @@ class Layout:
         whole = torch.cat(parts, -1) if isinstance(parts[0], Tensor) else np.concatenate(parts, -1)
         return whole if self.left_out is None else whole[..., self.kept]
 
-    def dataset(self, states: Tensor | np.ndarray, **samples: Sequence) -> xr.Dataset:
+    def dataset(self, states: Gappy | GappyArray, **samples: Sequence) -> xr.Dataset:
         """States `(..., dim)` as a dataset of fields with units and coordinates; `samples` are the names and coordinates of the
         leading dimensions (by default one, `member`, without coordinates).
         """
@@ -547,7 +547,7 @@ class States:
     def __repr__(self) -> str:
         return f"States({self.values.shape[0]} × {self.values.shape[1]} of {self.layout})"
 
-    def dataset(self, values: Tensor, role: str = "analysis") -> xr.Dataset:
+    def dataset(self, values: Gappy, role: str = "analysis") -> xr.Dataset:
         """Other `values` of the same shape as a dataset that looks like the file: its variables, coordinates, units and
         types; a role in their names is replaced.
         """
@@ -701,8 +701,8 @@ class Sightings:
     `(size,)`, the `fields` they are of, and the points of the state with their weights, `(size, k)` each.
     """
 
-    values: np.ndarray
-    errors: np.ndarray
+    values: GappyArray
+    errors: GappyArray
     fields: tuple[str, ...]
     points: np.ndarray
     weights: np.ndarray

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import __version__
-from .checks import guard
+from .checks import Gappy, Index, guard
 from .dynamics import standard_normal, stream
 from .observing import Covariance
 
@@ -157,7 +157,7 @@ class Coupling:
     partners; `gain` the relative fall of the mean squared path length.
     """
 
-    index: Tensor
+    index: Index
     repaired: float
     gain: float
 
@@ -1055,8 +1055,8 @@ class PairSource(Protocol):
 class TensorPairs:
     """The simplest `PairSource`: tensors `(sample, dim)`, which may be mapped from a file (`torch.from_file`)."""
 
-    background: Tensor
-    analysis: Tensor
+    background: Gappy  # not looked at here, since they may be more than fits into memory; training refuses what is not finite
+    analysis: Gappy
     identity: str
     block: int = 4096
     layout: dict | None = None

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,7 +24,7 @@ from numpy.linalg import LinAlgError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .checks import guard
+from .checks import Mask, guard
 from .dynamics import standard_normal, stream
 from .flow_matching import fitting_header, read_prior_file, write_prior_file
 from .networks import ConvolutionNetwork, DenseNetwork, FieldNetwork
@@ -254,7 +255,7 @@ class IncrementalPrior:
     @classmethod
     def make(
         cls, climate: Climate, *, levels: int = 3, network: str = "dense", precision: str = "banded", half_band: int = 0, rank: int = 5,
-        shared: bool = False, update: str = "estimate", floor: float = 0.05, seed: int = 0, **size,
+        shared: bool = False, update: str = "estimate", floor: float = 0.05, seed: int = 0, **size: Any,
     ) -> "IncrementalPrior":  # fmt: skip
         """An untrained prior: a "dense" network over the whole window, a "convolution" along time, which serves every length, or a
         "constant" one; `size` goes to it. The precision is "banded" with `half_band` (default 2n − 1), "low_rank" with `rank`, or "dense", and never below
@@ -497,7 +498,7 @@ class RandomSets:
             out[i, points] = True
         return out.unflatten(-1, (self.steps, self.dim))
 
-    def holding_out(self, present: Tensor) -> "RandomSets":
+    def holding_out(self, present: Mask) -> "RandomSets":
         """The same, without the sets `present` `(sets, steps, dim)`."""
         sets = {tuple(one.flatten().nonzero()[:, 0].tolist()) for one in present}
         return dataclasses.replace(self, held_out=tuple(sorted({*self.held_out, *sets})))
@@ -559,7 +560,7 @@ class IncrementalSettings:
 
 
 def observe_windows(
-    z: Tensor, present: Tensor, deviation: float, generator: torch.Generator, background: Tensor | float = 0.0, deviations: tuple[float, float] = (0.01, 1.0)
+    z: Tensor, present: Mask, deviation: float, generator: torch.Generator, background: Tensor | float = 0.0, deviations: tuple[float, float] = (0.01, 1.0)
 ) -> Information:  # fmt: skip
     """Information about standardised windows `z` `(P, W, T, n)`, seen where `present` `(P, T, n)` with errors of standard `deviation`; each process has,
     with a chance of `background`, also a background of the first state, of a standard deviation drawn between `deviations`.
@@ -581,7 +582,7 @@ def observe_windows(
     return Information(weight.reshape(1, len(z), 1, d), vector)
 
 
-def incremental_loss(prior: IncrementalPrior, z: Tensor, information: Information, settings: IncrementalSettings, generator) -> Tensor:
+def incremental_loss(prior: IncrementalPrior, z: Tensor, information: Information, settings: IncrementalSettings, generator: torch.Generator) -> Tensor:
     """The loss of standardised windows `z` `(P, W, T, n)` with `information` about them, as `settings` say."""
     first, levels = prior.climate.interpolate(information).to(z), prior.levels
     if settings.mode == "rollout":
@@ -793,7 +794,7 @@ class NeuralIncremental:
         if not 0 < self.scale < float("inf"):
             raise ValueError(f"scale: expected a positive factor, got {self.scale}")
 
-    def analyse(self, background: Tensor, observations: Sequence[Observations], *, forecast, generator) -> Tensor:
+    def analyse(self, background: Tensor, observations: Sequence[Observations], *, forecast: Callable | None, generator: torch.Generator | None) -> Tensor:
         steps = self.prior.steps
         if background.shape[-1] != self.prior.dim:
             raise ValueError(f"prior: expected states of size {background.shape[-1]}, got a prior for {self.prior.dim}")

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from scipy.sparse import csr_array
 from scoringrules import crps_ensemble
 from torch import Tensor
 
-from .checks import guard
+from .checks import Gappy, GappyFloat, guard
 from .ensemble import Distance, anomalies, tapers
 from .flow_matching import Denoiser, FlowPrior, GaussianPrior, Prior
 from .observing import Covariance, DiagonalCovariance, Interpolate, Observations, Present, Select
@@ -135,7 +135,7 @@ class Residuals(Protocol):
 class _PlugAndPlay:
     """The loop that Algorithms 1 and 2 share, around the `misfit` of a subclass."""
 
-    prior: Prior
+    prior: Prior | None
     iterations: int = 100
     alpha: float = 0.5
     step_rule: str = "lipschitz"
@@ -153,7 +153,7 @@ class _PlugAndPlay:
                 f"step_rule: expected 'paper', 'scaled' or 'lipschitz', got {self.step_rule!r}"
             )
 
-    def misfit(self, background: Tensor, observations, forecast=None) -> Misfit:
+    def misfit(self, background: Tensor, observations: Any, forecast: Callable | None = None) -> Misfit:
         """What the iteration steps down, for a background as in `analyse`."""
         if background.shape[-1] != self.prior.dim:
             raise ValueError(
@@ -183,7 +183,7 @@ class _PlugAndPlay:
             yield from (drawn * fading).movedim(0, 2)
 
     def iterates(
-        self, background: Tensor, observations, generator: torch.Generator, forecast=None
+        self, background: Tensor, observations: Any, generator: torch.Generator, forecast: Callable | None = None
     ) -> Iterator[Tensor]:
         """The states x⁽¹⁾, x⁽²⁾, … of one answer, each of the background's shape `(..., member, dim)` and each as the denoiser
         left it.
@@ -191,7 +191,7 @@ class _PlugAndPlay:
         misfit, prior = self.misfit(background, observations, forecast), self.prior_for(observations)
         return self._iterates(misfit, prior, prior(misfit.background), misfit.step_size(self.step_rule), generator)
 
-    def prior_for(self, observations) -> Prior:
+    def prior_for(self, observations: Any) -> Prior:
         """The prior that the loop uses when these are the observations."""
         return self.prior
 
@@ -213,7 +213,7 @@ class _PlugAndPlay:
         return x
 
     def analyse(
-        self, background: Tensor, observations, *, forecast: Callable | None, generator: torch.Generator
+        self, background: Tensor, observations: Observations | Sequence[Observations], *, forecast: Callable | None, generator: torch.Generator
     ) -> Tensor:
         answers = background if self.ensemble == 1 else background.repeat_interleave(self.ensemble, -2)
         misfit = self.misfit(answers, observations, forecast)
@@ -289,7 +289,7 @@ class PnPDA(_PlugAndPlay):
 
 # %% ../nbs/08_pnp.ipynb #d2e014f1
 def convergence(
-    method, background: Tensor, observations, *, generator: torch.Generator, forecast=None
+    method: _PlugAndPlay, background: Tensor, observations: Observations | Sequence[Observations], *, generator: torch.Generator, forecast: Callable | None = None
 ) -> xr.Dataset:
     """What each iteration of a `PnPDA` or `PnPDA4D` does, for one answer, with arguments as in `analyse`: dimensions
     iteration, then those of the background but its last (run, member). Raises what `analyse` raises.
@@ -320,7 +320,7 @@ def convergence(
 
 # %% ../nbs/08_pnp.ipynb #6af8e6ea
 def analysis_ensemble(
-    method, background: Tensor, observations, *, size: int, generator: torch.Generator, forecast=None
+    method: _PlugAndPlay, background: Tensor, observations: Observations | Sequence[Observations], *, size: int, generator: torch.Generator, forecast: Callable | None = None
 ) -> Tensor:
     """`size` answers of a `PnPDA` to one `background` `(..., 1, dim)`, which differ by their noise alone: `(..., size,
     dim)`; of a `PnPDA4D`, at all times, `(window + 1, ..., size, dim)`. Raises `ValueError` for more than one background
@@ -605,7 +605,7 @@ class WindowMisfit(Misfit):
     """
 
     def __init__(
-        self, background: Tensor, observations: Sequence[Observations], forecast, model_error: Covariance | None = None
+        self, background: Tensor, observations: Sequence[Observations], forecast: Callable, model_error: Covariance | None = None
     ):
         super().__init__(background, list(observations))  # which is no quadratic, and nothing is expanded
         self.forecast, self.model_error = forecast, model_error
@@ -753,7 +753,7 @@ class PnPDA4D(_PlugAndPlay):
         if not 0 <= self.join < 1:
             raise ValueError(f"join: expected a pseudo-time from 0 to less than 1, got {self.join}")
 
-    def misfit(self, background: Tensor, observations: Sequence[Observations], forecast=None) -> WindowMisfit:
+    def misfit(self, background: Tensor, observations: Sequence[Observations], forecast: Callable | None = None) -> WindowMisfit:
         super().misfit(background, observations)
         if forecast is None:
             raise ValueError("forecast: expected a forecast model to move through the window with, got None")

@@ -16,7 +16,7 @@ from scipy.linalg import LinAlgError, cho_solve_banded, cholesky_banded
 from scipy.linalg.lapack import dtbtrs
 from torch import Tensor
 
-from .checks import guard
+from .checks import Gappy, Index, Mask, guard
 from .dynamics import AdditiveModelError, Model, standard_normal, trajectory
 from .observing import Covariance, Observations
 from .twin import Forecast, TwinExperiment
@@ -123,7 +123,7 @@ class BandedCholesky:
     `LinAlgError` for the whole batch.
     """
 
-    def __init__(self, bands: Tensor, overwrite: bool = False):
+    def __init__(self, bands: Gappy, overwrite: bool = False):
         self.shape, self._answers_on = bands.shape[1:], bands.device
         width, d = min(len(bands), bands.shape[-1]), bands.shape[-1]
         given = bands.detach()[:width].reshape(width, -1, d)
@@ -178,12 +178,12 @@ class BandedCholesky:
             answer = answer.masked_fill(bad.reshape(self.shape[:-1]).unsqueeze(-1), torch.nan)
         return answer.to(self._answers_on)
 
-    def solve(self, right: Tensor) -> Tensor:
+    def solve(self, right: Gappy) -> Gappy:
         """A⁻¹ applied to `right` `(..., d)`."""
         flat, bad = self._flat(right)
         return self._back(cho_solve_banded((self.factor, True), flat, check_finite=False) if flat.size else flat, bad)
 
-    def whiten(self, noise: Tensor) -> Tensor:
+    def whiten(self, noise: Gappy) -> Gappy:
         """L⁻ᵀ applied to white `noise` `(..., d)`: samples of N(0, A⁻¹)."""
         flat, bad = self._flat(noise)
         if not flat.size:
@@ -193,11 +193,11 @@ class BandedCholesky:
             raise ValueError(f"noise: the triangular solver failed with code {failed}")
         return self._back(answer[:, 0], bad)
 
-    def log_determinant(self) -> Tensor:
+    def log_determinant(self) -> Gappy:
         """log det A, `(...)`."""
         return 2 * self._back(np.log(self.factor[0]), self._broken).sum(-1)
 
-    def inverse_bands(self) -> Tensor:
+    def inverse_bands(self) -> Gappy:
         """The entries of A⁻¹ within the band, as bands `(b + 1, ..., d)` (Takahashi et al. 1973)."""
         width, d = len(self.factor), self.shape[-1]
         lower = torch.from_numpy(self.factor).reshape(width, -1, d)
@@ -288,7 +288,7 @@ class Information:
         return (x * (band_product(self.bands, x) / 2 - self.vector)).sum(-1)
 
 
-def pointwise(value: Tensor, deviation: Tensor | float, present: Tensor) -> Information:
+def pointwise(value: Gappy, deviation: Tensor | float, present: Mask) -> Information:
     """The information in `value` `(..., T, n)` where `present` `(..., T, n)`, with errors of standard `deviation`, independent of one another.
     Raises `ValueError` for a deviation that is not positive.
     """
@@ -460,10 +460,10 @@ class Minimum:
     whether it `converged` `(N,)`.
     """
 
-    x: Tensor
-    cost: Tensor
-    iterations: Tensor
-    converged: Tensor
+    x: Gappy
+    cost: Gappy
+    iterations: Index
+    converged: Mask
 
     def __repr__(self) -> str:
         return f"Minimum({len(self.cost)} windows, {int(self.converged.sum())} converged, {self.iterations.double().mean():.1f} iterations on average)"
