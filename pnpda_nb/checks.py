@@ -27,7 +27,7 @@ from torch import Tensor
 
 # %% auto #0
 __all__ = ['GAPS', 'Gappy', 'GappyArray', 'GappyFloat', 'Mask', 'Index', 'Complex', 'Converted', 'Rule', 'rule_of', 'shown',
-           'not_finite', 'in_double', 'guarded', 'guard']
+           'guarded', 'guard']
 
 # %% ../nbs/88_checks.ipynb #28e5b075
 GAPS = "may hold nan where something is missing, or inf where nothing is near"
@@ -183,7 +183,7 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def not_finite(value: Tensor | np.ndarray | float) -> str:
+def _not_finite(value: Tensor | np.ndarray | float) -> str:
     """How many numbers are not finite, in words."""
     if isinstance(value, float):
         return str(value)
@@ -191,7 +191,7 @@ def not_finite(value: Tensor | np.ndarray | float) -> str:
     return f"{lost} of {math.prod(value.shape)} that are not"
 
 
-def in_double(value: object) -> object:
+def _in_double(value: object) -> object:
     """Real numbers of any kind, in a tensor, an array or a list, as a float64 tensor; anything else as it is, for a rule to refuse."""
     if isinstance(value, Tensor):
         return value if value.dtype in (torch.float64, torch.bool) or value.is_complex() else value.double()
@@ -230,7 +230,7 @@ class _Rules:
     def check(self, given: dict[str, Any]) -> None:
         for name in self.converts:
             if name in given:
-                given[name] = in_double(given[name])
+                given[name] = _in_double(given[name])
         for name, (rule, whole, parameter) in self.of.items():
             if name not in given:
                 continue
@@ -240,7 +240,7 @@ class _Rules:
                 if wanted := rule(value):
                     raise ValueError(f"{name}: expected {wanted}, got {shown(value)}")
                 if whole and isinstance(value, (Tensor, np.ndarray)) and (wanted := _finite(value)):
-                    raise ValueError(f"{name}: expected {wanted}, got {not_finite(value)}")
+                    raise ValueError(f"{name}: expected {wanted}, got {_not_finite(value)}")
         if self.analyses and given["background"].ndim < 2:
             raise ValueError(f"background: expected an ensemble (..., member, dim), got {shown(given['background'])}")
 
@@ -275,7 +275,11 @@ def _lost(result: object, depth: int = 2) -> Tensor | np.ndarray | float | None:
 
 # %% ../nbs/88_checks.ipynb #d36ff8c4
 _OURS = re.compile(r"[^\s:]+(, [^\s:]+)*: ")
-_FOREIGN = (RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError, MemoryError, ValueError, AssertionError)
+_FOREIGN = (RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError, MemoryError, ValueError, AssertionError, StopIteration)
+
+
+def _called(function: Callable) -> str:
+    return function.__qualname__.removesuffix(".__init__")
 
 
 @contextmanager
@@ -288,11 +292,19 @@ def _behind_border(function: Callable, given: dict[str, Any]) -> Iterator[None]:
         said = str(error)
         first = said.partition(":")[0]
         if _OURS.match(said) and (isinstance(error, ValueError) or first in given or first == function.__name__):
-            raise
+            if "\n" not in said:
+                raise
+            raise ValueError(" ".join(said.split())) from error  # a tensor was printed
         line = next(iter(said.strip().splitlines()), "")[:200]
-        raise ValueError(f"{function.__qualname__}: cannot work with {_named(given)} ({type(error).__name__}: {line})") from error
+        raise ValueError(f"{_called(function)}: cannot work with {_named(given)} ({type(error).__name__}: {line})") from error
     finally:
         _inside.reset(before)
+
+
+def _whole(function: Callable, asked: _Rules, result: object, given: dict[str, Any]) -> None:
+    """Refuse a result that is not finite and should be."""
+    if not asked.gaps and (lost := _lost(result)) is not None:
+        raise ValueError(f"{_called(function)}: expected a finite result, got {_not_finite(lost)}, from {_named(given)}")
 
 
 def guarded(function: Callable, owner: type | None = None) -> Callable:
@@ -309,7 +321,7 @@ def guarded(function: Callable, owner: type | None = None) -> Callable:
         try:
             bound = known[0].signature.bind(*args, **kwargs)
         except TypeError as error:  # too many arguments, or too few: in Python's own words
-            raise TypeError(f"{function.__qualname__}: {error}") from None
+            raise TypeError(f"{_called(function)}: {error}") from None
         known[0].check(bound.arguments)
         return known[0], bound
 
@@ -319,8 +331,7 @@ def guarded(function: Callable, owner: type | None = None) -> Callable:
         def walk(*args: Any, **kwargs: Any) -> Iterator:
             if _inside.get():
                 return function(*args, **kwargs)
-            _, bound = enter(args, kwargs)
-            return _step_by_step(function, bound)
+            return _step_by_step(function, *enter(args, kwargs))
 
         return walk
 
@@ -334,8 +345,7 @@ def guarded(function: Callable, owner: type | None = None) -> Callable:
             result = function(*bound.args, **bound.kwargs) if asked.converts else function(*args, **kwargs)
         if asked.analyses:
             return _analysis(result, given, args, kwargs)
-        if not asked.gaps and (lost := _lost(given.get("self") if function.__name__ == "__init__" else result)) is not None:
-            raise ValueError(f"{function.__qualname__}: expected a finite result, got {not_finite(lost)}, from {_named(given)}")
+        _whole(function, asked, given.get("self") if function.__name__ == "__init__" else result, given)
         return result
 
     for extra in ("cache_clear", "cache_info"):  # of functions that remember their answers
@@ -344,7 +354,7 @@ def guarded(function: Callable, owner: type | None = None) -> Callable:
     return call
 
 
-def _step_by_step(function: Callable, bound: inspect.BoundArguments) -> Iterator:
+def _step_by_step(function: Callable, asked: _Rules, bound: inspect.BoundArguments) -> Iterator:
     """The steps of a generator, each of them taken behind the border."""
     steps, end = function(*bound.args, **bound.kwargs), object()
     while True:
@@ -352,6 +362,7 @@ def _step_by_step(function: Callable, bound: inspect.BoundArguments) -> Iterator
             value = next(steps, end)
         if value is end:
             return
+        _whole(function, asked, value, bound.arguments)
         yield value
 
 # %% ../nbs/88_checks.ipynb #09452c8a

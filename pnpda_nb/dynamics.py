@@ -11,10 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from numbers import Integral, Real
-from typing import Callable, NamedTuple, Protocol, runtime_checkable
+from typing import Annotated, Callable, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from annotated_types import Gt, Lt
 from torch import Tensor
 
 from .checks import Complex, guard
@@ -199,6 +200,7 @@ def standard_normal(shape: tuple[int, ...], generator: torch.Generator) -> Tenso
 
     From `RunStreams` whose number of runs is `shape[0]`, run r's block is drawn from run r's stream.
     """
+    _require(isinstance(generator, torch.Generator), "generator", "a torch.Generator", generator)
     out = torch.empty(shape, dtype=torch.float64, device=generator.device)
     if isinstance(generator, RunStreams) and len(shape) and shape[0] == len(generator.runs):
         for part, run in zip(out, generator.runs):
@@ -449,7 +451,7 @@ class KuramotoSivashinsky:
         return self._to_field(modes, basis)
 
     def reference(
-        self, state: Tensor, steps: int, rtol: float = 1.49e-8, atol: float = 1.49e-8
+        self, state: Tensor, steps: int, rtol: Annotated[float, Gt(0), Lt(math.inf)] = 1.49e-8, atol: Annotated[float, Gt(0), Lt(math.inf)] = 1.49e-8
     ) -> Tensor:
         """What `trajectory(self, state, steps)` should be, by the paper's solver: LSODA (scipy's `odeint`, with its
         default tolerances), one state after the other. Raises `RuntimeError` where LSODA gives up.

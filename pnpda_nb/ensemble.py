@@ -43,7 +43,7 @@ def perturbed_observations(
 def inflate(
     analysis: Tensor,
     background: Tensor,
-    generator: torch.Generator,
+    generator: torch.Generator | None,
     inflation: float = 1.0,
     relaxation: float = 0.0,
     additive: float = 0.0,
@@ -93,7 +93,7 @@ class EnsembleFilter:
             name = type(self).__name__
             raise ValueError(f"members: {name} needs an ensemble of at least 2, got {background.shape[-2]}")
 
-    def inflated(self, analysis: Tensor, background: Tensor, generator: torch.Generator) -> Tensor:
+    def inflated(self, analysis: Tensor, background: Tensor, generator: torch.Generator | None) -> Tensor:
         """The `analysis` `(..., member, dim)`, widened as the settings say."""
         return inflate(
             analysis, background, generator, self.inflation, self.relaxation, self.additive
@@ -110,7 +110,7 @@ class EnKF(EnsembleFilter):
     """Stochastic ensemble Kalman filter with perturbed observations (Burgers et al. 1998)."""
 
     def update(
-        self, background: Tensor, observations: Observations, generator: torch.Generator
+        self, background: Tensor, observations: Observations, generator: torch.Generator | None
     ) -> Callable[[Tensor], Tensor]:
         """The map of ensembles `(..., member, dim)` that the observations ask for."""
         members = background.shape[-2]
@@ -122,7 +122,7 @@ class EnKF(EnsembleFilter):
         return lambda states: states + (anomalies(states).mT @ shown @ weights).mT
 
     def analyse(
-        self, background: Tensor, observations: Observations, *, forecast: Callable | None, generator: torch.Generator
+        self, background: Tensor, observations: Observations, *, forecast: Callable | None, generator: torch.Generator | None
     ) -> Tensor:
         self.require_ensemble(background)
         analysis = self.update(background, observations, generator)(background)
@@ -167,7 +167,7 @@ class ETKF(EnKF):
     rotate: bool = False
 
     def update(
-        self, background: Tensor, observations: Observations, generator: torch.Generator
+        self, background: Tensor, observations: Observations, generator: torch.Generator | None
     ) -> Callable[[Tensor], Tensor]:
         seen = observations.operator(background)
         shown, centre = anomalies(seen), seen.mean(-2, keepdim=True)
@@ -241,7 +241,7 @@ class LETKF(EnsembleFilter):
             raise ValueError(f"half_width: expected a positive length, got {self.half_width}")
 
     def analyse(
-        self, background: Tensor, observations: Observations, *, forecast: Callable | None, generator: torch.Generator
+        self, background: Tensor, observations: Observations, *, forecast: Callable | None, generator: torch.Generator | None
     ) -> Tensor:
         *batch, members, dim = background.shape
         self.require_ensemble(background)
@@ -346,7 +346,7 @@ class LocalEnKF(EnKF):
             raise ValueError(f"half_width: expected a positive length, got {self.half_width}")
 
     def update(
-        self, background: Tensor, observations: Observations, generator: torch.Generator
+        self, background: Tensor, observations: Observations, generator: torch.Generator | None
     ) -> Callable[[Tensor], Tensor]:
         members, dim, sites = background.shape[-2], background.shape[-1], observations.operator.sites
         if sites is None:
@@ -382,7 +382,7 @@ class EnKS(EnsembleFilter):
             raise ValueError(f"kind: expected 'stochastic' or 'symmetric', got {self.kind!r}")
 
     def analyse(
-        self, background: Tensor, observations: Observations, *, forecast: Callable | None, generator: torch.Generator,
+        self, background: Tensor, observations: Observations, *, forecast: Callable | None, generator: torch.Generator | None,
         past: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         self.require_ensemble(background)

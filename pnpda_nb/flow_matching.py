@@ -638,7 +638,7 @@ PAPER_TRAINING = TrainingSettings(
 
 # %% ../nbs/07_flow_matching.ipynb #68202b45
 def flow_matching_loss(
-    network: nn.Module, source: Tensor, analysis: Tensor, background: Tensor, tau: Tensor
+    network: Callable[[Tensor, Tensor, Tensor], Tensor], source: Tensor, analysis: Tensor, background: Tensor, tau: Tensor
 ) -> Tensor:
     """Mean squared error of the velocity at x_τ = (1 − τ) z + τ x_a, eq. 11 of PnP-DA; all `(batch,
     dim)`, `tau` `(batch, 1)`.

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from scipy.sparse import csr_array
 from scoringrules import crps_ensemble
 from torch import Tensor
 
-from .checks import Gappy, GappyFloat, guard
+from .checks import Gappy, guard
 from .ensemble import Distance, anomalies, tapers
 from .flow_matching import Denoiser, FlowPrior, GaussianPrior, Prior
 from .observing import Covariance, DiagonalCovariance, Interpolate, Observations, Present, Select
@@ -153,7 +153,7 @@ class _PlugAndPlay:
                 f"step_rule: expected 'paper', 'scaled' or 'lipschitz', got {self.step_rule!r}"
             )
 
-    def misfit(self, background: Tensor, observations: Any, forecast: Callable | None = None) -> Misfit:
+    def misfit(self, background: Tensor, observations: Observations | Sequence[Observations], forecast: Callable | None = None) -> Misfit:
         """What the iteration steps down, for a background as in `analyse`."""
         if background.shape[-1] != self.prior.dim:
             raise ValueError(
@@ -183,7 +183,7 @@ class _PlugAndPlay:
             yield from (drawn * fading).movedim(0, 2)
 
     def iterates(
-        self, background: Tensor, observations: Any, generator: torch.Generator, forecast: Callable | None = None
+        self, background: Tensor, observations: Observations | Sequence[Observations], generator: torch.Generator, forecast: Callable | None = None
     ) -> Iterator[Tensor]:
         """The states x⁽¹⁾, x⁽²⁾, … of one answer, each of the background's shape `(..., member, dim)` and each as the denoiser
         left it.
@@ -191,7 +191,7 @@ class _PlugAndPlay:
         misfit, prior = self.misfit(background, observations, forecast), self.prior_for(observations)
         return self._iterates(misfit, prior, prior(misfit.background), misfit.step_size(self.step_rule), generator)
 
-    def prior_for(self, observations: Any) -> Prior:
+    def prior_for(self, observations: Observations | Sequence[Observations]) -> Prior:
         """The prior that the loop uses when these are the observations."""
         return self.prior
 
@@ -391,7 +391,7 @@ class DenseError:
 
     matrix: Tensor
 
-    def update(self, x: Tensor, observations: Observations) -> Tensor:
+    def update(self, x: Gappy, observations: Observations) -> Gappy:
         B, (index, present) = self.matrix.to(x), _selection(x, observations)
         if index is None:
             H = _linearised(x, observations)
@@ -414,7 +414,7 @@ class FactoredError:
     factor: Tensor | None = None
     diagonal: Tensor | float = 0.0
 
-    def update(self, x: Tensor, observations: Observations) -> Tensor:
+    def update(self, x: Gappy, observations: Observations) -> Gappy:
         L = x.new_zeros(x.shape[-1], 0) if self.factor is None else self.factor.to(x)
         d = torch.as_tensor(self.diagonal).to(x) + x.new_zeros(x.shape[-1])
         if not selects_alone(observations):

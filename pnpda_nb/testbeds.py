@@ -330,7 +330,7 @@ METHODS: dict[str, Callable[..., Method]] = {
 LEARNED = ("amortised", "learned_mean")  # of METHODS, those that need a prior
 
 
-def method_by_name(name: str, experiment: TwinExperiment, **settings: Any) -> Method:
+def method_by_name(name: str, experiment: TwinExperiment | None, **settings: Any) -> Method:
     """The method called `name` with these `settings`, ready for `experiment`.
 
     The variational methods take B as `scale` times the experiment's climatological covariance, or with
