@@ -15,7 +15,7 @@ from typing import Any, Callable
 import torch
 from torch import Tensor
 
-from .checks import Gappy, Index, Mask, guard
+from .checks import Gappy, Index, Mask, Positive, guard
 from .dynamics import standard_normal, stream
 from .flow_matching import Denoiser, fitting_header, read_prior_file, velocity_from_denoised, write_prior_file
 from .networks import ConvolutionNetwork, DenseNetwork, FieldNetwork, PyramidNetwork
@@ -161,7 +161,7 @@ class AnalysisPrior:
     leaves_open = True  # its denoisers say what they leave open
 
     def __init__(
-        self, network: FieldNetwork, location: Tensor, scale: Tensor, increment: Tensor, architecture: dict, training: dict | None = None
+        self, network: FieldNetwork, location: Tensor, scale: Positive, increment: Positive, architecture: dict, training: dict | None = None
     ):  # fmt: skip
         self.network, self.location, self.scale, self.increment = network, location, scale, increment
         self.architecture, self.training = architecture, training or {}
@@ -170,7 +170,7 @@ class AnalysisPrior:
 
     @classmethod
     def make(
-        cls, location: Tensor, scale: Tensor, increment: Tensor, *, dim: int, geometry: str = "none", rank: int = 8,
+        cls, location: Tensor, scale: Positive, increment: Positive, *, dim: int, geometry: str = "none", rank: int = 8,
         half_width: float = 0.0, extra: int = 0, seed: int = 0, **size: Any,
     ) -> "AnalysisPrior":  # fmt: skip
         """An untrained prior for states of size `dim`, with a `DenseNetwork` for `geometry` "none", or a `ConvolutionNetwork`

@@ -26,15 +26,17 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['GAPS', 'Gappy', 'GappyArray', 'GappyFloat', 'Mask', 'Index', 'Complex', 'Converted', 'Rule', 'rule_of', 'shown',
-           'guarded', 'guard']
+__all__ = ['GAPS', 'Gappy', 'ALONE', 'GappyArray', 'GappyFloat', 'Mask', 'Index', 'Complex', 'Converted', 'Positive', 'Rule',
+           'rule_of', 'shown', 'guarded', 'guard']
 
 # %% ../nbs/88_checks.ipynb #28e5b075
 GAPS = "may hold nan where something is missing, or inf where nothing is near"
 Gappy = Annotated[Tensor, GAPS]
+ALONE = "not finite only where something that was given is not"
 GappyArray, GappyFloat = Annotated[np.ndarray, GAPS], Annotated[float, GAPS]
 Mask, Index, Complex = (Annotated[Tensor, of] for of in ("True and False", "whole numbers", "real or complex numbers"))
 Converted = Annotated[Tensor, GAPS, "made float64"]
+Positive = Annotated[Tensor, annotated_types.Gt(0)]
 Rule = Callable[[Any], "str | None"]
 
 
@@ -108,7 +110,7 @@ def rule_of(annotation: Any) -> Rule | None:
         return _one_of([rule_of(p) for p in parts])
     if origin is Literal:
         return lambda v: None if any(type(v) is type(p) and v == p for p in parts) else "one of " + ", ".join(map(repr, parts))
-    if origin in _SEQUENCES:
+    if (origin or annotation) in _SEQUENCES:
         return _sequence(parts)
     if origin is collections.abc.Callable or annotation in (Callable, typing.Callable):
         return lambda v: None if callable(v) else "a function"
@@ -126,7 +128,12 @@ def _range(bound: Any) -> Rule | None:
         return None
     sign, words = _RANGES[type(bound)]
     limit = dataclasses.astuple(bound)[0]
-    return lambda v: None if _COMPARE[sign](v, limit) else f"{words} {limit}"
+
+    def rule(value: object) -> str | None:
+        fine = _COMPARE[sign](value, limit)
+        return None if (fine.all() if isinstance(fine, Tensor) else fine) else f"{words} {limit}"
+
+    return rule
 
 
 def _all_of(rules: list[Rule]) -> Rule:
@@ -221,8 +228,8 @@ class _Rules:
         for name, parameter in self.signature.parameters.items():
             if name in hints and (rule := rule_of(hints[name])):
                 self.of[name] = (rule, not _may_miss(hints[name]), parameter)
-        self.gaps = _may_miss(hints.get("return", None))
-        self.analyses = plain.__name__ == "analyse" and "background" in self.of
+        self.gaps, self.alone = _may_miss(hints.get("return", None)), ALONE in getattr(hints.get("return", None), "__metadata__", ())
+        self.analyses = plain.__name__ == "analyse" and owner is not None and "background" in self.of
         self.converts = [name for name, hint in hints.items() if name in self.of and "made float64" in getattr(hint, "__metadata__", ())]
         if self.analyses:
             self.converts += [name for name in ("background", "past") if name in self.of]
@@ -255,9 +262,9 @@ def _gappy_fields(kind: type) -> frozenset[str]:
     return frozenset(name for name, hint in typing.get_type_hints(kind, include_extras=True).items() if _may_miss(hint))
 
 
-def _lost(result: object, depth: int = 2) -> Tensor | np.ndarray | float | None:
-    """Something in a result that is not finite, or None."""
-    if isinstance(result, (Tensor, np.ndarray, float)):
+def _lost(result: object, depth: int = 3, outside: bool = True, strict: bool = False) -> Tensor | np.ndarray | float | None:
+    """Something in a result that is not finite, or None; numbers inside an object may be infinite on purpose, and gaps are passed over unless `strict`."""
+    if isinstance(result, (Tensor, np.ndarray)) or (outside and isinstance(result, float)):
         return result if _finite(result) else None
     if not depth:
         return None
@@ -265,17 +272,18 @@ def _lost(result: object, depth: int = 2) -> Tensor | np.ndarray | float | None:
         parts = result
     elif isinstance(result, dict):
         parts = result.values()
-    elif type(result).__module__.startswith(__package__ or "pnpda_nb") and hasattr(result, "__dict__"):
-        gappy = _gappy_fields(type(result))
-        # numbers may be infinite on purpose
-        parts = [v for k, v in vars(result).items() if isinstance(v, (Tensor, np.ndarray)) and k not in gappy]
+    elif isinstance(result, torch.nn.Module):
+        parts = (*result.parameters(), *result.buffers())
+    elif type(result).__module__.startswith("pnpda_nb.") and hasattr(result, "__dict__"):
+        gappy, outside = () if strict else _gappy_fields(type(result)), False
+        parts = [value for name, value in vars(result).items() if name not in gappy]
     else:
         return None
-    return next((lost for part in parts if (lost := _lost(part, depth - 1)) is not None), None)
+    return next((lost for part in parts if (lost := _lost(part, depth - 1, outside, strict)) is not None), None)
 
 # %% ../nbs/88_checks.ipynb #d36ff8c4
 _OURS = re.compile(r"[^\s:]+(, [^\s:]+)*: ")
-_FOREIGN = (RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError, MemoryError, ValueError, AssertionError, StopIteration)
+_FOREIGN = (RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError, MemoryError, ValueError, NameError, AssertionError, EOFError, BufferError, SystemError, StopIteration)
 
 
 def _called(function: Callable) -> str:
@@ -303,7 +311,9 @@ def _behind_border(function: Callable, given: dict[str, Any]) -> Iterator[None]:
 
 def _whole(function: Callable, asked: _Rules, result: object, given: dict[str, Any]) -> None:
     """Refuse a result that is not finite and should be."""
-    if not asked.gaps and (lost := _lost(result)) is not None:
+    if asked.gaps or (asked.alone and _lost(list(given.values()), strict=True) is not None):
+        return
+    if (lost := _lost(result, strict=asked.alone)) is not None:
         raise ValueError(f"{_called(function)}: expected a finite result, got {_not_finite(lost)}, from {_named(given)}")
 
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import __version__
-from .checks import Gappy, Index, guard
+from .checks import Gappy, Index, Positive, guard
 from .dynamics import standard_normal, stream
 from .observing import Covariance
 
@@ -417,18 +417,20 @@ class FlowPrior:
         self,
         network: VelocityMLP,
         location: Tensor,
-        scale: Tensor,
+        scale: Positive,
         architecture: dict,
         training: dict | None = None,
         *,
         factor: Tensor | None = None,
-        units: Tensor | None = None,
+        units: Positive | None = None,
         layout: dict | None = None,
         attached: dict[str, Tensor] | None = None,
     ):
         self.network, self.location, self.scale = network.eval().requires_grad_(False), location, scale
         self.architecture, self.training = architecture, training or {}
         self.dim, self.factor, self.units = len(location), factor, units
+        if not location.shape == scale.shape == (self.dim,):
+            raise ValueError(f"scale: expected one for each of the location's {self.dim} numbers, got shapes {tuple(location.shape)} and {tuple(scale.shape)}")
         if factor is not None and factor.shape not in ((self.dim,), (self.dim, self.dim)):
             raise ValueError(f"factor: expected a size of {self.dim}, got {tuple(factor.shape)}")
         if units is not None and (factor is None or units.shape != (self.dim,)):

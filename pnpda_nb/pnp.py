@@ -313,6 +313,8 @@ def convergence(
     batch = background.ndim - 1
     dims = ("iteration", *[f"batch{i}" for i in range(batch - 2)], *("run", "member")[2 - min(batch, 2) :])
     values = [torch.stack(column).numpy() for column in zip(*rows)]
+    if lost := [n for n, row in enumerate(zip(*values), start=1) if not np.isfinite(row).all()]:
+        raise ValueError(f"{type(method).__name__}: expected finite iterates, got some that are not, from iteration {lost[0]} on")
     return xr.Dataset(
         {name: (dims, column) for name, column in zip(("misfit", "change", "residual"), values)},
         coords={"iteration": np.arange(1, method.iterations + 1), "tau": ("iteration", taus)},
