@@ -27,7 +27,7 @@ from torch import Tensor
 
 # %% auto #0
 __all__ = ['GAPS', 'Gappy', 'ALONE', 'GappyArray', 'GappyFloat', 'Mask', 'Index', 'Complex', 'Converted', 'Positive', 'Rule',
-           'rule_of', 'shown', 'guarded', 'guard']
+           'rule_of', 'shown', 'guarded', 'unchecked', 'guard']
 
 # %% ../nbs/88_checks.ipynb #28e5b075
 GAPS = "may hold nan where something is missing, or inf where nothing is near"
@@ -109,7 +109,8 @@ def rule_of(annotation: Any) -> Rule | None:
     if origin in (Union, types.UnionType):
         return _one_of([rule_of(p) for p in parts])
     if origin is Literal:
-        return lambda v: None if any(type(v) is type(p) and v == p for p in parts) else "one of " + ", ".join(map(repr, parts))
+        words = " or ".join(filter(None, (", ".join(map(repr, parts[:-1])), repr(parts[-1]))))
+        return lambda v: None if any(type(v) is type(p) and v == p for p in parts) else words
     if (origin or annotation) in _SEQUENCES:
         return _sequence(parts)
     if origin is collections.abc.Callable or annotation in (Callable, typing.Callable):
@@ -264,8 +265,9 @@ def _gappy_fields(kind: type) -> frozenset[str]:
 
 def _lost(result: object, depth: int = 3, outside: bool = True, strict: bool = False) -> Tensor | np.ndarray | float | None:
     """Something in a result that is not finite, or None; numbers inside an object may be infinite on purpose, and gaps are passed over unless `strict`."""
-    if isinstance(result, (Tensor, np.ndarray)) or (outside and isinstance(result, float)):
-        return result if _finite(result) else None
+    if isinstance(result, (Tensor, np.ndarray, float)):
+        lost = _finite(result) if outside or not isinstance(result, float) else math.isnan(result)
+        return result if lost else None
     if not depth:
         return None
     if isinstance(result, (tuple, list)):
@@ -274,7 +276,7 @@ def _lost(result: object, depth: int = 3, outside: bool = True, strict: bool = F
         parts = result.values()
     elif isinstance(result, torch.nn.Module):
         parts = (*result.parameters(), *result.buffers())
-    elif type(result).__module__.startswith("pnpda_nb.") and hasattr(result, "__dict__"):
+    elif getattr(type(result), "_behind_the_border", False) and hasattr(result, "__dict__"):
         gappy, outside = () if strict else _gappy_fields(type(result)), False
         parts = [value for name, value in vars(result).items() if name not in gappy]
     else:
@@ -375,6 +377,16 @@ def _step_by_step(function: Callable, asked: _Rules, bound: inspect.BoundArgumen
         _whole(function, asked, value, bound.arguments)
         yield value
 
+# %% ../nbs/88_checks.ipynb #332e5551
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """Nothing is checked in this block, as inside `cycle`: what is not finite is returned as it is."""
+    before = _inside.set(True)
+    try:
+        yield
+    finally:
+        _inside.reset(before)
+
 # %% ../nbs/88_checks.ipynb #09452c8a
 def _analysis(result: object, given: dict[str, Any], args: tuple, kwargs: dict) -> object:
     """What `analyse` returned, in the precision of the background that it was given; or an error if it is not finite."""
@@ -431,7 +443,7 @@ def _guard_class(kind: type) -> None:
             setattr(kind, name, guarded(member, kind))
         elif isinstance(member, (classmethod, staticmethod)):
             setattr(kind, name, type(member)(guarded(member.__func__, kind)))
-        elif isinstance(member, property) and member.fget.__annotations__.get("return") in ("Tensor", "float"):
+        elif isinstance(member, property) and member.fget.__annotations__.get("return") in ("Tensor", "float", "Gappy", Tensor, float):
             setattr(kind, name, property(guarded(member.fget, kind), doc=member.__doc__))
         elif isinstance(member, cached_property):
             setattr(kind, name, again := cached_property(guarded(member.func, kind)))

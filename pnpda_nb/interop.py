@@ -172,7 +172,7 @@ class ProgramModel:
     with `on_nonfinite="pass"` those are returned, and `cycle` sets the run aside.
     """
 
-    command: str | Sequence[str]
+    command: str | Sequence[str | os.PathLike]
     dim: int
     dt: float = 1.0
     names: tuple[str, ...] = ()

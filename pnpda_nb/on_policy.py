@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .aware import AmortisedAnalysis, AnalysisPrior, Residual, Sightings, on_grid
-from .checks import Gappy, Index, Mask, guard
+from .checks import GappyFloat, Index, Mask, guard
 from .dynamics import standard_normal, stream
 from .observing import Observations, ObservingNetwork, Select
 from .twin import Method, TwinExperiment, cycle, scores, watch_nature
@@ -498,7 +498,7 @@ def _trainable(prior: AnalysisPrior, gradient: bool = True) -> AnalysisPrior:
     return AnalysisPrior(network, prior.location, prior.scale, prior.increment, prior.architecture, prior.training)
 
 # %% ../nbs/08c_on_policy.ipynb #b5c3d23f
-def innovation_rms(result: xr.Dataset, sites: Sequence[int]) -> float:
+def innovation_rms(result: xr.Dataset, sites: Sequence[int]) -> GappyFloat:
     """Root mean square of what was seen at `sites` minus the backgrounds of a cycle there: a score that needs no truth. Infinite if a
     run failed.
     """
