@@ -10,10 +10,12 @@ import os
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, Callable
 
 import torch
 from torch import Tensor
 
+from .checks import Gappy, Index, Mask, Positive, guard
 from .dynamics import standard_normal, stream
 from .flow_matching import Denoiser, PriorFile, network_from, velocity_from_denoised
 from .networks import ConvolutionNetwork, DenseNetwork, FieldNetwork, PyramidNetwork
@@ -31,7 +33,7 @@ class Sightings:
     """
 
     value: Tensor
-    mask: Tensor
+    mask: Mask
     error: Tensor
 
     def __getitem__(self, index) -> "Sightings":
@@ -85,11 +87,11 @@ class Residual:
     `taper` `(dim, dim)`, or None for none.
     """
 
-    factor: Tensor
-    diagonal: Tensor
+    factor: Gappy
+    diagonal: Gappy
     taper: Tensor | None = None
 
-    def between(self, sites: Tensor) -> Tensor:
+    def between(self, sites: Index) -> Tensor:
         """Cov(e, e_sites): `(..., dim, size)`."""
         columns = self.factor @ self.factor[..., sites, :].mT
         if self.taper is not None:
@@ -107,7 +109,7 @@ class Residual:
         """Variances `(..., dim)`."""
         return self.factor.square().sum(-1) + self.diagonal
 
-    def negative_log_likelihood(self, error: Tensor, sites: Tensor) -> Tensor:
+    def negative_log_likelihood(self, error: Tensor, sites: Index) -> Tensor:
         """−log N(error_sites; 0, B_sites) for errors `(..., dim)`, per variable and without constants: `(...)`."""
         matrix = self.between(sites)[..., sites, :]
         root = torch.linalg.cholesky(matrix)
@@ -129,7 +131,7 @@ class Residual:
             shown = J @ reach
         return x + (reach @ torch.linalg.solve_ex(shown + R, innovation.unsqueeze(-1)).result).squeeze(-1)
 
-    def draw(self, generator: torch.Generator) -> Tensor:
+    def draw(self, generator: torch.Generator) -> Gappy:
         """One error for every state: `(..., dim)`; each pseudo-member gets a smooth field of the taper's as its factor."""
         z = standard_normal((*self.factor.shape[:-2], *self.factor.shape[:-3:-1]), generator)  # (..., rank, dim)
         if self.taper is None:
@@ -159,7 +161,7 @@ class AnalysisPrior(PriorFile):
     leaves_open = True  # its denoisers say what they leave open
 
     def __init__(
-        self, network: FieldNetwork, location: Tensor, scale: Tensor, increment: Tensor, architecture: dict, training: dict | None = None
+        self, network: FieldNetwork, location: Tensor, scale: Positive, increment: Positive, architecture: dict, training: dict | None = None
     ):  # fmt: skip
         self.network, self.location, self.scale, self.increment = network, location, scale, increment
         self.architecture, self.training = architecture, training or {}
@@ -168,8 +170,8 @@ class AnalysisPrior(PriorFile):
 
     @classmethod
     def make(
-        cls, location: Tensor, scale: Tensor, increment: Tensor, *, dim: int, geometry: str = "none", rank: int = 8,
-        half_width: float = 0.0, extra: int = 0, seed: int = 0, **size,
+        cls, location: Tensor, scale: Positive, increment: Positive, *, dim: int, geometry: str = "none", rank: int = 8,
+        half_width: float = 0.0, extra: int = 0, seed: int = 0, **size: Any,
     ) -> "AnalysisPrior":  # fmt: skip
         """An untrained prior for states of size `dim`, with a `DenseNetwork` for `geometry` "none", or a `ConvolutionNetwork`
         for "ring" or "walls" (with `levels`, a `PyramidNetwork`), which `size` goes to; `extra` more fields will be shown to it. Raises `ValueError` for settings
@@ -249,7 +251,7 @@ class AnalysisPrior(PriorFile):
         """The noise s z around the background."""
         return self.increment * standard_normal(shape, generator)
 
-    def seeing(self, observations: Observations) -> "SeeingPrior":
+    def seeing(self, observations: Observations | Sightings) -> "SeeingPrior":
         return SeeingPrior(self, on_grid(observations, self.dim))
 
     def __call__(self, background: Tensor) -> "LearnedDenoiser":
@@ -359,7 +361,7 @@ class AmortisedAnalysis:
         if self.prior.extra:
             raise ValueError(f"prior: expected one without extra fields, got one with {self.prior.extra}")
 
-    def analyse(self, background: Tensor, observations: Observations, *, forecast, generator: torch.Generator) -> Tensor:
+    def analyse(self, background: Tensor, observations: Observations | Sightings, *, forecast: Callable | None, generator: torch.Generator | None) -> Tensor:
         if background.shape[-1] != self.prior.dim:
             raise ValueError(f"background: expected states of size {self.prior.dim} as the prior's, got {background.shape[-1]}")
         with torch.no_grad():
@@ -369,3 +371,6 @@ class AmortisedAnalysis:
                 known = observations.observations() if isinstance(observations, Sightings) else observations
                 analysis = residual.update(analysis, known)
             return analysis + self.spread * residual.draw(generator) if self.spread else analysis
+
+# %% ../nbs/08b_aware.ipynb #2c69af65
+guard(globals())

@@ -14,8 +14,9 @@ import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache, wraps
+from functools import cache, cached_property, partial, wraps
 from numbers import Integral, Real
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -25,11 +26,17 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['GAPS', 'Gappy', 'Rule', 'rule_of', 'shown', 'not_finite', 'guarded', 'guard']
+__all__ = ['GAPS', 'Gappy', 'ALONE', 'GappyArray', 'GappyFloat', 'Mask', 'Index', 'Complex', 'Converted', 'Positive', 'Rule',
+           'rule_of', 'shown', 'guarded', 'unchecked', 'guard']
 
 # %% ../nbs/88_checks.ipynb #28e5b075
-GAPS = "may hold nan where something is missing"
+GAPS = "may hold nan where something is missing, or inf where nothing is near"
 Gappy = Annotated[Tensor, GAPS]
+ALONE = "not finite only where something that was given is not"
+GappyArray, GappyFloat = Annotated[np.ndarray, GAPS], Annotated[float, GAPS]
+Mask, Index, Complex = (Annotated[Tensor, of] for of in ("True and False", "whole numbers", "real or complex numbers"))
+Converted = Annotated[Tensor, GAPS, "made float64"]
+Positive = Annotated[Tensor, annotated_types.Gt(0)]
 Rule = Callable[[Any], "str | None"]
 
 
@@ -49,10 +56,12 @@ def _count(value: object) -> str | None:
     return None if abs(int(value)) < 2**63 else "a whole number of at most 63 bits"
 
 
-def _tensor(value: object) -> str | None:
+def _tensor(value: object, of: str = "floating-point numbers") -> str | None:
     if not isinstance(value, Tensor):
-        return "a tensor"
-    return "a tensor of real numbers" if value.is_complex() else None
+        return f"a tensor of {of}"
+    whole = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+    kinds = {"floating-point numbers": value.is_floating_point(), "whole numbers": whole, "True and False": value.dtype == torch.bool}
+    return None if kinds.get(of, True) else f"a tensor of {of}"
 
 
 def _finite(value: object) -> str | None:
@@ -61,9 +70,11 @@ def _finite(value: object) -> str | None:
         return None if math.isfinite(value) else "a finite number"
     if isinstance(value, np.ndarray):
         return None if value.dtype.kind not in "fc" or np.isfinite(value).all() else "finite numbers"
-    if not isinstance(value, Tensor) or not value.is_floating_point() or value.is_meta:
+    if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()) or value.is_meta:
         return None
     try:
+        if math.isfinite(abs(value.detach().sum().item())):  # then all are, and it took half the time
+            return None
         return None if torch.isfinite(value).all() else "finite numbers"
     except RuntimeError:  # inside a transform of torch.func there are no values to look at
         return None
@@ -86,22 +97,26 @@ _COMPARE = {">=": lambda a, b: a >= b, ">": lambda a, b: a > b, "<=": lambda a, 
 @cache
 def rule_of(annotation: Any) -> Rule | None:
     """What `annotation` asks of a value: a rule, or None for whatever is not checked."""
+    if annotation is Any or annotation is object:
+        return None
     if annotation in _SIMPLE:
         return _SIMPLE[annotation]
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        rules = [rule_of(parts[0]), *map(_range, parts[1:])]
+        of = next((word for word in parts[1:] if word in ("True and False", "whole numbers", "real or complex numbers")), None)
+        rules = [rule_of(parts[0]) if of is None else partial(_tensor, of=of), *map(_range, parts[1:])]
         return _all_of([r for r in rules if r])
     if origin in (Union, types.UnionType):
         return _one_of([rule_of(p) for p in parts])
     if origin is Literal:
-        return lambda v: None if any(v == p and type(v) is type(p) for p in parts) else "one of " + ", ".join(map(repr, parts))
-    if origin in _SEQUENCES:
+        words = " or ".join(filter(None, (", ".join(map(repr, parts[:-1])), repr(parts[-1]))))
+        return lambda v: None if any(type(v) is type(p) and v == p for p in parts) else words
+    if (origin or annotation) in _SEQUENCES:
         return _sequence(parts)
     if origin is collections.abc.Callable or annotation in (Callable, typing.Callable):
         return lambda v: None if callable(v) else "a function"
     kind = origin or annotation
-    if not isinstance(kind, type) or kind is object or (getattr(kind, "_is_protocol", False) and not getattr(kind, "_is_runtime_protocol", False)):
+    if not isinstance(kind, type) or (getattr(kind, "_is_protocol", False) and not getattr(kind, "_is_runtime_protocol", False)):
         return None
     called = "a mapping" if kind is Mapping else f"{'an' if kind.__name__[0] in 'AEIOU' else 'a'} {kind.__name__}"
     return lambda v: None if isinstance(v, kind) else called
@@ -114,7 +129,12 @@ def _range(bound: Any) -> Rule | None:
         return None
     sign, words = _RANGES[type(bound)]
     limit = dataclasses.astuple(bound)[0]
-    return lambda v: None if _COMPARE[sign](v, limit) else f"{words} {limit}"
+
+    def rule(value: object) -> str | None:
+        fine = _COMPARE[sign](value, limit)
+        return None if (fine.all() if isinstance(fine, Tensor) else fine) else f"{words} {limit}"
+
+    return rule
 
 
 def _all_of(rules: list[Rule]) -> Rule:
@@ -134,13 +154,15 @@ def _one_of(rules: list[Rule | None]) -> Rule | None:
 
 def _sequence(parts: tuple) -> Rule:
     """Anything with an order: tuples and lists, arrays and tensors of one dimension, ranges; each entry by its own rule."""
-    many = not parts or (len(parts) == 2 and parts[1] is Ellipsis) or len(parts) == 1
-    each = rule_of(parts[0]) if parts and many else None
+    many = (len(parts) == 2 and parts[1] is Ellipsis) or len(parts) == 1
+    each = rule_of(parts[0]) if many else None
 
     def rule(value: object) -> str | None:
         array = isinstance(value, (np.ndarray, Tensor))
-        if isinstance(value, (str, bytes)) or not (array or isinstance(value, collections.abc.Sequence)) or (array and value.ndim != 1):
+        if isinstance(value, (str, bytes)) or not (array or isinstance(value, collections.abc.Sequence)) or (array and parts and value.ndim != 1):
             return "a sequence"
+        if not parts:
+            return None
         entries = value.tolist() if array else value
         if not many:
             if len(entries) != len(parts):
@@ -169,12 +191,29 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def not_finite(value: Tensor | np.ndarray | float) -> str:
+def _not_finite(value: Tensor | np.ndarray | float) -> str:
     """How many numbers are not finite, in words."""
     if isinstance(value, float):
         return str(value)
     lost = int((~torch.isfinite(value)).sum()) if isinstance(value, Tensor) else int((~np.isfinite(value)).sum())
     return f"{lost} of {math.prod(value.shape)} that are not"
+
+
+def _in_double(value: object) -> object:
+    """Real numbers of any kind, in a tensor, an array or a list, as a float64 tensor; anything else as it is, for a rule to refuse."""
+    if isinstance(value, Tensor):
+        return value if value.dtype in (torch.float64, torch.bool) or value.is_complex() else value.double()
+    if not isinstance(value, (np.ndarray, np.number, list, tuple)):
+        return value
+    try:
+        numbers = np.asarray(value)
+    except ValueError:  # lists of unequal length
+        return value
+    return torch.from_numpy(numbers.astype("float64")) if numbers.dtype.kind in "iuf" else value
+
+
+def _may_miss(hint: Any) -> bool:
+    return GAPS in getattr(hint, "__metadata__", ()) or any(map(_may_miss, get_args(hint)))
 
 
 class _Rules:
@@ -190,10 +229,16 @@ class _Rules:
         for name, parameter in self.signature.parameters.items():
             if name in hints and (rule := rule_of(hints[name])):
                 self.of[name] = (rule, not _may_miss(hints[name]), parameter)
-        self.gaps = _may_miss(hints.get("return", None))
+        self.gaps, self.alone = _may_miss(hints.get("return", None)), ALONE in getattr(hints.get("return", None), "__metadata__", ())
+        self.analyses = plain.__name__ == "analyse" and owner is not None and "background" in self.of
+        self.converts = [name for name, hint in hints.items() if name in self.of and "made float64" in getattr(hint, "__metadata__", ())]
+        if self.analyses:
+            self.converts += [name for name in ("background", "past") if name in self.of]
 
-    def check(self, args: tuple, kwargs: dict) -> None:
-        given = self.signature.bind(*args, **kwargs).arguments
+    def check(self, given: dict[str, Any]) -> None:
+        for name in self.converts:
+            if name in given:
+                given[name] = _in_double(given[name])
         for name, (rule, whole, parameter) in self.of.items():
             if name not in given:
                 continue
@@ -203,20 +248,75 @@ class _Rules:
                 if wanted := rule(value):
                     raise ValueError(f"{name}: expected {wanted}, got {shown(value)}")
                 if whole and isinstance(value, (Tensor, np.ndarray)) and (wanted := _finite(value)):
-                    raise ValueError(f"{name}: expected {wanted}, got {not_finite(value)}")
-
-    def named(self, args: tuple, kwargs: dict) -> str:
-        """All that was given, in words."""
-        given = self.signature.bind(*args, **kwargs).arguments
-        return ", ".join(f"{name} {shown(value)}" for name, value in given.items() if name not in ("self", "cls")) or "nothing"
+                    raise ValueError(f"{name}: expected {wanted}, got {_not_finite(value)}")
+        if self.analyses and given["background"].ndim < 2:
+            raise ValueError(f"background: expected an ensemble (..., member, dim), got {shown(given['background'])}")
 
 
-def _may_miss(hint: Any) -> bool:
-    return GAPS in getattr(hint, "__metadata__", ()) or any(map(_may_miss, get_args(hint)))
+def _named(given: dict[str, Any]) -> str:
+    """All that was given, in words."""
+    return ", ".join(f"{name} {shown(value)}" for name, value in given.items() if name not in ("self", "cls")) or "nothing"
+
+# %% ../nbs/88_checks.ipynb #2943d134
+@cache
+def _gappy_fields(kind: type) -> frozenset[str]:
+    return frozenset(name for name, hint in typing.get_type_hints(kind, include_extras=True).items() if _may_miss(hint))
+
+
+def _lost(result: object, depth: int = 3, outside: bool = True, strict: bool = False) -> Tensor | np.ndarray | float | None:
+    """Something in a result that is not finite, or None; numbers inside an object may be infinite on purpose, and gaps are passed over unless `strict`."""
+    if isinstance(result, (Tensor, np.ndarray, float)):
+        lost = _finite(result) if outside or not isinstance(result, float) else math.isnan(result)
+        return result if lost else None
+    if not depth:
+        return None
+    if isinstance(result, (tuple, list)):
+        parts = result
+    elif isinstance(result, dict):
+        parts = result.values()
+    elif isinstance(result, torch.nn.Module):
+        parts = (*result.parameters(), *result.buffers())
+    elif getattr(type(result), "_behind_the_border", False) and hasattr(result, "__dict__"):
+        gappy, outside = () if strict else _gappy_fields(type(result)), False
+        parts = [value for name, value in vars(result).items() if name not in gappy]
+    else:
+        return None
+    return next((lost for part in parts if (lost := _lost(part, depth - 1, outside, strict)) is not None), None)
 
 # %% ../nbs/88_checks.ipynb #d36ff8c4
-_OURS = re.compile(r"[\w ,./'\[\]()=|-]{1,200}: ")
-_FOREIGN = (RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError, MemoryError, ValueError, AssertionError)
+_OURS = re.compile(r"[^\s:]+(, [^\s:]+)*: ")
+_FOREIGN = (RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError, MemoryError, ValueError, NameError, AssertionError, EOFError, BufferError, SystemError, StopIteration)
+
+
+def _called(function: Callable) -> str:
+    return function.__qualname__.removesuffix(".__init__")
+
+
+@contextmanager
+def _behind_border(function: Callable, given: dict[str, Any]) -> Iterator[None]:
+    """Nothing is checked inside, and what goes wrong there says with which arguments."""
+    before = _inside.set(True)
+    try:
+        yield
+    except _FOREIGN as error:
+        said = str(error)
+        first = said.partition(":")[0]
+        if _OURS.match(said) and (isinstance(error, ValueError) or first in given or first == function.__name__):
+            if "\n" not in said:
+                raise
+            raise ValueError(" ".join(said.split())) from error  # a tensor was printed
+        line = next(iter(said.strip().splitlines()), "")[:200]
+        raise ValueError(f"{_called(function)}: cannot work with {_named(given)} ({type(error).__name__}: {line})") from error
+    finally:
+        _inside.reset(before)
+
+
+def _whole(function: Callable, asked: _Rules, result: object, given: dict[str, Any]) -> None:
+    """Refuse a result that is not finite and should be."""
+    if asked.gaps or (asked.alone and _lost(list(given.values()), strict=True) is not None):
+        return
+    if (lost := _lost(result, strict=asked.alone)) is not None:
+        raise ValueError(f"{_called(function)}: expected a finite result, got {_not_finite(lost)}, from {_named(given)}")
 
 
 def guarded(function: Callable, owner: type | None = None) -> Callable:
@@ -225,24 +325,25 @@ def guarded(function: Callable, owner: type | None = None) -> Callable:
 
     Raises `ValueError`, naming the argument; an exception of a kind that says nothing about arguments becomes one that names them all.
     """
-    rules: list[_Rules] = []
+    known: list[_Rules] = []
 
-    def enter(args: tuple, kwargs: dict) -> _Rules:
-        if not rules:
-            rules.append(_Rules(function, owner))
+    def enter(args: tuple, kwargs: dict) -> tuple[_Rules, inspect.BoundArguments]:
+        if not known:
+            known.append(_Rules(function, owner))
         try:
-            rules[0].check(args, kwargs)
-        except TypeError:  # too many arguments, or too few: Python says so itself
-            pass
-        return rules[0]
+            bound = known[0].signature.bind(*args, **kwargs)
+        except TypeError as error:  # too many arguments, or too few: in Python's own words
+            raise TypeError(f"{_called(function)}: {error}") from None
+        known[0].check(bound.arguments)
+        return known[0], bound
 
     if inspect.isgeneratorfunction(function):
 
         @wraps(function)
         def walk(*args: Any, **kwargs: Any) -> Iterator:
-            if not _inside.get():
-                enter(args, kwargs)
-            return _behind(function(*args, **kwargs))
+            if _inside.get():
+                return function(*args, **kwargs)
+            return _step_by_step(function, *enter(args, kwargs))
 
         return walk
 
@@ -250,21 +351,13 @@ def guarded(function: Callable, owner: type | None = None) -> Callable:
     def call(*args: Any, **kwargs: Any) -> Any:
         if _inside.get():
             return function(*args, **kwargs)
-        asked = enter(args, kwargs)
-        before = _inside.set(True)
-        try:
-            result = function(*args, **kwargs)
-        except _FOREIGN as error:
-            told = _told(error, function, asked, args, kwargs)
-            if told is error:
-                raise
-            raise told from error
-        finally:
-            _inside.reset(before)
-        if not asked.gaps:
-            for value in result if isinstance(result, tuple) else (result,):
-                if isinstance(value, (Tensor, np.ndarray, float)) and _finite(value):
-                    raise ValueError(f"{function.__qualname__}: expected a finite result, got {not_finite(value)}, from {asked.named(args, kwargs)}")
+        asked, bound = enter(args, kwargs)
+        given = bound.arguments
+        with _behind_border(function, given):
+            result = function(*bound.args, **bound.kwargs) if asked.converts else function(*args, **kwargs)
+        if asked.analyses:
+            return _analysis(result, given, args, kwargs)
+        _whole(function, asked, given.get("self") if function.__name__ == "__init__" else result, given)
         return result
 
     for extra in ("cache_clear", "cache_info"):  # of functions that remember their answers
@@ -273,30 +366,56 @@ def guarded(function: Callable, owner: type | None = None) -> Callable:
     return call
 
 
-def _behind(steps: Iterator) -> Iterator:
-    """The same steps, each of them taken behind the border."""
+def _step_by_step(function: Callable, asked: _Rules, bound: inspect.BoundArguments) -> Iterator:
+    """The steps of a generator, each of them taken behind the border."""
+    steps, end = function(*bound.args, **bound.kwargs), object()
     while True:
-        before = _inside.set(True)
-        try:
-            value = next(steps)
-        except StopIteration:
+        with _behind_border(function, bound.arguments):
+            value = next(steps, end)
+        if value is end:
             return
-        finally:
-            _inside.reset(before)
+        _whole(function, asked, value, bound.arguments)
         yield value
 
-
-def _told(error: Exception, function: Callable, asked: _Rules, args: tuple, kwargs: dict) -> Exception:
-    """The error itself, if it says what was wrong, or one that does."""
-    said = str(error)
-    if isinstance(error, ValueError) and _OURS.match(said):
-        return error
+# %% ../nbs/88_checks.ipynb #332e5551
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """Nothing is checked in this block, as inside `cycle`: what is not finite is returned as it is."""
+    before = _inside.set(True)
     try:
-        given = asked.named(args, kwargs)
-    except TypeError:  # of the call itself: Python's own words name the argument
-        return error
-    first = next(iter(said.strip().splitlines()), "")[:200]
-    return ValueError(f"{function.__qualname__}: cannot work with {given} ({type(error).__name__}: {first})")
+        yield
+    finally:
+        _inside.reset(before)
+
+# %% ../nbs/88_checks.ipynb #09452c8a
+def _analysis(result: object, given: dict[str, Any], args: tuple, kwargs: dict) -> object:
+    """What `analyse` returned, in the precision of the background that it was given; or an error if it is not finite."""
+    if not isinstance(result, Tensor):
+        return result
+    background = given["background"]
+    if not torch.isfinite(result).all():
+        raise ValueError(_why(type(given["self"]).__name__, result, background, given.get("observations")))
+    came = kwargs["background"] if "background" in kwargs else args[1]
+    return result.float() if getattr(came, "dtype", None) in (torch.float32, np.float32) else result
+
+
+def _why(name: str, result: Tensor, background: Tensor, observations: object) -> str:
+    rows = background.shape[:-2] or background.shape[-2:-1]
+    lost = ~torch.isfinite(result)
+    while lost.ndim > len(rows) and lost.shape[: len(rows)] != rows or lost.ndim > background.ndim:
+        lost = lost.any(0)  # times of a window, or of a smoother
+    lost = lost.flatten(len(rows)).any(-1).nonzero().tolist()
+    which = ", ".join(str(i[0] if len(i) == 1 else tuple(i)) for i in lost[:5]) + (", ..." if len(lost) > 5 else "")
+    seen = observations if isinstance(observations, (list, tuple)) else [observations]
+    values = [o.values for o in seen if isinstance(getattr(o, "values", None), Tensor) and o.values.numel()]
+    if max(x.abs().nan_to_num().max().item() for x in (background, *values) if x.numel()) > 1e100:
+        cause = "the background or the observations are so large that their squares overflow"
+    elif not all(getattr(getattr(o, "operator", None), "linear", True) for o in seen):
+        cause = "the observation operator is nonlinear, and steps along its derivative at the background may be far too long"
+    else:
+        cause = "a covariance may be singular to rounding, or a setting too large"
+    kind = "runs" if background.ndim > 2 else "members"
+    return f"{name}: expected a finite analysis, got one that is not in {kind} {which} of {math.prod(rows)}; {cause}"
 
 # %% ../nbs/88_checks.ipynb #7aea8288
 def guard(names: dict[str, Any]) -> None:
@@ -305,14 +424,17 @@ def guard(names: dict[str, Any]) -> None:
         if name.startswith("_") or getattr(thing, "__module__", None) != names["__name__"]:
             continue
         if isinstance(thing, type):
-            _guard_class(thing)
+            for kind in thing.__mro__:  # what a public class has from a private one is public
+                if kind is thing or (kind.__module__ == thing.__module__ and kind.__name__.startswith("_")):
+                    _guard_class(kind)
         elif isinstance(thing, types.FunctionType) or hasattr(thing, "cache_clear"):
             names[name] = guarded(thing)
 
 
 def _guard_class(kind: type) -> None:
-    if getattr(kind, "_is_protocol", False) or issubclass(kind, (tuple, BaseException)):
+    if getattr(kind, "_is_protocol", False) or issubclass(kind, (tuple, BaseException)) or "_behind_the_border" in vars(kind):
         return
+    kind._behind_the_border = True
     layers = issubclass(kind, torch.nn.Module)
     for name, member in list(vars(kind).items()):
         if name != "__init__" and (layers or (name.startswith("_") and name != "__call__")):
@@ -321,3 +443,8 @@ def _guard_class(kind: type) -> None:
             setattr(kind, name, guarded(member, kind))
         elif isinstance(member, (classmethod, staticmethod)):
             setattr(kind, name, type(member)(guarded(member.__func__, kind)))
+        elif isinstance(member, property) and member.fget.__annotations__.get("return") in ("Tensor", "float", "Gappy", Tensor, float):
+            setattr(kind, name, property(guarded(member.fget, kind), doc=member.__doc__))
+        elif isinstance(member, cached_property):
+            setattr(kind, name, again := cached_property(guarded(member.func, kind)))
+            again.__set_name__(kind, name)

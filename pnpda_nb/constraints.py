@@ -13,6 +13,7 @@ from typing import Any, Callable, Literal
 import torch
 from torch import Tensor
 
+from .checks import Gappy, guard
 from .dynamics import Model, rk4
 from .observing import Covariance, Nonlinear, Observations
 from .flow_matching import Prior
@@ -46,7 +47,7 @@ class Constraint:
         """c(x) `(..., count)` for states `x` `(..., dim)`."""
         return self.function(x) - self.levels(background)
 
-    def project(self, x: Tensor, background: Tensor | None = None) -> Tensor:
+    def project(self, x: Gappy, background: Gappy | None = None) -> Gappy:
         """States `x` `(..., dim)` moved to the set; differentiable. A state that is not finite, or where the function is not, becomes nan.
 
         Raises `ValueError` if any other state does not arrive, and if a level of `None` meets no `background`.
@@ -91,7 +92,7 @@ def _metric(metric: Covariance | None, dim: int) -> Tensor:
     return torch.eye(dim, dtype=torch.float64) if metric is None else metric.matrix
 
 # %% ../nbs/08d_constraints.ipynb #fda7fdd5
-def newton_step(x: Tensor, c: Tensor, J: Tensor, B: Tensor) -> Tensor:
+def newton_step(x: Gappy, c: Gappy, J: Gappy, B: Tensor) -> Gappy:
     """The point nearest to `x` `(..., dim)`, in the norm of B⁻¹, where c + J (x' − x) = 0, with `c` `(..., count)` and
     `J` `(..., count, dim)`; not finite where J B Jᵀ is singular.
     """
@@ -345,3 +346,6 @@ class ConstrainedPnPDA(PnPDA):
     def analyse(self, background: Tensor, observations: Observations, *, forecast: Callable | None, generator: torch.Generator) -> Tensor:
         answer = super().analyse(background, observations, forecast=forecast, generator=generator)
         return self.constraint.project(answer, background)
+
+# %% ../nbs/08d_constraints.ipynb #7e357f48
+guard(globals())

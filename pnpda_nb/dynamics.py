@@ -11,11 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from numbers import Integral, Real
-from typing import Callable, NamedTuple, Protocol, runtime_checkable
+from typing import Annotated, Callable, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from annotated_types import Gt, Lt
 from torch import Tensor
+
+from .checks import Complex, guard
 
 # %% auto #0
 __all__ = ['Model', 'rk4', 'Lorenz63', 'FunctionModel', 'trajectory', 'stream', 'RunStreams', 'standard_normal',
@@ -197,6 +200,7 @@ def standard_normal(shape: tuple[int, ...], generator: torch.Generator) -> Tenso
 
     From `RunStreams` whose number of runs is `shape[0]`, run r's block is drawn from run r's stream.
     """
+    _require(isinstance(generator, torch.Generator), "generator", "a torch.Generator", generator)
     out = torch.empty(shape, dtype=torch.float64, device=generator.device)
     if isinstance(generator, RunStreams) and len(shape) and shape[0] == len(generator.runs):
         for part, run in zip(out, generator.runs):
@@ -327,7 +331,7 @@ def etdrk4_weights(rates: Tensor, dt: float) -> ETDRK4Weights:
     return ETDRK4Weights(z.exp(), (z / 2).exp(), *(dt * values.real.mean(-1) for values in around))
 
 
-def etdrk4(nonlinear: Callable[[Tensor], Tensor], modes: Tensor, weights: ETDRK4Weights) -> Tensor:
+def etdrk4(nonlinear: Callable[[Complex], Complex], modes: Complex, weights: ETDRK4Weights) -> Complex:
     """One exponential Runge-Kutta step of order four for dv/dt = λv + N(v) (Cox and Matthews 2002, eqs. 26-29;
     Kassam and Trefethen 2005)."""
     w = weights
@@ -447,7 +451,7 @@ class KuramotoSivashinsky:
         return self._to_field(modes, basis)
 
     def reference(
-        self, state: Tensor, steps: int, rtol: float = 1.49e-8, atol: float = 1.49e-8
+        self, state: Tensor, steps: int, rtol: Annotated[float, Gt(0), Lt(math.inf)] = 1.49e-8, atol: Annotated[float, Gt(0), Lt(math.inf)] = 1.49e-8
     ) -> Tensor:
         """What `trajectory(self, state, steps)` should be, by the paper's solver: LSODA (scipy's `odeint`, with its
         default tolerances), one state after the other. Raises `RuntimeError` where LSODA gives up.
@@ -588,3 +592,6 @@ def lyapunov_exponents(
             stretch += r.diagonal(dim1=-2, dim2=-1).abs().log()
         states = model.step(states)
     return stretch / (steps * model.dt)
+
+# %% ../nbs/01_dynamics.ipynb #3ed28a9d
+guard(globals())

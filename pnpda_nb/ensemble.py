@@ -15,6 +15,7 @@ import torch
 from scipy.spatial import cKDTree
 from torch import Tensor
 
+from .checks import Gappy, Index, guard
 from .dynamics import standard_normal
 from .observing import Covariance, DiagonalCovariance, Observations, gaspari_cohn
 
@@ -42,7 +43,7 @@ def perturbed_observations(
 def inflate(
     analysis: Tensor,
     background: Tensor,
-    generator: torch.Generator,
+    generator: torch.Generator | None,
     inflation: float = 1.0,
     relaxation: float = 0.0,
     additive: float = 0.0,
@@ -92,7 +93,7 @@ class EnsembleFilter:
             name = type(self).__name__
             raise ValueError(f"members: {name} needs an ensemble of at least 2, got {background.shape[-2]}")
 
-    def inflated(self, analysis: Tensor, background: Tensor, generator: torch.Generator) -> Tensor:
+    def inflated(self, analysis: Tensor, background: Tensor, generator: torch.Generator | None) -> Tensor:
         """The `analysis` `(..., member, dim)`, widened as the settings say."""
         return inflate(
             analysis, background, generator, self.inflation, self.relaxation, self.additive
@@ -109,7 +110,7 @@ class EnKF(EnsembleFilter):
     """Stochastic ensemble Kalman filter with perturbed observations (Burgers et al. 1998)."""
 
     def update(
-        self, background: Tensor, observations: Observations, generator: torch.Generator
+        self, background: Tensor, observations: Observations, generator: torch.Generator | None
     ) -> Callable[[Tensor], Tensor]:
         """The map of ensembles `(..., member, dim)` that the observations ask for."""
         members = background.shape[-2]
@@ -121,14 +122,14 @@ class EnKF(EnsembleFilter):
         return lambda states: states + (anomalies(states).mT @ shown @ weights).mT
 
     def analyse(
-        self, background: Tensor, observations: Observations, *, forecast: Callable | None, generator: torch.Generator
+        self, background: Tensor, observations: Observations, *, forecast: Callable | None, generator: torch.Generator | None
     ) -> Tensor:
         self.require_ensemble(background)
         analysis = self.update(background, observations, generator)(background)
         return self.inflated(analysis, background, generator)
 
 # %% ../nbs/05_ensemble.ipynb #0e6e83d0
-def ensemble_weights(information: Tensor, pull: Tensor) -> tuple[Tensor, Tensor]:
+def ensemble_weights(information: Gappy, pull: Gappy) -> tuple[Gappy, Gappy]:
     """The weights of the mean `(..., member)` and the transform `(..., member, member)` of the ETKF, from
     C = `information` `(..., member, member)` and Y P⁻¹ (y − ȳ) = `pull` `(..., member)`.
 
@@ -166,7 +167,7 @@ class ETKF(EnKF):
     rotate: bool = False
 
     def update(
-        self, background: Tensor, observations: Observations, generator: torch.Generator
+        self, background: Tensor, observations: Observations, generator: torch.Generator | None
     ) -> Callable[[Tensor], Tensor]:
         seen = observations.operator(background)
         shown, centre = anomalies(seen), seen.mean(-2, keepdim=True)
@@ -188,7 +189,7 @@ Distance = Literal["ring", "line"] | Callable[[Tensor, Tensor], Tensor]
 @lru_cache(maxsize=8)
 def neighbours(
     dim: int, sites: tuple[int, ...], reach: float, distance: Distance = "ring"
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Index, Gappy]:
     """For every state variable the observations within `reach`: their numbers and distances, both
     `(dim, most)`, padded with number 0 at infinite distance.
 
@@ -240,7 +241,7 @@ class LETKF(EnsembleFilter):
             raise ValueError(f"half_width: expected a positive length, got {self.half_width}")
 
     def analyse(
-        self, background: Tensor, observations: Observations, *, forecast: Callable | None, generator: torch.Generator
+        self, background: Tensor, observations: Observations, *, forecast: Callable | None, generator: torch.Generator | None
     ) -> Tensor:
         *batch, members, dim = background.shape
         self.require_ensemble(background)
@@ -345,7 +346,7 @@ class LocalEnKF(EnKF):
             raise ValueError(f"half_width: expected a positive length, got {self.half_width}")
 
     def update(
-        self, background: Tensor, observations: Observations, generator: torch.Generator
+        self, background: Tensor, observations: Observations, generator: torch.Generator | None
     ) -> Callable[[Tensor], Tensor]:
         members, dim, sites = background.shape[-2], background.shape[-1], observations.operator.sites
         if sites is None:
@@ -381,7 +382,7 @@ class EnKS(EnsembleFilter):
             raise ValueError(f"kind: expected 'stochastic' or 'symmetric', got {self.kind!r}")
 
     def analyse(
-        self, background: Tensor, observations: Observations, *, forecast: Callable | None, generator: torch.Generator,
+        self, background: Tensor, observations: Observations, *, forecast: Callable | None, generator: torch.Generator | None,
         past: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         self.require_ensemble(background)
@@ -391,7 +392,7 @@ class EnKS(EnsembleFilter):
         return analysis if past is None else torch.cat((update(past), analysis.unsqueeze(0)))
 
 # %% ../nbs/05_ensemble.ipynb #29177d97
-def systematic_resampling(weights: Tensor, generator: torch.Generator) -> Tensor:
+def systematic_resampling(weights: Tensor, generator: torch.Generator) -> Index:
     """Indices `(..., member)` of the particles drawn, in ascending order, for `weights` `(..., member)` that
     add up to one; a particle of weight w is drawn N w times, rounded up or down.
     """
@@ -560,3 +561,6 @@ class EnRDA:
             return self.weight
         trace = covariance.matrix.trace()
         return (trace / (trace + background.var(1, unbiased=True).sum(-1)))[:, None, None]
+
+# %% ../nbs/05_ensemble.ipynb #7d01b7b0
+guard(globals())

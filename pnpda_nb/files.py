@@ -32,6 +32,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from .checks import Gappy, GappyArray, guard
 from .observing import DiagonalCovariance, Interpolate, Observations, Operator, Select
 
 # %% auto #0
@@ -377,7 +378,7 @@ class Layout:
         every = [f.title + (f"[{','.join(map(str, index))}]" if f.shape else "") for f in self.fields for index in np.ndindex(f.shape)]
         return tuple(every[i] for i in self.kept)
 
-    def split(self, states: Tensor | np.ndarray) -> dict[str, Tensor | np.ndarray]:
+    def split(self, states: Gappy | GappyArray) -> dict[str, Gappy | GappyArray]:
         """The fields `(..., *shape)` of states `(..., dim)`, tensors or arrays, by name; what is left out is nan."""
         if states.shape[-1] != self.dim:
             raise ValueError(f"states: expected size {self.dim}, got {states.shape[-1]}")
@@ -389,7 +390,7 @@ class Layout:
         ends = np.cumsum([f.size for f in self.fields]).tolist()
         return {f.name: states[..., end - f.size : end].reshape(*states.shape[:-1], *f.shape) for f, end in zip(self.fields, ends)}
 
-    def join(self, fields: Mapping[str, Tensor | np.ndarray]) -> Tensor | np.ndarray:
+    def join(self, fields: Mapping[str, Gappy | GappyArray]) -> Gappy | GappyArray:
         """States `(..., dim)` of `fields` `(..., *shape)`, tensors or arrays, by name. Raises `ValueError` for one that is missing."""
         lost = [f.name for f in self.fields if f.name not in fields]
         if lost:
@@ -401,7 +402,7 @@ class Layout:
         whole = torch.cat(parts, -1) if isinstance(parts[0], Tensor) else np.concatenate(parts, -1)
         return whole if self.left_out is None else whole[..., self.kept]
 
-    def dataset(self, states: Tensor | np.ndarray, **samples: Sequence) -> xr.Dataset:
+    def dataset(self, states: Gappy | GappyArray, **samples: Sequence) -> xr.Dataset:
         """States `(..., dim)` as a dataset of fields with units and coordinates; `samples` are the names and coordinates of the
         leading dimensions (by default one, `member`, without coordinates).
         """
@@ -1524,7 +1525,7 @@ class States:
     def __repr__(self) -> str:
         return f"States({self.values.shape[0]} × {self.values.shape[1]} of {self.layout})"
 
-    def dataset(self, values: Tensor, role: str = "analysis") -> xr.Dataset:
+    def dataset(self, values: Gappy, role: str = "analysis") -> xr.Dataset:
         """Other `values` of the same shape as a dataset that looks like the file: its variables, coordinates, units and
         types; the name of backgrounds in their names is replaced by `role`. Attributes are such as NetCDF can hold, and name
         no variable that is not there.
@@ -1788,8 +1789,8 @@ class Sightings:
     `refused`, being beyond anything that the archive held, are missing; each is a field, a station, and the value.
     """
 
-    values: np.ndarray
-    errors: np.ndarray
+    values: GappyArray
+    errors: GappyArray
     fields: tuple[str, ...]
     points: np.ndarray
     weights: np.ndarray
@@ -2075,3 +2076,6 @@ def _listed(data: xr.Dataset, states: States, where: str) -> list[tuple]:
         points, weights = locate(some, field, layout, where)
         parts.append((values[:, mine], errors[mine], (field.name,) * int(mine.sum()), points, weights, [one for one in refused if of[one[1]] is field]))
     return parts
+
+# %% ../nbs/06b_files.ipynb #7ec31f07
+guard(globals())

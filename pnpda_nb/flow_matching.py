@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import __version__
+from .checks import Gappy, Index, Positive, guard
 from pnpda_nb.disk import (
     BLANK,
     fitting_checkpoint,
@@ -176,7 +177,7 @@ class Coupling:
     partners; `gain` the relative fall of the mean squared path length.
     """
 
-    index: Tensor
+    index: Index
     repaired: float
     gain: float
 
@@ -496,18 +497,20 @@ class FlowPrior(PriorFile):
         self,
         network: VelocityMLP,
         location: Tensor,
-        scale: Tensor,
+        scale: Positive,
         architecture: dict,
         training: dict | None = None,
         *,
         factor: Tensor | None = None,
-        units: Tensor | None = None,
+        units: Positive | None = None,
         layout: dict | None = None,
         attached: dict[str, Tensor] | None = None,
     ):
         self.network, self.location, self.scale = network.eval().requires_grad_(False), location, scale
         self.architecture, self.training = architecture, training or {}
         self.dim, self.factor, self.units = len(location), factor, units
+        if not location.shape == scale.shape == (self.dim,):
+            raise ValueError(f"scale: expected one for each of the location's {self.dim} numbers, got shapes {tuple(location.shape)} and {tuple(scale.shape)}")
         if factor is not None and factor.shape not in ((self.dim,), (self.dim, self.dim)):
             raise ValueError(f"factor: expected a size of {self.dim}, got {tuple(factor.shape)}")
         if units is not None and (factor is None or units.shape != (self.dim,)):
@@ -704,7 +707,7 @@ PAPER_TRAINING = TrainingSettings(
 
 # %% ../nbs/07_flow_matching.ipynb #68202b45
 def flow_matching_loss(
-    network: nn.Module, source: Tensor, analysis: Tensor, background: Tensor, tau: Tensor
+    network: Callable[[Tensor, Tensor, Tensor], Tensor], source: Tensor, analysis: Tensor, background: Tensor, tau: Tensor
 ) -> Tensor:
     """Mean squared error of the velocity at x_τ = (1 − τ) z + τ x_a, eq. 11 of PnP-DA; all `(batch,
     dim)`, `tau` `(batch, 1)`.
@@ -1141,8 +1144,8 @@ class PairSource(Protocol):
 class TensorPairs:
     """The simplest `PairSource`: tensors `(sample, dim)`, which may be mapped from a file (`torch.from_file`)."""
 
-    background: Tensor
-    analysis: Tensor
+    background: Gappy  # not looked at here, since they may be more than fits into memory; training refuses what is not finite
+    analysis: Gappy
     identity: str
     block: int = 4096
     layout: dict | None = None
@@ -1330,3 +1333,6 @@ def _read(source: PairSource, first: int, last: int) -> tuple[Tensor, Tensor]:
         if not torch.isfinite(x).all():
             raise ValueError(f"source: expected finite pairs, got others among those from {first} to {last}")
     return pairs
+
+# %% ../nbs/07_flow_matching.ipynb #4f7138b7
+guard(globals())

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .aware import AnalysisPrior, Sightings, on_grid
+from .checks import guard
 from .ensemble import EnsembleFilter
 from .observing import Observations
 
@@ -63,3 +64,6 @@ class LearnedMean:
         if background.shape[-1] != self.prior.dim:
             raise ValueError(f"background: expected states of size {self.prior.dim} as the prior's, got {background.shape[-1]}")
         return self.lesson(background, observations, generator)[0]
+
+# %% ../nbs/08e_hybrid.ipynb #25f298fc
+guard(globals())

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
@@ -23,6 +24,7 @@ from numpy.linalg import LinAlgError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .checks import ALONE, Gappy, Mask, guard
 from .dynamics import standard_normal, stream
 from .disk import fitting_checkpoint, read_checkpoint, write_checkpoint
 from .flow_matching import PriorFile, network_from
@@ -69,7 +71,7 @@ class _BandedSolve(torch.autograd.Function):
         return torch.stack(bands).to(gradient.dtype), b.to(gradient.dtype)
 
 
-def banded_solve(bands: Tensor, right: Tensor) -> Tensor:
+def banded_solve(bands: Gappy, right: Gappy) -> Gappy:
     """A⁻¹ b `(..., d)` for `bands` of A `(b + 1, ..., d)` and a `right` side `(..., d)`, with the implicit gradient of @eq-implicit for both.
 
     Time O(d b²) and memory O(d b), in the forward and the backward pass. A matrix that is not positive definite gives nan.
@@ -82,24 +84,24 @@ def banded_solve(bands: Tensor, right: Tensor) -> Tensor:
 class BandedPrecision:
     """A precision given by `bands` `(b + 1, ..., d)`."""
 
-    bands: Tensor
+    bands: Gappy
 
     def given(self, information: Information) -> "BandedPrecision":
         """Λ + J, in double precision: the two may be of very different size."""
         return BandedPrecision(add_bands(self.bands, information.bands.double()) if not torch.is_grad_enabled() else add_bands(self.bands.double(), information.bands.double()))
 
-    def product(self, x: Tensor) -> Tensor:
+    def product(self, x: Gappy) -> Gappy:
         return band_product(self.bands, x)
 
-    def solve(self, right: Tensor) -> Tensor:
+    def solve(self, right: Gappy) -> Gappy:
         """Λ⁻¹ `right`, differentiable."""
         return banded_solve(self.bands, right)
 
-    def banded(self) -> Tensor:
+    def banded(self) -> Gappy:
         """The bands `(b + 1, ..., d)`."""
         return self.bands
 
-    def sample(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    def sample(self, shape: tuple[int, ...], generator: torch.Generator) -> Gappy:
         """A draw of N(0, Λ⁻¹) for each, `(*shape, d)`."""
         noise = standard_normal((*shape, self.bands.shape[-1]), generator)
         return BandedCholesky(self.bands.expand(-1, *noise.shape)).whiten(noise)
@@ -109,17 +111,17 @@ class BandedPrecision:
 class LowRankPrecision:
     """D + UUᵀ, with D given by bands `diagonal` `(k, ..., d)` and the `factor` U `(..., d, rank)`."""
 
-    diagonal: Tensor
-    factor: Tensor
+    diagonal: Gappy
+    factor: Gappy
 
     def given(self, information: Information) -> "LowRankPrecision":
         return LowRankPrecision(add_bands(self.diagonal.double(), information.bands.double()), self.factor.double())
 
-    def product(self, x: Tensor) -> Tensor:
+    def product(self, x: Gappy) -> Gappy:
         inner = (self.factor * x.unsqueeze(-1)).sum(-2, keepdim=True)
         return band_product(self.diagonal, x) + (self.factor * inner).sum(-1)
 
-    def solve(self, right: Tensor) -> Tensor:
+    def solve(self, right: Gappy) -> Gappy:
         """By Woodbury's identity: D is solved for, and a small system of the rank's size."""
         U = self.factor.to(right).expand(*right.shape, -1)
         sides = torch.cat((right.unsqueeze(-1), U), -1).movedim(-1, 0)
@@ -132,10 +134,10 @@ class LowRankPrecision:
     def matrix(self) -> Tensor:
         return band_dense(self.diagonal) + self.factor @ self.factor.mT
 
-    def banded(self) -> Tensor:
+    def banded(self) -> Gappy:
         return dense_band(self.matrix(), self.factor.shape[-2] - 1)
 
-    def sample(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    def sample(self, shape: tuple[int, ...], generator: torch.Generator) -> Gappy:
         return DensePrecision(self.matrix()).sample(shape, generator)
 
 
@@ -143,23 +145,23 @@ class LowRankPrecision:
 class DensePrecision:
     """Any positive definite `matrix` `(..., d, d)`."""
 
-    matrix: Tensor
+    matrix: Gappy
 
     def given(self, information: Information) -> "DensePrecision":
         return DensePrecision(self.matrix.double() + band_dense(information.bands.double()))
 
-    def product(self, x: Tensor) -> Tensor:
+    def product(self, x: Gappy) -> Gappy:
         return (self.matrix @ x.to(self.matrix).unsqueeze(-1)).squeeze(-1)
 
-    def solve(self, right: Tensor) -> Tensor:
+    def solve(self, right: Gappy) -> Gappy:
         factor, failed = torch.linalg.cholesky_ex(self.matrix.double())
         solved = torch.cholesky_solve(right.double().unsqueeze(-1), factor).squeeze(-1)
         return solved.masked_fill((failed != 0).unsqueeze(-1), torch.nan).to(right)
 
-    def banded(self) -> Tensor:
+    def banded(self) -> Gappy:
         return dense_band(self.matrix, self.matrix.shape[-1] - 1)
 
-    def sample(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    def sample(self, shape: tuple[int, ...], generator: torch.Generator) -> Gappy:
         noise = standard_normal((*shape, self.matrix.shape[-1], 1), generator)
         factor, failed = torch.linalg.cholesky_ex(self.matrix.detach().double())
         drawn = torch.linalg.solve_triangular(factor.mT, noise, upper=True).squeeze(-1)
@@ -169,7 +171,7 @@ class DensePrecision:
 Precision = BandedPrecision | LowRankPrecision | DensePrecision
 
 
-def most_probable(mean: Tensor, precision: Precision, information: Information) -> tuple[Tensor, Precision]:
+def most_probable(mean: Gappy, precision: Precision, information: Information) -> tuple[Gappy, Precision]:
     """The MAP estimate x̂ `(..., d)` of @eq-map from the prior of `mean` `(..., d)` and `precision`, and the precision of what is then
     known.
     """
@@ -254,7 +256,7 @@ class IncrementalPrior(PriorFile):
     @classmethod
     def make(
         cls, climate: Climate, *, levels: int = 3, network: str = "dense", precision: str = "banded", half_band: int = 0, rank: int = 5,
-        shared: bool = False, update: str = "estimate", floor: float = 0.05, seed: int = 0, **size,
+        shared: bool = False, update: str = "estimate", floor: float = 0.05, seed: int = 0, **size: Any,
     ) -> "IncrementalPrior":  # fmt: skip
         """An untrained prior: a "dense" network over the whole window, a "convolution" along time, which serves every length, or a
         "constant" one; `size` goes to it. The precision is "banded" with `half_band` (default 2n − 1), "low_rank" with `rank`, or "dense", and never below
@@ -323,14 +325,14 @@ class IncrementalPrior(PriorFile):
             yield x, found, posterior
             x = found if self.update == "estimate" else x + (found - first) / self.levels
 
-    def laws(self, information: Information | Callable[[Tensor], Information]) -> list[GaussianWindow]:
+    def laws(self, information: Information | Callable[[Tensor], Information]) -> Annotated[list[GaussianWindow], ALONE]:
         """The law of windows after each level, coarse to fine, given `information` about them; for nonlinear observations, a function
         that linearises them around windows `(..., T, n)` (at first around the climate's mean `(T, n)`), which is asked anew at each level. With `update="average"` the
         mean is the average, the precision that of the level's own estimate.
         """
         return [_in_units(self.climate, x, posterior.banded()) for x, posterior in self._descend(information, all_laws=True)]
 
-    def analyse(self, information: Information | Callable[[Tensor], Information]) -> GaussianWindow:
+    def analyse(self, information: Information | Callable[[Tensor], Information]) -> Annotated[GaussianWindow, ALONE]:
         """The law of windows, given `information` about them: that of the last level."""
         x, posterior = self._descend(information)[-1]
         return _in_units(self.climate, x, posterior.banded())
@@ -368,7 +370,7 @@ class IncrementalPrior(PriorFile):
             return most_probable(mean, precision, known)
         return mean + factor.solve(pull), precision
 
-    def deviation(self, law: GaussianWindow) -> Tensor:
+    def deviation(self, law: GaussianWindow) -> Gappy:
         """The standard deviations `(..., T, n)` of a law, calibrated if the prior is."""
         return law.deviation if self.calibration is None else self.climate.scale * self.calibration(law.deviation / self.climate.scale)
 
@@ -495,7 +497,7 @@ class RandomSets:
             out[i, points] = True
         return out.unflatten(-1, (self.steps, self.dim))
 
-    def holding_out(self, present: Tensor) -> "RandomSets":
+    def holding_out(self, present: Mask) -> "RandomSets":
         """The same, without the sets `present` `(sets, steps, dim)`."""
         sets = {tuple(one.flatten().nonzero()[:, 0].tolist()) for one in present}
         return dataclasses.replace(self, held_out=tuple(sorted({*self.held_out, *sets})))
@@ -557,7 +559,7 @@ class IncrementalSettings:
 
 
 def observe_windows(
-    z: Tensor, present: Tensor, deviation: float, generator: torch.Generator, background: Tensor | float = 0.0, deviations: tuple[float, float] = (0.01, 1.0)
+    z: Tensor, present: Mask, deviation: float, generator: torch.Generator, background: Tensor | float = 0.0, deviations: tuple[float, float] = (0.01, 1.0)
 ) -> Information:  # fmt: skip
     """Information about standardised windows `z` `(P, W, T, n)`, seen where `present` `(P, T, n)` with errors of standard `deviation`; each process has,
     with a chance of `background`, also a background of the first state, of a standard deviation drawn between `deviations`.
@@ -579,7 +581,7 @@ def observe_windows(
     return Information(weight.reshape(1, len(z), 1, d), vector)
 
 
-def incremental_loss(prior: IncrementalPrior, z: Tensor, information: Information, settings: IncrementalSettings, generator) -> Tensor:
+def incremental_loss(prior: IncrementalPrior, z: Tensor, information: Information, settings: IncrementalSettings, generator: torch.Generator) -> Tensor:
     """The loss of standardised windows `z` `(P, W, T, n)` with `information` about them, as `settings` say."""
     first, levels = prior.climate.interpolate(information).to(z), prior.levels
     if settings.mode == "rollout":
@@ -786,7 +788,7 @@ class NeuralIncremental:
         if not 0 < self.scale < float("inf"):
             raise ValueError(f"scale: expected a positive factor, got {self.scale}")
 
-    def analyse(self, background: Tensor, observations: Sequence[Observations], *, forecast, generator) -> Tensor:
+    def analyse(self, background: Tensor, observations: Sequence[Observations], *, forecast: Callable | None, generator: torch.Generator | None) -> Tensor:
         steps = self.prior.steps
         if background.shape[-1] != self.prior.dim:
             raise ValueError(f"prior: expected states of size {background.shape[-1]}, got a prior for {self.prior.dim}")
@@ -797,3 +799,6 @@ class NeuralIncremental:
             known = known(self.prior.climate.mean)
         mean = self.prior.analyse(known).mean
         return mean.movedim(-2, 0)[: len(observations) + 1].contiguous()
+
+# %% ../nbs/09_incremental.ipynb #fe06a33a
+guard(globals())

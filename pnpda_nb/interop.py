@@ -29,6 +29,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from .checks import guard
 from .dynamics import AdditiveModelError, FunctionModel, Model, RunStreams, rk4, standard_normal, stream
 from .files import Field, Layout
 from .observing import Covariance, DiagonalCovariance, Linear, ObservingNetwork, Operator, Select
@@ -197,7 +198,7 @@ class ProgramModel:
     Values that are not finite are returned, and `cycle` sets the run aside; with `on_nonfinite="raise"`, they raise, too.
     """
 
-    command: str | Sequence[str]
+    command: str | Sequence[str | os.PathLike]
     dim: int
     dt: float = 1.0
     names: tuple[str, ...] = ()
@@ -686,3 +687,6 @@ def _assimilate(xp, hmm, yy) -> None:
 
 def _refuse(error: ValueError, state: Tensor) -> Tensor:
     raise error
+
+# %% ../nbs/15_interop.ipynb #d606323e
+guard(globals())

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from .checks import guard
 from .dynamics import stream
 from .flow_matching import FourierEmbedding
 
@@ -178,3 +179,6 @@ class PyramidNetwork(FieldNetwork):
         for parts, up, fine in zip(reversed(self.after), reversed(self.up), reversed(seen)):
             h = block(fine + up(h).repeat_interleave(2, -1), parts)
         return self.last(nn.functional.silu(h))[..., :dim].reshape(*batch, self.outputs, dim)
+
+# %% ../nbs/07b_networks.ipynb #157a4651
+guard(globals())

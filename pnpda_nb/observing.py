@@ -12,6 +12,7 @@ from typing import Callable, Protocol, Sequence, runtime_checkable
 import torch
 from torch import Tensor
 
+from .checks import Converted, Gappy, Index, Mask, guard
 from .dynamics import standard_normal
 
 # %% auto #0
@@ -121,7 +122,7 @@ class Interpolate:
     `weights[i, k]` · state[`indices[i, k]`], both `(size, k)`.
     """
 
-    indices: Tensor
+    indices: Index
     weights: Tensor
     dim: int
     linear = True
@@ -252,7 +253,7 @@ class Covariance:
         """The squared Mahalanobis norm of `vectors` `(..., size)`: shape `(...)`."""
         return (vectors * self.solve(vectors)).sum(-1)
 
-    def without(self, missing: Tensor) -> "Covariance":
+    def without(self, missing: Mask) -> "Covariance":
         """This covariance where `missing` `(..., size)` components are cut off from all others, with
         variance 1 in their place: a batch of matrices `(..., size, size)`.
         """
@@ -318,7 +319,7 @@ class DiagonalCovariance(Covariance):
     def solve(self, vectors: Tensor) -> Tensor:
         return vectors / _beside(self._variances, vectors.ndim - 1)
 
-    def without(self, missing: Tensor) -> "DiagonalCovariance":
+    def without(self, missing: Mask) -> "DiagonalCovariance":
         cut = DiagonalCovariance._unchecked(torch.where(missing, 1.0, self._variances))
         cut.__dict__["largest_precision"] = self.largest_precision
         return cut
@@ -340,7 +341,7 @@ class Present:
     """An `operator` that shows zero for every observation that is not `present` `(..., size)`."""
 
     operator: Operator
-    present: Tensor
+    present: Mask
 
     @property
     def size(self) -> int:
@@ -374,11 +375,11 @@ class Observations:
     infinite values and for sizes that do not agree.
     """
 
-    values: Tensor
+    values: Converted
     operator: Operator
     covariance: Covariance
 
-    missing: Tensor | None = field(default=None, init=False)
+    missing: Mask | None = field(default=None, init=False)
 
     def __post_init__(self):
         if self.values.shape[-1] != self.operator.size:
@@ -434,7 +435,7 @@ class ObservingNetwork:
         if not 0 <= self.missing <= 1:
             raise ValueError(f"missing: expected a fraction from 0 to 1, got {self.missing}")
 
-    def errors(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    def errors(self, shape: tuple[int, ...], generator: torch.Generator) -> Gappy:
         """Observation errors `(*shape, size)`, nan where a value is missing."""
         errors = self.covariance.draw(shape, generator)
         if self.missing:
@@ -447,12 +448,12 @@ class ObservingNetwork:
         errors = self.errors(state.shape[:-1], generator).to(state.device)
         return self.report(self.operator(state) + errors)
 
-    def report(self, values: Tensor) -> Observations:
+    def report(self, values: Converted) -> Observations:
         """Given `values` `(..., size)` as this network's observations."""
         return Observations(values, self.operator, self.covariance)
 
 # %% ../nbs/02_observing.ipynb #cdda6a74
-def gaspari_cohn(distance: Tensor, half_width: float) -> Tensor:
+def gaspari_cohn(distance: Gappy | float, half_width: float) -> Tensor:
     """Correlation at `distance` (same units as `half_width`), zero from twice the half-width on.
 
     Gaspari and Cohn (1999), eq. 4.10. Raises `ValueError` for a half-width that is not positive.
@@ -472,3 +473,6 @@ def gaspari_cohn_matrix(dim: int, half_width: float, periodic: bool = False) -> 
     index = torch.arange(dim, dtype=torch.float64)
     distance = (index[:, None] - index[None, :]).abs()
     return gaspari_cohn(torch.minimum(distance, dim - distance) if periodic else distance, half_width)
+
+# %% ../nbs/02_observing.ipynb #ae6d9c87
+guard(globals())

@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .aware import AmortisedAnalysis, AnalysisPrior, Residual, Sightings, on_grid
+from .checks import GappyFloat, Index, Mask, guard
 from .disk import fitting_checkpoint, read_checkpoint, write_checkpoint
 from .dynamics import standard_normal, stream
 from .observing import Observations, ObservingNetwork, Select
@@ -85,11 +86,11 @@ class TruthRecord:
         longer = replace(experiment, cycles=cycles)
         self.targets = torch.stack([truth[-1] for truth, _ in watch_nature(longer, runs, seed, "archive")])
 
-    def networks_of(self, runs: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor] | None:
+    def networks_of(self, runs: Index, generator: torch.Generator) -> tuple[Mask, Tensor] | None:
         """The network of every trajectory that begins in one of `runs`, or None if there is only one."""
         return self.networks.draw(len(runs), generator) if self.networks else None
 
-    def observe(self, times: Tensor, runs: Tensor, networks: tuple[Tensor, Tensor] | None, generator: torch.Generator) -> Observations | Sightings:
+    def observe(self, times: Index, runs: Index, networks: tuple[Mask, Tensor] | None, generator: torch.Generator) -> Observations | Sightings:
         """What is seen of the targets at `times` of `runs`, drawn anew at each call."""
         truth = self.targets[times, runs]
         if networks is None:
@@ -98,12 +99,12 @@ class TruthRecord:
         value = (truth + error * standard_normal(tuple(truth.shape), generator)).where(mask, 0.0)
         return Sightings(*(x.unsqueeze(-2) for x in (value, mask, error)))
 
-    def begin(self, times: Tensor, runs: Tensor, generator: torch.Generator) -> Tensor:
+    def begin(self, times: Index, runs: Index, generator: torch.Generator) -> Tensor:
         """States from which a trajectory may begin at `times` of `runs`: `(trajectory, dim)`."""
         truth = self.targets[times, runs]
         return truth + self.experiment.background_variance**0.5 * standard_normal(tuple(truth.shape), generator)
 
-    def miss(self, times: Tensor, runs: Tensor, state: Tensor) -> Tensor:
+    def miss(self, times: Index, runs: Index, state: Tensor) -> Tensor:
         """How far a forecast `state` turned out to be off, `(trajectory, dim)`."""
         return self.targets[times, runs] - state
 
@@ -138,18 +139,18 @@ class ObservedRecord:
             torch.tensor(dataset[name].values.astype("float64")) for name in ("target", "analysis", "observations")
         )
 
-    def networks_of(self, runs: Tensor, generator: torch.Generator) -> None:
+    def networks_of(self, runs: Index, generator: torch.Generator) -> None:
         return None
 
-    def observe(self, times: Tensor, runs: Tensor, networks: tuple[Tensor, Tensor] | None, generator: torch.Generator) -> Observations:
+    def observe(self, times: Index, runs: Index, networks: tuple[Mask, Tensor] | None, generator: torch.Generator) -> Observations:
         """What was seen at `times` of `runs`."""
         return self.experiment.network.report(self.values[times, runs])
 
-    def begin(self, times: Tensor, runs: Tensor, generator: torch.Generator) -> Tensor:
+    def begin(self, times: Index, runs: Index, generator: torch.Generator) -> Tensor:
         """The analyses at `times` of `runs`."""
         return self.analyses[times, runs]
 
-    def miss(self, times: Tensor, runs: Tensor, state: Tensor) -> Tensor:
+    def miss(self, times: Index, runs: Index, state: Tensor) -> Tensor:
         """What was seen minus what the forecast `state` would have shown, where there was something to see; 0 elsewhere."""
         seen = on_grid(self.observe(times, runs, None, None), state.shape[-1])[:, 0]
         return (seen.value - state).where(seen.mask, 0.0)
@@ -165,31 +166,31 @@ class Records:
         self.targets = torch.cat([r.targets for r in records], 1)
         self.first = np.cumsum([0, *(r.targets.shape[1] for r in records)]).tolist()
 
-    def networks_of(self, runs: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def networks_of(self, runs: Index, generator: torch.Generator) -> tuple[Mask, Tensor]:
         blank = torch.zeros(len(runs), self.targets.shape[-1])
         return blank.bool(), blank.double()
 
-    def _each(self, times: Tensor, runs: Tensor):
+    def _each(self, times: Index, runs: Index):
         for record, first, end in zip(self.records, self.first, self.first[1:]):
             here = ((runs >= first) & (runs < end)).nonzero()[:, 0]
             if len(here):
                 yield record, here, times[here], runs[here] - first
 
-    def _gather(self, times: Tensor, runs: Tensor, of: Callable) -> Tensor:
+    def _gather(self, times: Index, runs: Index, of: Callable) -> Tensor:
         parts = [(here, of(record, t, r, here)) for record, here, t, r in self._each(times, runs)]
         out = torch.cat([part for _, part in parts])
         return out[torch.cat([here for here, _ in parts]).argsort()]
 
-    def observe(self, times: Tensor, runs: Tensor, networks: tuple[Tensor, Tensor] | None, generator: torch.Generator) -> Sightings:
+    def observe(self, times: Index, runs: Index, networks: tuple[Mask, Tensor] | None, generator: torch.Generator) -> Sightings:
         dim = self.targets.shape[-1]
         shown = [(here, on_grid(record.observe(t, r, None, generator), dim)) for record, here, t, r in self._each(times, runs)]
         order = torch.cat([here for here, _ in shown]).argsort()
         return Sightings(*(torch.cat([getattr(s, name) for _, s in shown])[order] for name in ("value", "mask", "error")))
 
-    def begin(self, times: Tensor, runs: Tensor, generator: torch.Generator) -> Tensor:
+    def begin(self, times: Index, runs: Index, generator: torch.Generator) -> Tensor:
         return self._gather(times, runs, lambda record, t, r, here: record.begin(t, r, generator))
 
-    def miss(self, times: Tensor, runs: Tensor, state: Tensor) -> Tensor:
+    def miss(self, times: Index, runs: Index, state: Tensor) -> Tensor:
         return self._gather(times, runs, lambda record, t, r, here: record.miss(t, r, state[here]))
 
 # %% ../nbs/08c_on_policy.ipynb #603e3bb3
@@ -498,7 +499,7 @@ def _trainable(prior: AnalysisPrior, gradient: bool = True) -> AnalysisPrior:
     return AnalysisPrior(network, prior.location, prior.scale, prior.increment, prior.architecture, prior.training)
 
 # %% ../nbs/08c_on_policy.ipynb #b5c3d23f
-def innovation_rms(result: xr.Dataset, sites: Sequence[int]) -> float:
+def innovation_rms(result: xr.Dataset, sites: Sequence[int]) -> GappyFloat:
     """Root mean square of what was seen at `sites` minus the backgrounds of a cycle there: a score that needs no truth. Infinite if a
     run failed.
     """
@@ -590,3 +591,6 @@ def _fingerprint(prior: AnalysisPrior, record, method: Method, settings: OnPolic
     for x in (record.targets, prior.location, prior.scale, prior.increment, *prior.network.state_dict().values()):
         digest.update(x.detach().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+# %% ../nbs/08c_on_policy.ipynb #947f0c6c
+guard(globals())

@@ -32,6 +32,7 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .checks import guard
 from .dynamics import RunStreams, stream
 from .files import Axis, Field, Layout, Sightings, States, layout_from_record
 from .flow_matching import FlowPrior, PairSource, TensorPairs, TrainingSettings, _read, _RunningSample, _Sample, _size, train_from
@@ -944,3 +945,6 @@ def _ticks(axis: Axis | None, size: int) -> np.ndarray:
         places = np.unwrap(places, period=axis.period)
     steps = np.diff(places)
     return places if np.isfinite(places).all() and ((steps > 0).all() or (steps < 0).all()) else np.arange(float(size))
+
+# %% ../nbs/15b_operations.ipynb #fa955fec
+guard(globals())

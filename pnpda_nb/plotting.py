@@ -17,8 +17,12 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from PIL import Image, features
+
+from .checks import GappyArray, guard
 
 # %% auto #0
 __all__ = ['COLOURS', 'LINES', 'LABELS', 'line_style', 'book_style', 'mean_and_band', 'explore']
@@ -158,7 +162,7 @@ def book_style() -> None:
     )
 
 # %% ../nbs/90_plotting.ipynb #1bb7c37f
-def mean_and_band(ax, x: np.ndarray, runs: np.ndarray, standard_error: bool = False, **style):
+def mean_and_band(ax: Axes, x: GappyArray | Sequence, runs: GappyArray | Sequence, standard_error: bool = False, **style: Any) -> Line2D:
     """Draw the mean over the first axis of `runs` `(runs, len(x))` and a band of ± one standard
     deviation between runs, or ± one standard error of the mean.
 
@@ -361,3 +365,6 @@ def _live(
         display(HTML(f'<img src="{address}" alt="{escape(describe(chosen))}" style="max-width:100%">'))
 
     return VBox([*sliders.values(), interactive_output(show, sliders)])
+
+# %% ../nbs/90_plotting.ipynb #19d0408a
+guard(globals())

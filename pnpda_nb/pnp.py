@@ -18,6 +18,7 @@ from scipy.sparse import csr_array
 from scoringrules import crps_ensemble
 from torch import Tensor
 
+from .checks import Gappy, guard
 from .ensemble import Distance, anomalies, tapers
 from .flow_matching import Denoiser, FlowPrior, GaussianPrior, Prior
 from .observing import Covariance, DiagonalCovariance, Interpolate, Observations, Present, Select
@@ -134,7 +135,7 @@ class Residuals(Protocol):
 class _PlugAndPlay:
     """The loop that Algorithms 1 and 2 share, around the `misfit` of a subclass."""
 
-    prior: Prior
+    prior: Prior | None
     iterations: int = 100
     alpha: float = 0.5
     step_rule: str = "lipschitz"
@@ -152,7 +153,7 @@ class _PlugAndPlay:
                 f"step_rule: expected 'paper', 'scaled' or 'lipschitz', got {self.step_rule!r}"
             )
 
-    def misfit(self, background: Tensor, observations, forecast=None) -> Misfit:
+    def misfit(self, background: Tensor, observations: Observations | Sequence[Observations], forecast: Callable | None = None) -> Misfit:
         """What the iteration steps down, for a background as in `analyse`."""
         if background.shape[-1] != self.prior.dim:
             raise ValueError(
@@ -182,7 +183,7 @@ class _PlugAndPlay:
             yield from (drawn * fading).movedim(0, 2)
 
     def iterates(
-        self, background: Tensor, observations, generator: torch.Generator, forecast=None
+        self, background: Tensor, observations: Observations | Sequence[Observations], generator: torch.Generator, forecast: Callable | None = None
     ) -> Iterator[Tensor]:
         """The states x⁽¹⁾, x⁽²⁾, … of one answer, each of the background's shape `(..., member, dim)` and each as the denoiser
         left it.
@@ -190,7 +191,7 @@ class _PlugAndPlay:
         misfit, prior = self.misfit(background, observations, forecast), self.prior_for(observations)
         return self._iterates(misfit, prior, prior(misfit.background), misfit.step_size(self.step_rule), generator)
 
-    def prior_for(self, observations) -> Prior:
+    def prior_for(self, observations: Observations | Sequence[Observations]) -> Prior:
         """The prior that the loop uses when these are the observations."""
         return self.prior
 
@@ -212,7 +213,7 @@ class _PlugAndPlay:
         return x
 
     def analyse(
-        self, background: Tensor, observations, *, forecast: Callable | None, generator: torch.Generator
+        self, background: Tensor, observations: Observations | Sequence[Observations], *, forecast: Callable | None, generator: torch.Generator
     ) -> Tensor:
         answers = background if self.ensemble == 1 else background.repeat_interleave(self.ensemble, -2)
         misfit = self.misfit(answers, observations, forecast)
@@ -288,7 +289,7 @@ class PnPDA(_PlugAndPlay):
 
 # %% ../nbs/08_pnp.ipynb #d2e014f1
 def convergence(
-    method, background: Tensor, observations, *, generator: torch.Generator, forecast=None
+    method: _PlugAndPlay, background: Tensor, observations: Observations | Sequence[Observations], *, generator: torch.Generator, forecast: Callable | None = None
 ) -> xr.Dataset:
     """What each iteration of a `PnPDA` or `PnPDA4D` does, for one answer, with arguments as in `analyse`: dimensions
     iteration, then those of the background but its last (run, member). Raises what `analyse` raises.
@@ -312,6 +313,8 @@ def convergence(
     batch = background.ndim - 1
     dims = ("iteration", *[f"batch{i}" for i in range(batch - 2)], *("run", "member")[2 - min(batch, 2) :])
     values = [torch.stack(column).numpy() for column in zip(*rows)]
+    if lost := [n for n, row in enumerate(zip(*values), start=1) if not np.isfinite(row).all()]:
+        raise ValueError(f"{type(method).__name__}: expected finite iterates, got some that are not, from iteration {lost[0]} on")
     return xr.Dataset(
         {name: (dims, column) for name, column in zip(("misfit", "change", "residual"), values)},
         coords={"iteration": np.arange(1, method.iterations + 1), "tau": ("iteration", taus)},
@@ -319,7 +322,7 @@ def convergence(
 
 # %% ../nbs/08_pnp.ipynb #6af8e6ea
 def analysis_ensemble(
-    method, background: Tensor, observations, *, size: int, generator: torch.Generator, forecast=None
+    method: _PlugAndPlay, background: Tensor, observations: Observations | Sequence[Observations], *, size: int, generator: torch.Generator, forecast: Callable | None = None
 ) -> Tensor:
     """`size` answers of a `PnPDA` to one `background` `(..., 1, dim)`, which differ by their noise alone: `(..., size,
     dim)`; of a `PnPDA4D`, at all times, `(window + 1, ..., size, dim)`. Raises `ValueError` for more than one background
@@ -390,7 +393,7 @@ class DenseError:
 
     matrix: Tensor
 
-    def update(self, x: Tensor, observations: Observations) -> Tensor:
+    def update(self, x: Gappy, observations: Observations) -> Gappy:
         B, (index, present) = self.matrix.to(x), _selection(x, observations)
         if index is None:
             H = _linearised(x, observations)
@@ -413,7 +416,7 @@ class FactoredError:
     factor: Tensor | None = None
     diagonal: Tensor | float = 0.0
 
-    def update(self, x: Tensor, observations: Observations) -> Tensor:
+    def update(self, x: Gappy, observations: Observations) -> Gappy:
         L = x.new_zeros(x.shape[-1], 0) if self.factor is None else self.factor.to(x)
         d = torch.as_tensor(self.diagonal).to(x) + x.new_zeros(x.shape[-1])
         if not selects_alone(observations):
@@ -608,7 +611,7 @@ class WindowMisfit(Misfit):
     """
 
     def __init__(
-        self, background: Tensor, observations: Sequence[Observations], forecast, model_error: Covariance | None = None
+        self, background: Tensor, observations: Sequence[Observations], forecast: Callable, model_error: Covariance | None = None
     ):
         super().__init__(background, list(observations))  # which is no quadratic, and nothing is expanded
         self.forecast, self.model_error = forecast, model_error
@@ -756,7 +759,7 @@ class PnPDA4D(_PlugAndPlay):
         if not 0 <= self.join < 1:
             raise ValueError(f"join: expected a pseudo-time from 0 to less than 1, got {self.join}")
 
-    def misfit(self, background: Tensor, observations: Sequence[Observations], forecast=None) -> WindowMisfit:
+    def misfit(self, background: Tensor, observations: Sequence[Observations], forecast: Callable | None = None) -> WindowMisfit:
         super().misfit(background, observations)
         if forecast is None:
             raise ValueError("forecast: expected a forecast model to move through the window with, got None")
@@ -779,3 +782,6 @@ class PnPDA4D(_PlugAndPlay):
     def states(self, x: Tensor, misfit: WindowMisfit, background: Tensor) -> Tensor:
         states = (misfit.linearised_at(x) if self.relinearise else misfit).states(x)
         return torch.cat((background[None], states))
+
+# %% ../nbs/08_pnp.ipynb #2e2be9f5
+guard(globals())

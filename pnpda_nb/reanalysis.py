@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import xarray as xr
 
+from .checks import guard
 from .disk import require_whole_hdf5, write_netcdf
 from .twin import Method, TwinExperiment, cycle
 
@@ -146,3 +147,6 @@ def pairs_of(archive: xr.Dataset) -> tuple[torch.Tensor, torch.Tensor]:
     check_archive(archive)
     background, analysis = (archive[name].values.astype("float64") for name in ("background", "analysis"))
     return torch.tensor(background), torch.tensor(analysis)
+
+# %% ../nbs/06_reanalysis.ipynb #e64b4aa7
+guard(globals())

@@ -21,6 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from .checks import guard
 from .disk import read_checkpoint
 from .ensemble import EnKF
 from .flow_matching import PAPER_TRAINING, FlowPrior, TrainingSettings, train_prior
@@ -416,3 +417,6 @@ def table_along(
     table.index = [LABELS.get(method, method.replace("_", " ")) for method in table.index]
     table.columns = [f"{axis} {c:g}" if isinstance(c, (int, float)) else f"{axis} {c}" for c in table.columns]
     return table.fillna("–")
+
+# %% ../nbs/96_studies.ipynb #7eb6b8a8
+guard(globals())

@@ -33,6 +33,7 @@ import xarray as xr
 from tqdm.auto import tqdm
 
 from .aware import AnalysisPrior
+from .checks import guard
 from .disk import netcdf_bytes, netcdf_from, record_bytes, record_from, writable, write_whole
 from .flow_matching import FlowPrior
 from .incremental import IncrementalPrior
@@ -462,3 +463,6 @@ def parse_as(name: str, text: str, like: Any) -> Any:
         return text
     except (ValueError, KeyError):
         raise ValueError(f"set: expected {name} to be like {like!r}, got {text!r}") from None
+
+# %% ../nbs/91_sweep.ipynb #2fc52435
+guard(globals())

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .aware import AmortisedAnalysis, BlindPrior
+from .checks import guard
 from pnpda_nb.dynamics import (
     AdditiveModelError,
     DoubleWell,
@@ -350,7 +351,7 @@ METHODS: dict[str, Callable[..., Method]] = {
 LEARNED = ("amortised", "learned_mean")  # of METHODS, those that need a prior
 
 
-def method_by_name(name: str, experiment: TwinExperiment, **settings: Any) -> Method:
+def method_by_name(name: str, experiment: TwinExperiment | None, **settings: Any) -> Method:
     """The method called `name` with these `settings`, ready for `experiment`.
 
     The variational methods take B as `scale` times the experiment's climatological covariance, or with
@@ -424,3 +425,6 @@ def published_scores(runs: int = 20, seed: int = 0, quick: bool = False, progres
         rows.append((row.source, row.testbed, row.method, settings, row.members, row.score, ours, error, some, cycles))
     columns = "source testbed method settings members published ours error runs cycles".split()
     return pd.DataFrame(rows, columns=columns)
+
+# %% ../nbs/94_testbeds.ipynb #7ab56627
+guard(globals())

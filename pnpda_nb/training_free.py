@@ -14,6 +14,7 @@ from typing import Callable, Literal
 import torch
 from torch import Tensor
 
+from .checks import guard
 from .dynamics import standard_normal
 from .ensemble import EnsembleFilter
 from .observing import Observations
@@ -191,3 +192,6 @@ class EnFF(_Generative):
         sigma = 1 - (1 - self.bandwidth) * tau
         variance = (1 - tau) ** 2 / (sigma**2 + tau**2)
         return self.strength * step / (1 - tau) * towards_observations(end, observations, spread, variance)
+
+# %% ../nbs/05b_training_free.ipynb #b3026b53
+guard(globals())

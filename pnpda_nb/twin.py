@@ -24,6 +24,7 @@ from scoringrules import crps_ensemble
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .checks import Gappy, GappyArray, GappyFloat, guard
 from pnpda_nb.dynamics import (
     AdditiveModelError,
     Model,
@@ -164,7 +165,7 @@ def forget_nature_runs() -> None:
 
 def observation_errors(
     experiment: TwinExperiment, runs: int, seed: int, split: str = "test"
-) -> Iterator[Tensor]:
+) -> Iterator[Gappy]:
     """The errors `(run, size)` of every observation time, drawn in blocks, so that a long experiment
     does not need them all at once; nan where a value is missing.
     """
@@ -885,7 +886,7 @@ def stack_methods(results: Mapping[str, xr.Dataset]) -> xr.Dataset:
     )
 
 # %% ../nbs/03_twin.ipynb #941e54e6
-def time_mean(series: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def time_mean(series: GappyArray | Sequence) -> tuple[GappyArray, GappyArray]:
     """Mean of a correlated `series` `(..., time)` over time, and the standard error of that mean.
 
     The autocorrelation is summed over its initial positive monotone sequence (Geyer 1992); a single time
@@ -908,7 +909,7 @@ def time_mean(series: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mean, np.sqrt(variance * np.maximum(tau, 1 / n) / n)
 
 # %% ../nbs/03_twin.ipynb #cc57a926
-def mean_and_error(result: xr.Dataset, metric: str = "analysis_rmse") -> tuple[float, float]:
+def mean_and_error(result: xr.Dataset, metric: str = "analysis_rmse") -> tuple[GappyFloat, GappyFloat]:
     """A score of a cycle with its standard error, over the runs that did not fail.
 
     From the spread between runs if ten or more are left, or if the result is a `summary`; if there are fewer, from the autocorrelation
@@ -1033,3 +1034,6 @@ def tune(
         raise ValueError(f"tune: every run of every setting in {dict(grid)} became non-finite")
     best = table.sort_values(["failed", "mean"], kind="stable").index[0]
     return Tuned(make(**settings[best]), settings[best], table)
+
+# %% ../nbs/03_twin.ipynb #511fd8a0
+guard(globals())

@@ -11,6 +11,7 @@ from typing import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .checks import Gappy, guard
 from .observing import Covariance, Observations, gaspari_cohn_matrix
 
 # %% auto #0
@@ -260,7 +261,7 @@ def _solve(matrix: Tensor, vector: Tensor) -> Tensor:
     return solution.masked_fill((failed != 0).unsqueeze(-1), torch.nan)
 
 # %% ../nbs/04_variational.ipynb #d3c1b481
-def solve_block_tridiagonal(diagonal: Tensor, below: Tensor, right: Tensor) -> Tensor:
+def solve_block_tridiagonal(diagonal: Gappy, below: Gappy, right: Gappy) -> Gappy:
     """Solve symmetric positive definite block-tridiagonal systems: blocks `diagonal` `(K + 1, ..., n, n)`,
     `below` `(K, ..., n, n)` (row k + 1, column k) and `right` sides `(K + 1, ..., n)`.
 
@@ -347,3 +348,6 @@ class WeakFourDVar:
         for _ in observations:
             guess.append(forecast(guess[-1]))
         return unstack(gauss_newton(cost, direction, stack(torch.stack(guess)), self.iterations))
+
+# %% ../nbs/04_variational.ipynb #ed3582ce
+guard(globals())

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from scipy.linalg import LinAlgError, cho_solve_banded, cholesky_banded
 from scipy.linalg.lapack import dtbtrs
 from torch import Tensor
 
+from .checks import ALONE, Gappy, Index, Mask, Positive, guard
 from .dynamics import AdditiveModelError, Model, standard_normal, trajectory
 from .observing import Covariance, Observations
 from .twin import Forecast, TwinExperiment
@@ -122,7 +124,7 @@ class BandedCholesky:
     `LinAlgError` for the whole batch.
     """
 
-    def __init__(self, bands: Tensor, overwrite: bool = False):
+    def __init__(self, bands: Gappy, overwrite: bool = False):
         self.shape, self._answers_on = bands.shape[1:], bands.device
         width, d = min(len(bands), bands.shape[-1]), bands.shape[-1]
         given = bands.detach()[:width].reshape(width, -1, d)
@@ -177,12 +179,12 @@ class BandedCholesky:
             answer = answer.masked_fill(bad.reshape(self.shape[:-1]).unsqueeze(-1), torch.nan)
         return answer.to(self._answers_on)
 
-    def solve(self, right: Tensor) -> Tensor:
+    def solve(self, right: Gappy) -> Gappy:
         """A⁻¹ applied to `right` `(..., d)`."""
         flat, bad = self._flat(right)
         return self._back(cho_solve_banded((self.factor, True), flat, check_finite=False) if flat.size else flat, bad)
 
-    def whiten(self, noise: Tensor) -> Tensor:
+    def whiten(self, noise: Gappy) -> Gappy:
         """L⁻ᵀ applied to white `noise` `(..., d)`: samples of N(0, A⁻¹)."""
         flat, bad = self._flat(noise)
         if not flat.size:
@@ -192,11 +194,11 @@ class BandedCholesky:
             raise ValueError(f"noise: the triangular solver failed with code {failed}")
         return self._back(answer[:, 0], bad)
 
-    def log_determinant(self) -> Tensor:
+    def log_determinant(self) -> Gappy:
         """log det A, `(...)`."""
         return 2 * self._back(np.log(self.factor[0]), self._broken).sum(-1)
 
-    def inverse_bands(self) -> Tensor:
+    def inverse_bands(self) -> Gappy:
         """The entries of A⁻¹ within the band, as bands `(b + 1, ..., d)` (Takahashi et al. 1973)."""
         width, d = len(self.factor), self.shape[-1]
         lower = torch.from_numpy(self.factor).reshape(width, -1, d)
@@ -222,8 +224,8 @@ class BandedCholesky:
 class GaussianWindow:
     """N(`mean`, A⁻¹) of windows: `mean` `(..., T, n)`, and the `precision` A as bands `(b + 1, ..., T·n)`."""
 
-    mean: Tensor
-    precision: Tensor
+    mean: Gappy
+    precision: Gappy
 
     def __repr__(self) -> str:
         return f"GaussianWindow(mean {tuple(self.mean.shape)}, {len(self.precision) - 1} subdiagonals)"
@@ -234,23 +236,23 @@ class GaussianWindow:
         return BandedCholesky(lift_bands(self.precision, len(batch)).expand(-1, *batch, -1))
 
     @cached_property
-    def variance(self) -> Tensor:
+    def variance(self) -> Gappy:
         """The variances `(..., T, n)`."""
         return self.factor.inverse_bands()[0].reshape(self.mean.shape)
 
     @property
-    def deviation(self) -> Tensor:
+    def deviation(self) -> Gappy:
         """The standard deviations `(..., T, n)`."""
         return self.variance.sqrt()
 
-    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+    def sample(self, count: int, generator: torch.Generator) -> Gappy:
         """`count` draws `(count, ..., T, n)`."""
         noise = standard_normal((count, *self.mean.flatten(-2).shape), generator)
         if count < 1:
             raise ValueError(f"count: expected at least 1, got {count}")
         return torch.stack([self.mean + self.factor.whiten(one).reshape(self.mean.shape) for one in noise])
 
-    def log_density(self, x: Tensor) -> Tensor:
+    def log_density(self, x: Tensor) -> Gappy:
         """log p(x) for windows `(..., T, n)`."""
         apart = (x - self.mean).flatten(-2)
         squared = (apart * band_product(self.precision, apart)).sum(-1)
@@ -261,8 +263,8 @@ class GaussianWindow:
 class Information:
     """What is known of windows, as −½ xᵀJx + jᵀx: the `bands` of J `(k, ..., T·n)` and the `vector` j `(..., T·n)`; batches broadcast."""
 
-    bands: Tensor
-    vector: Tensor
+    bands: Gappy
+    vector: Gappy
 
     def __repr__(self) -> str:
         seen = int((self.bands[0] > 0).sum(-1).max()) if self.bands.numel() else 0
@@ -287,7 +289,7 @@ class Information:
         return (x * (band_product(self.bands, x) / 2 - self.vector)).sum(-1)
 
 
-def pointwise(value: Tensor, deviation: Tensor | float, present: Tensor) -> Information:
+def pointwise(value: Gappy, deviation: Tensor | float, present: Mask) -> Information:
     """The information in `value` `(..., T, n)` where `present` `(..., T, n)`, with errors of standard `deviation`, independent of one another.
     Raises `ValueError` for a deviation that is not positive.
     """
@@ -334,7 +336,7 @@ class Climate:
     `(T·n, T·n)`, or the bands of their `precision` `(b + 1, T·n)`.
     """
 
-    def __init__(self, mean: Tensor, scale: Tensor, covariance: Tensor | None = None, precision: Tensor | None = None):
+    def __init__(self, mean: Tensor, scale: Positive, covariance: Tensor | None = None, precision: Tensor | None = None):
         if (covariance is None) == (precision is None):
             raise ValueError("covariance: expected either a covariance or a precision")
         self.mean, self.scale, self.covariance, self.precision = mean, scale, covariance, precision
@@ -381,7 +383,7 @@ class Climate:
             raise ValueError(f"information: expected windows of {self.mean.numel()} numbers as the climate's, got {information.vector.shape[-1]}")
         return information.standardised(self.mean.flatten(), self.scale.flatten())
 
-    def interpolate(self, information: Information) -> Tensor:
+    def interpolate(self, information: Information) -> Annotated[Tensor, ALONE]:
         """The mean `(..., T, n)` of standardised windows, given `information` about standardised windows (see `standardised`); `law` does both."""
         shape = (*information.vector.shape[:-1], *self.mean.shape)
         if self.precision is not None:
@@ -404,7 +406,7 @@ class Climate:
             J = whole.gather(-2, at.unsqueeze(-1).expand(*at.shape, whole.shape[-1])).gather(-1, at.unsqueeze(-2).expand(*at.shape, most))
         return torch.linalg.solve(torch.eye(most).to(J) + J @ Bss, B, left=False), at
 
-    def law(self, information: Information) -> tuple[Tensor, Tensor]:
+    def law(self, information: Information) -> Annotated[tuple[Tensor, Tensor], ALONE]:
         """Mean and variance `(..., T, n)` of windows, in their units, given `information` about them."""
         z, about = (self.standardised(information), self.scale)
         mean = self.mean + about * self.interpolate(z)
@@ -459,10 +461,10 @@ class Minimum:
     whether it `converged` `(N,)`.
     """
 
-    x: Tensor
-    cost: Tensor
-    iterations: Tensor
-    converged: Tensor
+    x: Gappy
+    cost: Gappy
+    iterations: Index
+    converged: Mask
 
     def __repr__(self) -> str:
         return f"Minimum({len(self.cost)} windows, {int(self.converged.sum())} converged, {self.iterations.double().mean():.1f} iterations on average)"
@@ -544,7 +546,7 @@ class WindowFourDVar:
     iterations: int = 200
     tolerance: float = 1e-6
 
-    def minimise(self, first: Tensor, information: Information | Callable[[Tensor], Information]) -> tuple[GaussianWindow, Minimum]:
+    def minimise(self, first: Tensor, information: Information | Callable[[Tensor], Information]) -> Annotated[tuple[GaussianWindow, Minimum], ALONE]:
         """The minimum from the `first` guess `(..., T, n)` for windows with `information` about them: the law around it, and how it was found. With a
         strong constraint only the first state of the guess counts, the `x` of the minimum is that state, and the law's precision is diagonal: its variances are right, its
         samples and densities are not.
@@ -692,3 +694,6 @@ def window_four_dvar(
 def normalised_mse(x: Tensor, truth: Tensor, scale: Tensor) -> Tensor:
     """The mean squared error of windows `(..., T, n)` in units of the climatological `scale` `(T, n)`: shape `(...)`."""
     return ((x - truth) / scale).square().mean((-2, -1))
+
+# %% ../nbs/04b_windows.ipynb #1940d306
+guard(globals())

@@ -265,8 +265,8 @@ def test_that_drawn_errors_have_the_covariance_that_is_left_open_and_a_lost_run_
 
 
 def test_that_a_blind_analysis_does_not_pretend_to_draw_and_a_wide_taper_on_a_short_ring_is_refused():
-    with pytest.raises(ValueError, match="^spread: expected 0 for a blind analysis"):
-        AmortisedAnalysis(None, spread=1.0, blind=True)
     one = torch.tensor(1.0, dtype=torch.float64)
+    with pytest.raises(ValueError, match="^spread: expected 0 for a blind analysis"):
+        AmortisedAnalysis(AnalysisPrior.make(0 * one, one, one, dim=3), spread=1.0, blind=True)
     with pytest.raises(ValueError, match="^half_width: expected at most 4"):
         AnalysisPrior.make(0 * one, one, one, dim=16, geometry="ring", half_width=5.0)

@@ -308,7 +308,7 @@ def test_that_methods_with_data_steps_are_made_by_name_and_cycle():
     [
         ({"data_step": "newton"}, "data_step"),
         ({"data_step": "kalman", "residuals": torch.eye(3)}, "residuals"),
-        ({"data_step": "kalman", "prior": object()}, "residuals"),
+        ({"data_step": "kalman", "prior": object()}, "prior"),
     ],
 )
 def test_that_settings_that_do_not_fit_are_named(settings, name):
@@ -327,7 +327,7 @@ def test_that_residuals_that_do_not_fit_are_named():
             residual_covariance(PRIOR, PAIRS, ANALYSES, taus, stream(1))
     with pytest.raises(ValueError, match="^background, analysis: expected"):
         residual_covariance(PRIOR, PAIRS, ANALYSES[:5], TAUS, stream(1))
-    with pytest.raises(ValueError, match="^prior: expected finite"):
+    with pytest.raises(ValueError, match="^background: expected finite"):
         residual_covariance(PRIOR, PAIRS / 0, ANALYSES, TAUS, stream(1))
     with pytest.raises(ValueError, match="^errors: expected 2"):
         ResidualCovariance((0.0, 0.5), (DenseError(B),))

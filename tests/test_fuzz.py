@@ -1,0 +1,572 @@
+"""The public API called with odd arguments: what is returned is finite, or an error names the argument.
+
+Valid arguments of every public function, constructor and method, of which none, one or two are replaced by something odd. A case is a
+number: `call(case)` repeats it. The long version (`pytest --slow tests/test_fuzz.py`) makes 25 000 calls for each of its seeds.
+"""
+
+import dataclasses
+import importlib
+import inspect
+import math
+import random
+import re
+import tempfile
+import types
+import warnings
+from functools import cache
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import xarray as xr
+
+from pnpda_nb.aware import AmortisedAnalysis, AnalysisPrior, BlindPrior, LearnedDenoiser, Residual, SeeingPrior, Sightings, on_grid
+from pnpda_nb.checks import guarded
+from pnpda_nb.constraints import AsObservation, Conserving, ConstrainedPnPDA, FunctionConstraint, LinearConstraint, Projected, QuadraticConstraint, RigidBody
+from pnpda_nb.dynamics import (
+    AdditiveModelError, DoubleWell, FunctionModel, KuramotoSivashinsky, Lorenz63, Lorenz96, Pendulum, TwoScaleLorenz96, etdrk4_weights, stream,
+)  # fmt: skip
+from pnpda_nb.ensemble import ETKF, LETKF, EnKF, EnKS, EnRDA, EnsembleFilter, LocalEnKF, ParticleFilter
+from pnpda_nb.flow_matching import Denoiser, FlowPrior, GaussianPrior, TensorPairs, TrainingSettings, VelocityMLP
+from pnpda_nb.hybrid import LearnedMean
+from pnpda_nb.incremental import (
+    BandedPrecision, Calibration, DensePrecision, IncrementalPrior, IncrementalSettings, LowRankPrecision, NeuralIncremental, RandomSets,
+)  # fmt: skip
+from pnpda_nb.interop import ManySteps, NumpyOperator, UserModel
+from pnpda_nb.networks import DenseNetwork
+from pnpda_nb.observing import Covariance, DiagonalCovariance, Interpolate, Linear, Nonlinear, Observations, ObservingNetwork, Present, Select
+from pnpda_nb.on_policy import Lesson, ObservedRecord, OnPolicySettings, RandomNetworks, Records, TruthRecord, observed_record
+from pnpda_nb.pnp import (
+    DenseError, EnsembleResidual, FactoredError, GaussianResidual, Misfit, PnPDA, PnPDA4D, ResidualCovariance, WindowMisfit,
+)  # fmt: skip
+from pnpda_nb.reanalysis import make_archive
+from pnpda_nb.studies import Settings, SweepSettings, ToldOtherwise
+from pnpda_nb.sweep import Store, Study, Task
+from pnpda_nb.testbeds import climate_of
+from pnpda_nb.training_free import EnFF, EnSF
+from pnpda_nb.twin import Forecast, FreeRun, RunNoise, TwinExperiment, cycle, nature_run, summary
+from pnpda_nb.variational import Climatology, FourDVar, OptimalInterpolation, ThreeDVar, WeakFourDVar
+from pnpda_nb.windows import BandedCholesky, GaussianWindow, Information, WindowFourDVar, block_bands
+from pnpda_nb.windows import Climate as WindowClimate
+
+MODULES = (
+    "dynamics observing twin variational windows ensemble training_free reanalysis flow_matching networks pnp aware on_policy constraints hybrid "
+    "incremental interop plotting sweep testbeds studies checks"
+).split()
+DOUBLE = torch.float64
+
+# Valid arguments, by the names that the whole library uses: 2 runs, 4 members, 3 variables (the testbeds' Lorenz-63).
+
+
+def states(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE)
+
+
+def spd(n):
+    return torch.eye(n, dtype=DOUBLE) + 0.1
+
+
+def network():
+    return ObservingNetwork(Select((0, 2), 3), DiagonalCovariance([0.5, 0.5]))
+
+
+def everything():
+    return ObservingNetwork(Select((0, 1, 2), 3), DiagonalCovariance([0.5] * 3))
+
+
+def seen(of=network):
+    return of().report(states(2, of().operator.size, seed=1))
+
+
+@cache
+def experiment():
+    return TwinExperiment("tiny", Lorenz63(), Lorenz63(rho=27.0), network(), 2, 3, (1.0, 1.0, 20.0), spin_up=3, background_variance=0.1)
+
+
+@cache
+def result(members=4):
+    return cycle(experiment(), EnKF() if members > 1 else FreeRun(), members=members, runs=3)
+
+
+@cache
+def gaussian():
+    return GaussianPrior(0.9 * torch.eye(3, dtype=DOUBLE), torch.zeros(3, dtype=DOUBLE), Covariance(spd(3)))
+
+
+@cache
+def flow():
+    architecture = {"network": "VelocityMLP", "dim": 3, "hidden": [8], "embedding": 4, "linear_skip": False}
+    zeros = torch.zeros(3, dtype=DOUBLE)
+    return FlowPrior(VelocityMLP(3, (8,), 4, stream(0, "w")), zeros, zeros + 2, architecture)
+
+
+@cache
+def aware(extra=0, geometry="none"):
+    one = torch.ones((), dtype=DOUBLE)
+    return AnalysisPrior.make(0 * one, one, one, dim=3, geometry=geometry, rank=2, extra=extra, width=8)
+
+
+def sightings():
+    return on_grid(seen(), 3)
+
+
+def lesson_():
+    return Lesson(states(2, 3), states(2, 3, seed=1), sightings()[:, 0])
+
+
+@cache
+def climate():
+    return WindowClimate.of(states(200, 3, 2))
+
+
+@cache
+def incremental():
+    return IncrementalPrior.make(climate(), levels=2, width=8, layers=1)
+
+
+def information():
+    return Information(1 + torch.ones(1, 2, 6, dtype=DOUBLE), states(2, 6))
+
+
+@cache
+def weak():
+    return WindowFourDVar(Forecast(Lorenz63(), 2), torch.zeros(3, dtype=DOUBLE), Covariance(spd(3)), Covariance(spd(3)), iterations=3)
+
+
+@cache
+def folder():
+    kept = tempfile.TemporaryDirectory(prefix="fuzz_")
+    folder.kept = kept  # until the end
+    return Path(kept.name)
+
+
+@cache
+def written(kind):
+    if kind == "archive":
+        from pnpda_nb.reanalysis import write_netcdf
+
+        return write_netcdf(archive(), folder() / "archive.nc")
+    if kind == "record":
+        path = folder() / "record.json"
+        path.write_text('{"a": 1}')
+        return path
+    return {"flow": flow, "aware": aware, "incremental": incremental}[kind]().save(folder() / f"{kind}.safetensors")
+
+
+@cache
+def archive():
+    return make_archive(experiment(), FreeRun(), members=1, runs=2, seed=0, discard=1)
+
+
+@cache
+def record_of(kind):
+    if kind == "truth":
+        return TruthRecord(experiment(), runs=2, cycles=3, seed=0)
+    return ObservedRecord(experiment(), observed_record(experiment(), EnKF(), members=4, runs=2, cycles=3, seed=0, discard=0))
+
+
+def grid(shape=(2, 3)):
+    return states(*shape)
+
+
+def answer(settings, **needs):
+    return {"a": 1.0}
+
+
+def task():
+    return Task("t", answer, {"a": 1}, format="record")
+
+
+def study():
+    return Study(
+        name="tiny", description="a study", presets={"quick": SweepSettings(runs=1)}, methods=("enkf",), default_methods=("enkf",),
+        plan=answer, figures=answer, report=answer, published=pd.DataFrame(),
+    )  # fmt: skip
+
+
+def scores_():
+    rows = [(f"sigma={s}", m, "step_rmse", "all", 1.0 + s, 0.1, 5) for s in (0.5, 1.0) for m in ("enkf", "etkf")]
+    return pd.DataFrame(rows, columns=["condition", "method", "metric", "variable", "mean", "std", "runs"])
+
+
+ENSEMBLE = lambda: states(2, 4, 3)
+POOL = {
+    "analysis": lambda: states(2, 4, 3, seed=2), "background": ENSEMBLE, "covariance": lambda: Covariance(spd(3)), "dim": lambda: 3, "dt": lambda: 0.01,
+    "ensemble": ENSEMBLE, "experiment": experiment, "forecast": lambda: Forecast(Lorenz63(), 2), "generator": lambda: stream(0, "fuzz"),
+    "half_width": lambda: 1.5, "initial": ENSEMBLE, "members": lambda: 4, "misfit": lambda: states(2, 4, 2), "model": Lorenz63, "method": EnKF,
+    "network": network, "observations": seen, "operator": lambda: Select((0, 2), 3), "prior": gaussian, "runs": lambda: 2, "seed": lambda: 1,
+    "shape": lambda: (2, 3), "split": lambda: "test", "state": ENSEMBLE, "states": ENSEMBLE, "steps": lambda: 2, "tau": lambda: 0.3, "vectors": lambda: states(2, 3),
+    "missing": lambda: torch.tensor([True, False, False]), "x": ENSEMBLE, "mean": lambda: torch.zeros(3, dtype=DOUBLE), "model_error": lambda: Covariance(spd(3)),
+    "states_": ENSEMBLE, "settings": OnPolicySettings, "constraint": lambda: RigidBody().momentum(1.0), "result": result, "path": lambda: folder() / "out.nc",
+    "location": lambda: torch.zeros(3, dtype=DOUBLE), "scale": lambda: torch.ones(3, dtype=DOUBLE), "increment": lambda: torch.ones((), dtype=DOUBLE),
+    "information": information, "bands": lambda: information().bands, "level": lambda: 1, "seen": sightings, "observation": seen, "task": task,
+    "count": lambda: 3, "perturbations": ENSEMBLE, "sensitivities": ENSEMBLE, "cycles": lambda: 3, "interval": lambda: 2, "size": lambda: 2, "rule": lambda: "scaled",
+    "matrix": lambda: spd(3), "times": lambda: torch.tensor([0, 1]), "networks": lambda: None, "truth": lambda: states(2, 3), "length": lambda: 0.5,
+    "noise": lambda: states(2, 6), "right": lambda: states(2, 6), "name": lambda: "x", "variance": lambda: 0.5, "scores": scores_, "tendency": lambda: lambda x: -x,
+    "function": lambda: lambda x: x[..., :2], "prior_": gaussian, "target": lambda: states(4, 3), "source": lambda: states(4, 3), "sites": lambda: torch.tensor([0, 2]),
+}  # fmt: skip
+A = lambda *shape: lambda: states(*shape)
+PAIRS = {"background": A(8, 3), "analysis": lambda: states(8, 3, seed=1)}
+SETTINGS = lambda: TrainingSettings(hidden=(8,), embedding=4, batch=4, epochs=1, patience=1)
+RECORDS = {"times": lambda: torch.tensor([0, 1]), "runs": lambda: torch.tensor([0, 1]), "state": A(2, 3)}
+WINDOW = {"observations": lambda: [seen(), seen()], "forecast": lambda: Forecast(Lorenz63(), 2)}
+CHAIN = {"diagonal": lambda: 3 * torch.eye(2, dtype=DOUBLE).expand(3, 4, 2, 2).clone(), "below": lambda: states(2, 4, 2, 2) / 9}
+TASKS = {"testbed": lambda: {"name": "lorenz63"}, "method": lambda: {"name": "enkf"}, "members": lambda: 3}
+OWN = {  # arguments of one callable, where they are not those of the pool
+    "dynamics.rk4": {"dt": lambda: 0.1}, "dynamics.FunctionModel.__init__": {"function": lambda: lambda x: 0.9 * x},
+    "dynamics.etdrk4_weights": {"rates": A(4)}, "dynamics.etdrk4": {"nonlinear": lambda: lambda v: -(v**2), "modes": A(2, 4), "weights": lambda: etdrk4_weights(-states(4).abs(), 0.1)},
+    "dynamics.KuramotoSivashinsky.reference": {"state": A(2, 8), "steps": lambda: 1}, "dynamics.lyapunov_exponents": {"spin_up": lambda: 2},
+    "observing.Select.__init__": {"indices": lambda: (0, 2)},
+    "observing.Interpolate.__init__": {"indices": lambda: torch.tensor([[0, 1], [1, 2]]), "weights": lambda: torch.full((2, 2), 0.5, dtype=DOUBLE)},
+    "observing.DiagonalCovariance.__init__": {"variances": lambda: [0.5, 0.5]}, "observing.Present.__init__": {"present": lambda: torch.tensor([True, False])},
+    "observing.Observations.__init__": {"values": A(2, 2), "covariance": lambda: DiagonalCovariance([0.5, 0.5])},
+    "observing.ObservingNetwork.__init__": {"covariance": lambda: DiagonalCovariance([0.5, 0.5])}, "observing.ObservingNetwork.report": {"values": A(2, 2)},
+    "observing.gaspari_cohn": {"distance": A(4)},
+    "twin.TwinExperiment.__init__": {"nature": Lorenz63, "forecast_model": Lorenz63, "start": lambda: (1.0, 1.0, 20.0), "spin_up": lambda: 2},
+    "twin.observe_truth": {"truth": lambda: nature_run(experiment(), 2, 0)}, "twin.score_table": {"results": lambda: {"enkf": result()}},
+    "twin.stack_methods": {"results": lambda: {"a": result(), "b": result()}}, "twin.time_mean": {"series": lambda: np.arange(12.0).reshape(2, 6)},
+    "twin.cycle": {"members": lambda: 4}, "twin.tune": {"make": lambda: EnKF, "grid": lambda: {"inflation": [1.0, 1.1]}, "members": lambda: 4, "runs": lambda: 2},
+    "variational.kalman_gain": {"background": A(0), "jacobian": lambda: torch.eye(3, dtype=DOUBLE)[:2], "error": lambda: spd(2)} | {"background": lambda: spd(3)},
+    "variational.gauss_newton": {"cost": lambda: lambda x: x.square().sum(-1), "direction": lambda: lambda x: -x / 2, "first": A(4, 3)},
+    "variational.archive_background": PAIRS, "variational.nmc_background": {"longer": A(8, 3), "shorter": lambda: states(8, 3, seed=1)},
+    "variational.solve_block_tridiagonal": CHAIN | {"right": A(3, 4, 2)}, "windows.block_bands": CHAIN | {"diagonal": lambda: 3 * torch.eye(2, dtype=DOUBLE).expand(4, 3, 2, 2).clone(), "below": lambda: states(4, 2, 2, 2) / 9},
+    "variational.FourDVar.analyse": WINDOW, "variational.WeakFourDVar.analyse": WINDOW, "pnp.PnPDA4D.analyse": WINDOW, "pnp.PnPDA4D.iterates": WINDOW,
+    "pnp.PnPDA4D.misfit": WINDOW, "pnp.WindowMisfit.__init__": WINDOW, "incremental.NeuralIncremental.analyse": WINDOW | {"observations": lambda: [seen(pair)]},
+    "windows.band_product": {"x": A(2, 6)}, "windows.band_gram": {"factor": A(2, 2, 6)}, "windows.lift_bands": {"batch": lambda: 3},
+    "windows.dense_band": {"half_band": lambda: 1}, "windows.add_bands": {"a": A(2, 2, 6), "b": A(1, 2, 6)},
+    "windows.GaussianWindow.__init__": {"mean": A(2, 3, 2), "precision": lambda: information().bands}, "windows.GaussianWindow.log_density": {"x": A(2, 3, 2)},
+    "windows.Information.__init__": {"vector": A(2, 6)}, "windows.Information.misfit": {"x": A(2, 6)},
+    "windows.Information.standardised": {"mean": A(6), "scale": lambda: torch.ones(6, dtype=DOUBLE)},
+    "windows.pointwise": {"value": A(2, 3, 2), "deviation": lambda: 0.5, "present": lambda: torch.ones(2, 3, 2, dtype=torch.bool)},
+    "windows.linearised": {"observations": lambda: [None, seen(), seen()], "x": A(2, 4, 3, 3)}, "windows.background_information": {"mean": A(2, 3)},
+    "windows.Climate.__init__": {"mean": A(3, 2), "scale": lambda: torch.ones(3, 2, dtype=DOUBLE), "covariance": lambda: spd(6)},
+    "windows.Climate.of": {"windows": A(40, 3, 2)}, "windows.Climate": {"information": lambda: Information(torch.ones(1, 2, 10, dtype=DOUBLE), states(2, 10))}, "windows.Climate.on": {"steps": lambda: 5},
+    "windows.Minimum.__init__": {"x": A(2, 6), "cost": A(2), "iterations": lambda: torch.tensor([1, 2]), "converged": lambda: torch.tensor([True, False])},
+    "windows.levenberg_marquardt": {"cost": lambda: lambda x, i: x.square().sum(-1) / 2, "system": lambda: lambda x, i: (torch.ones_like(x)[None], -x), "first": A(2, 6), "iterations": lambda: 5},
+    "windows.WindowFourDVar.minimise": {"first": A(2, 2, 3)}, "windows.window_four_dvar": {"windows": A(20, 4, 3), "iterations": lambda: 2, "strong": lambda: True},
+    "windows.normalised_mse": {"x": A(2, 3, 2), "truth": A(2, 3, 2), "scale": lambda: torch.ones(3, 2, dtype=DOUBLE)},
+    "ensemble.ensemble_weights": {"information": lambda: spd(4), "pull": A(4)}, "ensemble.random_rotation": {"batch": lambda: (2,)},
+    "ensemble.neighbours": {"sites": lambda: (0, 2), "reach": lambda: 2.0}, "ensemble.tapers": {"sites": lambda: (0, 2)},
+    "ensemble.systematic_resampling": {"weights": lambda: torch.full((2, 4), 0.25, dtype=DOUBLE)}, "ensemble.entropic_plan": {"source": A(2, 4, 3), "target": A(2, 4, 3), "iterations": lambda: 5},
+    "ensemble.EnRDA.analyse": {"observations": lambda: seen(everything)},
+    "training_free": {"alpha": lambda: 0.5, "members": lambda: states(2, 4, 3, seed=1)},
+    "training_free.towards_observations": {"spread": lambda: torch.ones(2, 1, 3, dtype=DOUBLE)},
+    "training_free.EnSF.back": {"expected": ENSEMBLE, "t": lambda: 0.5, "s": lambda: 0.4}, "training_free.EnSF": {"t": lambda: 0.5},
+    "training_free.EnFF.guided": {"end": ENSEMBLE, "spread": lambda: torch.ones(2, 1, 3, dtype=DOUBLE), "step": lambda: 0.1},
+    "reanalysis.make_archive": {"discard": lambda: 1}, "reanalysis.write_netcdf": {"dataset": archive}, "reanalysis.read_archive": {"path": lambda: written("archive")},
+    "reanalysis": {"archive": archive},
+    "flow_matching.denoised_from_velocity": {"velocity": ENSEMBLE}, "flow_matching.velocity_from_denoised": {"denoised": ENSEMBLE},
+    "flow_matching.Denoiser.__init__": {"velocity": lambda: lambda x, tau: -x, "source": lambda: gaussian().source},
+    "flow_matching.GaussianPrior.__init__": {"offset": A(3)}, "flow_matching.GaussianPrior.from_pairs": PAIRS, "flow_matching.GaussianPrior": {"shape": lambda: (2, 3)},
+    "flow_matching.Coupling.__init__": {"index": lambda: torch.tensor([0, 1]), "repaired": lambda: 0.1, "gain": lambda: 0.1},
+    "flow_matching.conditional_coupling": PAIRS | {"source": A(8, 3), "beta": lambda: 1.0}, "flow_matching.FourierEmbedding.__init__": {"size": lambda: 4},
+    "flow_matching.VelocityMLP.__init__": {"hidden": lambda: (8,), "embedding": lambda: 4},
+    "flow_matching.write_prior_file": {"path": lambda: folder() / "p.safetensors", "kind": lambda: "FlowPrior", "version": lambda: 1, "tensors": lambda: {"a": states(3)}, "header": lambda: {"a": 1}},
+    "flow_matching.read_prior_file": {"path": lambda: written("flow"), "kind": lambda: "FlowPrior", "newest": lambda: 2}, "flow_matching.describe_prior": {"path": lambda: written("flow")},
+    "flow_matching.fitting_header": {"path": lambda: written("flow")}, "flow_matching.FlowPrior.load": {"path": lambda: written("flow")}, "flow_matching.FlowPrior.save": {"path": lambda: folder() / "q.safetensors"},
+    "flow_matching.FlowPrior.__init__": {"network": lambda: VelocityMLP(3, (8,), 4, stream(0, "w")), "architecture": lambda: dict(flow().architecture)},
+    "flow_matching.flow_matching_loss": {"network": lambda: lambda x, tau, b: -x, "source": A(4, 3), "analysis": A(4, 3), "background": A(4, 3), "tau": lambda: torch.full((4, 1), 0.3, dtype=DOUBLE)},
+    "flow_matching.train_prior": PAIRS | {"settings": SETTINGS}, "flow_matching.TensorPairs.__init__": PAIRS | {"identity": lambda: "x"}, "flow_matching.TensorPairs.read": {"first": lambda: 0, "last": lambda: 4},
+    "flow_matching.train_from": {"source": lambda: TensorPairs(states(8, 3), states(8, 3, seed=1), "x"), "settings": SETTINGS},
+    "networks": {"channels": lambda: 2, "outputs": lambda: 2, "boundary": lambda: "ring", "dim": lambda: 4, "length": lambda: 2.0, "width": lambda: 8},
+    "pnp.PnPDA.noise": {"shape": lambda: (2, 4, 3)}, "pnp.PnPDA4D.noise": {"shape": lambda: (2, 4, 3)}, "pnp.PnPDA.states": {"misfit": lambda: Misfit(ENSEMBLE(), seen())},
+    "pnp.PnPDA.towards": {"misfit": lambda: Misfit(ENSEMBLE(), seen())}, "pnp.PnPDA4D.states": {"misfit": lambda: window_misfit()}, "pnp.PnPDA4D.towards": {"misfit": lambda: window_misfit()},
+    "pnp.convergence": {"method": lambda: PnPDA(gaussian(), iterations=3)}, "pnp.analysis_ensemble": {"method": lambda: PnPDA(gaussian(), iterations=3), "background": A(2, 1, 3)},
+    "pnp.ResidualCovariance.__init__": {"taus": lambda: (0.0, 0.5), "errors": lambda: (DenseError(spd(3)), DenseError(spd(3)))},
+    "pnp.residual_covariance": PAIRS | {"taus": lambda: (0.0, 0.5)}, "pnp.WindowMisfit.weigh": {"residuals": lambda: window_misfit().residuals(ENSEMBLE())[1]},
+    "aware.Sightings.__init__": {"value": A(2, 1, 3), "mask": lambda: torch.ones(2, 1, 3, dtype=torch.bool), "error": lambda: torch.ones(2, 1, 3, dtype=DOUBLE)},
+    "aware.Residual.__init__": {"factor": A(2, 4, 3, 1), "diagonal": lambda: torch.ones(2, 4, 3, dtype=DOUBLE)}, "aware.Residual.negative_log_likelihood": {"error": ENSEMBLE},
+    "aware.AnalysisPrior.__init__": {"network": lambda: aware().network, "architecture": lambda: dict(aware().architecture), "location": lambda: torch.zeros((), dtype=DOUBLE), "scale": lambda: torch.ones((), dtype=DOUBLE)},
+    "aware.AnalysisPrior.make": {"location": lambda: torch.zeros((), dtype=DOUBLE), "scale": lambda: torch.ones((), dtype=DOUBLE), "size": lambda: {"width": 8}},
+    "aware.AnalysisPrior.fields": {"u": lambda: None}, "aware.AnalysisPrior.on": {"dim": lambda: 3}, "aware.AnalysisPrior.load": {"path": lambda: written("aware")}, "aware.AnalysisPrior.save": {"path": lambda: folder() / "r.safetensors"},
+    "aware.AnalysisPrior.widened": {"extra": lambda: 2}, "aware": {"prior": aware},
+    "on_policy.RandomNetworks.__init__": {"usual": lambda: (((0, 1), 0.5),), "counts": lambda: (1, 2)}, "on_policy.observed_record": {"discard": lambda: 0},
+    "on_policy.ObservedRecord.__init__": {"dataset": lambda: observed_record(experiment(), EnKF(), members=4, runs=2, cycles=3, seed=0, discard=0)},
+    "on_policy.TruthRecord": RECORDS, "on_policy.TruthRecord.__init__": {"runs": lambda: 2}, "on_policy.ObservedRecord": RECORDS, "on_policy.Records": RECORDS,
+    "on_policy.Lesson.__init__": {"background": A(2, 3), "target": A(2, 3), "seen": lambda: sightings()[:, 0]}, "on_policy.lesson_loss": {"prior": aware, "lesson": lesson_, "scored": lambda: 2},
+    "on_policy.OnPolicyTraining.__init__": {"prior": aware, "record": lambda: record_of("truth"), "policy": lambda: AmortisedAnalysis, "settings": lambda: OnPolicySettings(trajectories=2)},
+    "on_policy.innovation_rms": {"sites": lambda: (0, 2)},
+    "constraints.LinearConstraint.__init__": {"matrix": lambda: spd(3)[:1]}, "constraints.FunctionConstraint.__init__": {"function": lambda: lambda x: x.sum(-1, keepdim=True)}, "constraints": {"levels": lambda: torch.ones(1, dtype=DOUBLE)},
+    "constraints.ConstrainedPnPDA": {"misfit": lambda: Misfit(ENSEMBLE(), seen())}, "constraints.newton_step": {"c": A(2, 4, 1), "J": A(1, 3), "B": lambda: spd(3)}, "constraints.Projected.analyse": {"rest": lambda: {"forecast": None, "generator": stream(0, "x")}},
+    "constraints.AsObservation.analyse": {"rest": lambda: {"forecast": None, "generator": stream(0, "x")}},
+    "hybrid.LearnedMean.__init__": {"prior": lambda: aware(3), "filter": EnKF},
+    "incremental.banded_solve": {"bands": lambda: information().bands}, "incremental.LowRankPrecision.__init__": {"diagonal": lambda: torch.ones(1, 2, 6, dtype=DOUBLE), "factor": A(2, 6, 1)},
+    "incremental.DensePrecision.__init__": {"matrix": lambda: spd(6)}, "incremental": {"x": A(2, 6), "shape": lambda: (2,), "prior": incremental, "law": lambda: incremental().analyse(information())},
+    "incremental.most_probable": {"mean": A(2, 6), "precision": lambda: BandedPrecision(information().bands)}, "incremental.ConstantNetwork.__init__": {"channels": lambda: 2, "outputs": lambda: 2},
+    "incremental.Calibration.__init__": {"knots": lambda: (0.0, 1.0), "factors": lambda: (0.0, 0.1)}, "incremental.Calibration": {"error": A(200), "deviation": lambda: states(200).abs() + 0.1},
+    "incremental.IncrementalPrior.__init__": {"climate": climate, "networks": lambda: incremental().networks, "architecture": lambda: dict(incremental().architecture)},
+    "incremental.IncrementalPrior.make": {"climate": climate, "size": lambda: {"width": 8, "layers": 1}}, "incremental.IncrementalPrior.calibrated": {"truth": A(2, 3, 2), "bins": lambda: 1},
+    "incremental.IncrementalPrior.estimates": {"x": A(2, 3, 2)}, "incremental.IncrementalPrior.prior_at": {"x": A(2, 3, 2)}, "incremental.IncrementalPrior.load": {"path": lambda: written("incremental")},
+    "incremental.IncrementalPrior.save": {"path": lambda: folder() / "s.safetensors"}, "incremental.RandomSets.__init__": {"steps": lambda: 3, "dim": lambda: 2, "count": lambda: 2},
+    "incremental.RandomSets.draw": {"sets": lambda: 2}, "incremental.RandomSets.holding_out": {"present": lambda: torch.eye(3, dtype=torch.bool)[:, :2]}, "incremental.regular_sets": {"spacing": lambda: 2},
+    "incremental.observe_windows": {"z": A(1, 2, 3, 2), "present": lambda: torch.ones(1, 3, 2, dtype=torch.bool), "deviation": lambda: 0.5},
+    "incremental.incremental_loss": {"z": A(1, 2, 3, 2), "settings": lambda: IncrementalSettings(iterations=1), "information": lambda: Information(torch.ones(1, 1, 1, 6, dtype=DOUBLE), states(1, 2, 6))},
+    "incremental.train_incremental": {"windows": A(20, 3, 2), "sets": lambda: RandomSets(3, 2, 2), "settings": lambda: IncrementalSettings(iterations=1, processes=1, windows=2)},
+    "incremental.NeuralIncremental.__init__": {"covariance": lambda: Covariance(spd(2))}, "incremental.NeuralIncremental": {"background": A(2, 4, 2)},
+    "interop.UserModel.__init__": {"function": lambda: lambda x: 0.9 * x}, "interop.operator_from": {"function": lambda: lambda x: x[..., :2]},
+    "interop.NumpyOperator.__init__": {"function": lambda: lambda x: x[..., :2]}, "plotting.line_style": {"method": lambda: "enkf"},
+    "plotting.mean_and_band": {"ax": lambda: plt.gca(), "x": lambda: np.arange(4.0), "runs": lambda: np.ones((3, 4))}, "sweep": {"settings": lambda: {"a": 1}, "record": lambda: {"a": 1}},
+    "sweep.read_record": {"path": lambda: written("record")}, "sweep.writable": {"folder": folder}, "sweep.Store.__init__": {"folder": folder}, "sweep.whole_file": {"path": lambda: folder() / "w.json"},
+    "sweep.write_record": {"path": lambda: folder() / "w.json"}, "sweep.Task.__init__": {"function": lambda: answer}, "sweep.parse_as": {"text": lambda: "1.5", "like": lambda: 2.5},
+    "sweep.Study.settings": {"preset": lambda: "quick", "changes": lambda: {"runs": "2"}, "overrides": lambda: {"runs": 2}}, "sweep.Study.choose": {"methods": lambda: ("enkf",)},
+    "testbeds.method_by_name": {"name": lambda: "enkf", "settings": lambda: {"inflation": 1.1}}, "testbeds.Climate.__init__": {"mean": A(3)}, "testbeds.climate_of": {"steps": lambda: 5},
+    "studies.experiment_of": {"testbed": lambda: {"name": "lorenz63"}}, "studies.build_method": {"method": lambda: {"name": "enkf"}}, "studies.archive_task": TASKS, "studies.cycle_task": TASKS,
+    "studies.tuning_task": TASKS | {"grid": lambda: {"inflation": [1.0, 1.1]}}, "studies.prior_task": {"archive": task, "training": SETTINGS}, "studies.file_task": {"kind": lambda: "archive", "path": lambda: str(written("archive"))},
+    "studies.readable": {"checkpoint": lambda: str(folder() / "c")}, "studies.conditional_scores": {"results": lambda: {("a", "enkf"): result()}}, "studies.stack_runs": {"results": lambda: {("a", "enkf"): summary(result())}},
+    "studies.stack_cases": {"results": lambda: {("a", "enkf"): summary(result())}}, "studies.along": {"axis": lambda: "sigma"}, "studies.table_along": {"axis": lambda: "sigma"},
+    "studies.paired_difference": {"runs": lambda: stacked(), "condition": lambda: "a", "better": lambda: "enkf", "worse": lambda: "free"},
+    "checks.rule_of": {"annotation": lambda: float}, "checks.shown": {"value": A(3)}, "checks.guarded": {"function": lambda: answer},
+    "windows.draw_windows": {"count": lambda: 2}, "sweep.Study.with_preset": {"preset": lambda: "quick"},
+}  # fmt: skip
+
+
+def stacked():
+    from pnpda_nb.studies import stack_runs
+
+    return stack_runs({("a", "enkf"): summary(result()), ("a", "free"): summary(result(1))})
+
+
+def pair():
+    return ObservingNetwork(Select((0,), 2), DiagonalCovariance([0.5]))
+
+
+def window_misfit():
+    return WindowMisfit(ENSEMBLE(), [seen(), seen()], Forecast(Lorenz63(), 2))
+
+
+def select():
+    return Select((0, 2), 3)
+
+
+SELF = {  # objects whose methods are called; without an entry they are made from valid arguments of their constructor
+    "dynamics.TwoScaleLorenz96": lambda: TwoScaleLorenz96(4, 1), "dynamics.Lorenz96": lambda: Lorenz96(5), "dynamics.KuramotoSivashinsky": lambda: KuramotoSivashinsky(8, 20.0),
+    "dynamics.AdditiveModelError": lambda: AdditiveModelError(0.5), "observing.Linear": lambda: Linear(spd(3)[:2]),
+    "observing.Nonlinear": lambda: Nonlinear(lambda x: x[..., :2] ** 2, 2, (0, 1)), "observing.DiagonalCovariance": lambda: DiagonalCovariance([0.5] * 3),
+    "observing.Present": lambda: Present(select(), torch.tensor([True, False])), "twin.RunNoise": lambda: RunNoise(0, "test", "x", 2), "variational.FourDVar": lambda: FourDVar(Covariance(spd(3)), window=2, iterations=2),
+    "variational.WeakFourDVar": lambda: WeakFourDVar(Covariance(spd(3)), Covariance(spd(3)), window=2, iterations=2), "variational.ThreeDVar": lambda: ThreeDVar(Covariance(spd(3))),
+    "windows.BandedCholesky": lambda: BandedCholesky(information().bands), "windows.GaussianWindow": lambda: GaussianWindow(states(2, 3, 2), information().bands), "windows.Information": information,
+    "windows.Climate": lambda: WindowClimate.of(states(200, 5, 2), order=1, stationary=True), "windows.WindowFourDVar": weak, "training_free.EnSF": lambda: EnSF(steps=3), "training_free.EnFF": lambda: EnFF(steps=3), "ensemble.EnRDA": lambda: EnRDA(iterations=5),
+    "flow_matching.FlowPrior": flow, "flow_matching.GaussianPrior": gaussian, "flow_matching.Denoiser": lambda: gaussian()(ENSEMBLE()), "flow_matching.TrainingSettings": SETTINGS,
+    "pnp.PnPDA": lambda: PnPDA(gaussian(), iterations=3), "pnp.PnPDA4D": lambda: PnPDA4D(gaussian(), iterations=3), "pnp.WindowMisfit": window_misfit, "pnp.Misfit": lambda: Misfit(ENSEMBLE(), seen()),
+    "pnp.DenseError": lambda: DenseError(spd(3)), "pnp.FactoredError": lambda: FactoredError(states(3, 1), torch.ones(3, dtype=DOUBLE)), "pnp.GaussianResidual": lambda: GaussianResidual(gaussian()),
+    "pnp.EnsembleResidual": EnsembleResidual, "aware.Sightings": sightings, "aware.Residual": lambda: aware().look(ENSEMBLE())[1], "aware.AnalysisPrior": aware,
+    "aware.LearnedDenoiser": lambda: aware()(ENSEMBLE()), "aware.SeeingPrior": lambda: SeeingPrior(aware(), sightings()), "on_policy.TruthRecord": lambda: record_of("truth"),
+    "on_policy.ObservedRecord": lambda: record_of("seen"), "on_policy.Records": lambda: Records(record_of("truth"), record_of("truth")), "on_policy.RandomNetworks": lambda: RandomNetworks(3, (((0, 1), 0.5),), counts=(1, 2)),
+    "constraints.Constraint": lambda: RigidBody().momentum(1.0), "constraints.ConstrainedPnPDA": lambda: ConstrainedPnPDA(gaussian(), iterations=3, constraint=RigidBody().momentum(1.0)),
+    "constraints.QuadraticConstraint": lambda: RigidBody().energy(1.0), "constraints.LinearConstraint": lambda: LinearConstraint(spd(3)[:1], 1.0), "constraints.RigidBody": RigidBody,
+    "constraints.FunctionConstraint": lambda: FunctionConstraint(lambda x: x.square().sum(-1, keepdim=True), 1.0), "constraints.Conserving": lambda: Conserving(RigidBody(), RigidBody().momentum()),
+    "incremental.BandedPrecision": lambda: BandedPrecision(information().bands), "incremental.LowRankPrecision": lambda: LowRankPrecision(torch.ones(1, 2, 6, dtype=DOUBLE), states(2, 6, 1)),
+    "incremental.DensePrecision": lambda: DensePrecision(spd(6).expand(2, 6, 6)), "incremental.Calibration": lambda: Calibration((0.0, 1.0), (0.0, 0.1)), "incremental.IncrementalPrior": incremental,
+    "incremental.NeuralIncremental": lambda: NeuralIncremental(incremental(), Covariance(spd(2)), window=1), "incremental.RandomSets": lambda: RandomSets(3, 2, 2), "interop.UserModel": lambda: UserModel(lambda x: 0.9 * x, 3),
+    "sweep.Study": study, "sweep.Store": lambda: Store(folder()), "studies.SweepSettings": SweepSettings, "studies.ToldOtherwise": lambda: ToldOtherwise(EnKF(), 0.5),
+}  # fmt: skip
+OWN |= {"dynamics.TwoScaleLorenz96": {"state": A(2, 8)}, "dynamics.Lorenz96": {"state": A(2, 5)}, "dynamics.KuramotoSivashinsky": {"state": A(2, 8)}, "dynamics.DoubleWell": {"state": A(2, 1)}, "dynamics.Pendulum": {"state": A(2, 2)}}
+OWN |= {"observing.Nonlinear.__init__": {"function": lambda: lambda x: x[..., :2] ** 2}, "observing.Observations": {"state": ENSEMBLE}, "windows.BandedCholesky": {"bands": lambda: information().bands}}
+
+# What is left out: trainings with a memory of their own, programs and clusters, other libraries, and reports of whole studies
+LEFT_OUT = re.compile(
+    r"twin\.(filter_cycle|window_cycle|Stretch|Tuned|forget_nature_runs)|on_policy\.(OnPolicyTraining\.(?!__init__)|train_on_policy)|interop\.(ProgramModel|import_dapper|dapper_|for_dapper|per_state|from_tendency)"
+    r"|sweep\.(code_version|run_task|run_tasks|workplace|HereExecutor|Study\.(__init__|run|kept)|Store\.read)|testbeds\.(lorenz|kura|pend|double|saka|sako|bocq|Published|published)"
+    r"|studies\.(\w+_part|figure_along|Settings)|plotting\.(explore|book_style)|checks\.guard$|dynamics\.RunStreams|constraints\.Constraint\.|on_policy\.Records\.__init__|incremental\.IncrementalPrior\.on|aware\.AnalysisPrior\.on|studies\.SweepSettings\.require"
+)
+MISSING = re.compile(  # results in which nan is documented: scores of runs that failed, and of single times
+    r"twin\.(cycle|scores|summary|score_table|stack_methods|time_mean|mean_and_error|rank_histogram|spread_skill|tune)|studies\.(stack|conditional|paired|along|table)|reanalysis\.make_archive|incremental\.train_incremental|on_policy\.(innovation|ObservedRecord|observed_record)"
+)
+
+
+@cache
+def callables():
+    """Everything that is public: `{"module.name": function}`, or `"module.Class.method"`."""
+    found = {}
+    for module in MODULES:
+        home = importlib.import_module(f"pnpda_nb.{module}")
+        for name, thing in vars(home).items():
+            if name.startswith("_") or getattr(thing, "__module__", None) != home.__name__:
+                continue
+            if not isinstance(thing, type):
+                if callable(thing) and isinstance(thing, types.FunctionType):
+                    found[f"{module}.{name}"] = thing
+            elif not issubclass(thing, (torch.nn.Module, tuple)) and not getattr(thing, "_is_protocol", False):
+                for member in dir(thing):
+                    kept = inspect.getattr_static(thing, member)
+                    if (not member.startswith("_") or member in ("__init__", "__call__")) and isinstance(getattr(kept, "__func__", kept), types.FunctionType):
+                        found[f"{module}.{name}.{member}"] = getattr(kept, "__func__", kept)
+            elif issubclass(thing, torch.nn.Module):
+                found[f"{module}.{name}.__init__"] = thing.__init__
+    return {name: function for name, function in found.items() if not LEFT_OUT.match(name) and function is not object.__init__}
+
+
+def made(name):
+    """A bound callable and the makers of its arguments."""
+    module, first, *member = name.split(".")
+    home = importlib.import_module(f"pnpda_nb.{module}")
+    thing, function = getattr(home, first), callables()[name]
+    if member == ["__init__"]:
+        target = thing
+    elif member:
+        static = isinstance(inspect.getattr_static(thing, member[0]), (classmethod, staticmethod))
+        target = getattr(thing if static else instance(f"{module}.{first}"), member[0])
+    else:
+        target = thing
+    own = OWN.get(module, {}) | OWN.get(f"{module}.{first}", {}) | OWN.get(name, {})
+    makers, open_ = {}, []
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.name in ("self", "cls") or parameter.kind is parameter.VAR_POSITIONAL:
+            continue
+        if parameter.name in own:
+            makers[parameter.name] = own[parameter.name]
+        elif parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD:
+            makers[parameter.name] = POOL[parameter.name]
+        elif parameter.kind is not parameter.VAR_KEYWORD:
+            open_.append(parameter)
+    return target, makers, open_
+
+
+def instance(name):
+    if name in SELF:
+        return SELF[name]()
+    target, makers, _ = made(f"{name}.__init__")
+    return target(**{k: make() for k, make in makers.items()})
+
+
+class Nothing:
+    def __repr__(self):
+        return "Nothing()"
+
+
+ODD = [
+    lambda v: math.nan, lambda v: math.inf, lambda v: -math.inf, lambda v: 0, lambda v: 0.0, lambda v: -1, lambda v: -0.5, lambda v: 1, lambda v: 2, lambda v: 0.5,
+    lambda v: 1e155, lambda v: -1e155, lambda v: 1e-320, lambda v: 2**70, lambda v: "x", lambda v: "", lambda v: None, lambda v: True, lambda v: [], lambda v: (), lambda v: {},
+    lambda v: Nothing(), lambda v: torch.empty(0), lambda v: torch.empty(0, 3, dtype=DOUBLE), lambda v: torch.tensor(1.0), lambda v: torch.zeros(3, 3, dtype=DOUBLE), lambda v: np.float32(0.5),
+    lambda v: np.int64(2), lambda v: np.array([1.0, math.nan]), lambda v: [1.0, "x"], lambda v: b"x", lambda v: range(2), lambda v: lambda *a, **k: a[0] if a else None,
+    lambda v: torch.full((2, 4, 3), math.nan, dtype=DOUBLE), lambda v: stream(0, "odd"), lambda v: 3 + 4j,
+]  # fmt: skip
+SHAPED = [  # of a tensor that would have been right
+    lambda v: v.float(), lambda v: v.int(), lambda v: v > 0, lambda v: v.to(torch.complex128), lambda v: v.numpy(), lambda v: v.tolist(), lambda v: v[..., :-1], lambda v: v[:0], lambda v: v.flatten(),
+    lambda v: v.unsqueeze(0), lambda v: v.clone().requires_grad_(), lambda v: 1e155 * v, lambda v: 1e-320 * v, lambda v: 0 * v, lambda v: v.masked_fill(torch.arange(v.numel()).reshape(v.shape) == 0, math.nan),
+    lambda v: v.masked_fill(torch.arange(v.numel()).reshape(v.shape) == 0, math.inf), lambda v: v.repeat_interleave(2, -1)[..., ::2], lambda v: v.half(), lambda v: 1e155 * torch.ones_like(v), lambda v: 1e308 * v,
+]  # fmt: skip
+
+
+def odd(rng, value):
+    if isinstance(value, torch.Tensor) and value.ndim and rng.random() < 0.6:
+        change = rng.choice(SHAPED)
+        try:
+            return change(value)
+        except (RuntimeError, IndexError, TypeError):  # not of this one
+            pass
+    if isinstance(value, (tuple, list)) and value and rng.random() < 0.4:
+        changed = list(value)
+        changed[rng.randrange(len(changed))] = rng.choice(ODD)(None)
+        return type(value)(changed) if type(value) in (tuple, list) else changed
+    return rng.choice(ODD)(value)
+
+
+def lost(value, depth=3, inside=False):
+    """A number in a result that is not finite, or None."""
+    if isinstance(value, (float, np.floating)):
+        return value if math.isnan(value) or (not inside and math.isinf(value)) else None
+    if isinstance(value, torch.Tensor):
+        value = value.detach()
+        return None if value.numel() == 0 or torch.isfinite(value).all() else value
+    if isinstance(value, np.ndarray):
+        return None if value.dtype.kind not in "fc" or np.isfinite(value).all() else value
+    if isinstance(value, (xr.Dataset, pd.DataFrame)):
+        return lost([np.asarray(value[name]) for name in value], depth)
+    if not depth:
+        return None
+    if isinstance(value, (tuple, list)):
+        parts = value
+    elif isinstance(value, dict):
+        parts = value.values()
+    elif type(value).__module__.startswith("pnpda_nb.") and hasattr(value, "__dict__"):
+        gappy = {name for kind in type(value).__mro__ for name, hint in vars(kind).get("__annotations__", {}).items() if "Gappy" in str(hint) or "Converted" in str(hint)}
+        parts, inside = [v for k, v in vars(value).items() if k not in gappy], True
+    else:
+        return None
+    return next((x for part in parts if (x := lost(part, depth - 1, inside)) is not None), None)
+
+
+def verdict(name, function, arguments, target):
+    """What is wrong with this call, or None."""
+    names = set(inspect.signature(function).parameters) | set(arguments)
+    owner = getattr(importlib.import_module(f"pnpda_nb.{name.split('.')[0]}"), name.split(".")[1], None) if "." in name else None
+    if isinstance(owner, type):
+        names |= set(inspect.signature(owner.__init__).parameters)
+    try:
+        result = target(**arguments)
+        if isinstance(result, types.GeneratorType):
+            result = [x for x, _ in zip(result, range(3))]
+    except (ValueError, TypeError, OSError) as error:
+        said = str(error)
+        named = getattr(error, "filename", None) is not None or re.match(r"[^\s:]+(, [^\s:]+)*: ", said) or any(re.search(rf"\b{re.escape(n)}\b", said) for n in names)
+        return None if named and "\n" not in said else f"{type(error).__name__} names nothing: {said!r}"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    hint = str(inspect.signature(function).return_annotation)
+    if MISSING.match(name) or "Gappy" in hint:
+        return None
+    left = lost(result)
+    return None if left is None else f"returned {left!r}"
+
+
+def call(case, seed=0):
+    """One call; returns a line about what is wrong, or None."""
+    rng = random.Random(f"{seed} {case}")
+    names = sorted(callables())
+    name = names[case % len(names)]
+    target, makers, open_ = made(name)
+    arguments = {k: make() for k, make in makers.items()}
+    several = callables()[name]
+    spread = [k for k, p in inspect.signature(several).parameters.items() if p.kind is p.VAR_KEYWORD and k in arguments]
+    changeable = [*(k for k in arguments if k not in spread), *(p.name for p in open_)]
+    usual = {p.name: p.default for p in open_}
+    for changed in rng.sample(changeable, min(len(changeable), rng.choice((0, 1, 1, 1, 2)))):
+        arguments[changed] = odd(rng, arguments.get(changed, usual.get(changed)))
+    told = {k: repr(v)[:150] for k, v in arguments.items()}
+    for k in spread:
+        arguments |= arguments.pop(k)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrong = verdict(name, callables()[name], arguments, target)
+    return wrong and f"call({case}, seed={seed}): {name}({', '.join(f'{k}={v}' for k, v in told.items())}): {wrong}"
+
+
+def calls(cases, seed):
+    torch.manual_seed(0)
+    try:
+        return [wrong for case in cases if (wrong := call(case, seed))]
+    finally:
+        plt.close("all")
+
+
+def test_that_valid_arguments_are_accepted_by_everything_public():
+    refused = []
+    for name in sorted(callables()):
+        try:
+            target, makers, _ = made(name)
+            arguments = {k: make() for k, make in makers.items()}
+            for k, p in inspect.signature(callables()[name]).parameters.items():
+                if p.kind is p.VAR_KEYWORD and k in arguments:
+                    arguments |= arguments.pop(k)
+            result = target(**arguments)
+            if isinstance(result, types.GeneratorType):
+                next(result)
+        except Exception as error:
+            refused.append(f"{name}: {type(error).__name__} {error}")
+    assert not refused, "\n".join(refused)
+
+
+def test_that_odd_arguments_of_the_public_api_are_named_and_nothing_becomes_nan_in_silence():
+    wrong = calls(range(600), seed=100)
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_that_twenty_five_thousand_calls_of_the_public_api_are_answered_or_refused_by_name(seed):
+    wrong = calls(range(25_000), seed)
+    assert not wrong, f"{len(wrong)} of 25 000\n" + "\n".join(wrong[:50])
