@@ -14,13 +14,12 @@ import platform
 import re
 import signal
 import sys
-import tempfile
 import threading
 import time
 import traceback
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -219,14 +218,6 @@ def _room(**folders: Path) -> Iterator[None]:
             with suppress(OSError):
                 path.rmdir()
         raise
-
-
-def _in_memory(write: Callable[[Path], object], path: Path) -> dict[Path, bytes]:
-    """The files that `write(path)` would make, `path` itself and others beside it or below, with their contents."""
-    with tempfile.TemporaryDirectory() as folder:
-        write(Path(folder) / path.name)
-        made = [found for found in sorted(Path(folder).rglob("*")) if found.is_file()]
-        return {path.parent / found.relative_to(folder): found.read_bytes() for found in made}
 
 # %% ../nbs/92_cli.ipynb #d2d575fb
 def _write(files: Mapping[Path, bytes]) -> None:
@@ -445,7 +436,7 @@ def train(
         _say(_line(source))
         trained = train_archive(source, settings, seed=seed, memory=memory * 1_000_000, checkpoint=checkpoint, progress=True)
         described = training_report(trained, archive)
-        _write({out: trained.prior.to_bytes()} | _in_memory(described.write, report))
+        _write({out: trained.prior.to_bytes()} | described.files(report))
     checkpoint.unlink(missing_ok=True)  # only now
     calibration = trained.calibration
     _say(f"\n{_line(trained.prior)}")
@@ -509,7 +500,7 @@ def assimilate(
         dataset = states.dataset(analysis, roles[1])
         dataset.attrs = attributes
         departures = innovations(states, analysis, sightings)
-        _write({out: netcdf_bytes(dataset)} | _in_memory(described.write, report))
+        _write({out: netcdf_bytes(dataset)} | described.files(report))
     _say(f"{_line(states)}\n{_line(sightings)}\n")
     _say(_table(departures, float_format="{:.3g}".format))
     _say(f"\nIn {out} and {report}")

@@ -14,7 +14,7 @@ import re
 import struct
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ __all__ = ['BLANK', 'TAIL', 'write_whole', 'naming', 'writable', 'sealed', 'requ
 
 # %% ../nbs/89_disk.ipynb #fbd22e95
 def write_whole(files: Mapping[str | os.PathLike, bytes | str]) -> None:
-    """Write the content of every path, texts in UTF-8: all of the files, or none.
+    """Write the content of every path, texts in UTF-8: all of the files, or none. A folder of their own is made if need be.
 
     Raises `OSError`, naming the path, if the disk is full or refuses; what was there before is then still there.
     """
@@ -42,8 +42,11 @@ def write_whole(files: Mapping[str | os.PathLike, bytes | str]) -> None:
         for path, content in files.items():
             path = Path(path)
             beside = path.with_name(f".{os.getpid()}.part.{path.name}")
-            stack.callback(_forget, beside)
             with naming(path, "write"):
+                if not path.parent.exists() and path.parent.parent.is_dir():  # a folder of their own
+                    path.parent.mkdir()
+                    stack.callback(_forget, path.parent)
+                stack.callback(_forget, beside)
                 beside.write_bytes(content.encode() if isinstance(content, str) else content)
             ready.append((beside, path))
         for beside, path in ready:
@@ -61,10 +64,9 @@ def naming(path: str | os.PathLike, deed: str) -> Iterator[None]:
 
 # %% ../nbs/89_disk.ipynb #f99d0641
 def _forget(path: Path) -> None:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError:  # a name that is too long was never there
-        pass
+    """Remove a file that is left, or a folder that is empty."""
+    with suppress(OSError):  # a name that is too long was never there; a folder that is in use stays
+        path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
 
 # %% ../nbs/89_disk.ipynb #fe36bfe6
 def writable(folder: str | os.PathLike) -> Path:

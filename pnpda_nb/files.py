@@ -33,6 +33,7 @@ import xarray as xr
 from torch import Tensor
 
 from .checks import Gappy, GappyArray, guard
+from .disk import require_whole_hdf5
 from .observing import DiagonalCovariance, Interpolate, Observations, Operator, Select
 
 # %% auto #0
@@ -558,7 +559,8 @@ def _opened(path: str | os.PathLike, name: str, group: str | None = None) -> tup
     """A file as a dataset, and what is known of the bytes behind its variables."""
     path, shown = Path(path), _shown(path)
     kind = _format(path, name)
-    # The one place where every file that is read passes: a file's own seal, if it has one, is checked here.
+    if kind == "h5netcdf":  # the one place where every file that is read passes: a seal, if it has one, is checked
+        require_whole_hdf5(path, name)
     try:
         with warnings.catch_warnings(action="ignore"):  # doubts of the libraries; ours are errors
             if kind == "zarr":

@@ -30,6 +30,7 @@ import xarray as xr
 from torch import Tensor
 
 from .checks import guard
+from .disk import naming
 from .dynamics import AdditiveModelError, FunctionModel, Model, RunStreams, rk4, standard_normal, stream
 from .files import Field, Layout
 from .observing import Covariance, DiagonalCovariance, Linear, ObservingNetwork, Operator, Select
@@ -239,7 +240,9 @@ class ProgramModel:
         states = state.detach().cpu().double().reshape(-1, self.dim).numpy()
         with tempfile.TemporaryDirectory(prefix="model_") as folder:
             given, answer = Path(folder) / "input.nc", Path(folder) / "output.nc"
-            self._dataset(states).to_netcdf(given, engine="scipy" if self.classic else "h5netcdf")
+            content = self._dataset(states).to_netcdf(engine="scipy" if self.classic else "h5netcdf")  # in memory: the disk may be full
+            with naming(given, "write"):
+                given.write_bytes(content)
             self._run(given, answer)
             moved = self._read(answer, len(states))
         moved = torch.tensor(moved, dtype=state.dtype, device=state.device).reshape(state.shape)

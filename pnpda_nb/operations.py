@@ -33,12 +33,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .checks import guard
+from .disk import write_whole
 from .dynamics import RunStreams, stream
 from .files import Axis, Field, Layout, Sightings, States, layout_from_record
 from .flow_matching import FlowPrior, PairSource, TensorPairs, TrainingSettings, _read, _RunningSample, _Sample, _size, train_from
 from .observing import DiagonalCovariance, Observations, ObservingNetwork, Select
 from .pnp import FactoredError, PnPDA, ResidualCovariance, residual_covariance
-from .sweep import whole_file
 
 # %% auto #0
 __all__ = ['TAUS', 'DRAWS', 'MOST', 'CANDIDATES', 'PENALTIES', 'RIVALS', 'Part', 'set_aside', 'survey', 'usual_settings', 'Fixed',
@@ -667,26 +667,21 @@ class Report:
         plt.close(figure)
         self.blocks.append(("figure", image.getvalue(), caption))
 
-    def write(self, path: str | os.PathLike) -> Path:
-        """Write HTML or Markdown, as the suffix says, whole or not at all. Raises `ValueError` for another suffix."""
+    def files(self, path: str | os.PathLike) -> dict[Path, bytes]:
+        """The files of the report, with what is to stand in them: HTML or Markdown, as the suffix says, and the figures of the latter in a
+        folder beside it. Raises `ValueError` for another suffix.
+        """
         path = Path(path)
+        if report_suffix(path) == ".html":
+            return {path: self.html().encode()}
         folder = path.with_name(f"{path.stem}_files")
-        text, images = self.html(), {}
-        if report_suffix(path) == ".md":
-            text = self.markdown(path)
-            images = {folder / f"{number}.png": content for number, (kind, content, _) in enumerate(self.blocks) if kind == "figure"}
-        new = bool(images) and not folder.exists()
-        try:
-            if images:
-                folder.mkdir(exist_ok=True)
-            with contextlib.ExitStack() as stack:  # every file is written beside its place before the first one is moved there
-                for place, content in ({path: text.encode()} | images).items():
-                    stack.enter_context(whole_file(place)).write_bytes(content)
-        except BaseException:
-            if new:
-                shutil.rmtree(folder, ignore_errors=True)
-            raise
-        return path
+        images = {folder / f"{number}.png": content for number, (kind, content, _) in enumerate(self.blocks) if kind == "figure"}
+        return {path: self.markdown(path).encode()} | images
+
+    def write(self, path: str | os.PathLike) -> Path:
+        """Write the `files` of the report, all or none; raises what they raise, and `OSError`."""
+        write_whole(self.files(path))
+        return Path(path)
 
     def html(self) -> str:
         """The report as one HTML page."""

@@ -194,7 +194,7 @@ def test_that_a_sweep_makes_a_damaged_part_again_and_keeps_the_damaged_one_aside
 def test_that_a_file_is_as_it_was_if_one_of_several_cannot_be_written(tmp_path):
     (tmp_path / "a").write_text("old")
     with pytest.raises(OSError, match="cannot write .*nowhere"):
-        write_whole({tmp_path / "a": "new", tmp_path / "nowhere" / "b": "new"})
+        write_whole({tmp_path / "a": "new", tmp_path / "nowhere" / "else" / "b": "new"})
     assert (tmp_path / "a").read_text() == "old" and os.listdir(tmp_path) == ["a"]
 
 
