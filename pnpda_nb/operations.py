@@ -291,7 +291,7 @@ def at_a_time(method: PnPDA, members: int, dim: int) -> int:
     one = members * method.ensemble * method.draws * dim
     return max(1, 4_000_000 // (one + min(200_000, one * method.iterations)))
 
-
+# %% ../nbs/15b_operations.ipynb #0f56c160
 def scored(background: Tensor, analysis: Tensor, unit: Tensor) -> Tensor:
     """Which points count in scores of pairs `(sample, dim)`: those whose increments have a `unit`, and change in these pairs. A
     mask `(dim,)`. Raises `ValueError` if there is none, and for other than pairs and a unit for each variable.
@@ -405,7 +405,7 @@ class _Line:
         seen = (background[..., self.given] - self.centre) / self.unit @ self.patterns
         return background.index_add(-1, self.wanted, self.offset + seen @ self.answers)
 
-
+# %% ../nbs/15b_operations.ipynb #94d9eff5
 class _Ridge:
     """Ridge regressions of `y` `(sample, m)` on `x` `(sample, n)`, for any penalty."""
 
@@ -424,7 +424,7 @@ class _Ridge:
         shrunk = torch.zeros_like(self.size) if penalty == math.inf else self.size / (self.size.square() + penalty * self.count)
         return shrunk[:, None] * self.told
 
-
+# %% ../nbs/15b_operations.ipynb #28ce37e9
 def regression(trained: PairSource, most: int = 20_000, memory: int = 256_000_000) -> Callable[[Tensor], Tensor]:
     """Analyses as a linear function of backgrounds, for states of any size, from at most so many pairs, or as many as fit into a
     quarter of `memory`; its `errors` are the covariance of what it leaves open of pairs that it is not from.
@@ -722,7 +722,7 @@ class Report:
                 parts.append(f"![{_markdown(caption)}]({folder}/{number}.png)")
         return "\n\n".join(parts) + "\n"
 
-
+# %% ../nbs/15b_operations.ipynb #63e3f25c
 def _words(text: object) -> str:
     """Text on one line, without characters that cannot be written, are not seen, or turn the order of others round."""
     hidden = {*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C, 0xFEFF}

@@ -350,7 +350,8 @@ class Climate:
             raise ValueError(f"windows: expected three dimensions (N, T, n), got shape {tuple(windows.shape)}")
         windows, over = windows.double(), (0, 1) if stationary else 0
         mean, scale = (x.expand(windows.shape[1:]) for x in (windows.mean(over), windows.std(over)))
-        if not (torch.isfinite(scale) & (scale > 0)).all():
+        moves = (windows.amax(over) > windows.amin(over)).expand_as(scale)  # a constant's deviation is rounding, not always 0
+        if not (torch.isfinite(scale) & (scale > 0) & moves).all():
             raise ValueError("windows: expected numbers that are finite and vary, at all times")
         z = (windows - mean) / scale
         if order is None:

@@ -43,6 +43,7 @@ from pnpda_nb.operations import (
 )
 from pnpda_nb.pnp import DenseError, EnsembleResidual, FactoredError, residual_covariance
 from pnpda_nb.variational import ThreeDVar, archive_background, climatological_background
+from pnpda_nb.windows import Climate
 
 DIM = 12
 UNITS = torch.tensor([100.0] * 4 + [1e-16] * 4 + [1e9] * 4, dtype=torch.float64)
@@ -352,6 +353,14 @@ def test_that_numbers_whose_squares_cannot_be_held_are_refused():
             trained(background * factor, analysis * factor)
         with pytest.raises(ValueError, match="^background, analysis: expected numbers whose squares are finite and not zero"):
             train_prior(background * factor, analysis * factor, QUICK)
+
+
+def test_that_a_climate_of_windows_refuses_what_is_constant_whatever_its_rounding():
+    windows = standard_normal((50, 4, 2), stream(0))
+    windows[:, 1, 1] = 273.1500000001
+    for order in (None, 1):
+        with pytest.raises(ValueError, match="^windows: expected numbers that are finite and vary"):
+            Climate.of(windows, order)
 
 
 # ---------------------------------------------------------------- rivals
