@@ -14,10 +14,11 @@ import itertools
 import json
 import lzma
 import math
+import mmap
 import os
 import re
 import stat
-import tokenize
+import sys
 import warnings
 import zlib
 from dataclasses import dataclass, field, replace
@@ -74,7 +75,6 @@ def _converted(one: str, other: str) -> tuple[float, float] | None:
     if not (_sober(one) and _sober(other)):
         return None
     from cf_xarray.units import units as registry  # half a second, so only when it is needed
-    from pint.errors import PintError
 
     def parsed(text: str) -> tuple[float, Any]:
         text = re.sub(r"(?<=[^\W_])\.(?=[A-Za-z])", " ", text)  # kg.m-2
@@ -92,8 +92,8 @@ def _converted(one: str, other: str) -> tuple[float, float] | None:
             return None
         with np.errstate(all="ignore"):  # what overflows is no factor
             zero, near, far = (float(registry.Quantity(x * number, unit).to(target).magnitude) / another for x in (0.0, 1e6, 2e6))
-    except (PintError, ArithmeticError, AttributeError, SyntaxError, TypeError, ValueError, tokenize.TokenError):
-        return None  # not units that are known, or not of one kind
+    except Exception:  # pint raises what it likes, for text that is no unit and for units of another kind; without a factor they are refused
+        return None
     factor = float(near - zero) / 1e6
     if not (math.isfinite(factor) and factor) or not math.isclose(far - near, near - zero, rel_tol=1e-9):
         return None  # such as decibels
@@ -649,6 +649,7 @@ class _HDF5Contents(_Contents):
         self.unchecked: dict[tuple[str, int], dict[int, list]] = {}
         import h5py
 
+        self._check_heaps()
         with h5py.File(path, "r") as file:
             folders, seen = [("", file)], set()
             while folders:
@@ -667,6 +668,25 @@ class _HDF5Contents(_Contents):
                         self._look_at(f"{prefix}{part}", found)
                 if len(seen) + len(self.parts) > 100_000:
                     raise self.refuse("expected at most 100000 variables")
+
+    def _check_heaps(self, most: int = 64_000_000) -> None:
+        """Raise `ValueError` for a heap of HDF5 (where texts of attributes are) whose parts have no length: the library would never
+        come to its end. Of a large file the beginning and the end are searched, where libraries put them.
+        """
+        with open(self.path, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            whole = len(content)
+            for begin, end in ((0, whole),) if whole <= 2 * most else ((0, most), (whole - most, whole)):
+                place = content.find(b"GCOL\x01\0\0\0", begin, end)
+                while place >= 0:
+                    size = int.from_bytes(content[place + 8 : place + 16], "little")
+                    part, last = place + 16, place + size
+                    while part + 16 <= last <= whole:
+                        index, length = int.from_bytes(content[part : part + 2], "little"), int.from_bytes(content[part + 8 : part + 16], "little")
+                        step = 16 + -(-length // 8) * 8 if index else length
+                        if step < 16:
+                            raise self.refuse(f"a heap of texts at byte {place} is damaged; is it whole?")
+                        part += step
+                    place = content.find(b"GCOL\x01\0\0\0", place + 8, end)
 
     def _look_at(self, variable: str, found) -> None:
         import h5py
@@ -1095,7 +1115,10 @@ def _checked_store() -> type:
 def _read(array: xr.DataArray, where: str) -> np.ndarray:
     """The values of a variable, or one line that says why they cannot be read."""
     try:
-        return array.values
+        values = array.values
+        if values.dtype.kind == "U" and values.size and np.ascontiguousarray(values).view(f"{values.dtype.byteorder}u4").max() > sys.maxunicode:
+            raise ValueError("text that is none")
+        return values
     except _Refused:
         raise
     except Exception as error:  # libraries raise what they like
