@@ -748,7 +748,7 @@ class _HDF5Contents(_Contents):
             del rows[row]
 
     def need(self, variable: str, wanted: int) -> None:
-        shape, chunks, declared, stored, chunk = self.parts[f"{self.group}/{variable}".strip("/")]
+        shape, chunks, declared, stored, _ = self.parts[f"{self.group}/{variable}".strip("/")]
         if declared and not stored:
             raise self.refuse(f"nothing of {variable!r} is stored")
         self.claims(variable, wanted)
@@ -867,10 +867,10 @@ class _ZarrContents(_Contents):
                     raise self.refuse(f"expected a regular grid of chunks of {variable!r}, got another")
                 chunks, item = said["chunk_grid"]["configuration"]["chunk_shape"], _zarr_item(said["data_type"])
                 gaps = _means_missing(_zarr_fill(said.get("fill_value")), _zarr_fill(attributes.get("_FillValue")), attributes.get("missing_value"))
-                shards = [(codecs.index(c), c[1]) for c in codecs if c[0] == "sharding_indexed"]
+                shards = [c[1] for c in codecs if c[0] == "sharding_indexed"]
                 inner = None
                 if shards:
-                    at, setting = shards[0]
+                    setting = shards[0]
                     index = self._codecs(variable, setting.get("index_codecs", [{"name": "bytes"}, {"name": "crc32c"}]), "name")
                     inner = (tuple(map(_whole, setting["chunk_shape"])), self._codecs(variable, setting["codecs"], "name"), setting.get("index_location", "end"), index)
                     if len(codecs) != 1 or any(c[0] == "sharding_indexed" for c in inner[1]) or any(c[0] not in ("bytes", "crc32c") for c in index):
