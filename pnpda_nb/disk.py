@@ -93,7 +93,7 @@ def sealed(content: bytes) -> bytes:
 
 
 def require_seal(content: bytes, name: str) -> None:
-    """Raise `ValueError`, with the `name` of the file, unless `content` is exactly what was `sealed`."""
+    """Raise `ValueError`, with the `name` of the file (such as "prior: p.safetensors"), unless `content` is exactly what was `sealed`."""
     found = _SEAL.findall(content)
     if len(found) != 1:
         raise ValueError(f"{name} has no seal: it is damaged, or was not written by this version of pnpda_nb")
@@ -134,7 +134,7 @@ def read_record(path: str | os.PathLike) -> dict:
     """Read a record that `write_record` wrote. Raises `OSError` for no file, and `ValueError` for one that is damaged or foreign."""
     with naming(path, "read"):
         content = Path(path).read_bytes()
-    return record_from(content, str(path))
+    return record_from(content, f"record: {path}")
 
 # %% ../nbs/89_disk.ipynb #4147727a
 TAIL = b"\n" + BLANK

@@ -128,7 +128,7 @@ class Store:
         except FileNotFoundError:
             return None
         try:
-            return FORMATS[task.format][2](content, str(path))
+            return FORMATS[task.format][2](content, f"part: {path}")
         except ValueError:  # its seal says so
             path.replace(path.with_name(f"{path.name}.damaged")) if path.exists() else None
             return None
@@ -158,7 +158,7 @@ def _run_task(
     if code != code_version():
         raise ValueError("a worker has another version of pnpda_nb than the process that sent it work; install the same everywhere")
     torch.set_num_threads(1)  # sums are added up in one order everywhere
-    needs = {role: FORMATS[kind][2](content, role) for (role, kind), content in zip(roles.items(), files, strict=True)}
+    needs = {role: FORMATS[kind][2](content, f"{role}: what was sent") for (role, kind), content in zip(roles.items(), files, strict=True)}
     if checkpoint is not None:
         needs["checkpoint"] = checkpoint or None
     with warnings.catch_warnings():

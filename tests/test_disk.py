@@ -130,7 +130,7 @@ def kinds(tmp_path_factory):
         task = Task(kind, make, {}, format=kind)
         run_tasks([task], store)
         reader = FORMATS[kind][2]
-        found[f"part: {kind}"] = store.path(task).read_bytes(), "x", lambda path, reader=reader: reader(path.read_bytes(), str(path))
+        found[f"part: {kind}"] = store.path(task).read_bytes(), "x", lambda path, reader=reader: reader(path.read_bytes(), f"part: {path}")
         if "prior" in kind:
             found[f"described: {kind}"] = store.path(task).read_bytes(), "x", describe_prior
     found["manifest"] = (write_record(a_record(), folder / "m.json"), (folder / "m.json").read_bytes())[1], "m.json", read_record
@@ -232,7 +232,7 @@ def test_that_a_netcdf_file_of_ours_is_like_any_other_to_others(tmp_path):
     require_whole_hdf5(path, "archive")
     assert float(read_archive(path).background[0, 0]) == 1.0
     with pytest.raises(ValueError, match="no seal at its end"):
-        netcdf_from(path.read_bytes(), "part")
+        netcdf_from(path.read_bytes(), "part: a.nc")
 
 
 def test_that_the_same_dataset_makes_the_same_bytes():
@@ -247,8 +247,8 @@ def test_that_a_record_is_json_to_others_and_holds_what_it_was_given(tmp_path):
     with pytest.raises(ValueError, match="^record: expected plain values"):
         write_record({"x": object()}, tmp_path / "r.json")
     for content in (b"", b"[]", b"{}", b"\xff", b"[" * 10**5):
-        with pytest.raises(ValueError, match="^r.json has no seal"):
-            record_from(content, "r.json")
+        with pytest.raises(ValueError, match="^record: r.json has no seal"):
+            record_from(content, "record: r.json")
     with pytest.raises(FileNotFoundError, match="cannot read .*nothing"):
         read_record(tmp_path / "nothing")
 

@@ -84,7 +84,8 @@ class Watched:
         before = [t.clone() for t in tensors]
         analysis = self.method.analyse(background, observations, **rest)
         assert all(torch.equal(t, b) for t, b in zip(tensors, before))
-        assert analysis.dtype == torch.float64 and analysis.shape[-2:] == background.shape[-2:]
+        states = analysis[0] if isinstance(analysis, tuple) else analysis  # those of a weighted method have weights beside them
+        assert states.dtype == torch.float64 and states.shape[-2:] == background.shape[-2:]
         return analysis
 
 
