@@ -474,7 +474,7 @@ class Minimum:
 def levenberg_marquardt(
     cost: Callable[[Tensor, Tensor], Tensor],
     system: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-    first: Tensor,
+    first: Gappy,
     iterations: int = 200,
     tolerance: float = 1e-6,
     damping: float = 1e-3,
@@ -547,7 +547,7 @@ class WindowFourDVar:
     iterations: int = 200
     tolerance: float = 1e-6
 
-    def minimise(self, first: Tensor, information: Information | Callable[[Tensor], Information]) -> Annotated[tuple[GaussianWindow, Minimum], ALONE]:
+    def minimise(self, first: Gappy, information: Information | Callable[[Tensor], Information]) -> Annotated[tuple[GaussianWindow, Minimum], ALONE]:
         """The minimum from the `first` guess `(..., T, n)` for windows with `information` about them: the law around it, and how it was found. With a
         strong constraint only the first state of the guess counts, the `x` of the minimum is that state, and the law's precision is diagonal: its variances are right, its
         samples and densities are not.

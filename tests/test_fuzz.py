@@ -560,6 +560,38 @@ def test_that_valid_arguments_are_accepted_by_everything_public():
     assert not refused, "\n".join(refused)
 
 
+def silent(values: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    return values / scale
+
+
+def hidden(values: torch.Tensor) -> dict:
+    return {"mean": [values.mean()], "n": np.array([0.0, math.nan])}
+
+
+def careless(values: torch.Tensor) -> torch.Tensor:
+    return {}["x"]
+
+
+def nameless(values: torch.Tensor) -> torch.Tensor:
+    raise ValueError("something is wrong")
+
+
+@pytest.mark.parametrize(
+    ("bad", "arguments", "found"),
+    [
+        (silent, {"values": torch.zeros(2), "scale": 0}, "returned tensor"),
+        (hidden, {"values": torch.ones(2)}, "returned array"),
+        (careless, {"values": torch.ones(2)}, "KeyError"),
+        (nameless, {"values": torch.ones(2)}, "names nothing"),
+        (lambda values: (_ for _ in [values / 0]), {"values": torch.zeros(2)}, "returned tensor"),
+    ],
+)
+def test_that_this_fuzz_can_fail(bad, arguments, found):
+    assert found in verdict("bad", bad, arguments, bad)
+    if bad in (silent, careless, nameless):  # and that the border is what makes it pass
+        assert verdict("bad", bad, arguments, guarded(bad)) is None
+
+
 def test_that_odd_arguments_of_the_public_api_are_named_and_nothing_becomes_nan_in_silence():
     wrong = calls(range(600), seed=100)
     assert not wrong, "\n".join(wrong)
