@@ -284,7 +284,7 @@ def _lost(result: object, depth: int = 3, outside: bool = True, strict: bool = F
     return next((lost for part in parts if (lost := _lost(part, depth - 1, outside, strict)) is not None), None)
 
 # %% ../nbs/88_checks.ipynb #d36ff8c4
-_OURS = re.compile(r"[^\s:]+(, [^\s:]+)*: ")
+_OURS = re.compile(r"[^\s:]+(, [^\s:]+)*( \S*[./\\].*)?: ")  # arguments, or what a file was to be and its path
 _FOREIGN = (RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError, MemoryError, ValueError, NameError, AssertionError, EOFError, BufferError, SystemError, StopIteration)
 
 
@@ -390,6 +390,8 @@ def unchecked() -> Iterator[None]:
 # %% ../nbs/88_checks.ipynb #09452c8a
 def _analysis(result: object, given: dict[str, Any], args: tuple, kwargs: dict) -> object:
     """What `analyse` returned, in the precision of the background that it was given; or an error if it is not finite."""
+    if isinstance(result, tuple):  # with weights of the members
+        return _analysis(result[0], given, args, kwargs), *result[1:]
     if not isinstance(result, Tensor):
         return result
     background = given["background"]

@@ -16,14 +16,14 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import h5netcdf
 import numpy as np
 import torch
 import xarray as xr
 
-from .checks import guard
+from .checks import GAPS, guard
 
 # %% auto #0
 __all__ = ['BLANK', 'TAIL', 'write_whole', 'naming', 'writable', 'sealed', 'require_seal', 'record_bytes', 'record_from',
@@ -114,7 +114,7 @@ def record_bytes(record: dict) -> bytes:
     return sealed(text.encode() + b"\n")
 
 
-def record_from(content: bytes, name: str) -> dict:
+def record_from(content: bytes, name: str) -> Annotated[dict, GAPS]:
     """The record that `record_bytes` made; raises `ValueError`, with the `name` of the file, for anything else."""
     require_seal(content, name)
     try:
@@ -130,7 +130,7 @@ def write_record(record: dict, path: str | os.PathLike) -> None:
     write_whole({path: record_bytes(record)})
 
 
-def read_record(path: str | os.PathLike) -> dict:
+def read_record(path: str | os.PathLike) -> Annotated[dict, GAPS]:
     """Read a record that `write_record` wrote. Raises `OSError` for no file, and `ValueError` for one that is damaged or foreign."""
     with naming(path, "read"):
         content = Path(path).read_bytes()
