@@ -281,6 +281,8 @@ def run(
     start = time.perf_counter()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # states are small, and one thread adds numbers up in one order
     changes = dict(_key_value(text) for text in set_ or [])
+    for name, text in changes.items():
+        _check_size(name, text)
     names = _words("methods", methods)
     _whole("workers", workers, 1000), _whole("runs", runs), _whole("members", members)
     if scheduler is not None and not scheduler.strip():
@@ -295,7 +297,7 @@ def run(
     torch.set_num_threads(1)
     study = find_study(experiment).with_preset(preset)
     settings = study.settings(preset, changes, runs=runs, members=members, seed=seed)
-    _check_settings({name: getattr(settings, name) for name in changes})
+    _check_counts({name: getattr(settings, name) for name in changes})
     chosen = study.choose(names or None)
     folder = out or Path("runs") / f"{experiment}_{preset}"
     _check_folder(folder, "scores.csv", "cycles.nc", "manifest.json", *study.kept(settings, chosen), given=_read("set", *filter(None, changes.values())))
@@ -330,12 +332,21 @@ def _key_value(text: str) -> tuple[str, str]:
     return key.strip(), value.strip()
 
 
-def _check_settings(changes: Mapping[str, object]) -> None:
-    """Raise `ValueError` for numbers that no experiment could use."""
+def _check_size(name: str, text: str) -> None:
+    """Raise `ValueError` for numbers that nobody could compute with."""
+    for word in text.split(",") if name != "seed" else ():
+        try:
+            size = abs(float(word))
+        except ValueError:  # no number, but perhaps a name
+            continue
+        if not size < 1e15:
+            raise ValueError(f"set: expected {name} to be finite, and smaller than 1e15, got {word}")
+
+
+def _check_counts(changes: Mapping[str, object]) -> None:
+    """Raise `ValueError` for whole numbers that no machine could do."""
     for name, value in changes.items():
         for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, float) and not abs(number) < float("inf"):
-                raise ValueError(f"set: expected {name} to be finite, got {number}")
             if isinstance(number, int) and name != "seed" and abs(number) > 1_000_000:
                 raise ValueError(f"set: expected {name} to be at most 1000000, got {number}")
 

@@ -128,7 +128,7 @@ def value_for(kind: str, r: random.Random, inputs: Path, scratch: Path) -> str:
     if kind == "setting":
         settings = vars(next(iter(r.choice(list(STUDIES.values())).presets.values())))
         name = r.choice([*settings, "speed", "archive", "prior"])
-        return f"{name}={r.choice([*ODD, *NUMBERS, '1,,2', ',', '0,0', '1,x', 'nan,1', f'{inputs}/half.nc', f'{inputs}/half.safetensors'])}"
+        return f"{name}={r.choice([*ODD, *NUMBERS, '1e300', '1e-300', '1000000', '1,,2', ',', '0,0', '1,x', 'nan,1', f'{inputs}/half.nc', f'{inputs}/half.safetensors'])}"
     return r.choice({"preset": ["smoke", "paper", "huge"], "method": ["free_run", "enkf", "pnpda", "var3d_gc", "4dvar", "free_run,free_run"], "word": ["T", "time", "background,analysis", "analysis,background", "T,T", "x", "enkf,nothing", "tcp://", "host:0"]}[kind])
 
 
@@ -154,7 +154,7 @@ def command_line(r: random.Random, inputs: Path, scratch: Path) -> list[str]:
     if name == "train" and "--epochs" not in words:
         words += ["--epochs", "1"]
     if name in ("run", "bench", "published"):  # with nothing wrong they take minutes, so that something is
-        words += r.choice({"run": [["--runs", "0"], ["--set", "speed=3"], ["--methods", "4dvar"], ["--workers", "0"], ["--out", f"{inputs}/seen.csv"]],
+        words += r.choice({"run": [["--runs", "0"], ["--set", "speed=3"], ["--methods", "4dvar"], *3 * [["--out", f"{inputs}/seen.csv"]]],
                            "bench": [["--only", "nothing"], ["--quick", "--full"], ["--out", f"{inputs}/seen.csv"]], "published": [["--runs", "0"], ["--seed", "x"], ["--out", f"{inputs}/seen.csv"]]}[name])  # fmt: skip
     return words
 
