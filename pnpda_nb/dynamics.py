@@ -15,7 +15,7 @@ from typing import Annotated, Callable, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from annotated_types import Gt, Lt
+from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
 from .checks import Complex, guard
@@ -451,7 +451,7 @@ class KuramotoSivashinsky:
         return self._to_field(modes, basis)
 
     def reference(
-        self, state: Tensor, steps: int, rtol: Annotated[float, Gt(0), Lt(math.inf)] = 1.49e-8, atol: Annotated[float, Gt(0), Lt(math.inf)] = 1.49e-8
+        self, state: Tensor, steps: Annotated[int, Ge(1)], rtol: Annotated[float, Gt(0), Lt(math.inf)] = 1.49e-8, atol: Annotated[float, Gt(0), Lt(math.inf)] = 1.49e-8
     ) -> Tensor:
         """What `trajectory(self, state, steps)` should be, by the paper's solver: LSODA (scipy's `odeint`, with its
         default tolerances), one state after the other. Raises `RuntimeError` where LSODA gives up.
