@@ -16,11 +16,38 @@ import pytest
 import torch
 from torch import Tensor
 
-from pnpda_nb.checks import GAPS, Complex, Converted, Gappy, Index, Mask, guard, guarded, rule_of, shown
-from pnpda_nb.dynamics import FunctionModel, KuramotoSivashinsky, Lorenz63, Model, RunStreams, standard_normal, stream, trajectory
+from pnpda_nb.checks import (
+    GAPS,
+    Complex,
+    Converted,
+    Gappy,
+    Index,
+    Mask,
+    guard,
+    guarded,
+    rule_of,
+    shown,
+)
+from pnpda_nb.dynamics import (
+    FunctionModel,
+    KuramotoSivashinsky,
+    Lorenz63,
+    Model,
+    RunStreams,
+    standard_normal,
+    stream,
+    trajectory,
+)
 from pnpda_nb.ensemble import ETKF, LETKF, EnKF, EnKS, EnRDA, LocalEnKF, ParticleFilter
 from pnpda_nb.flow_matching import FlowPrior, GaussianPrior, VelocityMLP
-from pnpda_nb.observing import Covariance, DiagonalCovariance, Nonlinear, Observations, ObservingNetwork, Select
+from pnpda_nb.observing import (
+    Covariance,
+    DiagonalCovariance,
+    Nonlinear,
+    Observations,
+    ObservingNetwork,
+    Select,
+)
 from pnpda_nb.pnp import PnPDA, PnPDA4D
 from pnpda_nb.training_free import EnFF, EnSF
 from pnpda_nb.twin import Forecast, FreeRun, TwinExperiment, cycle, tune

@@ -13,12 +13,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pnpda_nb import operations
-from pnpda_nb.constraints import FunctionConstraint, LinearConstraint, QuadraticConstraint
+from pnpda_nb.constraints import (
+    FunctionConstraint,
+    LinearConstraint,
+    QuadraticConstraint,
+)
 from pnpda_nb.dynamics import standard_normal, stream
 from pnpda_nb.ensemble import ETKF, LETKF, EnKF
 from pnpda_nb.files import Axis, Field, Layout, Sightings, States, layout_record
-from pnpda_nb.flow_matching import FlowPrior, GaussianPrior, TensorPairs, TrainingSettings, train_from, train_prior
-from pnpda_nb.observing import Covariance, DiagonalCovariance, Interpolate, Nonlinear, ObservingNetwork, Select
+from pnpda_nb.flow_matching import (
+    FlowPrior,
+    GaussianPrior,
+    TensorPairs,
+    TrainingSettings,
+    train_from,
+    train_prior,
+)
+from pnpda_nb.observing import (
+    Covariance,
+    DiagonalCovariance,
+    Interpolate,
+    Nonlinear,
+    ObservingNetwork,
+    Select,
+)
 from pnpda_nb.operations import (
     Calibration,
     Fixed,
@@ -41,8 +59,17 @@ from pnpda_nb.operations import (
     usual_settings,
     verdict,
 )
-from pnpda_nb.pnp import DenseError, EnsembleResidual, FactoredError, residual_covariance
-from pnpda_nb.variational import ThreeDVar, archive_background, climatological_background
+from pnpda_nb.pnp import (
+    DenseError,
+    EnsembleResidual,
+    FactoredError,
+    residual_covariance,
+)
+from pnpda_nb.variational import (
+    ThreeDVar,
+    archive_background,
+    climatological_background,
+)
 from pnpda_nb.windows import Climate
 
 DIM = 12

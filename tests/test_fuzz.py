@@ -4,7 +4,6 @@ Valid arguments of every public function, constructor and method, of which none,
 number: `call(case)` repeats it. The long version (`pytest --slow tests/test_fuzz.py`) makes 25 000 calls for each of its seeds.
 """
 
-import dataclasses
 import importlib
 import inspect
 import math
@@ -23,38 +22,101 @@ import pytest
 import torch
 import xarray as xr
 
-from pnpda_nb.aware import AmortisedAnalysis, AnalysisPrior, BlindPrior, LearnedDenoiser, Residual, SeeingPrior, Sightings, on_grid
+from pnpda_nb.aware import AmortisedAnalysis, AnalysisPrior, SeeingPrior, on_grid
 from pnpda_nb.checks import guarded
-from pnpda_nb.constraints import AsObservation, Conserving, ConstrainedPnPDA, FunctionConstraint, LinearConstraint, Projected, QuadraticConstraint, RigidBody
+from pnpda_nb.constraints import (
+    Conserving,
+    ConstrainedPnPDA,
+    FunctionConstraint,
+    LinearConstraint,
+    RigidBody,
+)
+from pnpda_nb.disk import (
+    BLANK,
+    netcdf_bytes,
+    record_bytes,
+    sealed,
+    with_tail,
+    write_checkpoint,
+    write_netcdf,
+    write_record,
+)
 from pnpda_nb.dynamics import (
-    AdditiveModelError, DoubleWell, FunctionModel, KuramotoSivashinsky, Lorenz63, Lorenz96, Pendulum, TwoScaleLorenz96, etdrk4_weights, stream,
+    AdditiveModelError,
+    KuramotoSivashinsky,
+    Lorenz63,
+    Lorenz96,
+    TwoScaleLorenz96,
+    etdrk4_weights,
+    stream,
 )  # fmt: skip
-from pnpda_nb.ensemble import ETKF, LETKF, EnKF, EnKS, EnRDA, EnsembleFilter, LocalEnKF, ParticleFilter
-from pnpda_nb.flow_matching import Denoiser, FlowPrior, GaussianPrior, TensorPairs, TrainingSettings, VelocityMLP
-from pnpda_nb.hybrid import LearnedMean
+from pnpda_nb.ensemble import EnKF, EnRDA
+from pnpda_nb.flow_matching import (
+    FlowPrior,
+    GaussianPrior,
+    TensorPairs,
+    TrainingSettings,
+    VelocityMLP,
+)
 from pnpda_nb.incremental import (
-    BandedPrecision, Calibration, DensePrecision, IncrementalPrior, IncrementalSettings, LowRankPrecision, NeuralIncremental, RandomSets,
+    BandedPrecision,
+    Calibration,
+    DensePrecision,
+    IncrementalPrior,
+    IncrementalSettings,
+    LowRankPrecision,
+    NeuralIncremental,
+    RandomSets,
 )  # fmt: skip
-from pnpda_nb.interop import ManySteps, NumpyOperator, UserModel
-from pnpda_nb.networks import DenseNetwork
-from pnpda_nb.observing import Covariance, DiagonalCovariance, Interpolate, Linear, Nonlinear, Observations, ObservingNetwork, Present, Select
-from pnpda_nb.on_policy import Lesson, ObservedRecord, OnPolicySettings, RandomNetworks, Records, TruthRecord, observed_record
+from pnpda_nb.interop import UserModel
+from pnpda_nb.observing import (
+    Covariance,
+    DiagonalCovariance,
+    Linear,
+    Nonlinear,
+    ObservingNetwork,
+    Present,
+    Select,
+)
+from pnpda_nb.on_policy import (
+    Lesson,
+    ObservedRecord,
+    OnPolicySettings,
+    RandomNetworks,
+    Records,
+    TruthRecord,
+    observed_record,
+)
 from pnpda_nb.pnp import (
-    DenseError, EnsembleResidual, FactoredError, GaussianResidual, Misfit, PnPDA, PnPDA4D, ResidualCovariance, WindowMisfit,
+    DenseError,
+    EnsembleResidual,
+    FactoredError,
+    GaussianResidual,
+    Misfit,
+    PnPDA,
+    PnPDA4D,
+    WindowMisfit,
 )  # fmt: skip
 from pnpda_nb.reanalysis import make_archive
-from pnpda_nb.studies import Settings, SweepSettings, ToldOtherwise
+from pnpda_nb.studies import SweepSettings, ToldOtherwise
 from pnpda_nb.sweep import Store, Study, Task
-from pnpda_nb.testbeds import climate_of
 from pnpda_nb.training_free import EnFF, EnSF
-from pnpda_nb.twin import Forecast, FreeRun, RunNoise, TwinExperiment, cycle, nature_run, summary
-from pnpda_nb.variational import Climatology, FourDVar, OptimalInterpolation, ThreeDVar, WeakFourDVar
-from pnpda_nb.windows import BandedCholesky, GaussianWindow, Information, WindowFourDVar, block_bands
+from pnpda_nb.twin import (
+    Forecast,
+    FreeRun,
+    RunNoise,
+    TwinExperiment,
+    cycle,
+    nature_run,
+    summary,
+)
+from pnpda_nb.variational import FourDVar, ThreeDVar, WeakFourDVar
+from pnpda_nb.windows import BandedCholesky, GaussianWindow, Information, WindowFourDVar
 from pnpda_nb.windows import Climate as WindowClimate
 
 MODULES = (
     "dynamics observing twin variational windows ensemble training_free reanalysis flow_matching networks pnp aware on_policy constraints hybrid "
-    "incremental interop plotting sweep testbeds studies checks"
+    "incremental interop plotting sweep testbeds studies checks disk"
 ).split()
 DOUBLE = torch.float64
 
@@ -146,13 +208,13 @@ def folder():
 @cache
 def written(kind):
     if kind == "archive":
-        from pnpda_nb.reanalysis import write_netcdf
-
         return write_netcdf(archive(), folder() / "archive.nc")
     if kind == "record":
-        path = folder() / "record.json"
-        path.write_text('{"a": 1}')
-        return path
+        write_record({"a": 1}, folder() / "record.json")
+        return folder() / "record.json"
+    if kind == "checkpoint":
+        write_checkpoint({"a": 1}, folder() / "kept")
+        return folder() / "kept"
     return {"flow": flow, "aware": aware, "incremental": incremental}[kind]().save(folder() / f"{kind}.safetensors")
 
 
@@ -215,6 +277,11 @@ RECORDS = {"times": lambda: torch.tensor([0, 1]), "runs": lambda: torch.tensor([
 WINDOW = {"observations": lambda: [seen(), seen()], "forecast": lambda: Forecast(Lorenz63(), 2)}
 CHAIN = {"diagonal": lambda: 3 * torch.eye(2, dtype=DOUBLE).expand(3, 4, 2, 2).clone(), "below": lambda: states(2, 4, 2, 2) / 9}
 TASKS = {"testbed": lambda: {"name": "lorenz63"}, "method": lambda: {"name": "enkf"}, "members": lambda: 3}
+FILE = {"kind": lambda: "FlowPrior", "version": lambda: 1, "tensors": lambda: {"a": states(3)}, "header": lambda: {"a": 1}}
+CONTENTS = {  # of a prior's file: what it is restored from
+    kind: {name: lambda make=make, i=i: make().contents()[i] for i, name in enumerate(("version", "tensors", "header"))}
+    for kind, make in (("flow", flow), ("aware", aware), ("incremental", incremental))
+}
 OWN = {  # arguments of one callable, where they are not those of the pool
     "dynamics.rk4": {"dt": lambda: 0.1}, "dynamics.FunctionModel.__init__": {"function": lambda: lambda x: 0.9 * x},
     "dynamics.etdrk4_weights": {"rates": A(4)}, "dynamics.etdrk4": {"nonlinear": lambda: lambda v: -(v**2), "modes": A(2, 4), "weights": lambda: etdrk4_weights(-states(4).abs(), 0.1)},
@@ -256,7 +323,7 @@ OWN = {  # arguments of one callable, where they are not those of the pool
     "training_free.towards_observations": {"spread": lambda: torch.ones(2, 1, 3, dtype=DOUBLE)},
     "training_free.EnSF.back": {"expected": ENSEMBLE, "t": lambda: 0.5, "s": lambda: 0.4}, "training_free.EnSF": {"t": lambda: 0.5},
     "training_free.EnFF.guided": {"end": ENSEMBLE, "spread": lambda: torch.ones(2, 1, 3, dtype=DOUBLE), "step": lambda: 0.1},
-    "reanalysis.make_archive": {"discard": lambda: 1}, "reanalysis.write_netcdf": {"dataset": archive}, "reanalysis.read_archive": {"path": lambda: written("archive")},
+    "reanalysis.make_archive": {"discard": lambda: 1}, "reanalysis.read_archive": {"path": lambda: written("archive")},
     "reanalysis": {"archive": archive},
     "flow_matching.denoised_from_velocity": {"velocity": ENSEMBLE}, "flow_matching.velocity_from_denoised": {"denoised": ENSEMBLE},
     "flow_matching.Denoiser.__init__": {"velocity": lambda: lambda x, tau: -x, "source": lambda: gaussian().source},
@@ -264,9 +331,11 @@ OWN = {  # arguments of one callable, where they are not those of the pool
     "flow_matching.Coupling.__init__": {"index": lambda: torch.tensor([0, 1]), "repaired": lambda: 0.1, "gain": lambda: 0.1},
     "flow_matching.conditional_coupling": PAIRS | {"source": A(8, 3), "beta": lambda: 1.0}, "flow_matching.FourierEmbedding.__init__": {"size": lambda: 4},
     "flow_matching.VelocityMLP.__init__": {"hidden": lambda: (8,), "embedding": lambda: 4},
-    "flow_matching.write_prior_file": {"path": lambda: folder() / "p.safetensors", "kind": lambda: "FlowPrior", "version": lambda: 1, "tensors": lambda: {"a": states(3)}, "header": lambda: {"a": 1}},
-    "flow_matching.read_prior_file": {"path": lambda: written("flow"), "kind": lambda: "FlowPrior", "newest": lambda: 2}, "flow_matching.describe_prior": {"path": lambda: written("flow")},
-    "flow_matching.fitting_header": {"path": lambda: written("flow")}, "flow_matching.FlowPrior.load": {"path": lambda: written("flow")}, "flow_matching.FlowPrior.save": {"path": lambda: folder() / "q.safetensors"},
+    "flow_matching.prior_bytes": FILE, "flow_matching.read_prior_bytes": {"content": lambda: flow().to_bytes(), "name": lambda: "p", "kind": lambda: "FlowPrior", "newest": lambda: 2},
+    "flow_matching.FlowPrior": {"content": lambda: flow().to_bytes(), **CONTENTS["flow"]}, "flow_matching.describe_prior": {"path": lambda: written("flow")},
+    "flow_matching.network_from": {"make": lambda: lambda: torch.nn.Linear(2, 2), "architecture": lambda: {"dim": 2}, "tensors": lambda: torch.nn.Linear(2, 2).state_dict()},
+    "aware.AnalysisPrior": {"content": lambda: aware().to_bytes(), **CONTENTS["aware"]}, "incremental.IncrementalPrior": {"content": lambda: incremental().to_bytes(), **CONTENTS["incremental"]},
+    "flow_matching.fitting_header": {"name": lambda: "p"}, "flow_matching.FlowPrior.load": {"path": lambda: written("flow")}, "flow_matching.FlowPrior.save": {"path": lambda: folder() / "q.safetensors"},
     "flow_matching.FlowPrior.__init__": {"network": lambda: VelocityMLP(3, (8,), 4, stream(0, "w")), "architecture": lambda: dict(flow().architecture)},
     "flow_matching.flow_matching_loss": {"network": lambda: lambda x, tau, b: -x, "source": A(4, 3), "analysis": A(4, 3), "background": A(4, 3), "tau": lambda: torch.full((4, 1), 0.3, dtype=DOUBLE)},
     "flow_matching.train_prior": PAIRS | {"settings": SETTINGS}, "flow_matching.TensorPairs.__init__": PAIRS | {"identity": lambda: "x"}, "flow_matching.TensorPairs.read": {"first": lambda: 0, "last": lambda: 4},
@@ -309,8 +378,12 @@ OWN = {  # arguments of one callable, where they are not those of the pool
     "interop.UserModel.__init__": {"function": lambda: lambda x: 0.9 * x}, "interop.operator_from": {"function": lambda: lambda x: x[..., :2]},
     "interop.NumpyOperator.__init__": {"function": lambda: lambda x: x[..., :2]}, "plotting.line_style": {"method": lambda: "enkf"},
     "plotting.mean_and_band": {"ax": lambda: plt.gca(), "x": lambda: np.arange(4.0), "runs": lambda: np.ones((3, 4))}, "sweep": {"settings": lambda: {"a": 1}, "record": lambda: {"a": 1}},
-    "sweep.read_record": {"path": lambda: written("record")}, "sweep.writable": {"folder": folder}, "sweep.Store.__init__": {"folder": folder}, "sweep.whole_file": {"path": lambda: folder() / "w.json"},
-    "sweep.write_record": {"path": lambda: folder() / "w.json"}, "sweep.Task.__init__": {"function": lambda: answer}, "sweep.parse_as": {"text": lambda: "1.5", "like": lambda: 2.5},
+    "disk": {"name": lambda: "record: r.json", "path": lambda: folder() / "w.json", "folder": folder, "record": lambda: {"a": 1}, "dataset": archive, "attributes": lambda: {"units": "K", "valid": True}},
+    "disk.naming": {"deed": lambda: "read"}, "disk.write_whole": {"files": lambda: {folder() / "w.json": b"x"}}, "disk.sealed": {"content": lambda: b"x " + BLANK}, "disk.require_seal": {"content": lambda: sealed(b"x " + BLANK)},
+    "disk.record_from": {"content": lambda: record_bytes({"a": 1})}, "disk.read_record": {"path": lambda: written("record")}, "disk.with_tail": {"content": lambda: b"x"}, "disk.without_tail": {"content": lambda: with_tail(b"x")},
+    "disk.require_whole_hdf5": {"path": lambda: written("archive")}, "disk.netcdf_from": {"content": lambda: netcdf_bytes(archive())}, "disk.write_checkpoint": {"memory": lambda: {"a": 1}}, "disk.read_checkpoint": {"path": lambda: written("checkpoint")},
+    "sweep.Store.__init__": {"folder": folder},
+    "sweep.Task.__init__": {"function": lambda: answer}, "sweep.parse_as": {"text": lambda: "1.5", "like": lambda: 2.5},
     "sweep.Study.settings": {"preset": lambda: "quick", "changes": lambda: {"runs": "2"}, "overrides": lambda: {"runs": 2}}, "sweep.Study.choose": {"methods": lambda: ("enkf",)},
     "testbeds.method_by_name": {"name": lambda: "enkf", "settings": lambda: {"inflation": 1.1}}, "testbeds.Climate.__init__": {"mean": A(3)}, "testbeds.climate_of": {"steps": lambda: 5},
     "studies.experiment_of": {"testbed": lambda: {"name": "lorenz63"}}, "studies.build_method": {"method": lambda: {"name": "enkf"}}, "studies.archive_task": TASKS, "studies.cycle_task": TASKS,
@@ -370,7 +443,7 @@ OWN |= {"observing.Nonlinear.__init__": {"function": lambda: lambda x: x[..., :2
 LEFT_OUT = re.compile(
     r"twin\.(filter_cycle|window_cycle|Stretch|Tuned|forget_nature_runs)|on_policy\.(OnPolicyTraining\.(?!__init__)|train_on_policy)|interop\.(ProgramModel|import_dapper|dapper_|for_dapper|per_state|from_tendency)"
     r"|sweep\.(code_version|run_task|run_tasks|workplace|HereExecutor|Study\.(__init__|run|kept)|Store\.read)|testbeds\.(lorenz|kura|pend|double|saka|sako|bocq|Published|published)"
-    r"|studies\.(\w+_part|figure_along|Settings)|plotting\.(explore|book_style)|checks\.guard$|dynamics\.RunStreams|constraints\.Constraint\.|on_policy\.Records\.__init__|incremental\.IncrementalPrior\.on|aware\.AnalysisPrior\.on|studies\.SweepSettings\.require"
+    r"|studies\.(\w+_part|figure_along|Settings)|plotting\.(explore|book_style)|checks\.guard$|dynamics\.RunStreams|constraints\.Constraint\.|flow_matching\.PriorFile\.|on_policy\.Records\.__init__|incremental\.IncrementalPrior\.on|aware\.AnalysisPrior\.on|studies\.SweepSettings\.require"
 )
 MISSING = re.compile(  # results in which nan is documented: scores of runs that failed, and of single times
     r"twin\.(cycle|scores|summary|score_table|stack_methods|time_mean|mean_and_error|rank_histogram|spread_skill|tune)|studies\.(stack|conditional|paired|along|table)|reanalysis\.make_archive|incremental\.train_incremental|on_policy\.(innovation|ObservedRecord|observed_record)"

@@ -30,7 +30,13 @@ from pnpda_nb.interop import (
     operator_from,
     per_state,
 )
-from pnpda_nb.observing import Covariance, DiagonalCovariance, Linear, ObservingNetwork, Select
+from pnpda_nb.observing import (
+    Covariance,
+    DiagonalCovariance,
+    Linear,
+    ObservingNetwork,
+    Select,
+)
 from pnpda_nb.pnp import PnPDA, PnPDA4D
 from pnpda_nb.reanalysis import make_archive
 from pnpda_nb.twin import FreeRun, TwinExperiment, cycle, scores, tune

@@ -7,12 +7,27 @@ import pytest
 import torch
 from scoringrules import crps_ensemble
 
-from pnpda_nb.dynamics import AdditiveModelError, FunctionModel, Lorenz96, RunStreams, standard_normal, stream
+from pnpda_nb.dynamics import (
+    AdditiveModelError,
+    FunctionModel,
+    Lorenz96,
+    RunStreams,
+    standard_normal,
+    stream,
+)
 from pnpda_nb.ensemble import ParticleFilter, systematic_resampling
 from pnpda_nb.observing import Covariance, Nonlinear, ObservingNetwork, Select
 from pnpda_nb.reanalysis import make_archive
 from pnpda_nb.testbeds import bocquet2010
-from pnpda_nb.twin import FreeRun, TwinExperiment, cycle, rank_histogram, scores, spread_skill, summary
+from pnpda_nb.twin import (
+    FreeRun,
+    TwinExperiment,
+    cycle,
+    rank_histogram,
+    scores,
+    spread_skill,
+    summary,
+)
 
 STILL = FunctionModel(lambda x: x, 6)
 R = Covariance([[0.5]])
