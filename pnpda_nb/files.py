@@ -24,8 +24,9 @@ import zlib
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cache, cached_property, lru_cache
+from numbers import Real
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Annotated, Any, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -33,7 +34,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from .checks import Gappy, GappyArray, guard
+from .checks import GAPS, Gappy, GappyArray, guard
 from .disk import require_whole_hdf5
 from .observing import DiagonalCovariance, Interpolate, Observations, Operator, Select
 
@@ -185,7 +186,7 @@ class Axis:
     which is 360 for longitudes. Raises `ValueError` for a period that is not positive.
     """
 
-    values: tuple
+    values: Annotated[tuple, GAPS]
     units: str = ""
     period: float | None = None
 
@@ -226,7 +227,7 @@ class Axis:
 
     @property
     def numeric(self) -> bool:
-        return all(isinstance(v, float) for v in self.values)
+        return all(isinstance(v, Real) for v in self.values)
 
     @cached_property
     def line(self) -> tuple[np.ndarray, np.ndarray]:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import quote
 
 import matplotlib.pyplot as plt
@@ -32,7 +32,7 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .checks import guard
+from .checks import GAPS, guard
 from .disk import write_whole
 from .dynamics import RunStreams, stream
 from .files import Axis, Field, Layout, Sightings, States, layout_from_record
@@ -476,7 +476,7 @@ class Calibration:
     notes: tuple[str, ...] = ()
 
 
-def calibrate(prior: FlowPrior, trained: Part, tested: Part, generator: torch.Generator, memory: int = 256_000_000) -> Calibration:
+def calibrate(prior: FlowPrior, trained: Part, tested: Part, generator: torch.Generator, memory: int = 256_000_000) -> Annotated[Calibration, GAPS]:
     """Put the three questions to a prior with errors attached; 19 samples are drawn for each of up to 200 of the tested pairs.
 
     The line is a `regression` on the pairs that were trained on. Points that do not change do not count (`scored`).
@@ -554,7 +554,7 @@ def train_archive(
     memory: int = 256_000_000,
     checkpoint: str | os.PathLike | None = None,
     progress: bool = False,
-) -> Trained:
+) -> Annotated[Trained, GAPS]:
     """Train a prior on an archive, measure its errors and test it; the pairs for these are set aside from training.
 
     Arguments as for `train_from`; without `settings`, `usual_settings`. The `checkpoint` stays, for whoever saves the prior to
@@ -849,7 +849,7 @@ def innovations(states: States, analysis: Tensor, sightings: Sightings) -> pd.Da
     analysis, the error that the observations claim, and the root mean square and largest increment. If values were refused
     (`sightings.refused`), also how many.
     """
-    H, rows, refused = sightings.operator, [], [str(name) for name, *_ in getattr(sightings, "refused", ())]
+    H, rows, refused = sightings.operator, [], [str(name) for name, *_ in sightings.refused]
     seen = torch.from_numpy(sightings.values)[:, None]
     departures = {"O − B": seen - H(states.values), "O − A": seen - H(analysis)}
     for spec in states.layout.fields:
@@ -880,7 +880,7 @@ def assimilation_report(
     report.text(f"{runs * members} state(s) of {states.layout}; {sightings!r}. {prior!r}. {how}".strip())
     report.heading("Observations")
     report.table(innovations(states, analysis, sightings), "Values seen and missing; root mean squares of observation minus background and observation minus analysis, beside the error that the observations claim; increments.")
-    refused = [tuple(map(str, one)) for one in getattr(sightings, "refused", ())]
+    refused = [(name or "state", f"station {station}", f"{value:.6g}") for name, station, value in sightings.refused]
     if refused:
         listed = ", of which 20 are listed" if len(refused) > 20 else ""
         report.table(pd.DataFrame(refused[:20], columns=["field", "where", "value"]), f"Values beyond anything that the archive has held, taken for missing: {len(refused)}{listed}.")
