@@ -163,7 +163,7 @@ def test_that_wrong_files_are_one_line_and_status_two(tmp_path, untrained_prior,
     prior_of_four = tmp_path / "four.safetensors"
     assert forked("train", four, "--out", prior_of_four, "--epochs", 1, "--paper").returncode == 0
     cases = [
-        (["run", "lorenz63", "--methods", "pnpda", "--set", f"prior={tmp_path / 'truncated.safetensors'}"], "truncated or foreign"),
+        (["run", "lorenz63", "--methods", "pnpda", "--set", f"prior={tmp_path / 'truncated.safetensors'}"], "safetensors file (truncated"),
         (["run", "lorenz63", "--methods", "pnpda", "--set", f"prior={prior_of_four}"], "expected one for states of size 3, got size 4"),
         (["run", "lorenz63", "--methods", "var3d", "--set", f"archive={nan}"], "not finite in 1 of 100 samples"),
         (["run", "lorenz63", "--methods", "var3d", "--set", f"archive={four}"], "expected states of size 3 in"),
