@@ -141,7 +141,7 @@ def test_that_sample_covariances_are_accepted_in_any_units_and_their_faults_name
     analysis[:, 3] = background[:, 3]
     with pytest.raises(ValueError, match="archive background: .* the variance 0 at 3"):
         archive_background(background, analysis)
-    with pytest.raises(ValueError, match="^climatological background: expected a positive definite"):
+    with pytest.raises(ValueError, match="climatological background: expected a positive definite"):
         climatological_background(standard_normal((5, DIM), stream(0)) * UNITS)
 
 
@@ -150,7 +150,7 @@ def test_that_a_gaussian_prior_is_the_same_in_any_units():
     one, other = GaussianPrior.from_pairs(background, analysis), GaussianPrior.from_pairs(background * UNITS, analysis * UNITS)
     assert torch.allclose(other.mean(background * UNITS) / UNITS, one.mean(background), rtol=1e-9, atol=1e-12)
     assert torch.allclose(other.covariance.matrix / UNITS / UNITS[:, None], one.covariance.matrix, rtol=1e-9, atol=1e-12)
-    with pytest.raises(ValueError, match="^covariance of the backgrounds of the pairs: expected"):
+    with pytest.raises(ValueError, match="background .*covariance of the backgrounds of the pairs: expected"):
         GaussianPrior.from_pairs(background[:5], analysis[:5])
 
 
@@ -525,12 +525,13 @@ def test_that_states_and_observations_that_do_not_fit_are_named(prior):
     assert assimilate(prior, states, seen, seed=-(2**62)).shape == (2, 1, DIM)
     for changed, message in (
         ((dataclasses.replace(states, values=states.values[..., :5]), seen), "states: expected 12 numbers"),
-        ((dataclasses.replace(states, values=states.values / 0), seen), "(states|values): expected finite numbers, got 24"),
         ((states, dataclasses.replace(seen, values=np.zeros((3, 1)))), "sightings: expected 2 states of 12 numbers"),
         ((states, dataclasses.replace(seen, dim=11)), "sightings: expected 2 states of 12 numbers"),
     ):
         with pytest.raises(ValueError, match=f"^{message}"):
             assimilate(prior, *changed)
+    with pytest.raises(ValueError, match="^values: expected finite numbers, got 24"):
+        dataclasses.replace(states, values=states.values / 0)
     for name, value in (("iterations", torch.tensor(1e30)), ("iterations", torch.zeros(2)), ("increment", torch.ones(3)), ("increment", -torch.ones(DIM))):
         forged = operations._with(prior, **{name: value.double()})
         with pytest.raises(ValueError, match="^prior: expected"):
@@ -671,7 +672,7 @@ def test_that_pairs_that_are_none_are_named(prior):
         (lambda: scored(background, analysis, 0 * unit), "archive: expected points that change"),
         (lambda: survey(source(background, analysis), 21), "trained: expected 2 to 20 pairs"),
         (lambda: regression(source(background, analysis)), "pairs: expected at least 30"),
-        (lambda: GaussianPrior(torch.eye(2) / 0, torch.zeros(2), Covariance(torch.eye(2))), "matrix, offset: expected finite"),
+        (lambda: GaussianPrior(torch.eye(2) / 0, torch.zeros(2), Covariance(torch.eye(2))), "matrix: expected finite"),
         (lambda: GaussianPrior(torch.eye(2), torch.zeros(2), Covariance(torch.eye(2))).mean(torch.zeros(3).double()), "background: expected states of size 2"),
     ):
         with pytest.raises(ValueError, match=f"^{message}"):
