@@ -407,16 +407,17 @@ def systematic_resampling(weights: Tensor, generator: torch.Generator) -> Index:
 class ParticleFilter:
     """Bootstrap particle filter (Gordon et al. 1993): a run is resampled, systematically, when its effective number of particles is less
     than a share `resample_below` of them (0: never, 1: at every analysis); `jitter` scales the kernel that moves copies apart (Musso et al. 2001).
-    Its width N^(-1/(d+4)) is meant for the "effective" number of particles, or for that of all "members", as `bandwidth` says.
+    The `kernel` is a "student" t of six degrees of freedom, with a width for the effective number of particles, or a "gaussian", with one for
+    all of them.
 
     `analyse` with the `weights` `(..., member)` of the background returns a pair, particles and their weights, which add up to one; without, it
     returns particles of equal weight, resampled. A run whose weights have become non-finite has an analysis of nan. Raises `ValueError` for
     settings out of range, and for `weights` of another shape, below zero, or all zero.
     """
 
-    jitter: float = 0.7
+    jitter: float = 0.85
     resample_below: float = 0.2
-    bandwidth: Literal["effective", "members"] = "effective"
+    kernel: Literal["student", "gaussian"] = "student"
     window: int = field(default=1, init=False, repr=False)
 
     def __post_init__(self):
@@ -424,8 +425,8 @@ class ParticleFilter:
             raise ValueError(f"jitter: expected zero or a positive number, got {self.jitter}")
         if not 0 <= self.resample_below <= 1:
             raise ValueError(f"resample_below: expected a share from 0 to 1, got {self.resample_below}")
-        if self.bandwidth not in ("effective", "members"):
-            raise ValueError(f"bandwidth: expected 'effective' or 'members', got {self.bandwidth!r}")
+        if self.kernel not in ("student", "gaussian"):
+            raise ValueError(f"kernel: expected 'student' or 'gaussian', got {self.kernel!r}")
 
     @property
     def weighted(self) -> bool:
@@ -458,7 +459,7 @@ class ParticleFilter:
         particles = background.gather(-2, drawn.unsqueeze(-1).expand(background.shape))
         copy = torch.nn.functional.pad(drawn[..., 1:] == drawn[..., :-1], (1, 0)).unsqueeze(-1)
         count = members
-        if self.bandwidth == "effective":
+        if self.kernel == "student":
             count = 1 / weights.square().sum(-1)[..., None, None]
             before = torch.full_like(weights, 1 / members) if before is None else before / before.sum(-1, keepdim=True)
             weights = torch.where(count[..., 0] > dim, weights, before)  # fewer span no space of `dim` dimensions
@@ -470,6 +471,9 @@ class ParticleFilter:
             spread = torch.linalg.qr(spread, mode="r").R
         chance = standard_normal((*background.shape[:-1], spread.shape[-2]), generator)
         noise = chance.to(background) @ spread
+        if self.kernel == "student":  # of unit variance, and no particle so far away that a model might not take it
+            chi = standard_normal((*background.shape[:-1], 6), generator).to(background).square().sum(-1, keepdim=True)
+            noise = noise * (4 / chi).sqrt().clamp_max(5.0)
         return particles + self.jitter * count ** (-1 / (dim + 4)) * copy * noise
 
 # %% ../nbs/05_ensemble.ipynb #9805a75c

@@ -220,7 +220,7 @@ def test_that_smoothers_and_windows_look_back_inside_dapper(prior):
 def test_that_weights_are_told_to_dapper_and_score_there_as_here():
     hmm = lorenz63(Ko=150)
     theirs = score(lambda: da.PartFilt(N=200, NER=0.2, reg=1.0), hmm, range(1, 5))
-    ours = score(lambda: for_dapper(ParticleFilter(1.0, 0.2, "members"), 200), hmm, range(1, 5))
+    ours = score(lambda: for_dapper(ParticleFilter(1.0, 0.2, "gaussian"), 200), hmm, range(1, 5))
     assert abs(ours.mean() / theirs.mean() - 1) < 0.4
     set_seed(4)
     truth, observations = hmm.simulate()

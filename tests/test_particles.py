@@ -16,7 +16,7 @@ from pnpda_nb.dynamics import (
     stream,
 )
 from pnpda_nb.ensemble import ParticleFilter, systematic_resampling
-from pnpda_nb.observing import Covariance, Nonlinear, ObservingNetwork, Select
+from pnpda_nb.observing import Covariance, DiagonalCovariance, Nonlinear, ObservingNetwork, Select
 from pnpda_nb.reanalysis import make_archive
 from pnpda_nb.testbeds import bocquet2010
 from pnpda_nb.twin import (
@@ -100,19 +100,36 @@ def test_that_particles_without_weights_are_drawn_at_once_and_that_a_share_of_on
     assert "concentration" not in always
 
 
-def test_that_the_kernel_is_wider_the_fewer_particles_count():
-    cloud = standard_normal((1, 4000, 1), stream(1, "cloud")) * torch.tensor([1e-9])  # in any unit
-    far = ObservingNetwork(Select((0,), 1), Covariance([[1e-20]])).report(torch.tensor([[2e-9]], dtype=torch.float64))
-    moved = {}
-    for bandwidth in ("members", "effective"):
-        method = ParticleFilter(jitter=0.5, bandwidth=bandwidth)
-        moved[bandwidth] = method.analyse(cloud, far, forecast=None, generator=RunStreams(1, "method", runs=1))
-    weights = torch.softmax(-far.covariance.squared_norm(far.innovation(cloud)) / 2, -1)
-    drawn = cloud[0, systematic_resampling(weights, RunStreams(1, "method", runs=1))[0]]
-    shifts = {name: x[0] - drawn for name, x in moved.items()}
-    ratio = shifts["effective"][shifts["members"] != 0] / shifts["members"][shifts["members"] != 0]
-    effective = 1 / weights.square().sum()
-    assert effective < 1000 and torch.allclose(ratio, (effective / 4000) ** (-1 / 5), rtol=1e-6)
+def drawn_by(method: ParticleFilter, cloud: torch.Tensor, seen) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """By how much the copies `(copy, dim)` of one run were moved, its weights, and the particles that were drawn."""
+    moved = method.analyse(cloud, seen, forecast=None, generator=RunStreams(1, "method", runs=1))
+    weights = torch.softmax(-seen.covariance.squared_norm(seen.innovation(cloud)) / 2, -1)
+    drawn = systematic_resampling(weights, RunStreams(1, "method", runs=1))[0]
+    shift = moved[0] - cloud[0, drawn]
+    return shift[1:][drawn[1:] == drawn[:-1]], weights[0], shift[1:][drawn[1:] != drawn[:-1]]
+
+
+@pytest.mark.parametrize("unit", [1e-9, 1.0, 1e9])
+@pytest.mark.parametrize("kernel, kurtosis", [("gaussian", 3.0), ("student", 6.0)])
+def test_that_copies_are_moved_by_the_kernel_and_first_ones_not_at_all(kernel, kurtosis, unit):
+    cloud = unit * standard_normal((1, 20_000, 1), stream(1, "cloud"))
+    seen = ObservingNetwork(Select((0,), 1), Covariance([[0.1 * unit**2]])).report(torch.tensor([[2.0 * unit]], dtype=torch.float64))
+    shift, weights, first = drawn_by(ParticleFilter(0.5, kernel=kernel), cloud, seen)
+    count = 1 / weights.square().sum() if kernel == "student" else 20_000
+    variance = 0.1 / 1.1 * unit**2  # of the posterior
+    assert abs(shift.square().mean() / (0.25 * count ** (-2 / 5) * variance) - 1) < 0.08 and not first.any()
+    assert abs(shift.mean()) < 4 * shift.std() / len(shift) ** 0.5
+    found = shift.pow(4).mean() / shift.square().mean() ** 2
+    assert 0.7 * kurtosis < found < 1.3 * kurtosis
+
+
+def test_that_a_cloud_of_one_particle_is_spread_out_like_the_forecasts():
+    cloud = standard_normal((1, 500, 3), stream(1, "cloud")) * torch.tensor([1.0, 1e-6, 1e6])
+    seen = ObservingNetwork(Select((0, 1, 2), 3), DiagonalCovariance([1e-6, 1e-18, 1e6])).report(4 * torch.tensor([[1.0, 1e-6, 1e6]]).double())
+    shift, weights, _ = drawn_by(ParticleFilter(1.0), cloud, seen)
+    count = 1 / weights.square().sum()
+    assert count < 3 and len(shift) > 490
+    assert torch.allclose(shift.std(0) / cloud[0].std(0), (count ** (-1 / 7)).expand(3), rtol=0.15)
 
 
 def test_that_no_run_depends_on_the_others_weights():
@@ -245,7 +262,7 @@ def test_that_a_weighted_method_must_return_a_pair_and_cannot_look_back():
         (lambda: ParticleFilter(resample_below=-0.1), "resample_below: expected a share from 0 to 1, got -0.1"),
         (lambda: ParticleFilter(resample_below=1.5), "resample_below: expected a share from 0 to 1, got 1.5"),
         (lambda: ParticleFilter(resample_below=float("nan")), "resample_below: expected a share from 0 to 1, got nan"),
-        (lambda: ParticleFilter(bandwidth="wide"), "bandwidth: expected 'effective' or 'members', got 'wide'"),
+        (lambda: ParticleFilter(kernel="wide"), "kernel: expected 'student' or 'gaussian', got 'wide'"),
         (lambda: ParticleFilter(jitter=-1), "jitter: expected zero or a positive number, got -1"),
     ],
 )
@@ -292,7 +309,7 @@ def test_that_drawing_on_demand_beats_drawing_always_where_the_model_is_perfect(
     experiment = replace(bocquet2010(250), burn_in=50)
     on_demand, always = (
         scores(cycle(experiment, method, members=300, runs=6, seed=4, keep="scores")).analysis_rmse.values
-        for method in (ParticleFilter(), ParticleFilter(1.0, 1.0, "members"))
+        for method in (ParticleFilter(), ParticleFilter(1.0, 1.0, "gaussian"))
     )
     gain = always - on_demand
     assert gain.mean() > 3 * gain.std(ddof=1) / 6**0.5

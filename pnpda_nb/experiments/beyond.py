@@ -405,7 +405,7 @@ def plan_beyond(settings: BeyondSettings, methods: tuple[str, ...]) -> dict[tupl
                 archive = beyond_archive(settings) if here["var3d"][0] == "var3d" else None
                 return costed_task(testbed, {"name": here["var3d"][0]}, tuned=tuned, archive=archive, **options)
             case "particle_filter":
-                classical = {"name": name, "jitter": 1.0, "resample_below": 1.0, "bandwidth": "members"}
+                classical = {"name": name, "jitter": 1.0, "resample_below": 1.0, "kernel": "gaussian"}
                 return costed_task(testbed, classical, members=settings.particles, cost=30, **options)
             case "enkf" | "enkf_40" | "enkf_100" | "enkf_crps":
                 return costed_task(testbed, here["filter"], members=size, tuned=tuned, cost=size / 3, **options)
