@@ -156,7 +156,7 @@ def _run_task(
     bytes of a file. Raises `ValueError` if the worker's library is not that of `code`.
     """
     if code != code_version():
-        raise ValueError("a worker has another version of pnpda_nb than the process that sent it work; install the same everywhere")
+        raise ValueError("code: a worker has another version of pnpda_nb than the process that sent it work; install the same everywhere")
     torch.set_num_threads(1)  # sums are added up in one order everywhere
     needs = {role: FORMATS[kind][2](content, f"{role}: what was sent") for (role, kind), content in zip(roles.items(), files, strict=True)}
     if checkpoint is not None:

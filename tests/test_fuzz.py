@@ -254,7 +254,10 @@ def scores_():
     return pd.DataFrame(rows, columns=["condition", "method", "metric", "variable", "mean", "std", "runs"])
 
 
-ENSEMBLE = lambda: states(2, 4, 3)
+def ENSEMBLE():
+    return states(2, 4, 3)
+
+
 POOL = {
     "analysis": lambda: states(2, 4, 3, seed=2), "background": ENSEMBLE, "covariance": lambda: Covariance(spd(3)), "dim": lambda: 3, "dt": lambda: 0.01,
     "ensemble": ENSEMBLE, "experiment": experiment, "forecast": lambda: Forecast(Lorenz63(), 2), "generator": lambda: stream(0, "fuzz"),
@@ -270,9 +273,19 @@ POOL = {
     "noise": lambda: states(2, 6), "right": lambda: states(2, 6), "name": lambda: "x", "variance": lambda: 0.5, "scores": scores_, "tendency": lambda: lambda x: -x,
     "function": lambda: lambda x: x[..., :2], "prior_": gaussian, "target": lambda: states(4, 3), "source": lambda: states(4, 3), "sites": lambda: torch.tensor([0, 2]),
 }  # fmt: skip
-A = lambda *shape: lambda: states(*shape)
+
+
+def A(*shape):
+    return lambda: states(*shape)
+
+
 PAIRS = {"background": A(8, 3), "analysis": lambda: states(8, 3, seed=1)}
-SETTINGS = lambda: TrainingSettings(hidden=(8,), embedding=4, batch=4, epochs=1, patience=1)
+
+
+def SETTINGS():
+    return TrainingSettings(hidden=(8,), embedding=4, batch=4, epochs=1, patience=1)
+
+
 RECORDS = {"times": lambda: torch.tensor([0, 1]), "runs": lambda: torch.tensor([0, 1]), "state": A(2, 3)}
 WINDOW = {"observations": lambda: [seen(), seen()], "forecast": lambda: Forecast(Lorenz63(), 2)}
 CHAIN = {"diagonal": lambda: 3 * torch.eye(2, dtype=DOUBLE).expand(3, 4, 2, 2).clone(), "below": lambda: states(2, 4, 2, 2) / 9}

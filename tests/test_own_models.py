@@ -211,10 +211,12 @@ def test_that_wrong_settings_are_refused_by_name(make, said):
 def lost_above(limit: float, **settings) -> UserModel:
     """Lorenz-63 that loses every state whose first variable is above `limit`."""
     own = Lorenz63()
-    if settings.get("numpy"):
-        step = lambda x: np.where(x[..., :1] > limit, np.nan, own.step(torch.from_numpy(x)).numpy())
-    else:
-        step = lambda x: torch.where(x[..., :1] > limit, torch.nan, own.step(x))
+
+    def step(x):
+        if settings.get("numpy"):
+            return np.where(x[..., :1] > limit, np.nan, own.step(torch.from_numpy(x)).numpy())
+        return torch.where(x[..., :1] > limit, torch.nan, own.step(x))
+
     return UserModel(step, 3, own.dt, name="theirs", **settings)
 
 

@@ -16,7 +16,13 @@ from pnpda_nb.dynamics import (
     stream,
 )
 from pnpda_nb.ensemble import ParticleFilter, systematic_resampling
-from pnpda_nb.observing import Covariance, DiagonalCovariance, Nonlinear, ObservingNetwork, Select
+from pnpda_nb.observing import (
+    Covariance,
+    DiagonalCovariance,
+    Nonlinear,
+    ObservingNetwork,
+    Select,
+)
 from pnpda_nb.reanalysis import make_archive
 from pnpda_nb.testbeds import bocquet2010
 from pnpda_nb.twin import (
