@@ -283,7 +283,7 @@ def whole_parts(folder):
     return all(name in OLD or name.startswith("parts/") and ".part" not in name for name in contents(folder)) and all(xr.load_dataset(p, engine="h5netcdf") for p in folder.glob("parts/*.nc"))
 
 
-@pytest.mark.parametrize("name, size", [("train", 3000), ("assimilate", 3000), ("run", 3000), ("run", 40_000), pytest.param("sweep", 20_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name, size", [("train", 3000), ("assimilate", 3000), pytest.param("run", 3000, marks=pytest.mark.slow), ("run", 40_000), pytest.param("sweep", 20_000, marks=pytest.mark.slow)])
 def test_that_a_file_that_may_not_grow_is_one_line_and_the_old_ones_stay(name, size, copied, forked):
     (copied / "full").mkdir()
     for old in OLD:
@@ -337,6 +337,7 @@ def test_that_output_does_not_fail_for_its_encoding(encoding, sign, copied, fork
     assert answer.returncode == 0 and not answer.stderr and b" (" + sign + b" standard error" in (copied / "printed").read_bytes()
 
 
+@pytest.mark.slow
 def test_that_output_does_not_fail_for_its_encoding_in_a_shell(copied):
     line = [PNPDA, *ASSIMILATE, "--out", "é.nc"]
     answer = subprocess.run(line, cwd=copied, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
@@ -349,7 +350,7 @@ NOBODY = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("where", NOBODY)
+@pytest.mark.parametrize("where", [pytest.param(w, marks=[pytest.mark.slow] if w in ("no output", "no errors", "errors on a full disk") else []) for w in NOBODY])
 def test_that_output_that_nobody_reads_stops_nothing(where, copied, forked):
     before, status = NOBODY[where]
     answer = forked(*ASSIMILATE, "--out", "new.nc", folder=copied, before=before)
@@ -357,6 +358,7 @@ def test_that_output_that_nobody_reads_stops_nothing(where, copied, forked):
     assert answer.stderr.count("\n") == (status > 0) and "Traceback" not in answer.stderr
 
 
+@pytest.mark.slow
 def test_that_a_pipe_may_be_closed_early_in_a_shell():
     answer = subprocess.run(["bash", "-c", f"set -o pipefail; {PNPDA} list | head -c 10"], capture_output=True, text=True)
     assert answer.returncode == 0 and len(answer.stdout) == 10 and not answer.stderr
@@ -444,6 +446,7 @@ def test_that_numbers_and_lists_have_ranges_everywhere(words, said, copied, fork
     assert fails_and_touches_nothing(answer, copied, before) and said in answer.stderr and not list((copied / "d").iterdir()), answer
 
 
+@pytest.mark.slow
 def test_that_names_that_the_system_does_not_understand_are_one_line(copied):
     answer = subprocess.run([os.fsencode(PNPDA), b"train", b"\xff\xfe.nc", b"--out", b"\xff.safetensors"], cwd=copied, capture_output=True)
     assert answer.returncode == 2 and answer.stderr == b"pnpda: archive: no file \\udcff\\udcfe.nc\n"
