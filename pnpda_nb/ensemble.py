@@ -414,7 +414,7 @@ class ParticleFilter:
     settings out of range, and for `weights` of another shape, below zero, or all zero.
     """
 
-    jitter: float = 0.85
+    jitter: float = 0.75
     resample_below: float = 0.2
     kernel: Literal["student", "gaussian"] = "student"
     window: int = field(default=1, init=False, repr=False)
