@@ -82,11 +82,14 @@ class Watched:
         listed = observations if isinstance(observations, list) else [observations]
         tensors = [background, *(o.values for o in listed), *(t for t in rest.values() if isinstance(t, torch.Tensor))]
         before = [t.clone() for t in tensors]
-        analysis = self.method.analyse(background, observations, **rest)
+        answer = self.method.analyse(background, observations, **rest)
+        analysis = answer
+        if "weights" in rest:
+            analysis, weights = answer
+            assert weights.shape == background.shape[:-1] and torch.allclose(weights.sum(-1), torch.ones_like(weights[..., 0]))
         assert all(torch.equal(t, b) for t, b in zip(tensors, before))
-        states = analysis[0] if isinstance(analysis, tuple) else analysis  # those of a weighted method have weights beside them
-        assert states.dtype == torch.float64 and states.shape[-2:] == background.shape[-2:]
-        return analysis
+        assert analysis.dtype == torch.float64 and analysis.shape[-2:] == background.shape[-2:]
+        return answer
 
 
 @pytest.mark.parametrize("where", ["lorenz63", "lorenz96", "kuramoto_sivashinsky", "pendulum", "double_well", "sakov2012", "sakov2008"])
