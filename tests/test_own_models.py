@@ -191,7 +191,7 @@ def test_that_a_function_on_arrays_that_is_taken_for_one_on_tensors_is_told_so()
         (lambda: UserModel(torch.sin, 3.5), "dim: expected a whole number"),
         (lambda: UserModel(torch.sin, "3"), "dim: expected a whole number"),
         (lambda: UserModel(torch.sin, 3, dt="0.1"), "dt: expected a.* number"),
-        (lambda: UserModel(torch.sin, 3, dt=float("nan")), "dt: expected a positive number"),
+        (lambda: UserModel(torch.sin, 3, dt=float("nan")), "dt: expected a"),
         (lambda: UserModel(3, 3), "function: expected "),
         (lambda: from_tendency(None, 3, 0.1), "tendency: expected "),
         (lambda: NumpyOperator(None, 3), "function: expected "),
@@ -428,7 +428,9 @@ def test_that_no_state_s_derivatives_depend_on_another_that_is_lost():
     operator = NumpyOperator(np.sin, 3)
     alone = operator.jacobian(STATES)
     crowd = torch.cat((STATES, STATES[:1] + torch.nan, 1e30 * STATES[:1]))
-    assert torch.equal(operator.jacobian(crowd)[:4], alone) and torch.allclose(torch.diagonal(alone, dim1=-2, dim2=-1), STATES.cos(), atol=1e-9)
+    with unchecked():
+        together = operator.jacobian(crowd)
+    assert torch.equal(together[:4], alone) and torch.allclose(torch.diagonal(alone, dim1=-2, dim2=-1), STATES.cos(), atol=1e-9)
     assert operator.jacobian(STATES[:0]).shape == (0, 5, 3, 3)
 
 

@@ -67,7 +67,7 @@ def test_that_setup_says_what_settings_say_and_ships_types():
 def test_that_what_is_imported_is_required():
     wanted = {re.split(r"[<>=\[]", word)[0].lower() for word in SETTINGS["requirements"].split()}
     # distributed under another name, or by something that is required
-    names = {"ot": "pot", "PIL": "matplotlib", "IPython": "ipywidgets"}
+    names = {"ot": "pot", "PIL": "matplotlib", "IPython": "ipywidgets", "annotated_types": "annotated-types"}
     optional = {re.split(r"[<>=\[]", word)[0] for key in SETTINGS if key.endswith("_requirements") and key != "dev_requirements" for word in SETTINGS[key].split()}
     imported = set()
     for path in PACKAGE.rglob("*.py"):
