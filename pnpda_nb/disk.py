@@ -250,7 +250,7 @@ def write_checkpoint(memory: dict, path: str | os.PathLike) -> None:
     write_whole({path: with_tail(content.getvalue())})
 
 
-def read_checkpoint(path: str | os.PathLike) -> dict:
+def read_checkpoint(path: str | os.PathLike) -> Annotated[dict, GAPS]:
     """Read what `write_checkpoint` wrote. Raises `OSError` for no file, and `ValueError` for one that is damaged or foreign."""
     with naming(path, "read"):
         content = Path(path).read_bytes()

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .checks import guard
+from .checks import GAPS, guard
 from .disk import read_checkpoint
 from .ensemble import EnKF
 from .flow_matching import PAPER_TRAINING, FlowPrior, TrainingSettings, train_prior
@@ -338,7 +338,7 @@ def stack_cases(results: Mapping[tuple[str, str], xr.Dataset]) -> xr.Dataset:
 # %% ../nbs/96_studies.ipynb #db037375
 def paired_difference(
     runs: xr.Dataset, condition: str, better: str, worse: str, metric: str = "step_rmse"
-) -> tuple[float, float, int]:
+) -> Annotated[tuple[float, float, int], GAPS]:
     """Mean of `worse` minus `better` over the runs that neither lost, its standard error, and their number (nan and 0 if fewer than two are left); `runs` as
     from `stack_runs`. Raises `ValueError` for a case that is not there.
     """
