@@ -62,16 +62,10 @@ def test_that_a_run_leaves_scores_cycles_figures_and_a_manifest(tiny):
     assert "8.31 ± 1.57" in printed and "3D-Var (tuned)" in printed
 
 
-def test_that_the_same_seed_gives_the_same_scores_byte_for_byte_on_two_processes(tiny, tmp_path, forked):
-    methods = "free_run,var3d_gc,var3d,enkf,conditional_mean,pnpda,pnpda_small_alpha"
-    forked("run", "lorenz63", *TINY[2:], "--workers", 2, "--seed", 4, "--methods", methods, "--out", tmp_path)
-    assert (tmp_path / "scores.csv").read_bytes() == (tiny[0] / "scores.csv").read_bytes()
-
-
-def test_that_methods_left_out_change_no_other_rows(tiny, tmp_path, forked):
-    forked("run", "lorenz63", *TINY, "--seed", 4, "--methods", "pnpda,free_run", "--out", tmp_path)
+def test_that_the_same_seed_gives_the_same_rows_byte_for_byte_on_two_processes_and_without_other_methods(tiny, tmp_path, forked):
+    forked("run", "lorenz63", *TINY[2:], "--workers", 2, "--seed", 4, "--methods", "pnpda,free_run", "--out", tmp_path)
     few, all_methods = (f.read_text().splitlines() for f in (tmp_path / "scores.csv", tiny[0] / "scores.csv"))
-    assert few[1:] == [line for line in all_methods[1:] if line.split(",")[2] in ("pnpda", "free_run")]
+    assert len(few) > 1 and few[1:] == [line for line in all_methods[1:] if line.split(",")[2] in ("pnpda", "free_run")]
 
 
 def test_that_a_finished_run_is_not_done_again(tiny, forked):
