@@ -60,7 +60,7 @@ def naming(path: str | os.PathLike, deed: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise type(error)(error.errno, f"cannot {deed} {str(path) or 'a path without a name'} ({error.strerror or error})") from error
+        raise type(error)(error.errno, f"path: cannot {deed} {path} ({error.strerror or error})") from error
 
 # %% ../nbs/89_disk.ipynb #f99d0641
 def _forget(path: Path) -> None:

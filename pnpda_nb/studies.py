@@ -160,7 +160,7 @@ def prior_part(settings: dict, archive: xr.Dataset, checkpoint: str | None = Non
 
 def readable(checkpoint: str) -> bool:
     """Whether a file is a whole checkpoint of a training, or is not there."""
-    if not Path(checkpoint).exists():
+    if not Path(checkpoint).is_file():
         return True
     try:
         read_checkpoint(checkpoint)

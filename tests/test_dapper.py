@@ -269,7 +269,7 @@ def test_that_a_run_that_fails_says_when_and_may_fail_gently():
     "make, said",
     [
         (lambda: for_dapper(EnKF(), 0), "members: expected a whole number of at least 1, got 0"),
-        (lambda: for_dapper("EnKF", 2), "method: expected one with a window and `analyse`, got 'EnKF'"),
+        (lambda: for_dapper("EnKF", 2), "method: expected a Method, got 'EnKF'"),
         (lambda: for_dapper(EnKF(), 2, seed=0), "seed: expected a positive number"),
     ],
 )

@@ -216,7 +216,7 @@ for write, content in zip(writers, (dataset, prior, {{"x": torch.ones(5000)}}, {
 """
     limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (8000, 8000))
     done = subprocess.run([sys.executable, "-c", code], preexec_fn=limit, capture_output=True, text=True)
-    said = f"[Errno 27] cannot write {tmp_path / 'out'} (File too large)"
+    said = f"[Errno 27] path: cannot write {tmp_path / 'out'} (File too large)"
     assert done.returncode == 0 and done.stdout.splitlines() == 4 * [said], done
     assert (tmp_path / "out").read_text() == "old" and os.listdir(tmp_path) == ["out"]
 
