@@ -54,6 +54,7 @@ def test_that_a_folder_that_cannot_be_written_to_is_found_out_before_anything_is
         benchmark.bench(["steps"], out="/dev/null/bench")
 
 
+@pytest.mark.slow
 def test_that_workloads_are_measured_apart_and_one_that_fails_is_reported_with_its_size():
     answers = benchmark.needs("members", [20, 1])
     size, seconds, rise = next(answers)

@@ -1,8 +1,6 @@
 """Files with names and units, and the two commands that make a prior and an analysis of them."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -462,22 +460,19 @@ def test_that_a_background_of_another_kind_is_refused_by_the_shell(files, tmp_pa
     assert answer.returncode == 2 and message in answer.stderr and [p.name for p in tmp_path.iterdir()] == ["other.nc"]
 
 
-def test_that_an_interrupted_training_from_a_shell_goes_on_where_it_was(files, tmp_path):
-    script = """
-import sys
+def test_that_an_interrupted_training_from_a_shell_goes_on_where_it_was(files, tmp_path, forked):
+    stop_after_two_epochs = """
 from pnpda_nb import operations
 whole = operations.train_from
 def interrupted(source, settings, **options):
     def stop(epoch, row):
         if epoch == 2: raise KeyboardInterrupt
     return whole(source, settings, callback=stop, **options)
-if sys.argv.pop() == "stop": operations.train_from = interrupted
-from pnpda_nb.cli import main
-main()
+operations.train_from = interrupted
 """
-    line = [sys.executable, "-c", script, "train", str(files / "pairs.nc"), "--out", "p.safetensors", "--epochs", "4"]
-    stopped = subprocess.run([*line, "stop"], cwd=tmp_path, capture_output=True, text=True)
+    line = ["train", files / "pairs.nc", "--out", "p.safetensors", "--epochs", "4"]
+    stopped = forked(*line, folder=tmp_path, before=stop_after_two_epochs)
     assert stopped.returncode == 130 and [p.name for p in tmp_path.iterdir()] == ["p.safetensors.training"], stopped.stderr
-    assert subprocess.run([*line, "go on"], cwd=tmp_path, capture_output=True).returncode == 0
+    assert forked(*line, folder=tmp_path).returncode == 0
     assert not Path(tmp_path / "p.safetensors.training").exists()
     assert FlowPrior.load(tmp_path / "p.safetensors").training["epochs"] == 4  # that they are the same: test_prior_files

@@ -193,13 +193,13 @@ def try_out(count: int, seed: int, run, inputs: Path, scratch: Path) -> tuple[li
 
 
 def test_that_command_lines_end_as_they_should(inputs, tmp_path):
-    wrong, statuses = try_out(150, 1, in_process, inputs, tmp_path)
+    wrong, statuses = try_out(100, 1, in_process, inputs, tmp_path)
     assert not wrong, "\n".join(wrong)
-    assert statuses.get(0, 0) > 5 and statuses[2] > 80  # they do not all fail at the first word
+    assert statuses.get(0, 0) > 3 and statuses[2] > 50  # they do not all fail at the first word
 
 
 def test_that_command_lines_in_a_shell_end_as_they_should(inputs, tmp_path):
-    wrong, _ = try_out(4, 2, by_subprocess, inputs, tmp_path)
+    wrong, _ = try_out(2, 2, by_subprocess, inputs, tmp_path)
     assert not wrong, "\n".join(wrong)
 
 

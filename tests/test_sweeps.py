@@ -39,6 +39,7 @@ def identical(left: list[xr.Dataset], right: list[xr.Dataset]) -> bool:
     return all(a.identical(b) for a, b in zip(left, right, strict=True))
 
 
+@pytest.mark.slow  # quick: the rows of the command line, byte for byte
 def test_that_two_processes_give_what_one_gives(tmp_path, in_this_process):
     assert identical(run_tasks(small_sweep(), Store(tmp_path), workers=2), in_this_process)
 
@@ -101,7 +102,7 @@ def slow_sweep(log: str | None = None) -> list[Task]:
     log = log or os.environ["PNPDA_TEST_LOG"]
     short = [Task(f"short {i}", nap, {"number": i, "seconds": 0.05, "log": log}, format="record") for i in range(4)]
     needs = {f"short_{i}": task for i, task in enumerate(short)}
-    return [*short, Task("long", nap, {"number": 9, "seconds": 2.0, "log": log}, needs, "record")]
+    return [*short, Task("long", nap, {"number": 9, "seconds": 1.2, "log": log}, needs, "record")]
 
 
 @pytest.mark.parametrize("how, workers", [(signal.SIGKILL, 2), pytest.param(signal.SIGINT, 1, marks=pytest.mark.slow)])

@@ -53,10 +53,12 @@ QUICK = {
 
 # (method, members) whose scores chapters assert, 94 and 04: with other seeds only in the long version
 SHOWN = {("etkf", 10), ("enkf", 40), ("letkf", 7), ("var4d", 1)}
+# what takes seconds even when quick, and has a quick test of its own kind beside it
+LONG = {("particle_filter", 800), ("enkf", 100)}
 
 
 def is_slow(row: Published) -> bool:
-    return (row.method, row.members) in SHOWN
+    return (row.method, row.members) in SHOWN | LONG
 
 
 def check(row: Published, rerun, runs: int, cycles: int):
@@ -176,7 +178,7 @@ def test_that_the_adjoint_is_the_transpose_of_the_tangent_and_the_tangent_the_de
 )
 def test_that_lyapunov_exponents_are_the_published_ones(model, least, published):
     start = standard_normal((least, model.dim), stream(3, "start")) + 2
-    exponents = lyapunov_exponents(model, trajectory(model, start, 3000)[-1], 1500)
+    exponents = lyapunov_exponents(model, trajectory(model, start, 3000 if published else 500)[-1], 1500 if published else 300)
     mean, error = exponents.mean(0), exponents.std(0) / least**0.5
     if published is None:  # the divergence of the flow is minus the number of variables, everywhere
         assert torch.allclose(exponents.sum(-1), torch.full((least,), -float(model.dim), dtype=torch.float64), atol=1e-5)

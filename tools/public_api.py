@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from configparser import ConfigParser
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,6 +31,7 @@ def listed(path: Path = LIST) -> dict[str, str]:
     return {name: since for name, _, since in (line.partition(MARK) for line in lines if line)}
 
 
+@cache
 def present() -> dict[str, str]:
     """The same as the package has it."""
     from pnpda_nb.api import deprecations, public_api
