@@ -27,7 +27,7 @@ from pnpda_nb.experiments.trajectories import (
 from pnpda_nb.windows import normalised_mse
 
 SMALL = [
-    "--runs", 6, "--set", "iterations=20", "--set", "climate_windows=400", "--set", "validation_windows=20", "--set", "width=16", "--set", "level_iterations=0",
+    "--runs", 6, "--set", "iterations=8", "--set", "climate_windows=300", "--set", "validation_windows=8", "--set", "width=16", "--set", "level_iterations=0",
     "--set", "draws=500", "--set", "unseen=arctan", "--set", "lengths=32", "--set", "repeats=1",
 ]  # fmt: skip
 
