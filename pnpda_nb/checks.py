@@ -184,6 +184,8 @@ def shown(value: object) -> str:
         return f"a tensor of shape {tuple(value.shape)}, {str(value.dtype).removeprefix('torch.')}"
     if isinstance(value, np.ndarray):
         return f"an array of shape {value.shape}, {value.dtype}"
+    if isinstance(value, os.PathLike):
+        return str(value)  # the file is what the error is about
     try:
         text = " ".join(repr(value).split())
     except Exception:  # whatever a stranger's object may raise

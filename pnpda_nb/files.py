@@ -203,6 +203,8 @@ class Axis:
         that make no sense.
         """
         where = f"coordinate {coordinate.name}"
+        if coordinate.ndim != 1:
+            raise ValueError(f"{where}: expected one dimension, got ({', '.join(map(str, coordinate.dims))})")
         values, attributes = _plain(coordinate.values), coordinate.attrs
         units, period = _units(attributes, where), attributes.get("period")
         numbers = values.dtype.kind in "fiu"

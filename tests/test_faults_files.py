@@ -886,3 +886,16 @@ def test_that_a_link_to_another_file_is_not_followed(tmp_path):
         file["t_analysis"] = h5py.ExternalLink(str(tmp_path / "whole.nc"), "t_analysis")
     with pytest.raises(ValueError, match="link 't_analysis' to elsewhere"):
         open_archive(tmp_path / "a.nc")
+
+
+def test_that_a_coordinate_of_two_dimensions_is_one_line(tmp_path):
+    zarr = pytest.importorskip("zarr")
+    pairs = xr.Dataset({role: (("time", "lat", "lon"), np.random.default_rng(0).standard_normal((5, 2, 2))) for role in ("background", "analysis")})
+    pairs.assign_coords(lat=[10.0, 20.0]).to_zarr(tmp_path / "pairs.zarr", consolidated=False)
+    group = zarr.open_group(tmp_path / "pairs.zarr")
+    del group["lat"]
+    array = group.create_array("lat", data=np.ones((2, 2)), dimension_names=["lat", "lon"])
+    array.attrs["units"] = "degrees_north"
+    with pytest.raises(ValueError, match=r"^(archive|coordinate|open_archive).*lat.*") as refused:
+        open_archive(tmp_path / "pairs.zarr")
+    assert "\n" not in str(refused.value) and "pairs.zarr" in str(refused.value)
