@@ -5,7 +5,7 @@ from pathlib import Path
 
 from safetensors.torch import load, save
 
-from pnpda_nb.disk import BLANK, sealed
+from pnpda_nb.core.disk import BLANK, sealed
 
 
 def altered(path: Path, new: Path, change=lambda tensors: None, **texts) -> Path:

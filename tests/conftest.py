@@ -16,7 +16,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
-from pnpda_nb.dynamics import stream  # noqa: E402
+from pnpda_nb.core import stream  # noqa: E402
 from pnpda_nb.flow_matching import FlowPrior, VelocityMLP  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -82,7 +82,7 @@ def executed(executions):
 # Importing torch takes longer than most commands. One process imports everything, and every command is a fork of it.
 FORKS = """
 import json, os, resource, sys, tempfile
-import pnpda_nb.cli, pnpda_nb.experiments, pnpda_nb.flow_matching, pnpda_nb.reanalysis
+import pnpda_nb.cli, pnpda_nb.experiments, pnpda_nb.flow_matching, pnpda_nb.operations, pnpda_nb.twin
 for line in sys.stdin:
     words, folder, before = json.loads(line)
     out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()

@@ -5,29 +5,28 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pnpda_nb.aware import (
+from pnpda_nb.classical import EnKF
+from pnpda_nb.core import gaspari_cohn_matrix, standard_normal, stream
+from pnpda_nb.learned import (
     AmortisedAnalysis,
     AnalysisPrior,
     BlindPrior,
-    Residual,
+    LearnedMean,
     SeeingPrior,
-    Sightings,
-    on_grid,
 )
-from pnpda_nb.dynamics import standard_normal, stream
-from pnpda_nb.ensemble import EnKF
-from pnpda_nb.experiments import lorenz63
-from pnpda_nb.hybrid import ENSEMBLE_FIELDS, LearnedMean, ensemble_fields
+from pnpda_nb.learned.methods import ENSEMBLE_FIELDS, ensemble_fields
 from pnpda_nb.observing import (
     Covariance,
     DiagonalCovariance,
     Linear,
     Observations,
+    Residual,
     Select,
-    gaspari_cohn_matrix,
+    Sightings,
+    on_grid,
 )
 from pnpda_nb.pnp import PnPDA
-from pnpda_nb.twin import cycle
+from pnpda_nb.twin import cycle, lorenz63
 
 ZERO, ONE = (torch.tensor(x, dtype=torch.float64) for x in (0.0, 1.0))
 X = standard_normal((5, 2, 16), stream(1, "x"))

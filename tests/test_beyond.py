@@ -7,24 +7,19 @@ import pandas as pd
 import pytest
 import torch
 
-from pnpda_nb.aware import AnalysisPrior
 from pnpda_nb.experiments import find_study
 from pnpda_nb.experiments.beyond import (
     BEYOND_METHODS,
     BEYOND_PRESETS,
-    PARTS,
     beyond_priors,
     beyond_study,
-    costed_task,
-    learning_task,
-    off_policy_prior,
-    passes,
     plan_beyond,
-    plan_parts,
-    record_task,
     table_beyond,
 )
-from pnpda_nb.on_policy import OnPolicySettings
+from pnpda_nb.experiments.ladder_parts import PARTS, off_policy_prior, plan_parts
+from pnpda_nb.learned import AnalysisPrior, OnPolicySettings
+from pnpda_nb.studies import learning_task, record_task
+from pnpda_nb.studies.parts import costed_task, passes
 from pnpda_nb.sweep import Store, run_tasks
 
 TINY = beyond_study("lorenz63").presets["beyond_smoke"]

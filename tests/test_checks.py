@@ -16,29 +16,42 @@ import pytest
 import torch
 from torch import Tensor
 
-from pnpda_nb.checks import (
-    GAPS,
+from pnpda_nb.classical import (
+    ETKF,
+    LETKF,
+    Climatology,
+    EnFF,
+    EnKF,
+    EnKS,
+    EnRDA,
+    EnSF,
+    FourDVar,
+    LocalEnKF,
+    OptimalInterpolation,
+    ParticleFilter,
+    ThreeDVar,
+)
+from pnpda_nb.core import (
     Complex,
     Converted,
     Gappy,
     Index,
     Mask,
+    RunStreams,
     guard,
     guarded,
-    rule_of,
-    shown,
+    standard_normal,
+    stream,
 )
+from pnpda_nb.core.checks import GAPS, rule_of, shown
 from pnpda_nb.dynamics import (
+    Forecast,
     FunctionModel,
     KuramotoSivashinsky,
     Lorenz63,
     Model,
-    RunStreams,
-    standard_normal,
-    stream,
     trajectory,
 )
-from pnpda_nb.ensemble import ETKF, LETKF, EnKF, EnKS, EnRDA, LocalEnKF, ParticleFilter
 from pnpda_nb.flow_matching import FlowPrior, GaussianPrior, VelocityMLP
 from pnpda_nb.observing import (
     Covariance,
@@ -49,9 +62,7 @@ from pnpda_nb.observing import (
     Select,
 )
 from pnpda_nb.pnp import PnPDA, PnPDA4D
-from pnpda_nb.training_free import EnFF, EnSF
-from pnpda_nb.twin import Forecast, FreeRun, TwinExperiment, cycle, tune
-from pnpda_nb.variational import Climatology, FourDVar, OptimalInterpolation, ThreeDVar
+from pnpda_nb.twin import FreeRun, TwinExperiment, cycle, tune
 
 DOUBLE = torch.float64
 EYE = Covariance(torch.eye(3, dtype=DOUBLE))
@@ -359,7 +370,7 @@ def test_that_settings_that_make_a_prior_or_a_covariance_degenerate_are_refused(
 def test_that_the_annotations_of_the_whole_library_can_be_read():
     from test_fuzz import callables
 
-    from pnpda_nb.checks import _Rules
+    from pnpda_nb.core.checks import _Rules
 
     for name, function in callables().items():
         _Rules(getattr(function, "__wrapped__", function), None)

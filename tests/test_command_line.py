@@ -18,9 +18,9 @@ import torch
 import xarray as xr
 
 from pnpda_nb import cli
-from pnpda_nb.aware import AnalysisPrior
-from pnpda_nb.disk import read_record, write_netcdf
+from pnpda_nb.core import read_record, write_netcdf
 from pnpda_nb.flow_matching import FlowPrior
+from pnpda_nb.learned import AnalysisPrior
 
 PNPDA = Path(sys.executable).with_name("pnpda")
 # the whole chain, archive and training included, in a few seconds

@@ -7,24 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from pnpda_nb.constraints import (
-    AsObservation,
-    Conserving,
-    ConstrainedPnPDA,
-    FunctionConstraint,
-    LinearConstraint,
-    Projected,
-    QuadraticConstraint,
-    RigidBody,
-)
-from pnpda_nb.dynamics import (
-    AdditiveModelError,
-    RunStreams,
-    standard_normal,
-    stream,
-    trajectory,
-)
-from pnpda_nb.ensemble import EnKF, EnKS
+from pnpda_nb.classical import EnKF, EnKS, FourDVar, ThreeDVar
+from pnpda_nb.core import RunStreams, standard_normal, stream
+from pnpda_nb.dynamics import AdditiveModelError, trajectory
 from pnpda_nb.flow_matching import GaussianPrior
 from pnpda_nb.observing import (
     Covariance,
@@ -33,9 +18,20 @@ from pnpda_nb.observing import (
     ObservingNetwork,
     Select,
 )
-from pnpda_nb.pnp import PnPDA, analysis_ensemble, convergence
+from pnpda_nb.pnp import (
+    AsObservation,
+    Conserving,
+    ConstrainedPnPDA,
+    FunctionConstraint,
+    LinearConstraint,
+    PnPDA,
+    Projected,
+    QuadraticConstraint,
+    RigidBody,
+    analysis_ensemble,
+    convergence,
+)
 from pnpda_nb.twin import FreeRun, TwinExperiment, cycle, nature_start
-from pnpda_nb.variational import FourDVar, ThreeDVar
 
 EYE = torch.eye(3, dtype=torch.float64)
 METRIC = Covariance([[2.0, 0.5, 0.1], [0.5, 1.0, 0.2], [0.1, 0.2, 0.5]])

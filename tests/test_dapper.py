@@ -6,13 +6,8 @@ import torch
 
 pytest.importorskip("dapper", reason="DAPPER is not installed")
 
-from pnpda_nb.interop import (  # noqa: E402
-    dapper_experiment,
-    dapper_model,
-    dapper_network,
-    for_dapper,
-    import_dapper,
-)
+from pnpda_nb.interop import dapper_experiment, dapper_model, dapper_network, for_dapper
+from pnpda_nb.interop.dapper import import_dapper
 
 import_dapper()
 import dapper as dpr  # noqa: E402
@@ -23,22 +18,29 @@ import dapper.mods.Lorenz96.sakov2008  # noqa: E402
 from dapper.da_methods.ensemble import EnKF_analysis  # noqa: E402
 from dapper.tools.seeding import rng, set_seed  # noqa: E402
 
-from pnpda_nb.dynamics import (  # noqa: E402
-    AdditiveModelError,
-    Lorenz63,
-    Lorenz96,
-    standard_normal,
-    stream,
-    trajectory,
+from pnpda_nb.classical import (  # noqa: E402
+    ETKF,
+    LETKF,
+    EnKF,
+    EnKS,
+    FourDVar,
+    ParticleFilter,
+    ThreeDVar,
 )
-from pnpda_nb.ensemble import ETKF, LETKF, EnKF, EnKS, ParticleFilter  # noqa: E402
+from pnpda_nb.core import standard_normal, stream  # noqa: E402
+from pnpda_nb.dynamics import AdditiveModelError, Lorenz63, Lorenz96, trajectory  # noqa: E402
 from pnpda_nb.flow_matching import GaussianPrior  # noqa: E402
 from pnpda_nb.observing import Covariance, DiagonalCovariance, Select  # noqa: E402
 from pnpda_nb.pnp import PnPDA  # noqa: E402
-from pnpda_nb.reanalysis import make_archive, pairs_of  # noqa: E402
-from pnpda_nb.testbeds import sakov2008, sakov2012  # noqa: E402
-from pnpda_nb.twin import FreeRun, cycle, mean_and_error  # noqa: E402
-from pnpda_nb.variational import FourDVar, ThreeDVar  # noqa: E402
+from pnpda_nb.twin import (  # noqa: E402  # noqa: E402  # noqa: E402
+    FreeRun,
+    cycle,
+    make_archive,
+    mean_and_error,
+    pairs_of,
+    sakov2008,
+    sakov2012,
+)
 
 COVARIANCE = Covariance(torch.eye(3, dtype=torch.float64))
 

@@ -6,12 +6,15 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from pnpda_nb.dynamics import standard_normal, stream
-from pnpda_nb.experiments import lorenz63
+from pnpda_nb.core import standard_normal, stream
 from pnpda_nb.flow_matching import Denoiser, GaussianPrior
+from pnpda_nb.methods import method_by_name
 from pnpda_nb.observing import (
     Covariance,
+    DenseError,
     DiagonalCovariance,
+    ErrorCovariance,
+    FactoredError,
     Interpolate,
     Linear,
     Nonlinear,
@@ -20,10 +23,7 @@ from pnpda_nb.observing import (
     Select,
 )
 from pnpda_nb.pnp import (
-    DenseError,
     EnsembleResidual,
-    ErrorCovariance,
-    FactoredError,
     GaussianResidual,
     PnPDA,
     PnPDA4D,
@@ -32,8 +32,7 @@ from pnpda_nb.pnp import (
     convergence,
     residual_covariance,
 )
-from pnpda_nb.testbeds import method_by_name
-from pnpda_nb.twin import cycle
+from pnpda_nb.twin import cycle, lorenz63
 
 DIM, SEEN = 6, (0, 2, 5)
 ROOT = standard_normal((DIM, DIM), stream(1, "root"))

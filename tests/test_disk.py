@@ -13,34 +13,41 @@ import pytest
 import torch
 import xarray as xr
 
-from pnpda_nb.aware import AmortisedAnalysis, AnalysisPrior
-from pnpda_nb.disk import (
+from pnpda_nb.core import (
+    read_record,
+    standard_normal,
+    stream,
+    write_netcdf,
+    write_record,
+    write_whole,
+)
+from pnpda_nb.core.disk import (
     netcdf_bytes,
     netcdf_from,
     read_checkpoint,
-    read_record,
     record_from,
     require_whole_hdf5,
     writable,
     writable_attributes,
     write_checkpoint,
-    write_netcdf,
-    write_record,
-    write_whole,
 )
-from pnpda_nb.dynamics import standard_normal, stream
-from pnpda_nb.experiments import lorenz63
 from pnpda_nb.flow_matching import TrainingSettings, describe_prior, train_prior
-from pnpda_nb.incremental import (
+from pnpda_nb.learned import (
+    AmortisedAnalysis,
+    AnalysisPrior,
+    OnPolicySettings,
+    TruthRecord,
+    train_on_policy,
+)
+from pnpda_nb.sweep import FORMATS, Store, Task, run_tasks
+from pnpda_nb.twin import lorenz63, read_archive
+from pnpda_nb.windows import (
+    Climate,
     IncrementalPrior,
     IncrementalSettings,
     RandomSets,
     train_incremental,
 )
-from pnpda_nb.on_policy import OnPolicySettings, TruthRecord, train_on_policy
-from pnpda_nb.reanalysis import read_archive
-from pnpda_nb.sweep import FORMATS, Store, Task, run_tasks
-from pnpda_nb.windows import Climate
 
 PAIRS = standard_normal((200, 3), stream(1, "b")), standard_normal((200, 3), stream(1, "a"))
 SETTINGS = TrainingSettings(hidden=(8, 8), epochs=3, batch=64)
@@ -101,7 +108,7 @@ NATURE = lorenz63(cycles=5)
 
 
 def on_policy_training(path, stops=False):
-    import pnpda_nb.on_policy as chapter
+    import pnpda_nb.learned.on_policy as chapter
 
     settings = OnPolicySettings(trajectories=2, cycles=4, steps=1, batch=4, memory=3)
     record, count = TruthRecord(NATURE, runs=2, cycles=8, seed=1), []

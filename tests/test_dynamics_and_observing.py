@@ -8,24 +8,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pnpda_nb.core import gaspari_cohn, gaspari_cohn_matrix, standard_normal, stream
 from pnpda_nb.dynamics import (
     AdditiveModelError,
     FunctionModel,
     Lorenz63,
     Model,
-    standard_normal,
-    stream,
     trajectory,
 )
-from pnpda_nb.observing import (
-    Covariance,
-    Linear,
-    Nonlinear,
-    ObservingNetwork,
-    Select,
-    gaspari_cohn,
-    gaspari_cohn_matrix,
-)
+from pnpda_nb.observing import Covariance, Linear, Nonlinear, ObservingNetwork, Select
 
 seeds = st.integers(0, 10**6)
 

@@ -10,14 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pnpda_nb.dynamics import (
-    FunctionModel,
-    KuramotoSivashinsky,
-    Lorenz63,
-    RunStreams,
-    standard_normal,
-    stream,
-)
+from pnpda_nb.classical import FourDVar, ThreeDVar, WeakFourDVar
+from pnpda_nb.core import RunStreams, standard_normal, stream
+from pnpda_nb.dynamics import Forecast, FunctionModel, KuramotoSivashinsky, Lorenz63
+from pnpda_nb.methods import LEARNED, climate_of, method_by_name
+from pnpda_nb.methods import METHODS as ALL_METHODS
 from pnpda_nb.observing import (
     Covariance,
     DiagonalCovariance,
@@ -26,10 +23,8 @@ from pnpda_nb.observing import (
     ObservingNetwork,
     Select,
 )
-from pnpda_nb.testbeds import LEARNED, TESTBEDS, climate_of, method_by_name
-from pnpda_nb.testbeds import METHODS as ALL_METHODS
 from pnpda_nb.twin import (
-    Forecast,
+    TESTBEDS,
     cycle,
     mean_and_error,
     rank_histogram,
@@ -37,7 +32,6 @@ from pnpda_nb.twin import (
     spread_skill,
     time_mean,
 )
-from pnpda_nb.variational import FourDVar, ThreeDVar, WeakFourDVar
 
 METHODS = {name: make for name, make in ALL_METHODS.items() if name not in LEARNED}
 NEEDS_ENSEMBLE = ("enkf", "etkf", "letkf", "local_enkf", "enks", "enrda", "ensf", "enff")

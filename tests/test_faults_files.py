@@ -17,23 +17,22 @@ import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pnpda_nb.core import write_netcdf
 from pnpda_nb.files import (
-    CODECS,
     Axis,
     Field,
     Layout,
-    along_axis,
     conversion,
-    layout_from_record,
-    layout_record,
     open_archive,
     open_dataset,
     read_observations,
     read_states,
-    writable_attributes,
 )
+from pnpda_nb.files.layout import layout_from_record, layout_record
+from pnpda_nb.files.states import writable_attributes
+from pnpda_nb.files.stations import along_axis
+from pnpda_nb.files.zarr_store import CODECS
 from pnpda_nb.operations import set_aside
-from pnpda_nb.reanalysis import write_netcdf
 
 START = np.datetime64("2020-01-01", "ns")
 
@@ -375,7 +374,7 @@ def test_that_coordinates_in_other_units_are_converted(tmp_path):
 
 
 def test_that_an_archive_of_equal_units_does_not_load_the_registry_of_units(tmp_path, monkeypatch):
-    monkeypatch.setattr("pnpda_nb.files._converted", lambda one, other: pytest.fail(f"{one} and {other} were looked up"))
+    monkeypatch.setattr("pnpda_nb.files.units._converted", lambda one, other: pytest.fail(f"{one} and {other} were looked up"))
     data = pairs()
     data.t_analysis.attrs["units"], data.t_background.attrs["units"] = "m s-1", "m/s"
     data.to_netcdf(tmp_path / "a.nc")

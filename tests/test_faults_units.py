@@ -12,15 +12,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pnpda_nb import operations
-from pnpda_nb.constraints import (
-    FunctionConstraint,
-    LinearConstraint,
-    QuadraticConstraint,
+from pnpda_nb.classical import (
+    ETKF,
+    LETKF,
+    EnKF,
+    ThreeDVar,
+    archive_background,
+    climatological_background,
 )
-from pnpda_nb.dynamics import standard_normal, stream
-from pnpda_nb.ensemble import ETKF, LETKF, EnKF
-from pnpda_nb.files import Axis, Field, Layout, Sightings, States, layout_record
+from pnpda_nb.core import standard_normal, stream
+from pnpda_nb.files import Axis, Field, Layout, States
+from pnpda_nb.files.layout import layout_record
+from pnpda_nb.files.stations import Sightings
 from pnpda_nb.flow_matching import (
     FlowPrior,
     GaussianPrior,
@@ -31,7 +34,9 @@ from pnpda_nb.flow_matching import (
 )
 from pnpda_nb.observing import (
     Covariance,
+    DenseError,
     DiagonalCovariance,
+    FactoredError,
     Interpolate,
     Nonlinear,
     ObservingNetwork,
@@ -39,18 +44,11 @@ from pnpda_nb.observing import (
 )
 from pnpda_nb.operations import (
     Calibration,
-    Fixed,
-    Part,
     Report,
     assimilate,
     assimilation_report,
-    attach_errors,
-    attached_unit,
-    innovations,
-    plug_and_play,
-    pseudo_observations,
+    errors,
     regression,
-    scored,
     set_aside,
     survey,
     train_archive,
@@ -59,16 +57,17 @@ from pnpda_nb.operations import (
     usual_settings,
     verdict,
 )
+from pnpda_nb.operations import report as reports
+from pnpda_nb.operations import validation as trials
+from pnpda_nb.operations.errors import Fixed, Part, attach_errors, attached_unit
+from pnpda_nb.operations.report import innovations
+from pnpda_nb.operations.validation import plug_and_play, pseudo_observations, scored
 from pnpda_nb.pnp import (
-    DenseError,
     EnsembleResidual,
-    FactoredError,
+    FunctionConstraint,
+    LinearConstraint,
+    QuadraticConstraint,
     residual_covariance,
-)
-from pnpda_nb.variational import (
-    ThreeDVar,
-    archive_background,
-    climatological_background,
 )
 from pnpda_nb.windows import Climate
 
@@ -444,7 +443,7 @@ def test_that_a_rival_that_cannot_be_computed_stands_in_the_report_with_its_reas
     def broken(*args, **options):
         raise RuntimeError("the equations | have no solution")
 
-    monkeypatch.setattr(operations, "regression", broken)
+    monkeypatch.setattr(trials, "regression", broken)
     found = trained(*pairs())
     row = found.calibration.trial.set_index("analysis").loc["regression + Kalman step"]
     assert math.isnan(row.error) and row.note == "not computed: the equations | have no solution"
@@ -472,7 +471,7 @@ def test_that_a_verdict_names_what_it_lacks_and_does_not_praise_what_is_not_fini
 def test_that_few_pairs_give_an_error_of_unknown_accuracy_and_not_a_crash():
     found = trained(*pairs())
     part, _, last = set_aside(source(*pairs()))
-    one = operations.calibrate(found.prior, part, Part(last, 0, 1), stream(0))
+    one = trials.calibrate(found.prior, part, Part(last, 0, 1), stream(0))
     assert np.isfinite(one.trial.error).all() and one.trial["±"].isna().all() and math.isnan(one.coverage[0.9][1])
     for count in (50, 51, 59, 101):
         parts = set_aside(source(*pairs(count)))
@@ -533,7 +532,7 @@ def test_that_states_and_observations_that_do_not_fit_are_named(prior):
     with pytest.raises(ValueError, match="^values: expected finite numbers, got 24"):
         dataclasses.replace(states, values=states.values / 0)
     for name, value in (("iterations", torch.tensor(1e30)), ("iterations", torch.zeros(2)), ("increment", torch.ones(3)), ("increment", -torch.ones(DIM))):
-        forged = operations._with(prior, **{name: value.double()})
+        forged = errors._with(prior, **{name: value.double()})
         with pytest.raises(ValueError, match="^prior: expected"):
             assimilate(forged, states, seen)
 
@@ -548,7 +547,7 @@ def hostile_report() -> Report:
     report.heading(HOSTILE)
     report.text(HOSTILE)
     report.table(pd.DataFrame({HOSTILE: [HOSTILE, math.nan, 1.23456, 7]}), HOSTILE)
-    figure, _ = operations.plt.subplots()
+    figure, _ = reports.plt.subplots()
     report.figure(figure, HOSTILE)
     return report
 
@@ -629,7 +628,7 @@ def test_that_any_name_and_unit_can_be_drawn(name, shape):
     states = States(torch.zeros(1, 1, DIM, dtype=torch.float64), layout, {}, (), ())
     seen = Sightings(np.ones((1, 1)), np.ones(1), (name,), np.zeros((1, 1), int), np.ones((1, 1)), DIM)
     report = Report("r")
-    report.figure(operations.draw_increments(layout.fields[0], states, states.values + 1, seen), name)
+    report.figure(reports.draw_increments(layout.fields[0], states, states.values + 1, seen), name)
     assert report.blocks[0][1].startswith(b"\x89PNG")
 
 

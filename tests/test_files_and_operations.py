@@ -10,28 +10,21 @@ import xarray as xr
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pnpda_nb.dynamics import standard_normal, stream
+from pnpda_nb.core import standard_normal, stream
 from pnpda_nb.files import (
     Axis,
-    along_axis,
-    layout_from_record,
-    layout_record,
     open_archive,
     read_observations,
     read_states,
     same_units,
 )
+from pnpda_nb.files.layout import layout_from_record, layout_record
+from pnpda_nb.files.stations import along_axis
 from pnpda_nb.flow_matching import FlowPrior, TrainingSettings
 from pnpda_nb.observing import Interpolate, Select
-from pnpda_nb.operations import (
-    Part,
-    Report,
-    attach_errors,
-    attached_errors,
-    plug_and_play,
-    set_aside,
-    train_archive,
-)
+from pnpda_nb.operations import Report, set_aside, train_archive
+from pnpda_nb.operations.errors import Part, attach_errors, attached_errors
+from pnpda_nb.operations.validation import plug_and_play
 
 LAT, LON = np.array([60.0, 50.0, 40.0]), np.arange(0.0, 360.0, 90.0)
 
@@ -462,13 +455,13 @@ def test_that_a_background_of_another_kind_is_refused_by_the_shell(files, tmp_pa
 
 def test_that_an_interrupted_training_from_a_shell_goes_on_where_it_was(files, tmp_path, forked):
     stop_after_two_epochs = """
-from pnpda_nb import operations
-whole = operations.train_from
+from pnpda_nb.operations import pipeline
+whole = pipeline.train_from
 def interrupted(source, settings, **options):
     def stop(epoch, row):
         if epoch == 2: raise KeyboardInterrupt
     return whole(source, settings, callback=stop, **options)
-operations.train_from = interrupted
+pipeline.train_from = interrupted
 """
     line = ["train", files / "pairs.nc", "--out", "p.safetensors", "--epochs", "4"]
     stopped = forked(*line, folder=tmp_path, before=stop_after_two_epochs)

@@ -7,8 +7,10 @@ number: `call(case)` repeats it. The long version (`pytest --slow tests/test_fuz
 import importlib
 import inspect
 import math
+import pkgutil
 import random
 import re
+import sys
 import tempfile
 import types
 import warnings
@@ -22,35 +24,33 @@ import pytest
 import torch
 import xarray as xr
 
-from pnpda_nb.aware import AmortisedAnalysis, AnalysisPrior, SeeingPrior, on_grid
-from pnpda_nb.checks import guarded
-from pnpda_nb.constraints import (
-    Conserving,
-    ConstrainedPnPDA,
-    FunctionConstraint,
-    LinearConstraint,
-    RigidBody,
+from pnpda_nb.classical import (
+    EnFF,
+    EnKF,
+    EnRDA,
+    EnSF,
+    FourDVar,
+    ThreeDVar,
+    WeakFourDVar,
 )
-from pnpda_nb.disk import (
+from pnpda_nb.core import RunNoise, guarded, stream, write_netcdf, write_record
+from pnpda_nb.core.disk import (
     BLANK,
     netcdf_bytes,
     record_bytes,
     sealed,
     with_tail,
     write_checkpoint,
-    write_netcdf,
-    write_record,
 )
 from pnpda_nb.dynamics import (
     AdditiveModelError,
+    Forecast,
     KuramotoSivashinsky,
     Lorenz63,
     Lorenz96,
     TwoScaleLorenz96,
-    etdrk4_weights,
-    stream,
-)  # fmt: skip
-from pnpda_nb.ensemble import EnKF, EnRDA
+)
+from pnpda_nb.dynamics.kuramoto_sivashinsky import etdrk4_weights  # fmt: skip
 from pnpda_nb.flow_matching import (
     FlowPrior,
     GaussianPrior,
@@ -58,66 +58,72 @@ from pnpda_nb.flow_matching import (
     TrainingSettings,
     VelocityMLP,
 )
-from pnpda_nb.incremental import (
-    BandedPrecision,
-    Calibration,
-    DensePrecision,
-    IncrementalPrior,
-    IncrementalSettings,
-    LowRankPrecision,
-    NeuralIncremental,
-    RandomSets,
-)  # fmt: skip
 from pnpda_nb.interop import UserModel
-from pnpda_nb.observing import (
-    Covariance,
-    DiagonalCovariance,
-    Linear,
-    Nonlinear,
-    ObservingNetwork,
-    Present,
-    Select,
-)
-from pnpda_nb.on_policy import (
+from pnpda_nb.learned import (
+    AmortisedAnalysis,
+    AnalysisPrior,
     Lesson,
     ObservedRecord,
     OnPolicySettings,
     RandomNetworks,
     Records,
+    SeeingPrior,
     TruthRecord,
-    observed_record,
 )
-from pnpda_nb.pnp import (
+from pnpda_nb.learned.records import observed_record
+from pnpda_nb.methods import ToldOtherwise
+from pnpda_nb.observing import (
+    Covariance,
     DenseError,
-    EnsembleResidual,
+    DiagonalCovariance,
     FactoredError,
+    Linear,
+    Nonlinear,
+    ObservingNetwork,
+    Present,
+    Select,
+    on_grid,
+)
+from pnpda_nb.pnp import (  # fmt: skip
+    Conserving,
+    ConstrainedPnPDA,
+    EnsembleResidual,
+    FunctionConstraint,
     GaussianResidual,
+    LinearConstraint,
     Misfit,
     PnPDA,
     PnPDA4D,
+    RigidBody,
     WindowMisfit,
-)  # fmt: skip
-from pnpda_nb.reanalysis import make_archive
-from pnpda_nb.studies import SweepSettings, ToldOtherwise
-from pnpda_nb.sweep import Store, Study, Task
-from pnpda_nb.training_free import EnFF, EnSF
+)
+from pnpda_nb.studies import Study, SweepSettings
+from pnpda_nb.sweep import Store, Task
 from pnpda_nb.twin import (
-    Forecast,
     FreeRun,
-    RunNoise,
     TwinExperiment,
     cycle,
+    make_archive,
     nature_run,
     summary,
 )
-from pnpda_nb.variational import FourDVar, ThreeDVar, WeakFourDVar
-from pnpda_nb.windows import BandedCholesky, GaussianWindow, Information, WindowFourDVar
+from pnpda_nb.windows import (
+    BandedCholesky,
+    BandedPrecision,
+    Calibration,
+    DensePrecision,
+    GaussianWindow,
+    IncrementalPrior,
+    IncrementalSettings,
+    Information,
+    LowRankPrecision,
+    NeuralIncremental,
+    RandomSets,
+    WindowFourDVar,
+)  # fmt: skip
 from pnpda_nb.windows import Climate as WindowClimate
 
-MODULES = (
-    "dynamics observing twin variational windows ensemble training_free reanalysis flow_matching networks pnp aware on_policy constraints hybrid "
-    "incremental interop plotting sweep testbeds studies checks disk"
-).split()
+ROOMS = "core dynamics observing twin classical flow_matching pnp learned windows interop plotting sweep methods studies".split()
 DOUBLE = torch.float64
 
 # Valid arguments, by the names that the whole library uses: 2 runs, 4 members, 3 variables (the testbeds' Lorenz-63).
@@ -297,116 +303,119 @@ CONTENTS = {  # of a prior's file: what it is restored from
 }
 OWN = {  # arguments of one callable, where they are not those of the pool
     "dynamics.rk4": {"dt": lambda: 0.1}, "dynamics.FunctionModel.__init__": {"function": lambda: lambda x: 0.9 * x},
-    "dynamics.etdrk4_weights": {"rates": A(4)}, "dynamics.etdrk4": {"nonlinear": lambda: lambda v: -(v**2), "modes": A(2, 4), "weights": lambda: etdrk4_weights(-states(4).abs(), 0.1)},
+    "dynamics.kuramoto_sivashinsky.etdrk4_weights": {"rates": A(4)}, "dynamics.etdrk4": {"nonlinear": lambda: lambda v: -(v**2), "modes": A(2, 4), "weights": lambda: etdrk4_weights(-states(4).abs(), 0.1)},
     "dynamics.KuramotoSivashinsky.reference": {"state": A(2, 8), "steps": lambda: 1}, "dynamics.lyapunov_exponents": {"spin_up": lambda: 2},
     "observing.Select.__init__": {"indices": lambda: (0, 2)},
     "observing.Interpolate.__init__": {"indices": lambda: torch.tensor([[0, 1], [1, 2]]), "weights": lambda: torch.full((2, 2), 0.5, dtype=DOUBLE)},
     "observing.DiagonalCovariance.__init__": {"variances": lambda: [0.5, 0.5]}, "observing.Present.__init__": {"present": lambda: torch.tensor([True, False])},
     "observing.Observations.__init__": {"values": A(2, 2), "covariance": lambda: DiagonalCovariance([0.5, 0.5])},
     "observing.ObservingNetwork.__init__": {"covariance": lambda: DiagonalCovariance([0.5, 0.5])}, "observing.ObservingNetwork.report": {"values": A(2, 2)},
-    "observing.gaspari_cohn": {"distance": A(4)},
+    "core.gaspari_cohn": {"distance": A(4)},
     "twin.TwinExperiment.__init__": {"nature": Lorenz63, "forecast_model": Lorenz63, "start": lambda: (1.0, 1.0, 20.0), "spin_up": lambda: 2},
     "twin.observe_truth": {"truth": lambda: nature_run(experiment(), 2, 0)}, "twin.score_table": {"results": lambda: {"enkf": result()}},
     "twin.stack_methods": {"results": lambda: {"a": result(), "b": result()}}, "twin.time_mean": {"series": lambda: np.arange(12.0).reshape(2, 6)},
     "twin.cycle": {"members": lambda: 4}, "twin.tune": {"make": lambda: EnKF, "grid": lambda: {"inflation": [1.0, 1.1]}, "members": lambda: 4, "runs": lambda: 2},
-    "variational.kalman_gain": {"background": A(0), "jacobian": lambda: torch.eye(3, dtype=DOUBLE)[:2], "error": lambda: spd(2)} | {"background": lambda: spd(3)},
-    "variational.gauss_newton": {"cost": lambda: lambda x: x.square().sum(-1), "direction": lambda: lambda x: -x / 2, "first": A(4, 3)},
-    "variational.archive_background": PAIRS, "variational.nmc_background": {"longer": A(8, 3), "shorter": lambda: states(8, 3, seed=1)},
-    "variational.solve_block_tridiagonal": CHAIN | {"right": A(3, 4, 2)}, "windows.block_bands": CHAIN | {"diagonal": lambda: 3 * torch.eye(2, dtype=DOUBLE).expand(4, 3, 2, 2).clone(), "below": lambda: states(4, 2, 2, 2) / 9},
-    "variational.FourDVar.analyse": WINDOW, "variational.WeakFourDVar.analyse": WINDOW, "pnp.PnPDA4D.analyse": WINDOW, "pnp.PnPDA4D.iterates": WINDOW,
-    "pnp.PnPDA4D.misfit": WINDOW, "pnp.WindowMisfit.__init__": WINDOW, "incremental.NeuralIncremental.analyse": WINDOW | {"observations": lambda: [seen(pair)]},
-    "windows.band_product": {"x": A(2, 6)}, "windows.band_gram": {"factor": A(2, 2, 6)}, "windows.lift_bands": {"batch": lambda: 3},
-    "windows.dense_band": {"half_band": lambda: 1}, "windows.add_bands": {"a": A(2, 2, 6), "b": A(1, 2, 6)},
+    "observing.kalman_gain": {"background": A(0), "jacobian": lambda: torch.eye(3, dtype=DOUBLE)[:2], "error": lambda: spd(2)} | {"background": lambda: spd(3)},
+    "classical.gauss_newton": {"cost": lambda: lambda x: x.square().sum(-1), "direction": lambda: lambda x: -x / 2, "first": A(4, 3)},
+    "classical.archive_background": PAIRS, "classical.nmc_background": {"longer": A(8, 3), "shorter": lambda: states(8, 3, seed=1)},
+    "classical.four_dvar.solve_block_tridiagonal": CHAIN | {"right": A(3, 4, 2)}, "windows.banded.block_bands": CHAIN | {"diagonal": lambda: 3 * torch.eye(2, dtype=DOUBLE).expand(4, 3, 2, 2).clone(), "below": lambda: states(4, 2, 2, 2) / 9},
+    "classical.FourDVar.analyse": WINDOW, "classical.WeakFourDVar.analyse": WINDOW, "pnp.PnPDA4D.analyse": WINDOW, "pnp.PnPDA4D.iterates": WINDOW,
+    "pnp.PnPDA4D.misfit": WINDOW, "pnp.WindowMisfit.__init__": WINDOW, "windows.NeuralIncremental.analyse": WINDOW | {"observations": lambda: [seen(pair)]},
+    "windows.banded.band_product": {"x": A(2, 6)}, "windows.banded.band_gram": {"factor": A(2, 2, 6)}, "windows.banded.lift_bands": {"batch": lambda: 3},
+    "windows.banded.dense_band": {"half_band": lambda: 1}, "windows.banded.add_bands": {"a": A(2, 2, 6), "b": A(1, 2, 6)},
     "windows.GaussianWindow.__init__": {"mean": A(2, 3, 2), "precision": lambda: information().bands}, "windows.GaussianWindow.log_density": {"x": A(2, 3, 2)},
     "windows.Information.__init__": {"vector": A(2, 6)}, "windows.Information.misfit": {"x": A(2, 6)},
     "windows.Information.standardised": {"mean": A(6), "scale": lambda: torch.ones(6, dtype=DOUBLE)},
-    "windows.pointwise": {"value": A(2, 3, 2), "deviation": lambda: 0.5, "present": lambda: torch.ones(2, 3, 2, dtype=torch.bool)},
+    "windows.laws.pointwise": {"value": A(2, 3, 2), "deviation": lambda: 0.5, "present": lambda: torch.ones(2, 3, 2, dtype=torch.bool)},
     "windows.linearised": {"observations": lambda: [None, seen(), seen()], "x": A(2, 4, 3, 3)}, "windows.background_information": {"mean": A(2, 3)},
     "windows.Climate.__init__": {"mean": A(3, 2), "scale": lambda: torch.ones(3, 2, dtype=DOUBLE), "covariance": lambda: spd(6)},
     "windows.Climate.of": {"windows": A(40, 3, 2)}, "windows.Climate": {"information": lambda: Information(torch.ones(1, 2, 10, dtype=DOUBLE), states(2, 10))}, "windows.Climate.on": {"steps": lambda: 5},
-    "windows.Minimum.__init__": {"x": A(2, 6), "cost": A(2), "iterations": lambda: torch.tensor([1, 2]), "converged": lambda: torch.tensor([True, False])},
+    "windows.four_dvar.Minimum.__init__": {"x": A(2, 6), "cost": A(2), "iterations": lambda: torch.tensor([1, 2]), "converged": lambda: torch.tensor([True, False])},
     "windows.levenberg_marquardt": {"cost": lambda: lambda x, i: x.square().sum(-1) / 2, "system": lambda: lambda x, i: (torch.ones_like(x)[None], -x), "first": A(2, 6), "iterations": lambda: 5},
     "windows.WindowFourDVar.minimise": {"first": A(2, 2, 3)}, "windows.window_four_dvar": {"windows": A(20, 4, 3), "iterations": lambda: 2, "strong": lambda: True},
     "windows.normalised_mse": {"x": A(2, 3, 2), "truth": A(2, 3, 2), "scale": lambda: torch.ones(3, 2, dtype=DOUBLE)},
-    "ensemble.ensemble_weights": {"information": lambda: spd(4), "pull": A(4)}, "ensemble.random_rotation": {"batch": lambda: (2,)},
-    "ensemble.neighbours": {"sites": lambda: (0, 2), "reach": lambda: 2.0}, "ensemble.tapers": {"sites": lambda: (0, 2)},
-    "ensemble.systematic_resampling": {"weights": lambda: torch.full((2, 4), 0.25, dtype=DOUBLE)}, "ensemble.entropic_plan": {"source": A(2, 4, 3), "target": A(2, 4, 3), "iterations": lambda: 5},
-    "ensemble.EnRDA.analyse": {"observations": lambda: seen(everything)},
-    "training_free": {"alpha": lambda: 0.5, "members": lambda: states(2, 4, 3, seed=1)},
-    "training_free.towards_observations": {"spread": lambda: torch.ones(2, 1, 3, dtype=DOUBLE)},
-    "training_free.EnSF.back": {"expected": ENSEMBLE, "t": lambda: 0.5, "s": lambda: 0.4}, "training_free.EnSF": {"t": lambda: 0.5},
-    "training_free.EnFF.guided": {"end": ENSEMBLE, "spread": lambda: torch.ones(2, 1, 3, dtype=DOUBLE), "step": lambda: 0.1},
-    "reanalysis.make_archive": {"discard": lambda: 1}, "reanalysis.read_archive": {"path": lambda: written("archive")},
-    "reanalysis": {"archive": archive},
+    "classical.ensemble.ensemble_weights": {"information": lambda: spd(4), "pull": A(4)}, "classical.ensemble.random_rotation": {"batch": lambda: (2,)},
+    "core.neighbours": {"sites": lambda: (0, 2), "reach": lambda: 2.0}, "core.tapers": {"sites": lambda: (0, 2)},
+    "classical.systematic_resampling": {"weights": lambda: torch.full((2, 4), 0.25, dtype=DOUBLE)}, "classical.entropic_plan": {"source": A(2, 4, 3), "target": A(2, 4, 3), "iterations": lambda: 5},
+    "classical.EnRDA.analyse": {"observations": lambda: seen(everything)},
+    "classical.training_free": {"alpha": lambda: 0.5, "members": lambda: states(2, 4, 3, seed=1)},
+    "classical.training_free.towards_observations": {"spread": lambda: torch.ones(2, 1, 3, dtype=DOUBLE)},
+    "classical.EnSF.back": {"expected": ENSEMBLE, "t": lambda: 0.5, "s": lambda: 0.4}, "classical.EnSF": {"t": lambda: 0.5},
+    "classical.EnFF.guided": {"end": ENSEMBLE, "spread": lambda: torch.ones(2, 1, 3, dtype=DOUBLE), "step": lambda: 0.1},
+    "twin.make_archive": {"discard": lambda: 1}, "twin.read_archive": {"path": lambda: written("archive")},
+    "twin.reanalysis": {"archive": archive},
     "flow_matching.denoised_from_velocity": {"velocity": ENSEMBLE}, "flow_matching.velocity_from_denoised": {"denoised": ENSEMBLE},
     "flow_matching.Denoiser.__init__": {"velocity": lambda: lambda x, tau: -x, "source": lambda: gaussian().source},
     "flow_matching.GaussianPrior.__init__": {"offset": A(3)}, "flow_matching.GaussianPrior.from_pairs": PAIRS, "flow_matching.GaussianPrior": {"shape": lambda: (2, 3)},
     "flow_matching.Coupling.__init__": {"index": lambda: torch.tensor([0, 1]), "repaired": lambda: 0.1, "gain": lambda: 0.1},
-    "flow_matching.conditional_coupling": PAIRS | {"source": A(8, 3), "beta": lambda: 1.0}, "flow_matching.FourierEmbedding.__init__": {"size": lambda: 4},
+    "flow_matching.conditional_coupling": PAIRS | {"source": A(8, 3), "beta": lambda: 1.0}, "flow_matching.networks.FourierEmbedding.__init__": {"size": lambda: 4},
     "flow_matching.VelocityMLP.__init__": {"hidden": lambda: (8,), "embedding": lambda: 4},
-    "flow_matching.prior_bytes": FILE, "flow_matching.read_prior_bytes": {"content": lambda: flow().to_bytes(), "name": lambda: "p", "kind": lambda: "FlowPrior", "newest": lambda: 2},
+    "flow_matching.store.prior_bytes": FILE, "flow_matching.store.read_prior_bytes": {"content": lambda: flow().to_bytes(), "name": lambda: "p", "kind": lambda: "FlowPrior", "newest": lambda: 2},
     "flow_matching.FlowPrior": {"content": lambda: flow().to_bytes(), **CONTENTS["flow"]}, "flow_matching.describe_prior": {"path": lambda: written("flow")},
-    "flow_matching.network_from": {"make": lambda: lambda: torch.nn.Linear(2, 2), "architecture": lambda: {"dim": 2}, "tensors": lambda: torch.nn.Linear(2, 2).state_dict()},
-    "aware.AnalysisPrior": {"content": lambda: aware().to_bytes(), **CONTENTS["aware"]}, "incremental.IncrementalPrior": {"content": lambda: incremental().to_bytes(), **CONTENTS["incremental"]},
-    "flow_matching.fitting_header": {"name": lambda: "p"}, "flow_matching.FlowPrior.load": {"path": lambda: written("flow")}, "flow_matching.FlowPrior.save": {"path": lambda: folder() / "q.safetensors"},
+    "flow_matching.store.network_from": {"make": lambda: lambda: torch.nn.Linear(2, 2), "architecture": lambda: {"dim": 2}, "tensors": lambda: torch.nn.Linear(2, 2).state_dict()},
+    "learned.AnalysisPrior": {"content": lambda: aware().to_bytes(), **CONTENTS["aware"]}, "windows.IncrementalPrior": {"content": lambda: incremental().to_bytes(), **CONTENTS["incremental"]},
+    "flow_matching.store.fitting_header": {"name": lambda: "p"}, "flow_matching.FlowPrior.load": {"path": lambda: written("flow")}, "flow_matching.FlowPrior.save": {"path": lambda: folder() / "q.safetensors"},
     "flow_matching.FlowPrior.__init__": {"network": lambda: VelocityMLP(3, (8,), 4, stream(0, "w")), "architecture": lambda: dict(flow().architecture)},
     "flow_matching.flow_matching_loss": {"network": lambda: lambda x, tau, b: -x, "source": A(4, 3), "analysis": A(4, 3), "background": A(4, 3), "tau": lambda: torch.full((4, 1), 0.3, dtype=DOUBLE)},
     "flow_matching.train_prior": PAIRS | {"settings": SETTINGS}, "flow_matching.TensorPairs.__init__": PAIRS | {"identity": lambda: "x"}, "flow_matching.TensorPairs.read": {"first": lambda: 0, "last": lambda: 4},
     "flow_matching.train_from": {"source": lambda: TensorPairs(states(8, 3), states(8, 3, seed=1), "x"), "settings": SETTINGS},
-    "networks": {"channels": lambda: 2, "outputs": lambda: 2, "boundary": lambda: "ring", "dim": lambda: 4, "length": lambda: 2.0, "width": lambda: 8},
+    "flow_matching.convolutions": {"channels": lambda: 2, "outputs": lambda: 2, "boundary": lambda: "ring", "dim": lambda: 4, "length": lambda: 2.0, "width": lambda: 8},
     "pnp.PnPDA.noise": {"shape": lambda: (2, 4, 3)}, "pnp.PnPDA4D.noise": {"shape": lambda: (2, 4, 3)}, "pnp.PnPDA.states": {"misfit": lambda: Misfit(ENSEMBLE(), seen())},
     "pnp.PnPDA.towards": {"misfit": lambda: Misfit(ENSEMBLE(), seen())}, "pnp.PnPDA4D.states": {"misfit": lambda: window_misfit()}, "pnp.PnPDA4D.towards": {"misfit": lambda: window_misfit()},
     "pnp.convergence": {"method": lambda: PnPDA(gaussian(), iterations=3)}, "pnp.analysis_ensemble": {"method": lambda: PnPDA(gaussian(), iterations=3), "background": A(2, 1, 3)},
     "pnp.ResidualCovariance.__init__": {"taus": lambda: (0.0, 0.5), "errors": lambda: (DenseError(spd(3)), DenseError(spd(3)))},
     "pnp.residual_covariance": PAIRS | {"taus": lambda: (0.0, 0.5)}, "pnp.WindowMisfit.weigh": {"residuals": lambda: window_misfit().residuals(ENSEMBLE())[1]},
-    "aware.Sightings.__init__": {"value": A(2, 1, 3), "mask": lambda: torch.ones(2, 1, 3, dtype=torch.bool), "error": lambda: torch.ones(2, 1, 3, dtype=DOUBLE)},
-    "aware.Residual.__init__": {"factor": A(2, 4, 3, 1), "diagonal": lambda: torch.ones(2, 4, 3, dtype=DOUBLE)}, "aware.Residual.negative_log_likelihood": {"error": ENSEMBLE},
-    "aware.AnalysisPrior.__init__": {"network": lambda: aware().network, "architecture": lambda: dict(aware().architecture), "location": lambda: torch.zeros((), dtype=DOUBLE), "scale": lambda: torch.ones((), dtype=DOUBLE)},
-    "aware.AnalysisPrior.make": {"location": lambda: torch.zeros((), dtype=DOUBLE), "scale": lambda: torch.ones((), dtype=DOUBLE), "size": lambda: {"width": 8}},
-    "aware.AnalysisPrior.fields": {"u": lambda: None}, "aware.AnalysisPrior.on": {"dim": lambda: 3}, "aware.AnalysisPrior.load": {"path": lambda: written("aware")}, "aware.AnalysisPrior.save": {"path": lambda: folder() / "r.safetensors"},
-    "aware.AnalysisPrior.widened": {"extra": lambda: 2}, "aware": {"prior": aware},
-    "on_policy.RandomNetworks.__init__": {"usual": lambda: (((0, 1), 0.5),), "counts": lambda: (1, 2)}, "on_policy.observed_record": {"discard": lambda: 0},
-    "on_policy.ObservedRecord.__init__": {"dataset": lambda: observed_record(experiment(), EnKF(), members=4, runs=2, cycles=3, seed=0, discard=0)},
-    "on_policy.TruthRecord": RECORDS, "on_policy.TruthRecord.__init__": {"runs": lambda: 2}, "on_policy.ObservedRecord": RECORDS, "on_policy.Records": RECORDS,
-    "on_policy.Lesson.__init__": {"background": A(2, 3), "target": A(2, 3), "seen": lambda: sightings()[:, 0]}, "on_policy.lesson_loss": {"prior": aware, "lesson": lesson_, "scored": lambda: 2},
-    "on_policy.OnPolicyTraining.__init__": {"prior": aware, "record": lambda: record_of("truth"), "policy": lambda: AmortisedAnalysis, "settings": lambda: OnPolicySettings(trajectories=2)},
-    "on_policy.innovation_rms": {"sites": lambda: (0, 2)},
-    "constraints.LinearConstraint.__init__": {"matrix": lambda: spd(3)[:1]}, "constraints.FunctionConstraint.__init__": {"function": lambda: lambda x: x.sum(-1, keepdim=True)}, "constraints": {"levels": lambda: torch.ones(1, dtype=DOUBLE)},
-    "constraints.ConstrainedPnPDA": {"misfit": lambda: Misfit(ENSEMBLE(), seen())}, "constraints.newton_step": {"c": A(2, 4, 1), "J": A(1, 3), "B": lambda: spd(3)}, "constraints.Projected.analyse": {"rest": lambda: {"forecast": None, "generator": stream(0, "x")}},
-    "constraints.AsObservation.analyse": {"rest": lambda: {"forecast": None, "generator": stream(0, "x")}},
-    "hybrid.LearnedMean.__init__": {"prior": lambda: aware(3), "filter": EnKF},
-    "incremental.banded_solve": {"bands": lambda: information().bands}, "incremental.LowRankPrecision.__init__": {"diagonal": lambda: torch.ones(1, 2, 6, dtype=DOUBLE), "factor": A(2, 6, 1)},
-    "incremental.DensePrecision.__init__": {"matrix": lambda: spd(6)}, "incremental": {"x": A(2, 6), "shape": lambda: (2,), "prior": incremental, "law": lambda: incremental().analyse(information())},
-    "incremental.most_probable": {"mean": A(2, 6), "precision": lambda: BandedPrecision(information().bands)}, "incremental.ConstantNetwork.__init__": {"channels": lambda: 2, "outputs": lambda: 2},
-    "incremental.Calibration.__init__": {"knots": lambda: (0.0, 1.0), "factors": lambda: (0.0, 0.1)}, "incremental.Calibration": {"error": A(200), "deviation": lambda: states(200).abs() + 0.1},
-    "incremental.IncrementalPrior.__init__": {"climate": climate, "networks": lambda: incremental().networks, "architecture": lambda: dict(incremental().architecture)},
-    "incremental.IncrementalPrior.make": {"climate": climate, "size": lambda: {"width": 8, "layers": 1}}, "incremental.IncrementalPrior.calibrated": {"truth": A(2, 3, 2), "bins": lambda: 1},
-    "incremental.IncrementalPrior.estimates": {"x": A(2, 3, 2)}, "incremental.IncrementalPrior.prior_at": {"x": A(2, 3, 2)}, "incremental.IncrementalPrior.load": {"path": lambda: written("incremental")},
-    "incremental.IncrementalPrior.save": {"path": lambda: folder() / "s.safetensors"}, "incremental.RandomSets.__init__": {"steps": lambda: 3, "dim": lambda: 2, "count": lambda: 2},
-    "incremental.RandomSets.draw": {"sets": lambda: 2}, "incremental.RandomSets.holding_out": {"present": lambda: torch.eye(3, dtype=torch.bool)[:, :2]}, "incremental.regular_sets": {"spacing": lambda: 2},
-    "incremental.observe_windows": {"z": A(1, 2, 3, 2), "present": lambda: torch.ones(1, 3, 2, dtype=torch.bool), "deviation": lambda: 0.5},
-    "incremental.incremental_loss": {"z": A(1, 2, 3, 2), "settings": lambda: IncrementalSettings(iterations=1), "information": lambda: Information(torch.ones(1, 1, 1, 6, dtype=DOUBLE), states(1, 2, 6))},
-    "incremental.train_incremental": {"windows": A(20, 3, 2), "sets": lambda: RandomSets(3, 2, 2), "settings": lambda: IncrementalSettings(iterations=1, processes=1, windows=2)},
-    "incremental.NeuralIncremental.__init__": {"covariance": lambda: Covariance(spd(2))}, "incremental.NeuralIncremental": {"background": A(2, 4, 2)},
-    "interop.UserModel.__init__": {"function": lambda: lambda x: 0.9 * x}, "interop.operator_from": {"function": lambda: lambda x: x[..., :2]},
-    "interop.NumpyOperator.__init__": {"function": lambda: lambda x: x[..., :2]}, "plotting.line_style": {"method": lambda: "enkf"},
+    "observing.Sightings.__init__": {"value": A(2, 1, 3), "mask": lambda: torch.ones(2, 1, 3, dtype=torch.bool), "error": lambda: torch.ones(2, 1, 3, dtype=DOUBLE)},
+    "observing.Residual.__init__": {"factor": A(2, 4, 3, 1), "diagonal": lambda: torch.ones(2, 4, 3, dtype=DOUBLE)}, "observing.Residual.negative_log_likelihood": {"error": ENSEMBLE},
+    "learned.AnalysisPrior.__init__": {"network": lambda: aware().network, "architecture": lambda: dict(aware().architecture), "location": lambda: torch.zeros((), dtype=DOUBLE), "scale": lambda: torch.ones((), dtype=DOUBLE)},
+    "learned.AnalysisPrior.make": {"location": lambda: torch.zeros((), dtype=DOUBLE), "scale": lambda: torch.ones((), dtype=DOUBLE), "size": lambda: {"width": 8}},
+    "learned.AnalysisPrior.fields": {"u": lambda: None}, "learned.AnalysisPrior.on": {"dim": lambda: 3}, "learned.AnalysisPrior.load": {"path": lambda: written("aware")}, "learned.AnalysisPrior.save": {"path": lambda: folder() / "r.safetensors"},
+    "learned.AnalysisPrior.widened": {"extra": lambda: 2}, "learned.prior": {"prior": aware},
+    "learned.RandomNetworks.__init__": {"usual": lambda: (((0, 1), 0.5),), "counts": lambda: (1, 2)}, "learned.records.observed_record": {"discard": lambda: 0},
+    "learned.ObservedRecord.__init__": {"dataset": lambda: observed_record(experiment(), EnKF(), members=4, runs=2, cycles=3, seed=0, discard=0)},
+    "learned.TruthRecord": RECORDS, "learned.TruthRecord.__init__": {"runs": lambda: 2}, "learned.ObservedRecord": RECORDS, "learned.Records": RECORDS,
+    "learned.Lesson.__init__": {"background": A(2, 3), "target": A(2, 3), "seen": lambda: sightings()[:, 0]}, "learned.lesson_loss": {"prior": aware, "lesson": lesson_, "scored": lambda: 2},
+    "learned.OnPolicyTraining.__init__": {"prior": aware, "record": lambda: record_of("truth"), "policy": lambda: AmortisedAnalysis, "settings": lambda: OnPolicySettings(trajectories=2)},
+    "learned.records.innovation_rms": {"sites": lambda: (0, 2)},
+    "pnp.LinearConstraint.__init__": {"matrix": lambda: spd(3)[:1]}, "pnp.FunctionConstraint.__init__": {"function": lambda: lambda x: x.sum(-1, keepdim=True)}, "pnp.constraints": {"levels": lambda: torch.ones(1, dtype=DOUBLE)},
+    "pnp.ConstrainedPnPDA": {"misfit": lambda: Misfit(ENSEMBLE(), seen())}, "pnp.constraints.newton_step": {"c": A(2, 4, 1), "J": A(1, 3), "B": lambda: spd(3)}, "pnp.Projected.analyse": {"rest": lambda: {"forecast": None, "generator": stream(0, "x")}},
+    "pnp.AsObservation.analyse": {"rest": lambda: {"forecast": None, "generator": stream(0, "x")}},
+    "learned.LearnedMean.__init__": {"prior": lambda: aware(3), "filter": EnKF},
+    "windows.precision.banded_solve": {"bands": lambda: information().bands}, "windows.LowRankPrecision.__init__": {"diagonal": lambda: torch.ones(1, 2, 6, dtype=DOUBLE), "factor": A(2, 6, 1)},
+    "windows.DensePrecision.__init__": {"matrix": lambda: spd(6)}, "windows.incremental": {"x": A(2, 6), "shape": lambda: (2,), "prior": incremental, "law": lambda: incremental().analyse(information())},
+    "windows.most_probable": {"mean": A(2, 6), "precision": lambda: BandedPrecision(information().bands)}, "windows.incremental.ConstantNetwork.__init__": {"channels": lambda: 2, "outputs": lambda: 2},
+    "windows.Calibration.__init__": {"knots": lambda: (0.0, 1.0), "factors": lambda: (0.0, 0.1)}, "windows.Calibration": {"error": A(200), "deviation": lambda: states(200).abs() + 0.1},
+    "windows.IncrementalPrior.__init__": {"climate": climate, "networks": lambda: incremental().networks, "architecture": lambda: dict(incremental().architecture)},
+    "windows.IncrementalPrior.make": {"climate": climate, "size": lambda: {"width": 8, "layers": 1}}, "windows.IncrementalPrior.calibrated": {"truth": A(2, 3, 2), "bins": lambda: 1},
+    "windows.IncrementalPrior.estimates": {"x": A(2, 3, 2)}, "windows.IncrementalPrior.prior_at": {"x": A(2, 3, 2)}, "windows.IncrementalPrior.load": {"path": lambda: written("incremental")},
+    "windows.IncrementalPrior.save": {"path": lambda: folder() / "s.safetensors"}, "windows.RandomSets.__init__": {"steps": lambda: 3, "dim": lambda: 2, "count": lambda: 2},
+    "windows.RandomSets.draw": {"sets": lambda: 2}, "windows.RandomSets.holding_out": {"present": lambda: torch.eye(3, dtype=torch.bool)[:, :2]}, "windows.regular_sets": {"spacing": lambda: 2},
+    "windows.observe_windows": {"z": A(1, 2, 3, 2), "present": lambda: torch.ones(1, 3, 2, dtype=torch.bool), "deviation": lambda: 0.5},
+    "windows.incremental_loss": {"z": A(1, 2, 3, 2), "settings": lambda: IncrementalSettings(iterations=1), "information": lambda: Information(torch.ones(1, 1, 1, 6, dtype=DOUBLE), states(1, 2, 6))},
+    "windows.train_incremental": {"windows": A(20, 3, 2), "sets": lambda: RandomSets(3, 2, 2), "settings": lambda: IncrementalSettings(iterations=1, processes=1, windows=2)},
+    "windows.NeuralIncremental.__init__": {"covariance": lambda: Covariance(spd(2))}, "windows.NeuralIncremental": {"background": A(2, 4, 2)},
+    "interop.UserModel.__init__": {"function": lambda: lambda x: 0.9 * x}, "observing.operator_from": {"function": lambda: lambda x: x[..., :2]},
+    "observing.NumpyOperator.__init__": {"function": lambda: lambda x: x[..., :2]}, "plotting.line_style": {"method": lambda: "enkf"},
     "plotting.mean_and_band": {"ax": lambda: plt.gca(), "x": lambda: np.arange(4.0), "runs": lambda: np.ones((3, 4))}, "sweep": {"settings": lambda: {"a": 1}, "record": lambda: {"a": 1}},
-    "disk": {"name": lambda: "record: r.json", "path": lambda: folder() / "w.json", "folder": folder, "record": lambda: {"a": 1}, "dataset": archive, "attributes": lambda: {"units": "K", "valid": True}},
-    "disk.naming": {"deed": lambda: "read"}, "disk.write_whole": {"files": lambda: {folder() / "w.json": b"x"}}, "disk.sealed": {"content": lambda: b"x " + BLANK}, "disk.require_seal": {"content": lambda: sealed(b"x " + BLANK)},
-    "disk.record_from": {"content": lambda: record_bytes({"a": 1})}, "disk.read_record": {"path": lambda: written("record")}, "disk.with_tail": {"content": lambda: b"x"}, "disk.without_tail": {"content": lambda: with_tail(b"x")},
-    "disk.require_whole_hdf5": {"path": lambda: written("archive")}, "disk.netcdf_from": {"content": lambda: netcdf_bytes(archive())}, "disk.write_checkpoint": {"memory": lambda: {"a": 1}}, "disk.read_checkpoint": {"path": lambda: written("checkpoint")},
+    "core.disk": {"name": lambda: "record: r.json", "path": lambda: folder() / "w.json", "folder": folder, "record": lambda: {"a": 1}, "dataset": archive, "attributes": lambda: {"units": "K", "valid": True}},
+    "core.disk.naming": {"deed": lambda: "read"}, "core.write_whole": {"files": lambda: {folder() / "w.json": b"x"}}, "core.disk.sealed": {"content": lambda: b"x " + BLANK}, "core.disk.require_seal": {"content": lambda: sealed(b"x " + BLANK)},
+    "core.disk.record_from": {"content": lambda: record_bytes({"a": 1})}, "core.read_record": {"path": lambda: written("record")}, "core.disk.with_tail": {"content": lambda: b"x"}, "core.disk.without_tail": {"content": lambda: with_tail(b"x")},
+    "core.disk.require_whole_hdf5": {"path": lambda: written("archive")}, "core.disk.netcdf_from": {"content": lambda: netcdf_bytes(archive())}, "core.disk.write_checkpoint": {"memory": lambda: {"a": 1}}, "core.disk.read_checkpoint": {"path": lambda: written("checkpoint")},
     "sweep.Store.__init__": {"folder": folder},
-    "sweep.Task.__init__": {"function": lambda: answer}, "sweep.parse_as": {"text": lambda: "1.5", "like": lambda: 2.5},
-    "sweep.Study.settings": {"preset": lambda: "quick", "changes": lambda: {"runs": "2"}, "overrides": lambda: {"runs": 2}}, "sweep.Study.choose": {"methods": lambda: ("enkf",)},
-    "testbeds.method_by_name": {"name": lambda: "enkf", "settings": lambda: {"inflation": 1.1}}, "testbeds.Climate.__init__": {"mean": A(3)}, "testbeds.climate_of": {"steps": lambda: 5},
-    "studies.experiment_of": {"testbed": lambda: {"name": "lorenz63"}}, "studies.build_method": {"method": lambda: {"name": "enkf"}}, "studies.archive_task": TASKS, "studies.cycle_task": TASKS,
-    "studies.tuning_task": TASKS | {"grid": lambda: {"inflation": [1.0, 1.1]}}, "studies.prior_task": {"archive": task, "training": SETTINGS}, "studies.file_task": {"kind": lambda: "archive", "path": lambda: str(written("archive"))},
-    "studies.readable": {"checkpoint": lambda: str(folder() / "c")}, "studies.conditional_scores": {"results": lambda: {("a", "enkf"): result()}}, "studies.stack_runs": {"results": lambda: {("a", "enkf"): summary(result())}},
-    "studies.stack_cases": {"results": lambda: {("a", "enkf"): summary(result())}}, "studies.along": {"axis": lambda: "sigma"}, "studies.table_along": {"axis": lambda: "sigma"},
-    "studies.paired_difference": {"runs": lambda: stacked(), "condition": lambda: "a", "better": lambda: "enkf", "worse": lambda: "free"},
-    "checks.rule_of": {"annotation": lambda: float}, "checks.shown": {"value": A(3)}, "checks.guarded": {"function": lambda: answer},
-    "windows.draw_windows": {"count": lambda: 2}, "sweep.Study.with_preset": {"preset": lambda: "quick"},
+    "sweep.Task.__init__": {"function": lambda: answer}, "core.parse_as": {"text": lambda: "1.5", "like": lambda: 2.5},
+    "studies.Study.settings": {"preset": lambda: "quick", "changes": lambda: {"runs": "2"}, "overrides": lambda: {"runs": 2}}, "studies.Study.choose": {"methods": lambda: ("enkf",)},
+    "methods.method_by_name": {"name": lambda: "enkf", "settings": lambda: {"inflation": 1.1}}, "methods.Climate.__init__": {"mean": A(3)}, "methods.climate_of": {"steps": lambda: 5},
+    "methods.experiment_of": {"testbed": lambda: {"name": "lorenz63"}}, "methods.build_method": {"method": lambda: {"name": "enkf"}}, "studies.archive_task": TASKS, "studies.cycle_task": TASKS,
+    "studies.tuning_task": TASKS | {"grid": lambda: {"inflation": [1.0, 1.1]}}, "studies.prior_task": {"archive": task, "training": SETTINGS}, "studies.parts.file_task": {"kind": lambda: "archive", "path": lambda: str(written("archive"))},
+    "studies.parts.readable": {"checkpoint": lambda: str(folder() / "c")}, "studies.tables.conditional_scores": {"results": lambda: {("a", "enkf"): result()}}, "studies.stack_runs": {"results": lambda: {("a", "enkf"): summary(result())}},
+    "studies.tables.stack_cases": {"results": lambda: {("a", "enkf"): summary(result())}}, "studies.along": {"axis": lambda: "sigma"}, "studies.table_along": {"axis": lambda: "sigma"},
+    "twin.paired_difference": {"runs": lambda: stacked(), "condition": lambda: "a", "better": lambda: "enkf", "worse": lambda: "free"},
+    "core.checks.rule_of": {"annotation": lambda: float}, "core.checks.shown": {"value": A(3)}, "core.guarded": {"function": lambda: answer},
+    "windows.draw_windows": {"count": lambda: 2}, "studies.Study.with_preset": {"preset": lambda: "quick"},
 }  # fmt: skip
+
+
+OWN |= {module: OWN["windows.incremental"] for module in ("windows.training", "windows.precision")}
 
 
 def stacked():
@@ -431,73 +440,96 @@ SELF = {  # objects whose methods are called; without an entry they are made fro
     "dynamics.TwoScaleLorenz96": lambda: TwoScaleLorenz96(4, 1), "dynamics.Lorenz96": lambda: Lorenz96(5), "dynamics.KuramotoSivashinsky": lambda: KuramotoSivashinsky(8, 20.0),
     "dynamics.AdditiveModelError": lambda: AdditiveModelError(0.5), "observing.Linear": lambda: Linear(spd(3)[:2]),
     "observing.Nonlinear": lambda: Nonlinear(lambda x: x[..., :2] ** 2, 2, (0, 1)), "observing.DiagonalCovariance": lambda: DiagonalCovariance([0.5] * 3),
-    "observing.Present": lambda: Present(select(), torch.tensor([True, False])), "twin.RunNoise": lambda: RunNoise(0, "test", "x", 2), "variational.FourDVar": lambda: FourDVar(Covariance(spd(3)), window=2, iterations=2),
-    "variational.WeakFourDVar": lambda: WeakFourDVar(Covariance(spd(3)), Covariance(spd(3)), window=2, iterations=2), "variational.ThreeDVar": lambda: ThreeDVar(Covariance(spd(3))),
+    "observing.Present": lambda: Present(select(), torch.tensor([True, False])), "core.RunNoise": lambda: RunNoise(0, "test", "x", 2), "classical.FourDVar": lambda: FourDVar(Covariance(spd(3)), window=2, iterations=2),
+    "classical.WeakFourDVar": lambda: WeakFourDVar(Covariance(spd(3)), Covariance(spd(3)), window=2, iterations=2), "classical.ThreeDVar": lambda: ThreeDVar(Covariance(spd(3))),
     "windows.BandedCholesky": lambda: BandedCholesky(information().bands), "windows.GaussianWindow": lambda: GaussianWindow(states(2, 3, 2), information().bands), "windows.Information": information,
-    "windows.Climate": lambda: WindowClimate.of(states(200, 5, 2), order=1, stationary=True), "windows.WindowFourDVar": weak, "training_free.EnSF": lambda: EnSF(steps=3), "training_free.EnFF": lambda: EnFF(steps=3), "ensemble.EnRDA": lambda: EnRDA(iterations=5),
+    "windows.Climate": lambda: WindowClimate.of(states(200, 5, 2), order=1, stationary=True), "windows.WindowFourDVar": weak, "classical.EnSF": lambda: EnSF(steps=3), "classical.EnFF": lambda: EnFF(steps=3), "classical.EnRDA": lambda: EnRDA(iterations=5),
     "flow_matching.FlowPrior": flow, "flow_matching.GaussianPrior": gaussian, "flow_matching.Denoiser": lambda: gaussian()(ENSEMBLE()), "flow_matching.TrainingSettings": SETTINGS,
     "pnp.PnPDA": lambda: PnPDA(gaussian(), iterations=3), "pnp.PnPDA4D": lambda: PnPDA4D(gaussian(), iterations=3), "pnp.WindowMisfit": window_misfit, "pnp.Misfit": lambda: Misfit(ENSEMBLE(), seen()),
-    "pnp.DenseError": lambda: DenseError(spd(3)), "pnp.FactoredError": lambda: FactoredError(states(3, 1), torch.ones(3, dtype=DOUBLE)), "pnp.GaussianResidual": lambda: GaussianResidual(gaussian()),
-    "pnp.EnsembleResidual": EnsembleResidual, "aware.Sightings": sightings, "aware.Residual": lambda: aware().look(ENSEMBLE())[1], "aware.AnalysisPrior": aware,
-    "aware.LearnedDenoiser": lambda: aware()(ENSEMBLE()), "aware.SeeingPrior": lambda: SeeingPrior(aware(), sightings()), "on_policy.TruthRecord": lambda: record_of("truth"),
-    "on_policy.ObservedRecord": lambda: record_of("seen"), "on_policy.Records": lambda: Records(record_of("truth"), record_of("truth")), "on_policy.RandomNetworks": lambda: RandomNetworks(3, (((0, 1), 0.5),), counts=(1, 2)),
-    "constraints.Constraint": lambda: RigidBody().momentum(1.0), "constraints.ConstrainedPnPDA": lambda: ConstrainedPnPDA(gaussian(), iterations=3, constraint=RigidBody().momentum(1.0)),
-    "constraints.QuadraticConstraint": lambda: RigidBody().energy(1.0), "constraints.LinearConstraint": lambda: LinearConstraint(spd(3)[:1], 1.0), "constraints.RigidBody": RigidBody,
-    "constraints.FunctionConstraint": lambda: FunctionConstraint(lambda x: x.square().sum(-1, keepdim=True), 1.0), "constraints.Conserving": lambda: Conserving(RigidBody(), RigidBody().momentum()),
-    "incremental.BandedPrecision": lambda: BandedPrecision(information().bands), "incremental.LowRankPrecision": lambda: LowRankPrecision(torch.ones(1, 2, 6, dtype=DOUBLE), states(2, 6, 1)),
-    "incremental.DensePrecision": lambda: DensePrecision(spd(6).expand(2, 6, 6)), "incremental.Calibration": lambda: Calibration((0.0, 1.0), (0.0, 0.1)), "incremental.IncrementalPrior": incremental,
-    "incremental.NeuralIncremental": lambda: NeuralIncremental(incremental(), Covariance(spd(2)), window=1), "incremental.RandomSets": lambda: RandomSets(3, 2, 2), "interop.UserModel": lambda: UserModel(lambda x: 0.9 * x, 3),
-    "sweep.Study": study, "sweep.Store": lambda: Store(folder()), "studies.SweepSettings": SweepSettings, "studies.ToldOtherwise": lambda: ToldOtherwise(EnKF(), 0.5),
+    "observing.DenseError": lambda: DenseError(spd(3)), "observing.FactoredError": lambda: FactoredError(states(3, 1), torch.ones(3, dtype=DOUBLE)), "pnp.GaussianResidual": lambda: GaussianResidual(gaussian()),
+    "pnp.EnsembleResidual": EnsembleResidual, "observing.Sightings": sightings, "observing.Residual": lambda: aware().look(ENSEMBLE())[1], "learned.AnalysisPrior": aware,
+    "learned.prior.LearnedDenoiser": lambda: aware()(ENSEMBLE()), "learned.SeeingPrior": lambda: SeeingPrior(aware(), sightings()), "learned.TruthRecord": lambda: record_of("truth"),
+    "learned.ObservedRecord": lambda: record_of("seen"), "learned.Records": lambda: Records(record_of("truth"), record_of("truth")), "learned.RandomNetworks": lambda: RandomNetworks(3, (((0, 1), 0.5),), counts=(1, 2)),
+    "pnp.Constraint": lambda: RigidBody().momentum(1.0), "pnp.ConstrainedPnPDA": lambda: ConstrainedPnPDA(gaussian(), iterations=3, constraint=RigidBody().momentum(1.0)),
+    "pnp.QuadraticConstraint": lambda: RigidBody().energy(1.0), "pnp.LinearConstraint": lambda: LinearConstraint(spd(3)[:1], 1.0), "pnp.RigidBody": RigidBody,
+    "pnp.FunctionConstraint": lambda: FunctionConstraint(lambda x: x.square().sum(-1, keepdim=True), 1.0), "pnp.Conserving": lambda: Conserving(RigidBody(), RigidBody().momentum()),
+    "windows.BandedPrecision": lambda: BandedPrecision(information().bands), "windows.LowRankPrecision": lambda: LowRankPrecision(torch.ones(1, 2, 6, dtype=DOUBLE), states(2, 6, 1)),
+    "windows.DensePrecision": lambda: DensePrecision(spd(6).expand(2, 6, 6)), "windows.Calibration": lambda: Calibration((0.0, 1.0), (0.0, 0.1)), "windows.IncrementalPrior": incremental,
+    "windows.NeuralIncremental": lambda: NeuralIncremental(incremental(), Covariance(spd(2)), window=1), "windows.RandomSets": lambda: RandomSets(3, 2, 2), "interop.UserModel": lambda: UserModel(lambda x: 0.9 * x, 3),
+    "studies.Study": study, "sweep.Store": lambda: Store(folder()), "studies.SweepSettings": SweepSettings, "methods.ToldOtherwise": lambda: ToldOtherwise(EnKF(), 0.5),
 }  # fmt: skip
 OWN |= {"dynamics.TwoScaleLorenz96": {"state": A(2, 8)}, "dynamics.Lorenz96": {"state": A(2, 5)}, "dynamics.KuramotoSivashinsky": {"state": A(2, 8)}, "dynamics.DoubleWell": {"state": A(2, 1)}, "dynamics.Pendulum": {"state": A(2, 2)}}
 OWN |= {"observing.Nonlinear.__init__": {"function": lambda: lambda x: x[..., :2] ** 2}, "observing.Observations": {"state": ENSEMBLE}, "windows.BandedCholesky": {"bands": lambda: information().bands}}
 
 # What is left out: trainings with a memory of their own, programs and clusters, other libraries, and reports of whole studies
 LEFT_OUT = re.compile(
-    r"twin\.(filter_cycle|window_cycle|Stretch|Tuned|forget_nature_runs)|on_policy\.(OnPolicyTraining\.(?!__init__)|train_on_policy)|interop\.(ProgramModel|import_dapper|dapper_|for_dapper|per_state|from_tendency)"
-    r"|sweep\.(code_version|run_task|run_tasks|workplace|HereExecutor|Study\.(__init__|run|kept)|Store\.read)|testbeds\.(lorenz|kura|pend|double|saka|sako|bocq|Published|published)"
-    r"|studies\.(\w+_part|figure_along|Settings)|plotting\.(explore|book_style)|checks\.guard$|dynamics\.RunStreams|constraints\.Constraint\.|flow_matching\.PriorFile\.|on_policy\.Records\.__init__|incremental\.IncrementalPrior\.on|aware\.AnalysisPrior\.on|studies\.SweepSettings\.require"
+    r"twin\.cycle\.(filter_cycle|window_cycle|Stretch)|twin\.Tuned|twin\.experiment\.forget_nature_runs|learned\.(OnPolicyTraining\.(?!__init__)|train_on_policy|Records\.__init__|AnalysisPrior\.on)"
+    r"|interop\.(ProgramModel|dapper|for_dapper|per_state|from_tendency)|sweep\.(code_version|run_task|run_tasks|workplace|HereExecutor|Store\.read)|studies\.(Study\.(__init__|run|kept)|[Pp]ublished)"
+    r"|twin\.(lorenz|kura|pend|double|saka|sako|bocq)|studies\.(parts\.\w+_part|(parts\.)?(learning|costed|record)_task|parts\.passes|figure_along|SweepSettings\.require)|core\.(Settings|guard$|RunStreams|interface|deprecated|unchecked)|plotting\.(explore|book_style)"
+    r"|pnp\.Constraint\.|flow_matching\.store\.PriorFile\.|windows\.IncrementalPrior\.on"
 )
 MISSING = re.compile(  # results in which nan is documented: scores of runs that failed, and of single times
-    r"twin\.(cycle|scores|summary|score_table|stack_methods|time_mean|mean_and_error|rank_histogram|spread_skill|tune)|studies\.(stack|conditional|paired|along|table)|reanalysis\.make_archive|incremental\.train_incremental|on_policy\.(innovation|ObservedRecord|observed_record)"
+    r"twin\.(cycle|scores|summary|score_table|stack_methods|time_mean|mean_and_error|rank_histogram|spread_skill|tune|paired|make_archive)|studies\.(tables\.)?(stack|conditional|paired|along|table)|windows\.train_incremental"
+    r"|learned\.(records\.)?(innovation|ObservedRecord|observed_record)"
 )
+
+
+def modules():
+    """The modules of all rooms, each with the room that it is in."""
+    for name in ROOMS:
+        room = importlib.import_module(f"pnpda_nb.{name}")
+        inside = [m.name for m in pkgutil.iter_modules(getattr(room, "__path__", []))]
+        yield from ((sys.modules[f"pnpda_nb.{name}.{m}"] if f"pnpda_nb.{name}.{m}" in sys.modules else importlib.import_module(f"pnpda_nb.{name}.{m}"), room) for m in inside)
+        if not inside:
+            yield room, room
 
 
 @cache
-def callables():
-    """Everything that is public: `{"module.name": function}`, or `"module.Class.method"`."""
+def homes():
+    """Where every function, class and method is: `{"room.name": (module, name, member or None)}`, with the module's own name for what its room does not show."""
     found = {}
-    for module in MODULES:
-        home = importlib.import_module(f"pnpda_nb.{module}")
+    for home, room in modules():
         for name, thing in vars(home).items():
             if name.startswith("_") or getattr(thing, "__module__", None) != home.__name__:
                 continue
+            key = f"{(room if name in room.__all__ else home).__name__.removeprefix('pnpda_nb.')}.{name}"
             if not isinstance(thing, type):
                 if callable(thing) and isinstance(thing, types.FunctionType):
-                    found[f"{module}.{name}"] = thing
+                    found[key] = home, name, None
             elif not issubclass(thing, (torch.nn.Module, tuple)) and not getattr(thing, "_is_protocol", False):
                 for member in dir(thing):
                     kept = inspect.getattr_static(thing, member)
                     if (not member.startswith("_") or member in ("__init__", "__call__")) and isinstance(getattr(kept, "__func__", kept), types.FunctionType):
-                        found[f"{module}.{name}.{member}"] = getattr(kept, "__func__", kept)
+                        found[f"{key}.{member}"] = home, name, member
             elif issubclass(thing, torch.nn.Module):
-                found[f"{module}.{name}.__init__"] = thing.__init__
-    return {name: function for name, function in found.items() if not LEFT_OUT.match(name) and function is not object.__init__}
+                found[f"{key}.__init__"] = home, name, "__init__"
+    return {key: value for key, value in found.items() if not LEFT_OUT.match(key)}
+
+
+@cache
+def callables():
+    """Everything that is public: `{"room.name": function}`, or `"room.Class.method"`."""
+    found = {}
+    for key, (home, name, member) in homes().items():
+        kept = getattr(home, name) if member is None else inspect.getattr_static(getattr(home, name), member)
+        found[key] = getattr(kept, "__func__", kept)
+    return {key: function for key, function in found.items() if function is not object.__init__}
 
 
 def made(name):
     """A bound callable and the makers of its arguments."""
-    module, first, *member = name.split(".")
-    home = importlib.import_module(f"pnpda_nb.{module}")
+    home, first, last = homes()[name]
+    member = [] if last is None else [last]
     thing, function = getattr(home, first), callables()[name]
     if member == ["__init__"]:
         target = thing
     elif member:
         static = isinstance(inspect.getattr_static(thing, member[0]), (classmethod, staticmethod))
-        target = getattr(thing if static else instance(f"{module}.{first}"), member[0])
+        target = getattr(thing if static else instance(name.rpartition(".")[0]), member[0])
     else:
         target = thing
-    own = OWN.get(module, {}) | OWN.get(f"{module}.{first}", {}) | OWN.get(name, {})
+    key = name if last is None else name.rpartition(".")[0]
+    own = OWN.get(home.__name__.removeprefix("pnpda_nb."), {}) | OWN.get(key, {}) | OWN.get(name, {})
     makers, open_ = {}, []
     for parameter in inspect.signature(function).parameters.values():
         if parameter.name in ("self", "cls") or parameter.kind is parameter.VAR_POSITIONAL:
@@ -585,7 +617,7 @@ def lost(value, depth=3, inside=False):
 def verdict(name, function, arguments, target):
     """What is wrong with this call, or None."""
     names = set(inspect.signature(function).parameters) | set(arguments)
-    owner = getattr(importlib.import_module(f"pnpda_nb.{name.split('.')[0]}"), name.split(".")[1], None) if "." in name else None
+    owner = getattr(*homes()[name][:2]) if name in homes() else None
     if isinstance(owner, type):
         names |= set(inspect.signature(owner.__init__).parameters)
     try:

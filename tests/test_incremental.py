@@ -11,24 +11,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from pnpda_nb.checks import unchecked
-from pnpda_nb.dynamics import Lorenz63, standard_normal, stream
-from pnpda_nb.incremental import (
-    BandedPrecision,
-    Calibration,
-    DensePrecision,
-    IncrementalPrior,
-    IncrementalSettings,
-    LowRankPrecision,
-    NeuralIncremental,
-    RandomSets,
-    banded_solve,
-    incremental_loss,
-    most_probable,
-    observe_windows,
-    regular_sets,
-    train_incremental,
-)
+from pnpda_nb.core import standard_normal, stream, unchecked
+from pnpda_nb.dynamics import Lorenz63
 from pnpda_nb.observing import (
     Covariance,
     DiagonalCovariance,
@@ -40,15 +24,27 @@ from pnpda_nb.observing import (
 )
 from pnpda_nb.twin import TwinExperiment, cycle
 from pnpda_nb.windows import (
+    BandedPrecision,
+    Calibration,
     Climate,
+    DensePrecision,
+    IncrementalPrior,
+    IncrementalSettings,
     Information,
+    LowRankPrecision,
+    NeuralIncremental,
+    RandomSets,
     background_information,
-    band_dense,
-    band_gram,
-    dense_band,
+    incremental_loss,
     linearised,
-    pointwise,
+    most_probable,
+    observe_windows,
+    regular_sets,
+    train_incremental,
 )
+from pnpda_nb.windows.banded import band_dense, band_gram, dense_band
+from pnpda_nb.windows.laws import pointwise
+from pnpda_nb.windows.precision import banded_solve
 
 PRECISIONS = ("banded", "low_rank", "dense")
 TURN = torch.tensor([[0.8, 0.4], [-0.4, 0.8]], dtype=torch.float64)

@@ -12,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from pnpda_nb.disk import write_netcdf
-from pnpda_nb.dynamics import standard_normal, stream
+from pnpda_nb.core import standard_normal, stream, write_netcdf
 from pnpda_nb.flow_matching import (
     PAPER_TRAINING,
     FlowPrior,
@@ -26,7 +25,7 @@ from pnpda_nb.flow_matching import (
     velocity_from_denoised,
 )
 from pnpda_nb.observing import Covariance
-from pnpda_nb.reanalysis import read_archive
+from pnpda_nb.twin import read_archive
 
 QUICK = TrainingSettings(hidden=(16, 16), epochs=4, batch=64)
 

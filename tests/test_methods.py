@@ -6,28 +6,28 @@ import numpy as np
 import pytest
 import torch
 
-from pnpda_nb.checks import unchecked
-from pnpda_nb.dynamics import FunctionModel, Lorenz63, standard_normal, stream
-from pnpda_nb.ensemble import EnKF, EnRDA
-from pnpda_nb.experiments import lorenz63
+from pnpda_nb.classical import (
+    EnKF,
+    EnRDA,
+    ThreeDVar,
+    climatological_background,
+    gaspari_cohn_background,
+)
+from pnpda_nb.core import standard_normal, stream, unchecked
+from pnpda_nb.dynamics import FunctionModel, Lorenz63
 from pnpda_nb.flow_matching import GaussianPrior
-from pnpda_nb.observing import Covariance, ObservingNetwork, Select
+from pnpda_nb.observing import Covariance, ObservingNetwork, Select, kalman_gain
 from pnpda_nb.pnp import PnPDA
 from pnpda_nb.twin import (
     FreeRun,
     Method,
     TwinExperiment,
     cycle,
+    lorenz63,
     nature_run,
     score_table,
     scores,
     tune,
-)
-from pnpda_nb.variational import (
-    ThreeDVar,
-    climatological_background,
-    gaspari_cohn_background,
-    kalman_gain,
 )
 
 SHORT = lorenz63(observed=(0, 1, 2), cycles=3)

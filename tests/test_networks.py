@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from pnpda_nb.dynamics import stream
-from pnpda_nb.networks import ConvolutionNetwork, DenseNetwork, PyramidNetwork, walls
+from pnpda_nb.core import stream
+from pnpda_nb.flow_matching import ConvolutionNetwork, DenseNetwork, PyramidNetwork
+from pnpda_nb.flow_matching.convolutions import walls
 
 TAU = torch.full((1,), 0.4)
 

@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-import pnpda_nb.on_policy as on_policy
-from pnpda_nb.aware import AmortisedAnalysis, AnalysisPrior, Sightings, on_grid
-from pnpda_nb.dynamics import standard_normal, stream
-from pnpda_nb.ensemble import EnKF, EnKS
-from pnpda_nb.experiments import lorenz63
-from pnpda_nb.hybrid import ENSEMBLE_FIELDS, LearnedMean
-from pnpda_nb.on_policy import (
+import pnpda_nb.learned.on_policy as on_policy
+from pnpda_nb.classical import EnKF, EnKS
+from pnpda_nb.core import standard_normal, stream
+from pnpda_nb.learned import (
+    AmortisedAnalysis,
+    AnalysisPrior,
+    LearnedMean,
     Lesson,
     ObservedRecord,
     OnPolicySettings,
@@ -21,12 +21,13 @@ from pnpda_nb.on_policy import (
     RandomNetworks,
     Records,
     TruthRecord,
-    innovation_rms,
     lesson_loss,
-    observed_record,
     train_on_policy,
 )
-from pnpda_nb.twin import cycle
+from pnpda_nb.learned.methods import ENSEMBLE_FIELDS
+from pnpda_nb.learned.records import innovation_rms, observed_record
+from pnpda_nb.observing import Sightings, on_grid
+from pnpda_nb.twin import cycle, lorenz63
 
 ZERO, ONE = (torch.tensor(x, dtype=torch.float64) for x in (0.0, 1.0))
 EXPERIMENT = lorenz63(cycles=6)

@@ -10,38 +10,37 @@ import numpy as np
 import pytest
 import torch
 
-from pnpda_nb.checks import unchecked
-from pnpda_nb.dynamics import (
-    AdditiveModelError,
-    Lorenz63,
-    jacobian,
-    standard_normal,
-    stream,
-    trajectory,
+from pnpda_nb.classical import (
+    ETKF,
+    LETKF,
+    EnKF,
+    EnKS,
+    FourDVar,
+    ParticleFilter,
+    ThreeDVar,
 )
-from pnpda_nb.ensemble import ETKF, LETKF, EnKF, EnKS, ParticleFilter
+from pnpda_nb.core import standard_normal, stream, unchecked
+from pnpda_nb.dynamics import AdditiveModelError, Lorenz63, jacobian, trajectory
 from pnpda_nb.files import Field, Layout
 from pnpda_nb.flow_matching import GaussianPrior
 from pnpda_nb.interop import (
     ManySteps,
-    NumpyOperator,
     ProgramModel,
     UserModel,
     from_tendency,
-    operator_from,
     per_state,
 )
 from pnpda_nb.observing import (
     Covariance,
     DiagonalCovariance,
     Linear,
+    NumpyOperator,
     ObservingNetwork,
     Select,
+    operator_from,
 )
 from pnpda_nb.pnp import PnPDA, PnPDA4D
-from pnpda_nb.reanalysis import make_archive
-from pnpda_nb.twin import FreeRun, TwinExperiment, cycle, scores, tune
-from pnpda_nb.variational import FourDVar, ThreeDVar
+from pnpda_nb.twin import FreeRun, TwinExperiment, cycle, make_archive, scores, tune
 
 STATES = standard_normal((4, 5, 3), stream(1, "states"))
 LAYOUT = Layout((Field("wind", (2,), ("cell",), "m s-1"), Field("heat")))

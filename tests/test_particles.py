@@ -7,15 +7,9 @@ import pytest
 import torch
 from scoringrules import crps_ensemble
 
-from pnpda_nb.dynamics import (
-    AdditiveModelError,
-    FunctionModel,
-    Lorenz96,
-    RunStreams,
-    standard_normal,
-    stream,
-)
-from pnpda_nb.ensemble import ParticleFilter, systematic_resampling
+from pnpda_nb.classical import ParticleFilter, systematic_resampling
+from pnpda_nb.core import RunStreams, standard_normal, stream
+from pnpda_nb.dynamics import AdditiveModelError, FunctionModel, Lorenz96
 from pnpda_nb.observing import (
     Covariance,
     DiagonalCovariance,
@@ -23,12 +17,12 @@ from pnpda_nb.observing import (
     ObservingNetwork,
     Select,
 )
-from pnpda_nb.reanalysis import make_archive
-from pnpda_nb.testbeds import bocquet2010
 from pnpda_nb.twin import (
     FreeRun,
     TwinExperiment,
+    bocquet2010,
     cycle,
+    make_archive,
     rank_histogram,
     scores,
     spread_skill,

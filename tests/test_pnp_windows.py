@@ -7,26 +7,19 @@ import numpy as np
 import pytest
 import torch
 
-from pnpda_nb.checks import unchecked
-from pnpda_nb.dynamics import (
-    FunctionModel,
-    Lorenz63,
-    RunStreams,
-    standard_normal,
-    stream,
-)
-from pnpda_nb.experiments import lorenz63
+from pnpda_nb.core import RunStreams, standard_normal, stream, unchecked
+from pnpda_nb.dynamics import Forecast, FunctionModel, Lorenz63
 from pnpda_nb.flow_matching import GaussianPrior
 from pnpda_nb.observing import Covariance, Nonlinear, ObservingNetwork, Select
-from pnpda_nb.pnp import (
-    PnPDA,
-    PnPDA4D,
-    WindowMisfit,
-    analysis_ensemble,
-    convergence,
+from pnpda_nb.pnp import PnPDA, PnPDA4D, WindowMisfit, analysis_ensemble, convergence
+from pnpda_nb.twin import (
+    cycle,
     ensemble_scores,
+    lorenz63,
+    rank_histogram,
+    scores,
+    spread_skill,
 )
-from pnpda_nb.twin import Forecast, cycle, rank_histogram, scores, spread_skill
 
 EYE = torch.eye(3, dtype=torch.float64)
 Q = Covariance([[0.3, 0.1, 0.0], [0.1, 0.2, 0.0], [0.0, 0.0, 0.1]])

@@ -13,22 +13,19 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from pnpda_nb import __version__
-from pnpda_nb.aware import AnalysisPrior
-from pnpda_nb.dynamics import standard_normal, stream
+from pnpda_nb.core import standard_normal, stream
 from pnpda_nb.flow_matching import (
-    PRIOR_KINDS,
     FlowPrior,
     PairSource,
     TensorPairs,
     TrainingSettings,
     describe_prior,
-    prior_bytes,
-    read_prior_bytes,
     train_from,
     train_prior,
 )
-from pnpda_nb.incremental import IncrementalPrior
-from pnpda_nb.windows import Climate
+from pnpda_nb.flow_matching.store import PRIOR_KINDS, prior_bytes, read_prior_bytes
+from pnpda_nb.learned import AnalysisPrior
+from pnpda_nb.windows import Climate, IncrementalPrior
 
 QUICK = TrainingSettings(hidden=(16, 16), epochs=4, batch=64)
 AROUND = dataclasses.replace(QUICK, source="background", target="increment")

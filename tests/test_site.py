@@ -11,7 +11,7 @@ import pytest
 import site_reference as reference
 import site_search as search
 
-from pnpda_nb import ensemble
+from pnpda_nb.classical import ensemble
 
 ROOT = Path(__file__).parent.parent
 # under another name: the standard library has a module called `site`
@@ -139,11 +139,11 @@ def test_that_pages_of_the_reference_are_written_with_every_link_leading_somewhe
 
 def test_that_every_public_name_of_the_library_has_an_entry(whole_book):
     library = whole_book.library
-    assert set(library.modules["ensemble"].entries) == set(ensemble.__all__)
+    assert set(library.modules["classical.ensemble"].entries) == set(ensemble.__all__)
     entry = library.entry("EnKF", "ensemble")
-    assert "class EnKF" in (ROOT / "pnpda_nb" / "ensemble.py").read_text().splitlines()[entry.line - 1]
-    assert entry.source == f"source_ensemble.html#L{entry.line}"
-    assert {"reference.html"} | {module.page for module in library.modules.values()} > {"api_ensemble.html", "api_experiments_lorenz63.html"}
+    assert "class EnKF" in (ROOT / "pnpda_nb" / "classical" / "ensemble.py").read_text().splitlines()[entry.line - 1]
+    assert entry.source == f"source_classical_ensemble.html#L{entry.line}"
+    assert {"reference.html"} | {module.page for module in library.modules.values()} > {"api_classical_ensemble.html", "api_experiments_lorenz63.html"}
 
 
 PAGE = """<main id="main"><h1 class="title">Observing</h1><p class="subtitle">What is seen</p>
@@ -187,8 +187,8 @@ def test_that_the_book_has_a_light_and_a_dark_theme_and_every_chapter_in_its_sid
 
 def test_that_a_chapter_says_how_to_run_it(tmp_path):
     lua = ["--from=markdown", "--to=html5", "--lua-filter=run.lua"]
-    page = book_site.pandoc("Text.", *lua, "--metadata=notebook=05_ensemble.ipynb")[0]
-    assert "nbs/05_ensemble.ipynb" in page and re.search(r'href="05_ensemble.ipynb"\s+download', page)
+    page = book_site.pandoc("Text.", *lua, "--metadata=notebook=06_ensembles.ipynb")[0]
+    assert "nbs/06_ensembles.ipynb" in page and re.search(r'href="06_ensembles.ipynb"\s+download', page)
     assert page.index("run-chapter") < page.index("Text.")
     assert "run-chapter" not in book_site.pandoc("Text.", *lua, "--metadata=notebook=index.ipynb")[0]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from pnpda_nb.dynamics import standard_normal, stream
+from pnpda_nb.core import standard_normal, stream
 from pnpda_nb.flow_matching import (
     PAPER_TRAINING,
     FlowPrior,

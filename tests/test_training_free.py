@@ -5,7 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pnpda_nb.dynamics import standard_normal, stream
+from pnpda_nb.classical import EnFF, EnSF
+from pnpda_nb.classical.training_free import (
+    ensemble_score,
+    ensemble_velocity,
+    member_weights,
+    standardise,
+    towards_observations,
+)
+from pnpda_nb.core import standard_normal, stream
 from pnpda_nb.observing import (
     Covariance,
     DiagonalCovariance,
@@ -14,17 +22,7 @@ from pnpda_nb.observing import (
     ObservingNetwork,
     Select,
 )
-from pnpda_nb.testbeds import lorenz96
-from pnpda_nb.training_free import (
-    EnFF,
-    EnSF,
-    ensemble_score,
-    ensemble_velocity,
-    member_weights,
-    standardise,
-    towards_observations,
-)
-from pnpda_nb.twin import FreeRun, cycle, mean_and_error
+from pnpda_nb.twin import FreeRun, cycle, lorenz96, mean_and_error
 
 ALL = [EnSF(steps=20), EnSF(steps=20, score="own"), EnFF(), EnFF(guidance="gaussian"), EnFF(path="background")]
 NAMES = ["EnSF", "EnSF own", "EnFF", "EnFF Gaussian", "EnFF background"]

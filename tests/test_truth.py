@@ -10,8 +10,11 @@ import pytest
 import torch
 from scipy.integrate import solve_ivp
 
+from pnpda_nb.classical import ETKF, LETKF, FourDVar, ThreeDVar
+from pnpda_nb.core import gaspari_cohn, standard_normal, stream
 from pnpda_nb.dynamics import (
     DoubleWell,
+    Forecast,
     FunctionModel,
     KuramotoSivashinsky,
     Lorenz63,
@@ -20,22 +23,18 @@ from pnpda_nb.dynamics import (
     TwoScaleLorenz96,
     adjoint,
     lyapunov_exponents,
-    standard_normal,
-    stream,
     tangent_linear,
     trajectory,
 )
-from pnpda_nb.ensemble import ETKF, LETKF
 from pnpda_nb.observing import (
     Covariance,
     DiagonalCovariance,
     ObservingNetwork,
     Select,
-    gaspari_cohn,
+    kalman_gain,
 )
-from pnpda_nb.testbeds import PUBLISHED, TESTBEDS, Published, lorenz96
-from pnpda_nb.twin import Forecast, FreeRun, cycle, mean_and_error
-from pnpda_nb.variational import FourDVar, ThreeDVar, kalman_gain
+from pnpda_nb.studies import PUBLISHED, Published
+from pnpda_nb.twin import TESTBEDS, FreeRun, cycle, lorenz96, mean_and_error
 
 # Re-run with DAPPER by others, with the standard error that they found (None: not given), in the order of PUBLISHED.
 RERUN = (

@@ -9,21 +9,22 @@ import torch
 import xarray as xr
 
 from pnpda_nb.experiments import STUDIES
-from pnpda_nb.experiments.trajectories import (
-    WINDOW_PRESETS,
-    WindowSettings,
+from pnpda_nb.experiments.trajectories.answers import (
     best_of,
     four_dvar,
-    held_out_sets,
     importance,
     interpolation,
     measured,
+)
+from pnpda_nb.experiments.trajectories.parts import window_pairs
+from pnpda_nb.experiments.trajectories.scenes import (
+    held_out_sets,
     scene,
     training_windows,
-    window_pairs,
-    window_scores,
     window_testbed,
 )
+from pnpda_nb.experiments.trajectories.study import WINDOW_PRESETS, WindowSettings
+from pnpda_nb.experiments.trajectories.tables import window_scores
 from pnpda_nb.windows import normalised_mse
 
 SMALL = [

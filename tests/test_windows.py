@@ -7,13 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pnpda_nb.dynamics import (
-    AdditiveModelError,
-    FunctionModel,
-    Lorenz63,
-    standard_normal,
-    stream,
-)
+from pnpda_nb.core import standard_normal, stream
+from pnpda_nb.dynamics import AdditiveModelError, Forecast, FunctionModel, Lorenz63
 from pnpda_nb.observing import (
     Covariance,
     DiagonalCovariance,
@@ -23,27 +18,29 @@ from pnpda_nb.observing import (
     ObservingNetwork,
     Select,
 )
-from pnpda_nb.twin import Forecast, TwinExperiment
+from pnpda_nb.twin import TwinExperiment
 from pnpda_nb.windows import (
     BandedCholesky,
     Climate,
     GaussianWindow,
     Information,
     WindowFourDVar,
-    add_bands,
     background_information,
+    draw_windows,
+    levenberg_marquardt,
+    linearised,
+    normalised_mse,
+    window_four_dvar,
+)
+from pnpda_nb.windows.banded import (
+    add_bands,
     band_dense,
     band_gram,
     band_product,
     block_bands,
     dense_band,
-    draw_windows,
-    levenberg_marquardt,
-    linearised,
-    normalised_mse,
-    pointwise,
-    window_four_dvar,
 )
+from pnpda_nb.windows.laws import pointwise
 
 TURN = torch.tensor([[0.9, 0.4], [-0.4, 0.9]], dtype=torch.float64)
 WAVE = FunctionModel(lambda s: s @ TURN.T + 0.3 * s.flip(-1).sin(), 2)

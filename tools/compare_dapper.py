@@ -20,15 +20,14 @@ import numpy as np
 import pandas as pd
 import torch
 
-from pnpda_nb import testbeds
-from pnpda_nb.disk import write_record
-from pnpda_nb.ensemble import ETKF, LETKF, EnKF
+from pnpda_nb.classical import ETKF, LETKF, EnKF
+from pnpda_nb.core import write_record
 from pnpda_nb.flow_matching import GaussianPrior
-from pnpda_nb.interop import dapper_experiment, for_dapper, import_dapper
+from pnpda_nb.interop import dapper_experiment, for_dapper
+from pnpda_nb.interop.dapper import import_dapper
 from pnpda_nb.pnp import PnPDA
-from pnpda_nb.reanalysis import make_archive, pairs_of
 from pnpda_nb.sweep import code_version
-from pnpda_nb.twin import cycle, scores
+from pnpda_nb.twin import cycle, make_archive, pairs_of, scores, testbeds
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "nbs" / "results" / "dapper"

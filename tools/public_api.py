@@ -34,7 +34,7 @@ def listed(path: Path = LIST) -> dict[str, str]:
 @cache
 def present() -> dict[str, str]:
     """The same as the package has it."""
-    from pnpda_nb.api import deprecations, public_api
+    from pnpda_nb.core.interface import deprecations, public_api
 
     since = deprecations()
     names = sorted(f"{module}.{name}" for module, names in public_api().items() for name in names)

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from pnpda_nb.disk import write_netcdf
+from pnpda_nb.core import write_netcdf
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT, WORK = ROOT / "nbs" / "results", ROOT / "runs" / "stored"
