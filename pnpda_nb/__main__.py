@@ -1,4 +1,4 @@
-"""`python -m pnpda_nb` is the command line, which chapter 92 describes."""
+"""`python -m pnpda_nb` is the command line, which appendix G describes."""
 
 from pnpda_nb.cli import main
 

@@ -20,7 +20,11 @@ from .classical.four_dvar import FourDVar, WeakFourDVar
 from .classical.particles import EnRDA, ParticleFilter
 from .classical.training_free import EnFF, EnSF
 from .classical.variational import (
-    Climatology, OptimalInterpolation, ThreeDVar, archive_background, gaspari_cohn_background,
+    Climatology,
+    OptimalInterpolation,
+    ThreeDVar,
+    archive_background,
+    gaspari_cohn_background,
 )
 from .core.checks import guard
 from .flow_matching.flow import FlowPrior

@@ -15,7 +15,14 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    CancelledError,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    wait,
+)
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,7 +35,14 @@ import torch
 from tqdm.auto import tqdm
 
 from .core.checks import guard
-from .core.disk import netcdf_bytes, netcdf_from, record_bytes, record_from, writable, write_whole
+from .core.disk import (
+    netcdf_bytes,
+    netcdf_from,
+    record_bytes,
+    record_from,
+    writable,
+    write_whole,
+)
 
 # %% auto #0
 __all__ = ['FORMATS', 'code_version', 'digest_of', 'task_key', 'Task', 'Store', 'run_task', 'HereExecutor', 'workplace',

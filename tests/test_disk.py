@@ -210,8 +210,8 @@ def test_that_a_disk_that_is_full_is_one_error_and_the_old_file_stays(tmp_path):
     code = f"""
 import numpy as np, torch, xarray as xr
 from pathlib import Path
-from pnpda_nb.disk import write_checkpoint, write_netcdf, write_record
-from pnpda_nb.aware import AnalysisPrior
+from pnpda_nb.core.disk import write_checkpoint, write_netcdf, write_record
+from pnpda_nb.learned import AnalysisPrior
 one, path = torch.tensor(1.0, dtype=torch.float64), Path({str(tmp_path / "out")!r})
 dataset, prior = xr.Dataset({{"x": ("y", np.random.rand(5000))}}), AnalysisPrior.make(one, one, one, dim=3, width=64)
 writers = write_netcdf, lambda x, path: x.save(path), write_checkpoint, write_record

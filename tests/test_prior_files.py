@@ -366,7 +366,7 @@ def test_that_settings_that_need_more_memory_are_refused():
 MEASURED = """
 import resource, sys, torch
 from pnpda_nb.flow_matching import TrainingSettings, train_from
-from pnpda_nb.dynamics import stream
+from pnpda_nb.core import stream
 
 class Made:
     dim, block, identity, layout = 100, 1000, "made", None

@@ -54,7 +54,7 @@ def differences(before: dict[str, str], after: dict[str, str], now: str) -> list
         if name not in after and not may_go(since, now):
             was = f"deprecated since {since}, which is not yet a minor version ago" if since else "never deprecated"
             sentences.append(
-                f"{name} was public and is gone, {was}: bring it back under @deprecated (chapter 98), or, if no released"
+                f"{name} was public and is gone, {was}: bring it back under @deprecated (appendix J), or, if no released"
                 " version had it, run `python tools/public_api.py --remove`"
             )
     return sentences

@@ -127,7 +127,7 @@ def needs(name: str, sizes: Sequence[int]) -> Iterator[tuple[int, float, float]]
     """
     if not hasattr(os, "fork"):
         raise ValueError(f"{name}: peak memory is measured in forked processes, which this system does not have")
-    program = f"from pnpda_nb.bench import _answer; _answer({name!r}, {list(sizes)!r})"
+    program = f"from pnpda_nb.bench.growth import _answer; _answer({name!r}, {list(sizes)!r})"
     alone = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     with (
         tempfile.TemporaryFile("w+") as said,

@@ -18,13 +18,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .measure import Sizes, _rate, _row, arithmetic_limits, operations_of, seconds_of, speed_ratio
+from .measure import (
+    Sizes,
+    _rate,
+    _row,
+    arithmetic_limits,
+    operations_of,
+    seconds_of,
+    speed_ratio,
+)
 from ..classical.ensemble import EnKF
 from ..core.random import RunStreams, standard_normal, stream
 from ..dynamics.base import Lorenz63, Model
 from ..dynamics.kuramoto_sivashinsky import KuramotoSivashinsky
 from ..dynamics.models import Lorenz96
-from ..flow_matching.flow import FlowPrior, conditional_coupling, flow_matching_loss
+from ..flow_matching.flow import (
+    FlowPrior,
+    conditional_coupling,
+    flow_matching_loss,
+)
 from ..flow_matching.networks import VelocityMLP
 from ..interop.dapper import import_dapper
 from ..observing.covariance import Covariance, DiagonalCovariance

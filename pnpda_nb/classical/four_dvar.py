@@ -11,7 +11,13 @@ from typing import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .variational import _apply, _check_scale, _check_size, _for_members, gauss_newton
+from .variational import (
+    _apply,
+    _check_scale,
+    _check_size,
+    _for_members,
+    gauss_newton,
+)
 from ..core.checks import Gappy, guard
 from ..observing.covariance import Covariance
 from ..observing.observations import Observations

@@ -120,7 +120,10 @@ def entropic_plan(
     `(batch, m, dim)`, squared Euclidean cost, by POT's log-domain Sinkhorn; `regularisation` is the
     γ of the entropy in the cost's units.
     """
-    from ot.batch import dist_batch, solve_batch  # takes half a second, and only EnRDA needs it
+    from ot.batch import (  # takes half a second, and only EnRDA needs it
+        dist_batch,
+        solve_batch,
+    )
 
     cost = dist_batch(source, target, metric="sqeuclidean")
     return solve_batch(

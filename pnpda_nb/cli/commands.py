@@ -24,9 +24,27 @@ from typing import Annotated, Optional
 import typer
 
 from .output import (
-    _FOR_PROGRAMMERS, _Outlet, _line, _occupy, _say, _short, _silence, _table, _told, _visible,
+    _FOR_PROGRAMMERS,
+    _line,
+    _occupy,
+    _Outlet,
+    _say,
+    _short,
+    _silence,
+    _table,
+    _told,
+    _visible,
 )
-from .places import _Place, _check_free, _check_places, _read, _report_path, _room, _with_report, _write
+from .places import (
+    _check_free,
+    _check_places,
+    _Place,
+    _read,
+    _report_path,
+    _room,
+    _with_report,
+    _write,
+)
 from .words import _name, _path, _roles, _seed, _whole, _words
 
 # %% auto #0
@@ -70,7 +88,7 @@ def list_studies() -> None:
         others = {name: other.presets[name] for name, other in study.others.items()}
         for name, preset in {**study.presets, **others}.items():
             _say(f"  preset   {name}: {preset.runs} runs")
-    _say("in Python, by name (pnpda_nb.testbeds):")
+    _say("in Python, by name (pnpda_nb.twin):")
     _say(f"  testbeds {', '.join(TESTBEDS)}")
     _say(f"  methods  {', '.join(METHODS)}")
 
@@ -425,8 +443,8 @@ def bench(
     os.environ.setdefault("MPLBACKEND", "Agg")
 
     from ..bench.measure import QUICK, Sizes
-    from ..bench.suite import choose_parts, report
     from ..bench.suite import bench as measure
+    from ..bench.suite import choose_parts, report
 
     sizes = QUICK if quick else Sizes()
     if full:

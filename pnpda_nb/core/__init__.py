@@ -8,10 +8,26 @@ __all__ = ['Complex', 'Converted', 'Distance', 'Gappy', 'GappyArray', 'GappyFloa
 
 # %% ../../nbs/99_public.ipynb #2026726e
 from .checks import (
-    Complex, Converted, Gappy, GappyArray, GappyFloat, Index, Mask, Positive, guard, guarded, unchecked,
+    Complex,
+    Converted,
+    Gappy,
+    GappyArray,
+    GappyFloat,
+    Index,
+    Mask,
+    Positive,
+    guard,
+    guarded,
+    unchecked,
 )
 from .disk import read_record, write_netcdf, write_record, write_whole
-from .grid import Distance, gaspari_cohn, gaspari_cohn_matrix, neighbours, tapers
+from .grid import (
+    Distance,
+    gaspari_cohn,
+    gaspari_cohn_matrix,
+    neighbours,
+    tapers,
+)
 from .interface import deprecated
 from .random import RunNoise, RunStreams, standard_normal, stream
 from .settings import Settings, parse_as

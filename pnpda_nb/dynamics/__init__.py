@@ -6,7 +6,20 @@ __all__ = ['AdditiveModelError', 'DoubleWell', 'Forecast', 'FunctionModel', 'Kur
            'tangent_linear', 'trajectory']
 
 # %% ../../nbs/99_public.ipynb #dc7ebcbf
-from .base import AdditiveModelError, FunctionModel, Lorenz63, Model, rk4, trajectory
-from .derivatives import Forecast, adjoint, jacobian, lyapunov_exponents, tangent_linear
+from .base import (
+    AdditiveModelError,
+    FunctionModel,
+    Lorenz63,
+    Model,
+    rk4,
+    trajectory,
+)
+from .derivatives import (
+    Forecast,
+    adjoint,
+    jacobian,
+    lyapunov_exponents,
+    tangent_linear,
+)
 from .kuramoto_sivashinsky import KuramotoSivashinsky, etdrk4
 from .models import DoubleWell, Lorenz96, Pendulum, TwoScaleLorenz96

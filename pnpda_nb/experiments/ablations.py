@@ -15,7 +15,10 @@ import xarray as xr
 from matplotlib.axes import Axes
 
 from ..core.settings import Settings
-from .kuramoto_sivashinsky import KuramotoSivashinskySettings, ks_prior
+from .kuramoto_sivashinsky import (
+    KuramotoSivashinskySettings,
+    ks_prior,
+)
 from .lorenz63 import Lorenz63Settings, lorenz63_prior
 from .lorenz96 import Lorenz96Settings
 from ..plotting.style import book_style

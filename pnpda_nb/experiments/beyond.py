@@ -16,7 +16,13 @@ from ..core.settings import Settings
 from ..learned.on_policy import OnPolicySettings
 from ..methods import experiment_of
 from ..plotting.style import LABELS, book_style, line_style
-from ..studies.parts import archive_task, costed_task, learning_task, record_task, tuning_task
+from ..studies.parts import (
+    archive_task,
+    costed_task,
+    learning_task,
+    record_task,
+    tuning_task,
+)
 from ..studies.study import Study
 from ..studies.tables import conditional_scores
 from ..sweep import Task

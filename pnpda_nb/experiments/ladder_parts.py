@@ -13,7 +13,12 @@ import xarray as xr
 
 from ..core.settings import Settings
 from .beyond import (
-    BEYOND_PRESETS, _TESTBEDS, BeyondSettings, beyond_priors, beyond_study, beyond_tuning,
+    _TESTBEDS,
+    BEYOND_PRESETS,
+    BeyondSettings,
+    beyond_priors,
+    beyond_study,
+    beyond_tuning,
 )
 from ..plotting.style import book_style
 from ..studies.parts import costed_task, tuning_task

@@ -16,7 +16,13 @@ from ..classical.variational import gaspari_cohn_background
 from ..flow_matching.pairs import PAPER_TRAINING, TrainingSettings
 from ..plotting.style import LABELS, book_style, line_style, mean_and_band
 from ..pnp.loop import PnPDA
-from ..studies.parts import archive_task, cycle_task, file_task, prior_task, tuning_task
+from ..studies.parts import (
+    archive_task,
+    cycle_task,
+    file_task,
+    prior_task,
+    tuning_task,
+)
 from ..studies.study import Study
 from ..sweep import Task
 from ..twin.experiment import TwinExperiment

@@ -25,9 +25,24 @@ from torch import Tensor
 
 from ..core.checks import guard
 from .contents import _reason, _shown
-from .layout import ROLES, Layout, _in_units, _plain, check_field, check_units, layout_record
+from .layout import (
+    ROLES,
+    Layout,
+    _in_units,
+    _plain,
+    check_field,
+    check_units,
+    layout_record,
+)
 from .opening import _opened, _read
-from .times import _calendar, _is_time, _same, _time, _time_of_all, _times_along
+from .times import (
+    _calendar,
+    _is_time,
+    _same,
+    _time,
+    _time_of_all,
+    _times_along,
+)
 from .units import _units
 
 # %% auto #0

@@ -16,9 +16,9 @@ import xarray as xr
 
 from ..core.checks import guard
 from ..core.disk import require_whole_hdf5
-from .contents import _DESCRIPTIONS, _Contents, _Refused, _reason, _shown
+from .contents import _DESCRIPTIONS, _Contents, _reason, _Refused, _shown
 from .hdf5 import _HDF5Contents
-from .zarr_store import _ZarrContents, _checked_store
+from .zarr_store import _checked_store, _ZarrContents
 
 # %% auto #0
 __all__ = ['open_dataset']

@@ -20,10 +20,28 @@ import xarray as xr
 from ..core.checks import GappyArray, guard
 from .archive import _listing
 from .contents import _reason, _shown
-from .layout import Axis, Field, Layout, _in_units, _plain, _slack, check_field, check_units
+from .layout import (
+    Axis,
+    Field,
+    Layout,
+    _in_units,
+    _plain,
+    _slack,
+    check_field,
+    check_units,
+)
 from .opening import _opened, _read
 from .states import States
-from .times import _TIMES, _calendar, _instants, _is_time, _like, _numbers, _same, _time
+from .times import (
+    _TIMES,
+    _calendar,
+    _instants,
+    _is_time,
+    _like,
+    _numbers,
+    _same,
+    _time,
+)
 from .units import _brief, _units, conversion
 from ..observing.covariance import DiagonalCovariance
 from ..observing.observations import Observations

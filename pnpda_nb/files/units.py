@@ -48,7 +48,9 @@ def conversion(one: str, other: str) -> tuple[float, float] | None:
 def _converted(one: str, other: str) -> tuple[float, float] | None:
     if not (_sober(one) and _sober(other)):
         return None
-    from cf_xarray.units import units as registry  # half a second, so only when it is needed
+    from cf_xarray.units import (
+        units as registry,  # half a second, so only when it is needed
+    )
 
     def parsed(text: str) -> tuple[float, Any]:
         text = re.sub(r"(?<=[^\W_])\.(?=[A-Za-z])", " ", text)  # kg.m-2

@@ -23,7 +23,14 @@ from typing import Any, Sequence
 import numpy as np
 
 from ..core.checks import guard
-from .contents import _DESCRIPTIONS, _Contents, _Refused, _means_missing, _reason, _too_much
+from .contents import (
+    _DESCRIPTIONS,
+    _Contents,
+    _means_missing,
+    _reason,
+    _Refused,
+    _too_much,
+)
 from .layout import _whole
 from .units import _brief
 

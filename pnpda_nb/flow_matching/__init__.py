@@ -7,10 +7,31 @@ __all__ = ['ConvolutionNetwork', 'Coupling', 'Denoiser', 'DenseNetwork', 'FieldN
            'train_prior', 'velocity_from_denoised']
 
 # %% ../../nbs/99_public.ipynb #f2bd4571
-from .convolutions import ConvolutionNetwork, DenseNetwork, FieldNetwork, PyramidNetwork
-from .flow import Coupling, FlowPrior, conditional_coupling, flow_matching_loss
+from .convolutions import (
+    ConvolutionNetwork,
+    DenseNetwork,
+    FieldNetwork,
+    PyramidNetwork,
+)
+from .flow import (
+    Coupling,
+    FlowPrior,
+    conditional_coupling,
+    flow_matching_loss,
+)
 from .networks import VelocityMLP
-from .pairs import PAPER_TRAINING, PairSource, TensorPairs, TrainingSettings
-from .prior import Denoiser, GaussianPrior, Prior, denoised_from_velocity, velocity_from_denoised
+from .pairs import (
+    PAPER_TRAINING,
+    PairSource,
+    TensorPairs,
+    TrainingSettings,
+)
+from .prior import (
+    Denoiser,
+    GaussianPrior,
+    Prior,
+    denoised_from_velocity,
+    velocity_from_denoised,
+)
 from .store import describe_prior
 from .training import train_from, train_prior

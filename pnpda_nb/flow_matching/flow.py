@@ -19,7 +19,6 @@ from ..core.random import standard_normal
 from .networks import VelocityMLP
 from .prior import Denoiser
 from .store import PriorFile, _json, _variables, network_from
-from ..sweep import FORMATS
 
 # %% auto #0
 __all__ = ['Coupling', 'conditional_coupling', 'FlowPrior', 'flow_matching_loss']
@@ -66,7 +65,7 @@ def _assignment(cost: np.ndarray) -> np.ndarray:
     return ot.emd([], [], cost - cost.min(), numItermax=10_000_000).argmax(1)
 
 # %% ../../nbs/09_flow_matching.ipynb #2a6879c0
-class FlowPrior(PriorFile):
+class FlowPrior(PriorFile, kept_as="prior"):
     """A learned prior: a velocity network, and the `location` and `scale` `(dim,)` of the units
     that it works in.
 
@@ -172,8 +171,7 @@ def _coloured(noise: Tensor, factor: Tensor) -> Tensor:
     """White `noise` `(..., dim)` with the covariance FFᵀ, for a `factor` as that of `FlowPrior`."""
     return noise * factor if factor.ndim == 1 else noise @ factor.T
 
-# %% ../../nbs/09_flow_matching.ipynb #0343e8ee
-FORMATS["prior"] = ("safetensors", FlowPrior.to_bytes, FlowPrior.from_bytes)
+
 
 # %% ../../nbs/09_flow_matching.ipynb #68202b45
 def flow_matching_loss(

@@ -10,7 +10,7 @@ import math
 import os
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Any, Callable, Iterator
 
 import torch
 from safetensors import SafetensorError
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .. import __version__
 from ..core.checks import guard
 from ..core.disk import BLANK, naming, require_seal, sealed, write_whole
+from ..sweep import FORMATS
 
 # %% auto #0
 __all__ = ['describe_prior']
@@ -72,10 +73,15 @@ def read_prior_bytes(content: bytes, name: str, kind: str, newest: int) -> tuple
 
 class PriorFile:
     """What all kinds of priors do with files. A subclass says its `newest` version, what `contents` a file of it has, and how it is
-    `restored` from them.
+    `restored` from them; those that sweeps may keep say by what name of a format, `kept_as`.
     """
 
     newest = 1
+
+    def __init_subclass__(cls, kept_as: str = "", **rest: Any) -> None:
+        super().__init_subclass__(**rest)
+        if kept_as:  # the name by which sweeps know the format
+            FORMATS[kept_as] = ("safetensors", cls.to_bytes, cls.from_bytes)
 
     def contents(self) -> tuple[int, dict[str, Tensor], dict]:
         """The version, the tensors and the header of the file."""

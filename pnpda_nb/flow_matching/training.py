@@ -22,9 +22,21 @@ from tqdm.auto import tqdm
 from ..core.checks import guard
 from ..core.disk import fitting_checkpoint, read_checkpoint, write_checkpoint
 from ..core.random import stream
-from .flow import FlowPrior, _coloured, conditional_coupling, flow_matching_loss
+from .flow import (
+    FlowPrior,
+    _coloured,
+    conditional_coupling,
+    flow_matching_loss,
+)
 from .networks import VelocityMLP
-from .pairs import PairSource, TrainingSettings, _HeldPairs, _StreamedPairs, _held_out, _read
+from .pairs import (
+    PairSource,
+    TrainingSettings,
+    _held_out,
+    _HeldPairs,
+    _read,
+    _StreamedPairs,
+)
 from .store import _json
 
 # %% auto #0

@@ -5,5 +5,16 @@ __all__ = ['ManySteps', 'ProgramModel', 'UserModel', 'dapper_experiment', 'dappe
            'from_tendency', 'per_state']
 
 # %% ../../nbs/99_public.ipynb #3433b59a
-from .dapper import dapper_experiment, dapper_model, dapper_network, for_dapper
-from .models import ManySteps, ProgramModel, UserModel, from_tendency, per_state
+from .dapper import (
+    dapper_experiment,
+    dapper_model,
+    dapper_network,
+    for_dapper,
+)
+from .models import (
+    ManySteps,
+    ProgramModel,
+    UserModel,
+    from_tendency,
+    per_state,
+)

@@ -7,6 +7,22 @@ __all__ = ['AmortisedAnalysis', 'AnalysisPrior', 'BlindPrior', 'LearnedMean', 'L
 
 # %% ../../nbs/99_public.ipynb #cec561e7
 from .methods import LearnedMean
-from .on_policy import Lesson, OnPolicySettings, OnPolicyTraining, lesson_loss, train_on_policy
-from .prior import AmortisedAnalysis, AnalysisPrior, BlindPrior, SeeingPrior
-from .records import ObservedRecord, RandomNetworks, Records, TruthRecord
+from .on_policy import (
+    Lesson,
+    OnPolicySettings,
+    OnPolicyTraining,
+    lesson_loss,
+    train_on_policy,
+)
+from .prior import (
+    AmortisedAnalysis,
+    AnalysisPrior,
+    BlindPrior,
+    SeeingPrior,
+)
+from .records import (
+    ObservedRecord,
+    RandomNetworks,
+    Records,
+    TruthRecord,
+)

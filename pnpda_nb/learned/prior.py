@@ -14,12 +14,16 @@ from torch import Tensor
 
 from ..core.checks import Positive, guard
 from ..core.random import standard_normal, stream
-from ..flow_matching.convolutions import ConvolutionNetwork, DenseNetwork, FieldNetwork, PyramidNetwork
+from ..flow_matching.convolutions import (
+    ConvolutionNetwork,
+    DenseNetwork,
+    FieldNetwork,
+    PyramidNetwork,
+)
 from ..flow_matching.prior import Denoiser, velocity_from_denoised
 from ..flow_matching.store import PriorFile, network_from
 from ..observing.observations import Observations, Sightings, on_grid
 from ..observing.update import Residual, _taper
-from ..sweep import FORMATS
 
 # %% auto #0
 __all__ = ['AnalysisPrior', 'SeeingPrior', 'BlindPrior', 'AmortisedAnalysis']
@@ -28,7 +32,7 @@ __all__ = ['AnalysisPrior', 'SeeingPrior', 'BlindPrior', 'AmortisedAnalysis']
 _FIELDS = 6  # background, noisy increment, innovation, value, mask, log error
 
 # %% ../../nbs/17_seeing.ipynb #3e7d37a8
-class AnalysisPrior(PriorFile):
+class AnalysisPrior(PriorFile, kept_as="analysis_prior"):
     """A learned law of analyses, given a background and, if there are any, observations: @eq-increments and @eq-pseudo.
 
     `architecture` says which network it is (see `make`); `location` and `scale` are the units of the state, `increment` those of
@@ -157,8 +161,7 @@ def _network(architecture: dict, generator: torch.Generator | None) -> FieldNetw
     kind = PyramidNetwork if "levels" in size else ConvolutionNetwork
     return kind(channels, outputs, generator, boundary=architecture["geometry"], **size)
 
-# %% ../../nbs/17_seeing.ipynb #6ece0a0b
-FORMATS["analysis_prior"] = ("safetensors", AnalysisPrior.to_bytes, AnalysisPrior.from_bytes)
+
 
 # %% ../../nbs/17_seeing.ipynb #01d44745
 class LearnedDenoiser(Denoiser):

@@ -7,8 +7,27 @@ __all__ = ['Covariance', 'DenseError', 'DiagonalCovariance', 'ErrorCovariance', 
 
 # %% ../../nbs/99_public.ipynb #dfa26662
 from .covariance import Covariance, DiagonalCovariance
-from .observations import Observations, ObservingNetwork, Sightings, on_grid
-from .operators import (
-    Interpolate, Linear, Nonlinear, NumpyOperator, Operator, Present, Select, operator_from,
+from .observations import (
+    Observations,
+    ObservingNetwork,
+    Sightings,
+    on_grid,
 )
-from .update import DenseError, ErrorCovariance, FactoredError, Residual, anomalies, kalman_gain
+from .operators import (
+    Interpolate,
+    Linear,
+    Nonlinear,
+    NumpyOperator,
+    Operator,
+    Present,
+    Select,
+    operator_from,
+)
+from .update import (
+    DenseError,
+    ErrorCovariance,
+    FactoredError,
+    Residual,
+    anomalies,
+    kalman_gain,
+)

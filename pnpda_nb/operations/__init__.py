@@ -6,6 +6,17 @@ __all__ = ['Calibration', 'Report', 'Trained', 'assimilate', 'assimilation_repor
 
 # %% ../../nbs/99_public.ipynb #0075ad1e
 from .errors import survey
-from .pipeline import Trained, assimilate, set_aside, train_archive, usual_settings
-from .report import Report, assimilation_report, training_report, verdict
+from .pipeline import (
+    Trained,
+    assimilate,
+    set_aside,
+    train_archive,
+    usual_settings,
+)
+from .report import (
+    Report,
+    assimilation_report,
+    training_report,
+    verdict,
+)
 from .validation import Calibration, regression, trial

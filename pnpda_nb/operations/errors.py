@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from ..core.checks import Mask, guard
 from ..files.layout import Layout
 from ..flow_matching.flow import FlowPrior
-from ..flow_matching.pairs import PairSource, _RunningSample, _read, _size
+from ..flow_matching.pairs import PairSource, _read, _RunningSample, _size
 from ..observing.update import FactoredError
 from ..pnp.errors import ResidualCovariance, residual_covariance
 

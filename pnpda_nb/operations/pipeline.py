@@ -26,7 +26,13 @@ from ..flow_matching.flow import FlowPrior
 from ..flow_matching.pairs import PairSource, TrainingSettings
 from ..flow_matching.training import train_from
 from .errors import Part, _with, attach_errors, attached_unit, survey
-from .validation import Calibration, at_a_time, calibrate, choose_iterations, plug_and_play
+from .validation import (
+    Calibration,
+    at_a_time,
+    calibrate,
+    choose_iterations,
+    plug_and_play,
+)
 
 # %% auto #0
 __all__ = ['set_aside', 'usual_settings', 'Trained', 'train_archive', 'assimilate']

@@ -25,7 +25,17 @@ from ..observing.observations import Observations, ObservingNetwork
 from ..observing.operators import Select
 from ..observing.update import FactoredError
 from .errors import (
-    DRAWS, MOST, Fixed, Part, _check_pairs, _named, _points, _with, attached_errors, attached_unit, survey,
+    DRAWS,
+    MOST,
+    Fixed,
+    Part,
+    _check_pairs,
+    _named,
+    _points,
+    _with,
+    attached_errors,
+    attached_unit,
+    survey,
 )
 from ..pnp.errors import residual_covariance
 from ..pnp.loop import PnPDA

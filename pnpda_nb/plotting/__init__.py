@@ -5,4 +5,11 @@ __all__ = ['COLOURS', 'LABELS', 'LINES', 'book_style', 'explore', 'line_style', 
 
 # %% ../../nbs/99_public.ipynb #564d3668
 from .explore import explore
-from .style import COLOURS, LABELS, LINES, book_style, line_style, mean_and_band
+from .style import (
+    COLOURS,
+    LABELS,
+    LINES,
+    book_style,
+    line_style,
+    mean_and_band,
+)

@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from PIL import Image, features
 from matplotlib.figure import Figure
+from PIL import Image, features
 
 from ..core.checks import guard
 

@@ -8,11 +8,24 @@ __all__ = ['AsObservation', 'Conserving', 'ConstrainedPnPDA', 'Constraint', 'Ens
 
 # %% ../../nbs/99_public.ipynb #f61cf6b2
 from .constraints import (
-    AsObservation, Conserving, ConstrainedPnPDA, Constraint, FunctionConstraint, LinearConstraint, Projected,
-    QuadraticConstraint, RigidBody,
+    AsObservation,
+    Conserving,
+    ConstrainedPnPDA,
+    Constraint,
+    FunctionConstraint,
+    LinearConstraint,
+    Projected,
+    QuadraticConstraint,
+    RigidBody,
 )
 from .diagnostics import analysis_ensemble, convergence
-from .errors import EnsembleResidual, GaussianResidual, ResidualCovariance, Residuals, residual_covariance
+from .errors import (
+    EnsembleResidual,
+    GaussianResidual,
+    ResidualCovariance,
+    Residuals,
+    residual_covariance,
+)
 from .loop import PnPDA
 from .misfit import Misfit
 from .windows import PnPDA4D, WindowMisfit

@@ -17,7 +17,12 @@ from torch import Tensor
 from ..core.checks import guard
 from ..core.grid import Distance, _taper
 from ..flow_matching.prior import GaussianPrior, Prior
-from ..observing.update import DenseError, ErrorCovariance, FactoredError, anomalies
+from ..observing.update import (
+    DenseError,
+    ErrorCovariance,
+    FactoredError,
+    anomalies,
+)
 
 # %% auto #0
 __all__ = ['Residuals', 'GaussianResidual', 'ResidualCovariance', 'residual_covariance', 'EnsembleResidual']

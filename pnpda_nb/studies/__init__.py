@@ -5,7 +5,14 @@ __all__ = ['PUBLISHED', 'Published', 'Study', 'SweepSettings', 'along', 'archive
            'learning_task', 'prior_task', 'published_scores', 'record_task', 'stack_runs', 'table_along', 'tuning_task']
 
 # %% ../../nbs/99_public.ipynb #e1575122
-from .parts import archive_task, cycle_task, learning_task, prior_task, record_task, tuning_task
+from .parts import (
+    archive_task,
+    cycle_task,
+    learning_task,
+    prior_task,
+    record_task,
+    tuning_task,
+)
 from .published import PUBLISHED, Published, published_scores
 from .study import Study, SweepSettings
 from .tables import along, figure_along, stack_runs, table_along

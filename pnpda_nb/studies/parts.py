@@ -26,7 +26,12 @@ from ..learned.methods import ENSEMBLE_FIELDS
 from ..learned.on_policy import OnPolicySettings, train_on_policy
 from ..learned.prior import AnalysisPrior
 from ..learned.records import (
-    ObservedRecord, RandomNetworks, Records, TruthRecord, innovation_rms, observed_record,
+    ObservedRecord,
+    RandomNetworks,
+    Records,
+    TruthRecord,
+    innovation_rms,
+    observed_record,
 )
 from ..methods import build_method, experiment_of
 from ..sweep import Task

@@ -9,14 +9,36 @@ __all__ = ['FreeRun', 'Method', 'TESTBEDS', 'Tuned', 'TwinExperiment', 'bocquet2
 
 # %% ../../nbs/99_public.ipynb #f153d6bc
 from .cycle import FreeRun, Method, cycle
-from .experiment import TwinExperiment, nature_run, nature_start, observe_truth, watch_nature
+from .experiment import (
+    TwinExperiment,
+    nature_run,
+    nature_start,
+    observe_truth,
+    watch_nature,
+)
 from .reanalysis import check_archive, make_archive, pairs_of, read_archive
 from .scores import (
-    ensemble_scores, mean_and_error, paired_difference, rank_histogram, score_table, scores, spread_skill,
-    stack_methods, summary, time_mean,
+    ensemble_scores,
+    mean_and_error,
+    paired_difference,
+    rank_histogram,
+    score_table,
+    scores,
+    spread_skill,
+    stack_methods,
+    summary,
+    time_mean,
 )
 from .testbeds import (
-    TESTBEDS, bocquet2010, bocquet2013, double_well, kuramoto_sivashinsky, lorenz63, lorenz96, pendulum, sakov2008,
+    TESTBEDS,
+    bocquet2010,
+    bocquet2013,
+    double_well,
+    kuramoto_sivashinsky,
+    lorenz63,
+    lorenz96,
+    pendulum,
+    sakov2008,
     sakov2012,
 )
 from .tuning import Tuned, tune

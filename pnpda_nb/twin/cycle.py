@@ -13,7 +13,15 @@ from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
 from numbers import Integral
-from typing import Any, Callable, Iterator, Literal, Protocol, Sequence, runtime_checkable
+from typing import (
+    Any,
+    Callable,
+    Iterator,
+    Literal,
+    Protocol,
+    Sequence,
+    runtime_checkable,
+)
 
 import numpy as np
 import torch

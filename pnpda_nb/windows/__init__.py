@@ -9,12 +9,36 @@ __all__ = ['BandedCholesky', 'BandedPrecision', 'Calibration', 'Climate', 'Dense
 
 # %% ../../nbs/99_public.ipynb #0dfe1c9b
 from .banded import BandedCholesky
-from .four_dvar import WindowFourDVar, levenberg_marquardt, window_four_dvar
-from .incremental import Calibration, IncrementalPrior, NeuralIncremental
-from .laws import (
-    Climate, GaussianWindow, Information, background_information, draw_windows, linearised, normalised_mse,
+from .four_dvar import (
+    WindowFourDVar,
+    levenberg_marquardt,
+    window_four_dvar,
 )
-from .precision import BandedPrecision, DensePrecision, LowRankPrecision, most_probable
+from .incremental import (
+    Calibration,
+    IncrementalPrior,
+    NeuralIncremental,
+)
+from .laws import (
+    Climate,
+    GaussianWindow,
+    Information,
+    background_information,
+    draw_windows,
+    linearised,
+    normalised_mse,
+)
+from .precision import (
+    BandedPrecision,
+    DensePrecision,
+    LowRankPrecision,
+    most_probable,
+)
 from .training import (
-    IncrementalSettings, RandomSets, incremental_loss, observe_windows, regular_sets, train_incremental,
+    IncrementalSettings,
+    RandomSets,
+    incremental_loss,
+    observe_windows,
+    regular_sets,
+    train_incremental,
 )

@@ -18,7 +18,13 @@ from ..dynamics.derivatives import Forecast
 from ..observing.covariance import Covariance
 from ..twin.experiment import TwinExperiment
 from .banded import (
-    BandedCholesky, add_bands, band_dense, band_product, block_bands, dense_band, lift_bands,
+    BandedCholesky,
+    add_bands,
+    band_dense,
+    band_product,
+    block_bands,
+    dense_band,
+    lift_bands,
 )
 from .laws import GaussianWindow, Information
 

@@ -19,14 +19,29 @@ from torch import Tensor, nn
 
 from ..core.checks import ALONE, Gappy, guard
 from ..core.random import stream
-from ..flow_matching.convolutions import ConvolutionNetwork, DenseNetwork, FieldNetwork
+from ..flow_matching.convolutions import (
+    ConvolutionNetwork,
+    DenseNetwork,
+    FieldNetwork,
+)
 from ..flow_matching.store import PriorFile, network_from
 from ..observing.covariance import Covariance
 from ..observing.observations import Observations
-from ..sweep import FORMATS
 from .banded import BandedCholesky, band_gram, band_product, lift_bands
-from .laws import Climate, GaussianWindow, Information, background_information, linearised
-from .precision import BandedPrecision, DensePrecision, LowRankPrecision, Precision, most_probable
+from .laws import (
+    Climate,
+    GaussianWindow,
+    Information,
+    background_information,
+    linearised,
+)
+from .precision import (
+    BandedPrecision,
+    DensePrecision,
+    LowRankPrecision,
+    Precision,
+    most_probable,
+)
 
 # %% auto #0
 __all__ = ['Calibration', 'IncrementalPrior', 'NeuralIncremental']
@@ -90,7 +105,7 @@ class Calibration:
         return deviation * torch.from_numpy(np.exp(log))
 
 # %% ../../nbs/25_incremental.ipynb #4df823b7
-class IncrementalPrior(PriorFile):
+class IncrementalPrior(PriorFile, kept_as="incremental_prior"):
     """Priors N(μ_θ(x_s, s), Λ_θ(x_s, s)⁻¹) of windows `(T, n)` at `levels` of coarseness s (Blanke et al. 2024), around a `climate`.
 
     Made by `make`, trained by `train_incremental`. `analyse` turns information about windows into their law; everything is batched.
@@ -292,9 +307,6 @@ def _networks(architecture: dict, steps: int, n: int, generator: torch.Generator
                     parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
         made.append(network)
     return made
-
-# %% ../../nbs/25_incremental.ipynb #9b13ba05
-FORMATS["incremental_prior"] = ("safetensors", IncrementalPrior.to_bytes, IncrementalPrior.from_bytes)
 
 # %% ../../nbs/25_incremental.ipynb #bb3756dc
 @dataclass(frozen=True, eq=False)

@@ -21,7 +21,13 @@ from ..observing.covariance import Covariance
 from ..observing.observations import Observations
 from ..twin.experiment import TwinExperiment
 from .banded import (
-    BandedCholesky, add_bands, band_dense, band_gram, band_product, dense_band, lift_bands,
+    BandedCholesky,
+    add_bands,
+    band_dense,
+    band_gram,
+    band_product,
+    dense_band,
+    lift_bands,
 )
 
 # %% auto #0

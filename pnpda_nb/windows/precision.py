@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from ..core.checks import Gappy, guard
 from ..core.random import standard_normal
-from .banded import BandedCholesky, add_bands, band_dense, band_product, dense_band, lift_bands
+from .banded import (
+    BandedCholesky,
+    add_bands,
+    band_dense,
+    band_product,
+    dense_band,
+    lift_bands,
+)
 from .laws import Information
 
 # %% auto #0

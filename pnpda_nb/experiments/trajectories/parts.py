@@ -23,9 +23,22 @@ from torch import Tensor
 from ...core.random import standard_normal, stream
 from ...dynamics.derivatives import Forecast
 from .answers import (
-    best_of, climatology, four_dvar, importance, incremental, interpolation, measured, plug_and_play, plug_and_play_4d,
+    best_of,
+    climatology,
+    four_dvar,
+    importance,
+    incremental,
+    interpolation,
+    measured,
+    plug_and_play,
+    plug_and_play_4d,
 )
-from .scenes import held_out_sets, scene, window_climate, window_testbed
+from .scenes import (
+    held_out_sets,
+    scene,
+    window_climate,
+    window_testbed,
+)
 from ...flow_matching.flow import FlowPrior
 from ...flow_matching.pairs import TrainingSettings
 from ...flow_matching.training import train_prior
@@ -33,7 +46,13 @@ from ...pnp.errors import residual_covariance
 from ...studies.parts import readable
 from ...windows.four_dvar import window_four_dvar
 from ...windows.incremental import Calibration, IncrementalPrior
-from ...windows.laws import Climate, Information, draw_windows, normalised_mse, pointwise
+from ...windows.laws import (
+    Climate,
+    Information,
+    draw_windows,
+    normalised_mse,
+    pointwise,
+)
 from ...windows.training import IncrementalSettings, train_incremental
 
 # %% auto #0
@@ -223,7 +242,7 @@ def scaling_part(settings: dict, prior: IncrementalPrior | None = None) -> dict:
         path = str(prior.save(Path(folder) / "prior.safetensors")) if prior is not None else ""
         for steps in settings["lengths"]:
             arguments = (settings["testbed"], steps, settings["batch"], settings["seed"], path)
-            code = f"import json; from pnpda_nb.experiments.trajectories import probe; print(json.dumps(probe(*{arguments!r})))"
+            code = f"import json; from pnpda_nb.experiments.trajectories.parts import probe; print(json.dumps(probe(*{arguments!r})))"
             place = {**os.environ, "OMP_NUM_THREADS": "1"}
             done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=place)
             if done.returncode:

@@ -18,7 +18,13 @@ from ...observing.covariance import DiagonalCovariance
 from ...observing.observations import Observations, ObservingNetwork
 from ...observing.operators import Nonlinear, Select
 from ...twin.experiment import TwinExperiment
-from ...windows.laws import Climate, Information, draw_windows, linearised, pointwise
+from ...windows.laws import (
+    Climate,
+    Information,
+    draw_windows,
+    linearised,
+    pointwise,
+)
 from ...windows.training import RandomSets, regular_sets
 
 # %% auto #0

@@ -13,10 +13,24 @@ import pandas as pd
 
 from ...core.settings import Settings
 from .parts import (
-    flow_part, levels_part, scaling_part, timing_part, window_case_part, window_prior_part,
+    flow_part,
+    levels_part,
+    scaling_part,
+    timing_part,
+    window_case_part,
+    window_prior_part,
 )
-from .scenes import _processes, held_out_sets, window_testbed
-from .tables import figures_windows, report_windows, stack_windows, window_scores
+from .scenes import (
+    _processes,
+    held_out_sets,
+    window_testbed,
+)
+from .tables import (
+    figures_windows,
+    report_windows,
+    stack_windows,
+    window_scores,
+)
 from ...studies.study import Study
 from ...sweep import Task
 from ...windows.training import IncrementalSettings
