@@ -1,5 +1,6 @@
 """Options and fixtures shared by all tests. Long tests are marked `slow` and run with `pytest --slow`."""
 
+import gc
 import json
 import os
 import subprocess
@@ -34,6 +35,11 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes; run with --slow")
+
+
+def pytest_collection_finish(session):
+    gc.freeze()  # what was imported need not be looked at again and again
+    gc.set_threshold(50_000, 20, 50)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -81,8 +87,11 @@ def executed(executions):
 
 # Importing torch takes longer than most commands. One process imports everything, and every command is a fork of it.
 FORKS = """
-import json, os, resource, sys, tempfile
+import gc, json, os, resource, sys, tempfile
+gc.disable()
 import pnpda_nb.cli, pnpda_nb.experiments, pnpda_nb.flow_matching, pnpda_nb.operations, pnpda_nb.twin
+gc.freeze()
+gc.enable()
 for line in sys.stdin:
     words, folder, before = json.loads(line)
     out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
