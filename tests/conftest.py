@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 import chapters as loop  # noqa: E402
 
-settings.register_profile("book", deadline=None, max_examples=25, derandomize=True)
+settings.register_profile("book", deadline=None, max_examples=20, derandomize=True)
 settings.load_profile("book")
 
 

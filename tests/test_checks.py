@@ -388,3 +388,21 @@ def test_that_a_value_is_shown_in_a_few_words_whatever_it_is():
     assert shown(torch.ones(2, 3)) == "a tensor of shape (2, 3), float32" and shown(np.ones(2)) == "an array of shape (2,), float64"
     assert shown(Broken()) == "Broken" and len(shown("x" * 1000)) == 80 and "\n" not in shown("a\nb")
     assert GAPS in Gappy.__metadata__ and GAPS in Converted.__metadata__
+
+
+def test_that_sequences_may_be_of_pandas_or_xarray():
+    import pandas as pd
+    import xarray as xr
+
+    days = pd.date_range("2020-01-01", periods=3)
+    for value in (days, pd.Series([1.0, 2.0]), xr.DataArray([1.0, 2.0], dims="x"), np.arange(3.0), range(3)):
+        assert rule_of(Sequence)(value) is None
+    assert rule_of(tuple[float, ...])(xr.DataArray([1.0, 2.0], dims="x")) is None and rule_of(Sequence[int])(pd.Series([0.5])) is not None
+    assert rule_of(Sequence[float])(xr.DataArray(np.ones((2, 2)), dims=("x", "y"))) == "a sequence"
+
+
+def test_that_a_class_that_a_chapter_defines_anew_is_taken_for_the_one_that_it_is():
+    rule = rule_of(EnKF)
+    again = type("EnKF", (), {"__module__": "__main__", "__qualname__": "EnKF"})
+    other = type("EnKF", (), {"__module__": "elsewhere", "__qualname__": "EnKF"})
+    assert rule(again()) is None and rule(EnKF()) is None and rule(other()) == "an EnKF"

@@ -130,6 +130,7 @@ def test_that_a_killed_sweep_goes_on_where_it_was(tmp_path, workers, how):
     assert all(log.read_text().split().count(done) == 1 for done in "0123")
 
 
+@pytest.mark.slow
 def test_that_a_worker_that_dies_is_one_clear_error(tmp_path):
     with pytest.raises(ChildProcessError, match="a worker process died during .*dying"):
         run_tasks([Task("dying", die, {}, format="record"), *small_sweep()[1:2]], Store(tmp_path), workers=2)
