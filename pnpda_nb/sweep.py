@@ -3,6 +3,7 @@
 # %% ../nbs/95_studies.ipynb #8bd41b50
 from __future__ import annotations
 
+import ast
 import copy
 import hashlib
 import json
@@ -45,17 +46,47 @@ from .core.disk import (
 )
 
 # %% auto #0
-__all__ = ['FORMATS', 'code_version', 'digest_of', 'task_key', 'Task', 'Store', 'run_task', 'HereExecutor', 'workplace',
-           'run_tasks']
+__all__ = ['FORMATS', 'code_version', 'sources_of', 'digest_of', 'task_key', 'Task', 'Store', 'run_task', 'HereExecutor',
+           'workplace', 'run_tasks']
 
 # %% ../nbs/95_studies.ipynb #5890fc25
 @cache
-def code_version() -> str:
-    """A short digest of the library's source files."""
+def code_version(module: str | None = None) -> str:
+    """A short digest of the library's source files; with a `module` of the library, of those that it is made of: its own, and those that
+    it imports, directly or not.
+    """
+    home = Path(__file__).parent if "__file__" in globals() else None
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")) if "__file__" in globals() else ():
-        digest.update(path.name.encode() + path.read_bytes())
+    for path in sorted(sources_of(module, home)) if home else ():
+        digest.update(path.relative_to(home).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:12]
+
+
+def sources_of(module: str | None, home: Path) -> set[Path]:
+    """The files that a module of the package in `home` is made of; all of them for a module of somebody else, and for None."""
+    if module is None or module.partition(".")[0] != home.name:
+        return set(home.rglob("*.py"))
+    found, waiting = set(), {_source(module, home)} - {None}
+    while waiting:
+        found.add(path := waiting.pop())
+        waiting |= set(_imported(path, home)) - found
+    return found
+
+
+def _source(module: str, home: Path) -> Path | None:
+    place = home.joinpath(*module.split(".")[1:])
+    return next((path for path in (place.with_suffix(".py"), place / "__init__.py") if path.is_file()), None)
+
+
+def _imported(path: Path, home: Path) -> Iterator[Path]:
+    """What a file imports of the package, at its beginning or inside of functions."""
+    here = (home.name, *path.relative_to(home).parts[:-1])
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").partition(".")[0] == home.name):
+            base = ".".join([*here[: len(here) - node.level + 1 if node.level else 0], *filter(None, [node.module])])
+            for alias in node.names:
+                if source := _source(f"{base}.{alias.name}", home) or _source(base, home):
+                    yield source
 
 # %% ../nbs/95_studies.ipynb #57bbee08
 def digest_of(settings: Any) -> str:
@@ -63,9 +94,9 @@ def digest_of(settings: Any) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def task_key(settings: Mapping[str, Any]) -> str:
-    """The digest of `settings` and of the code version."""
-    return digest_of([code_version(), dict(settings)])
+def task_key(settings: Mapping[str, Any], module: str | None = None) -> str:
+    """The digest of `settings` and of the version of the code, or of what `module` is made of."""
+    return digest_of([code_version(module), dict(settings)])
 
 # %% ../nbs/95_studies.ipynb #4721750f
 FORMATS: dict[str, tuple[str, Callable[[Any], bytes], Callable[[bytes, str], Any]]] = {
@@ -100,7 +131,7 @@ class Task:
         """A digest of everything that the result depends on; the name is not part of it."""
         made_by = f"{self.function.__module__}.{self.function.__qualname__}"
         needs = {role: task.key for role, task in self.needs.items()}
-        return task_key({"function": made_by, "format": self.format, "settings": dict(self.settings), "needs": needs})
+        return task_key({"function": made_by, "format": self.format, "settings": dict(self.settings), "needs": needs}, self.function.__module__)
 
 # %% ../nbs/95_studies.ipynb #59c30765
 class Store:

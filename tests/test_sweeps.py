@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
+from pnpda_nb import sweep
 from pnpda_nb.experiments import STUDIES
 from pnpda_nb.studies import cycle_task, tuning_task
 from pnpda_nb.sweep import Store, Task, run_tasks
@@ -84,6 +86,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_sweeps import slow_sweep
+from pnpda_nb import sweep
 from pnpda_nb.sweep import Store, run_tasks
 if __name__ == "__main__":
     run_tasks(slow_sweep(), Store(sys.argv[1]), workers=int(sys.argv[2]))
@@ -176,3 +179,13 @@ def test_that_methods_are_tuned_on_other_truths_than_they_are_scored_on(tmp_path
     tuned = tuning_task(WELL, {"name": "enkf"}, {"inflation": [1.0]}, members=5, **FEW)
     record, cycled = run_tasks([tuned, cycle_task(WELL, {"name": "enkf"}, members=5, tuned=tuned, **FEW)], Store(tmp_path))
     assert not np.isclose(record["tried"][0]["mean"], float(scores(cycled).step_rmse.mean()))
+
+
+def test_that_a_key_depends_on_the_modules_that_make_a_part_and_on_no_other(tmp_path):
+    home = Path(sweep.__file__).parent
+    names = {path.relative_to(home).as_posix() for path in sweep.sources_of("pnpda_nb.studies.parts", home)}
+    assert {"studies/parts.py", "twin/cycle.py", "dynamics/base.py", "classical/ensemble.py", "flow_matching/training.py"} <= names
+    assert not {"plotting/style.py", "cli/commands.py", "experiments/lorenz63.py", "bench/suite.py"} & names
+    copy = shutil.copytree(home, tmp_path / "pnpda_nb")
+    assert {p.relative_to(copy).as_posix() for p in sweep.sources_of("pnpda_nb.studies.parts", copy)} == names
+    assert sweep.sources_of(None, copy) == sweep.sources_of("somebody.else", copy) == set(copy.rglob("*.py"))
