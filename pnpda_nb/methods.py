@@ -90,7 +90,7 @@ def _var3d_gc(
 def _identity(dim: int, variance: float = 1.0) -> Covariance:
     return DiagonalCovariance(torch.full((dim,), float(variance), dtype=torch.float64))
 
-
+# %% ../nbs/95_studies.ipynb #b8e4289e
 def _static(experiment: TwinExperiment, background: str) -> Covariance:
     if background not in ("climate", "identity"):
         raise ValueError(f"background: expected 'climate' or 'identity', got {background!r}")
@@ -111,7 +111,7 @@ def _weak_var4d(
     Q = _identity(experiment.dim, model_error)
     return WeakFourDVar(_static(experiment, background), Q, scale, **settings)
 
-
+# %% ../nbs/95_studies.ipynb #889943db
 def _optimal_interpolation(experiment) -> OptimalInterpolation:
     climate = climate_of(experiment)
     return OptimalInterpolation(climate.mean, climate.covariance)
@@ -132,7 +132,7 @@ def _pnpda(experiment, prior=None, blind: bool = False, **settings) -> PnPDA:
 def _pnpda4d(experiment, prior=None, **settings) -> PnPDA4D:
     return PnPDA4D(_gaussian_prior(experiment) if prior is None else prior, **settings)
 
-
+# %% ../nbs/95_studies.ipynb #b2183df8
 def _amortised(experiment, prior=None, **settings) -> AmortisedAnalysis:
     if prior is None:
         raise ValueError("prior: expected an AnalysisPrior that was trained, got None")
@@ -144,7 +144,7 @@ def _learned_mean(experiment, prior=None, filter: str = "enkf", stretch: float =
         raise ValueError("prior: expected an AnalysisPrior that was trained, got None")
     return LearnedMean(prior, method_by_name(filter, experiment, **settings), stretch)
 
-
+# %% ../nbs/95_studies.ipynb #925797c6
 METHODS: dict[str, Callable[..., Method]] = {
     "free_run": lambda experiment: FreeRun(),
     "climatology": lambda experiment: Climatology(climate_of(experiment).mean),
@@ -168,7 +168,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "learned_mean": _learned_mean,
 }
 
-
+# %% ../nbs/95_studies.ipynb #82b2b6f2
 LEARNED = ("amortised", "learned_mean")  # of METHODS, those that need a prior
 
 
@@ -194,7 +194,7 @@ def experiment_of(testbed: Mapping[str, Any]) -> TwinExperiment:
         raise ValueError(f"testbed: unknown testbed {testbed['name']!r}; known: {', '.join(TESTBEDS)}")
     return TESTBEDS[testbed["name"]](**arguments)
 
-
+# %% ../nbs/95_studies.ipynb #f9600d0c
 @dataclass(frozen=True, eq=False)
 class ToldOtherwise:
     """A filter `method` that is told that all observation errors have `variance`, whatever they have."""
@@ -214,7 +214,7 @@ class ToldOtherwise:
         told = dataclasses.replace(observations, covariance=DiagonalCovariance(variances))
         return self.method.analyse(background, told, forecast=forecast, generator=generator)
 
-
+# %% ../nbs/95_studies.ipynb #28f29996
 def build_method(
     experiment: TwinExperiment,
     method: Mapping[str, Any],

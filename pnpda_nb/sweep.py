@@ -61,7 +61,7 @@ def code_version(module: str | None = None) -> str:
         digest.update(path.relative_to(home).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
-
+# %% ../nbs/95_studies.ipynb #983e3988
 def sources_of(module: str | None, home: Path) -> set[Path]:
     """The files that a module of the package in `home` is made of; all of them for a module of somebody else, and for None."""
     if module is None or module.partition(".")[0] != home.name:
@@ -77,7 +77,7 @@ def _source(module: str, home: Path) -> Path | None:
     place = home.joinpath(*module.split(".")[1:])
     return next((path for path in (place.with_suffix(".py"), place / "__init__.py") if path.is_file()), None)
 
-
+# %% ../nbs/95_studies.ipynb #272125d6
 def _imported(path: Path, home: Path) -> Iterator[Path]:
     """What a file imports of the package, at its beginning or inside of functions."""
     here = (home.name, *path.relative_to(home).parts[:-1])
@@ -182,7 +182,7 @@ def run_task(code: str, name: str, *args: Any) -> bytes:
                 pass
         raise RuntimeError(f"{name}: {type(error).__name__}: {error}") from error
 
-
+# %% ../nbs/95_studies.ipynb #cdbba52b
 def _run_task(
     code: str, function: Callable, settings: dict, format: str, checkpoint: str | None, roles: dict, *files: bytes
 ) -> bytes:
@@ -216,7 +216,7 @@ class HereExecutor(Executor):
             torch.set_num_threads(threads)
         return future
 
-
+# %% ../nbs/95_studies.ipynb #0c6e373f
 @contextmanager
 def workplace(workers: int = 1, scheduler: str | None = None) -> Iterator[tuple[Executor, int, Callable, Callable]]:
     """Who runs tasks: the Dask cluster at `scheduler`, else `workers` processes (one: this one). Gives an executor, how
@@ -251,7 +251,7 @@ def workplace(workers: int = 1, scheduler: str | None = None) -> Iterator[tuple[
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-
+# %% ../nbs/95_studies.ipynb #25dc586c
 def _quiet(parent: int) -> None:
     """In a worker: Ctrl-C reaches every process of a terminal, but only the first decides what it means; bars, which are
     not shown here, need no lock between processes; and a worker whose `parent` was killed ends.
@@ -267,7 +267,7 @@ def _quiet(parent: int) -> None:
 
     threading.Thread(target=watch, daemon=True).start()
 
-
+# %% ../nbs/95_studies.ipynb #c04b4f85
 def _connect(scheduler: str):
     try:
         from distributed import Client
@@ -325,7 +325,7 @@ def run_tasks(
                     raise OSError(f"{store.path(task)}: cannot read what was just written")
     return [done[task.key] for task in tasks]
 
-
+# %% ../nbs/95_studies.ipynb #f5696f9e
 def _finished(waiting: dict[str, Task], store: Store, place: tuple, report: "_Progress") -> Iterator[Task]:
     """Run the tasks that are `waiting`, and give each when its result is in the store."""
     executor, slots, send, staff = place
@@ -383,7 +383,7 @@ def _finished(waiting: dict[str, Task], store: Store, place: tuple, report: "_Pr
             raise failure
     report.close()
 
-
+# %% ../nbs/95_studies.ipynb #21d432fe
 class _Progress:
     """A bar with the time left in a terminal; lines now and then where there is none."""
 

@@ -37,35 +37,35 @@ def ensemble_workload(members: int, cycles: int = 20) -> Callable[[], object]:
     experiment = _lorenz96(40, cycles)
     return lambda: cycle(experiment, EnKF(inflation=1.05), members=members, runs=10, keep="scores")
 
-
+# %% ../../nbs/97_bench.ipynb #c6e1c93d
 def state_workload(dim: int, cycles: int = 4) -> Callable[[], object]:
     """A LETKF with 7 members on Lorenz-96 with `dim` variables, every second one observed."""
     experiment, method = _lorenz96(dim, cycles), LETKF(inflation=1.05, half_width=4.0)
     return lambda: cycle(experiment, method, members=7, runs=1, keep="scores")
 
-
+# %% ../../nbs/97_bench.ipynb #e6820428
 def scores_workload(cycles: int, keep: str = "scores") -> Callable[[], object]:
     """`cycles` of an EnKF with 10 members on 20 runs of Lorenz-63 (5 steps each), of which only scores are kept."""
     experiment = replace(sakov2012(cycles), interval=5)
     return lambda: cycle(experiment, EnKF(inflation=1.04), members=10, runs=20, keep=keep)
 
-
+# %% ../../nbs/97_bench.ipynb #9dce5f47
 def everything_workload(cycles: int) -> Callable[[], object]:
     """The same, but everything is kept."""
     return scores_workload(cycles, keep="all")
 
-
+# %% ../../nbs/97_bench.ipynb #9c454014
 def pnpda_workload(dim: int, step_rule: str = "lipschitz") -> Callable[[], object]:
     """One PnP-DA analysis of `dim` variables, every second one observed, with the hidden widths of the paper's Lorenz-96 network."""
     method = PnPDA(untrained_prior(dim, NETWORKS["Lorenz-96"][1]), step_rule=step_rule)
     return one_analysis(method, 1)
 
-
+# %% ../../nbs/97_bench.ipynb #76fa0edb
 def scaled_workload(dim: int) -> Callable[[], object]:
     """The same with the step rule "scaled"."""
     return pnpda_workload(dim, "scaled")
 
-
+# %% ../../nbs/97_bench.ipynb #a5034d20
 def _lorenz96(dim: int, cycles: int) -> TwinExperiment:
     seen = range(0, dim, 2)
     network = ObservingNetwork(Select(seen, dim), DiagonalCovariance(torch.ones(len(seen))))
@@ -104,7 +104,7 @@ def _answer(name: str, sizes: Sequence[int]) -> None:
             print(answer.read(), flush=True)
         os.waitpid(child, 0)
 
-
+# %% ../../nbs/97_bench.ipynb #78acfe0d
 def _needed(name: str, size: int) -> tuple[float, float]:
     """Seconds and MiB (the rise of the peak) that a workload needs."""
     import resource
@@ -148,12 +148,12 @@ def members(sizes: Sizes) -> Iterator[dict]:
     """Time and peak memory of a cycle of the EnKF as the ensemble grows."""
     yield from _scaling("members", "members", sizes.ensembles, cycles=20)
 
-
+# %% ../../nbs/97_bench.ipynb #433b5e57
 def state(sizes: Sizes) -> Iterator[dict]:
     """Time and peak memory of a cycle of the LETKF as the state grows."""
     yield from _scaling("state", "variables", sizes.dimensions, cycles=4)
 
-
+# %% ../../nbs/97_bench.ipynb #5dbacc8d
 def memory(sizes: Sizes) -> Iterator[dict]:
     """Peak memory of a cycle of which scores are kept, against one of which everything is kept."""
     few = {size: rise for size, _, rise in needs("scores", sizes.lengths)}
@@ -171,7 +171,7 @@ def memory(sizes: Sizes) -> Iterator[dict]:
         peer=everything[longest] - everything[before],
     )  # fmt: skip
 
-
+# %% ../../nbs/97_bench.ipynb #8d8da239
 def pnpda_state(sizes: Sizes) -> Iterator[dict]:
     """Time and peak memory of a PnP-DA analysis as the state grows, with and without the curvature of the misfit."""
     yield from _scaling("pnpda_state", "variables", sizes.fields, of="an analysis")

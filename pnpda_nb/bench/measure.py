@@ -105,7 +105,7 @@ def arithmetic_limits(seconds: float = 0.2) -> dict[str, float]:
     matmul = 2 * 512**3 * _rate(partial(torch.mm, square, square, out=product), seconds)
     return {"elementwise": max(elementwise), "matmul": matmul}
 
-
+# %% ../../nbs/97_bench.ipynb #acbab249
 def _rate(work: Callable[[], object], seconds: float, repeats: int = 3) -> float:
     """Calls of `work` per second: the best of `repeats` stretches of at least `seconds`."""
     work()
@@ -162,7 +162,7 @@ class OperationCount(TorchDispatchMode):
         scaled = name in ("addcmul", "addcdiv") or kwargs.get("alpha", 1) != 1
         return float(result.numel() * (each + scaled))
 
-
+# %% ../../nbs/97_bench.ipynb #7cea7e23
 def operations_of(work: Callable[[], object]) -> OperationCount:
     """The floating-point operations that `work()` performs on tensors."""
     with OperationCount() as count:

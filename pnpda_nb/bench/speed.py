@@ -219,7 +219,7 @@ def etdrk4(sizes: Sizes) -> Iterator[dict]:
                 case = f"{f'one of {len(batch)}' if len(batch) > 1 else 'one alone'}, {against}"
                 yield _row("etdrk4", case, unit="s", note=note, size=len(batch)) | speed_ratio(mine, theirs)
 
-
+# %% ../../nbs/97_bench.ipynb #1daea883
 def _etdrk4(substeps: int, states: Tensor, steps: int) -> Tensor:
     model = KuramotoSivashinsky(substeps=substeps)
     for _ in range(steps):
@@ -253,7 +253,7 @@ def untrained_prior(dim: int, hidden: tuple[int, ...]) -> FlowPrior:
     zero, one = torch.zeros(dim, dtype=torch.float64), torch.ones(dim, dtype=torch.float64)
     return FlowPrior(network, zero, one, {"hidden": list(hidden)})
 
-
+# %% ../../nbs/97_bench.ipynb #86e8173a
 def one_analysis(method: PnPDA, runs: int) -> Callable[[], Tensor]:
     """One analysis of `runs` runs with one member each by `method`, as `cycle` asks for it: every second variable is observed with
     independent errors, and each run draws from its own stream.
@@ -266,7 +266,7 @@ def one_analysis(method: PnPDA, runs: int) -> Callable[[], Tensor]:
     streams = RunStreams(0, "test", "method", runs=runs)
     return lambda: method.analyse(background, observations, forecast=None, generator=streams)
 
-
+# %% ../../nbs/97_bench.ipynb #f6a5f24a
 def forward_passes(method: PnPDA, runs: int) -> Callable[[], None]:
     """The network passes of such an analysis, and nothing else."""
     network, iterations = method.prior.network, method.iterations
@@ -281,7 +281,7 @@ def forward_passes(method: PnPDA, runs: int) -> Callable[[], None]:
 
     return passes
 
-
+# %% ../../nbs/97_bench.ipynb #133c4081
 def pnpda(sizes: Sizes) -> Iterator[dict]:
     """PnP-DA analyses per second with the paper's networks; as the peer, what they would be if there were only network passes."""
     for name, (dim, hidden) in NETWORKS.items():
@@ -346,7 +346,7 @@ def training_steps(
         losses.append(loss.item())
     return losses
 
-
+# %% ../../nbs/97_bench.ipynb #b4061368
 def _minibatches(batch: int, count: int) -> list[tuple[Tensor, ...]]:
     """Noise, analysis, background and pseudo-time of `count` minibatches: analyses follow from backgrounds with some noise."""
     dim, generator = NETWORKS["Lorenz-96"][0], stream(0, "minibatches", batch)
@@ -357,7 +357,7 @@ def _minibatches(batch: int, count: int) -> list[tuple[Tensor, ...]]:
 
     return [one() for _ in range(count)]
 
-
+# %% ../../nbs/97_bench.ipynb #1564e1dc
 @contextlib.contextmanager
 def _numpy_seed(seed: int) -> Iterator[None]:
     """A seed for numpy's global generator, which is put back afterwards."""
@@ -368,7 +368,7 @@ def _numpy_seed(seed: int) -> Iterator[None]:
     finally:
         np.random.set_state(before)
 
-
+# %% ../../nbs/97_bench.ipynb #3beb7506
 def training(sizes: Sizes) -> Iterator[dict]:
     """Steps of training with our coupling against torchcfm's, and the losses that both come to."""
     if find_spec("torchcfm") is None:

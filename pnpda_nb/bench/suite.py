@@ -45,7 +45,7 @@ def choose_parts(names: Sequence[str] | None) -> tuple[str, ...]:
             raise ValueError(f"only: unknown part {name!r}; known: {', '.join(PARTS)}")
     return tuple(name for name in PARTS if name in (names or PARTS))
 
-
+# %% ../../nbs/97_bench.ipynb #03585e96
 def bench(
     names: Sequence[str] | None = None,
     sizes: Sizes = Sizes(),
@@ -77,7 +77,7 @@ def bench(
         torch.set_num_threads(threads)
     return pd.DataFrame(rows, columns=COLUMNS)
 
-
+# %% ../../nbs/97_bench.ipynb #43642fe3
 def _earlier(folder: Path) -> tuple[pd.DataFrame, list[dict]]:
     """The table and the sessions that a folder holds already."""
     if not (folder / "bench.csv").exists():
@@ -88,7 +88,7 @@ def _earlier(folder: Path) -> tuple[pd.DataFrame, list[dict]]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"out: {folder} holds a table that this one cannot be added to ({type(error).__name__})") from error
 
-
+# %% ../../nbs/97_bench.ipynb #55a44ffc
 def _write(
     folder: Path, table: pd.DataFrame, sizes: Sizes, seconds: float, earlier: pd.DataFrame, sessions: list[dict]
 ) -> None:

@@ -7,7 +7,15 @@ __all__ = ['Climatology', 'ETKF', 'EnFF', 'EnKF', 'EnKS', 'EnRDA', 'EnSF', 'Ense
            'nmc_background', 'systematic_resampling']
 
 # %% ../../nbs/99_public.ipynb #8a677536
-from .ensemble import ETKF, LETKF, EnKF, EnKS, EnsembleFilter, LocalEnKF, inflate
+from .ensemble import (
+    ETKF,
+    LETKF,
+    EnKF,
+    EnKS,
+    EnsembleFilter,
+    LocalEnKF,
+    inflate,
+)
 from .four_dvar import FourDVar, WeakFourDVar
 from .particles import (
     EnRDA,

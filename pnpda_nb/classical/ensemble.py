@@ -148,7 +148,7 @@ def random_rotation(batch: tuple[int, ...], members: int, generator: torch.Gener
     rest = basis[:, 1:]  # an orthonormal basis of everything that adds up to zero
     return rest @ q @ rest.T + torch.full((members, members), 1 / members, dtype=torch.float64)
 
-
+# %% ../../nbs/06_ensembles.ipynb #29b08a7c
 @dataclass(frozen=True)
 class ETKF(EnKF):
     """Ensemble transform Kalman filter with the symmetric square root (Bishop et al. 2001, Hunt et al.
@@ -246,7 +246,7 @@ class LETKF(EnsembleFilter):
             weighed = torch.linalg.solve(blocks, near.mT).mT
         return weighed @ near.mT, (weighed @ miss.unsqueeze(-1)).squeeze(-1)
 
-
+# %% ../../nbs/06_ensembles.ipynb #acab3fe4
 def _per_run(values: Tensor, batch: int, own: int = 1) -> Tensor:
     """`values` `(..., *own)`, common or one for each of `batch` runs, with one leading dimension."""
     leading = batch if values.ndim > own else 1

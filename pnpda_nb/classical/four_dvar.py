@@ -79,7 +79,7 @@ class FourDVar:
 
         return gauss_newton(cost, direction, background, self.iterations)
 
-
+# %% ../../nbs/05_four_dvar.ipynb #c1193c70
 def _misfit(seen: Observations, x: Tensor, sensitivity: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Gauss-Newton curvature and downhill slope of the misfit at `x`, towards what `x` is sensitive to."""
     H = seen.operator.jacobian(x)

@@ -84,7 +84,7 @@ class _Generative(EnsembleFilter):
         if getattr(self, name) not in known:
             raise ValueError(f"{name}: expected {' or '.join(map(repr, known))}, got {getattr(self, name)!r}")
 
-
+# %% ../../nbs/06_ensembles.ipynb #556290c0
 @dataclass(frozen=True)
 class EnSF(_Generative):
     """Ensemble score filter (Bao, Zhang and Zhang 2024), in units of the ensemble's spread or of `scale`.

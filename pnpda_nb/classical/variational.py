@@ -91,7 +91,7 @@ class ThreeDVar:
 
         return gauss_newton(cost, direction, background, self.iterations)
 
-
+# %% ../../nbs/04_variational.ipynb #e0a21f85
 def _apply(matrix: Tensor, vector: Tensor) -> Tensor:
     return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
 
@@ -171,7 +171,7 @@ class OptimalInterpolation:
             self.mean.to(background).expand(background.shape), observations, forecast=forecast, generator=generator
         )
 
-
+# %% ../../nbs/04_variational.ipynb #5efbb81b
 @dataclass(frozen=True, eq=False)
 class Climatology:
     """Neither forecast nor observations: the analysis is the climatological `mean` `(dim,)`."""

@@ -174,7 +174,7 @@ def _key_value(text: str) -> tuple[str, str]:
         raise ValueError(f"set: expected key=value, got {text!r}")
     return key.strip(), value.strip()
 
-
+# %% ../../nbs/96_command_line.ipynb #bef7dadf
 def _check_size(name: str, text: str) -> None:
     """Raise `ValueError` for numbers that nobody could compute with."""
     for word in text.split(",") if name != "seed" else ():
@@ -193,7 +193,7 @@ def _check_counts(changes: Mapping[str, object]) -> None:
             if isinstance(number, int) and name != "seed" and abs(number) > 1_000_000:
                 raise ValueError(f"set: expected {name} to be at most 1000000, got {number}")
 
-
+# %% ../../nbs/96_command_line.ipynb #073f56e4
 def _check_folder(folder: Path, *names: str, given: Iterable[_Place] = ()) -> None:
     """Raise `ValueError` for a folder that `names` cannot be written in, or that is or holds what is `given`."""
     there = [place for place in given if place.path.exists()]
@@ -205,7 +205,7 @@ def _check_folder(folder: Path, *names: str, given: Iterable[_Place] = ()) -> No
 def _case(condition: str, method: str) -> str:
     return f"{condition} {method}".strip()
 
-
+# %% ../../nbs/96_command_line.ipynb #ab151022
 def _contents(study, results, table) -> dict[str, bytes]:
     """What is in scores.csv, in cycles.nc and in the figures."""
     import matplotlib
@@ -231,7 +231,7 @@ def _contents(study, results, table) -> dict[str, bytes]:
         files[f"{name}.png"] = image.getvalue()
     return files
 
-
+# %% ../../nbs/96_command_line.ipynb #b3bf24a0
 def _about(files: Mapping[Path, bytes], kept: Iterable[Path] = (), **facts: object) -> dict:
     """The `facts` for a manifest, with versions and the checksums of `files` and of what is `kept` on the disk beside them."""
     from ..sweep import code_version, digest_of

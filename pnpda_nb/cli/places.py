@@ -26,7 +26,7 @@ class _Place(NamedTuple):
     path: Path
     folder: bool = False
 
-
+# %% ../../nbs/96_command_line.ipynb #e40a067d
 def _same(one: Path, other: Path) -> bool:
     """Whether two paths lead to the same file, or would if there were one."""
     one, other = (Path(os.path.realpath(path)) for path in (one, other))  # also where a folder on the way is yet to be made
@@ -59,7 +59,7 @@ def _check_places(outputs: Iterable[_Place], inputs: Iterable[_Place] = ()) -> N
             if _touch(place, other):
                 raise ValueError(f"{place.name}: expected another place than {other.path}, where {other.name} is written, got {place.path}")
 
-
+# %% ../../nbs/96_command_line.ipynb #239d4ff7
 def _check_free(place: _Place) -> None:
     """Raise `ValueError` if there is something that cannot be replaced, or there cannot be anything."""
     name, path, folder = place
@@ -75,7 +75,7 @@ def _beside(path: Path) -> Path:
     """A name that is used while `path` is written; longer than all the others."""
     return path.with_name(f".{os.getpid():07}.part.training.{path.name}")
 
-
+# %% ../../nbs/96_command_line.ipynb #0c10a99f
 def _read(name: str, *texts: object) -> list[_Place]:
     """Places that are read, and every file that a pattern matches."""
     found = []
@@ -84,7 +84,7 @@ def _read(name: str, *texts: object) -> list[_Place]:
         found += [_Place(name, path, path.is_dir()) for path in map(Path, dict.fromkeys([text, *matched]))]
     return found
 
-
+# %% ../../nbs/96_command_line.ipynb #ed828618
 def _report_path(report: Optional[Path], out: Path) -> Path:
     """Where the report goes: beside what it is about, unless it is said otherwise."""
     _check_free(_Place("out", out))

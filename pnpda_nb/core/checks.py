@@ -47,7 +47,7 @@ def _number(value: object) -> str | None:
     except OverflowError:
         return "a number that fits into 64 bits"
 
-
+# %% ../../nbs/92_engine.ipynb #123c265d
 def _count(value: object) -> str | None:
     if not isinstance(value, Integral) or isinstance(value, (bool, np.bool_)):
         return "a whole number"
@@ -61,7 +61,7 @@ def _tensor(value: object, of: str = "floating-point numbers") -> str | None:
     kinds = {"floating-point numbers": value.is_floating_point(), "whole numbers": whole, "True and False": value.dtype == torch.bool}
     return None if kinds.get(of, True) else f"a tensor of {of}"
 
-
+# %% ../../nbs/92_engine.ipynb #6fb1dd2b
 def _finite(value: object) -> str | None:
     """For what may stand in a tensor, an array or a float."""
     if isinstance(value, float):
@@ -91,7 +91,7 @@ _SEQUENCES = (tuple, list, collections.abc.Sequence)
 _RANGES = {annotated_types.Ge: (">=", "at least"), annotated_types.Gt: (">", "more than"), annotated_types.Le: ("<=", "at most"), annotated_types.Lt: ("<", "less than")}
 _COMPARE = {">=": lambda a, b: a >= b, ">": lambda a, b: a > b, "<=": lambda a, b: a <= b, "<": lambda a, b: a < b}
 
-
+# %% ../../nbs/92_engine.ipynb #2e5263f3
 @cache
 def rule_of(annotation: Any) -> Rule | None:
     """What `annotation` asks of a value: a rule, or None for whatever is not checked."""
@@ -119,12 +119,12 @@ def rule_of(annotation: Any) -> Rule | None:
     called = "a mapping" if kind is Mapping else f"{'an' if kind.__name__[0] in 'AEIOU' else 'a'} {kind.__name__}"
     return lambda v: None if isinstance(v, kind) or _made_anew(v, kind) else called
 
-
+# %% ../../nbs/92_engine.ipynb #0dbf3b69
 def _made_anew(value: object, kind: type) -> bool:
     """Whether `value` is of a class that whoever runs a chapter has just defined again."""
     return any(k.__module__ == "__main__" and k.__qualname__ == kind.__qualname__ for k in type(value).__mro__)
 
-
+# %% ../../nbs/92_engine.ipynb #8b8771ff
 def _range(bound: Any) -> Rule | None:
     if isinstance(bound, annotated_types.Interval):  # which gives its ends as bounds of their own
         return _all_of([r for r in map(_range, bound) if r])
@@ -143,7 +143,7 @@ def _range(bound: Any) -> Rule | None:
 def _all_of(rules: list[Rule]) -> Rule:
     return lambda v: next((wanted for rule in rules if (wanted := rule(v))), None)
 
-
+# %% ../../nbs/92_engine.ipynb #3e707f5b
 def _one_of(rules: list[Rule | None]) -> Rule | None:
     if None in rules:
         return None
@@ -154,7 +154,7 @@ def _one_of(rules: list[Rule | None]) -> Rule | None:
 
     return rule
 
-
+# %% ../../nbs/92_engine.ipynb #c6056bff
 def _sequence(parts: tuple) -> Rule:
     """Anything with an order: tuples and lists, arrays and tensors of one dimension, ranges; each entry by its own rule."""
     many = (len(parts) == 2 and parts[1] is Ellipsis) or len(parts) == 1
@@ -195,7 +195,7 @@ def shown(value: object) -> str:
         text = type(value).__name__
     return text if len(text) <= 80 else f"{text[:77]}..."
 
-
+# %% ../../nbs/92_engine.ipynb #1d2dc47d
 def _not_finite(value: Tensor | np.ndarray | float) -> str:
     """How many numbers are not finite, in words."""
     if isinstance(value, float):
@@ -203,7 +203,7 @@ def _not_finite(value: Tensor | np.ndarray | float) -> str:
     lost = int((~torch.isfinite(value)).sum()) if isinstance(value, Tensor) else int((~np.isfinite(value)).sum())
     return f"{lost} of {math.prod(value.shape)} that are not"
 
-
+# %% ../../nbs/92_engine.ipynb #7e348c7b
 def _in_double(value: object) -> object:
     """Real numbers of any kind, in a tensor, an array or a list, as a float64 tensor; anything else as it is, for a rule to refuse."""
     if isinstance(value, Tensor):
@@ -220,7 +220,7 @@ def _in_double(value: object) -> object:
 def _may_miss(hint: Any) -> bool:
     return GAPS in getattr(hint, "__metadata__", ()) or any(map(_may_miss, get_args(hint)))
 
-
+# %% ../../nbs/92_engine.ipynb #9f4ad451
 class _Rules:
     """What the annotations of one function ask of its arguments, and whether its result may hold nan."""
 
@@ -257,7 +257,7 @@ class _Rules:
         if self.analyses and given["background"].ndim < 2:
             raise ValueError(f"background: expected an ensemble (..., member, dim), got {shown(given['background'])}")
 
-
+# %% ../../nbs/92_engine.ipynb #f6bce6ff
 def _named(given: dict[str, Any]) -> str:
     """All that was given, in words."""
     return ", ".join(f"{name} {shown(value)}" for name, value in given.items() if name not in ("self", "cls")) or "nothing"
@@ -267,7 +267,7 @@ def _named(given: dict[str, Any]) -> str:
 def _gappy_fields(kind: type) -> frozenset[str]:
     return frozenset(name for name, hint in typing.get_type_hints(kind, include_extras=True).items() if _may_miss(hint))
 
-
+# %% ../../nbs/92_engine.ipynb #3143d924
 def _lost(result: object, depth: int = 3, outside: bool = True, strict: bool = False) -> Tensor | np.ndarray | float | None:
     """Something in a result that is not finite, or None; numbers inside an object may be infinite on purpose, and gaps are passed over unless `strict`."""
     if isinstance(result, (Tensor, np.ndarray, float)):
@@ -296,7 +296,7 @@ _FOREIGN = (RuntimeError, TypeError, LookupError, AttributeError, ArithmeticErro
 def _called(function: Callable) -> str:
     return function.__qualname__.removesuffix(".__init__")
 
-
+# %% ../../nbs/92_engine.ipynb #a05fd599
 @contextmanager
 def _behind_border(function: Callable, given: dict[str, Any]) -> Iterator[None]:
     """Nothing is checked inside, and what goes wrong there says with which arguments."""
@@ -315,7 +315,7 @@ def _behind_border(function: Callable, given: dict[str, Any]) -> Iterator[None]:
     finally:
         _inside.reset(before)
 
-
+# %% ../../nbs/92_engine.ipynb #e70a187b
 def _whole(function: Callable, asked: _Rules, result: object, given: dict[str, Any]) -> None:
     """Refuse a result that is not finite and should be."""
     if asked.gaps or (asked.alone and _lost(list(given.values()), strict=True) is not None):
@@ -323,7 +323,7 @@ def _whole(function: Callable, asked: _Rules, result: object, given: dict[str, A
     if (lost := _lost(result, strict=asked.alone)) is not None:
         raise ValueError(f"{_called(function)}: expected a finite result, got {_not_finite(lost)}, from {_named(given)}")
 
-
+# %% ../../nbs/92_engine.ipynb #95ef78c9
 def guarded(function: Callable, owner: type | None = None) -> Callable:
     """`function` behind the border: arguments are held against their annotations, tensors must be finite (unless they are `Gappy`), and
     so must what comes out. `owner` is the class that it is a method of.
@@ -370,7 +370,7 @@ def guarded(function: Callable, owner: type | None = None) -> Callable:
             setattr(call, extra, getattr(function, extra))
     return call
 
-
+# %% ../../nbs/92_engine.ipynb #af84a598
 def _step_by_step(function: Callable, asked: _Rules, bound: inspect.BoundArguments) -> Iterator:
     """The steps of a generator, each of them taken behind the border."""
     steps, end = function(*bound.args, **bound.kwargs), object()
@@ -405,7 +405,7 @@ def _analysis(result: object, given: dict[str, Any], args: tuple, kwargs: dict) 
     came = kwargs["background"] if "background" in kwargs else args[1]
     return result.float() if getattr(came, "dtype", None) in (torch.float32, np.float32) else result
 
-
+# %% ../../nbs/92_engine.ipynb #a5cf1cf1
 def _why(name: str, result: Tensor, background: Tensor, observations: object) -> str:
     rows = background.shape[:-2] or background.shape[-2:-1]
     lost = ~torch.isfinite(result)
@@ -437,7 +437,7 @@ def guard(names: dict[str, Any]) -> None:
         elif isinstance(thing, types.FunctionType) or hasattr(thing, "cache_clear"):
             names[name] = guarded(thing)
 
-
+# %% ../../nbs/92_engine.ipynb #6fabd7fc
 def _guard_class(kind: type) -> None:
     if getattr(kind, "_is_protocol", False) or issubclass(kind, (tuple, BaseException)) or "_behind_the_border" in vars(kind):
         return

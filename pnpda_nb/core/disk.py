@@ -47,7 +47,7 @@ def write_whole(files: Mapping[str | os.PathLike, bytes | str]) -> None:
             with naming(path, "write"):
                 os.replace(beside, path)
 
-
+# %% ../../nbs/93_files.ipynb #d7712129
 @contextmanager
 def naming(path: str | os.PathLike, deed: str) -> Iterator[None]:
     """An `OSError` inside says which file could not be read or written, and why."""
@@ -107,7 +107,7 @@ def record_bytes(record: dict) -> bytes:
         raise ValueError(f"record: expected plain values that JSON can hold ({error})") from error
     return sealed(text.encode() + b"\n")
 
-
+# %% ../../nbs/93_files.ipynb #58e9ea99
 def record_from(content: bytes, name: str) -> Annotated[dict, GAPS]:
     """The record that `record_bytes` made; raises `ValueError`, with the `name` of the file, for anything else."""
     require_seal(content, name)
@@ -118,12 +118,12 @@ def record_from(content: bytes, name: str) -> Annotated[dict, GAPS]:
         raise ValueError(f"{name} is not a record of pnpda_nb ({type(error).__name__})") from error
     return record
 
-
+# %% ../../nbs/93_files.ipynb #c1b79eba
 def write_record(record: dict, path: str | os.PathLike) -> None:
     """Write `record` as JSON, whole or not at all, and sealed."""
     write_whole({path: record_bytes(record)})
 
-
+# %% ../../nbs/93_files.ipynb #42604d3b
 def read_record(path: str | os.PathLike) -> Annotated[dict, GAPS]:
     """Read a record that `write_record` wrote. Raises `OSError` for no file, and `ValueError` for one that is damaged or foreign."""
     with naming(path, "read"):
@@ -138,7 +138,7 @@ def with_tail(content: bytes) -> bytes:
     """`content` with a seal behind its end."""
     return sealed(content + TAIL)
 
-
+# %% ../../nbs/93_files.ipynb #24492302
 def without_tail(content: bytes, name: str) -> bytes:
     """The content that `with_tail` sealed; raises `ValueError`, with the `name` of the file, for anything else."""
     if len(content) < len(TAIL) or not _SEAL.fullmatch(content, len(content) - len(BLANK)):
@@ -148,7 +148,7 @@ def without_tail(content: bytes, name: str) -> bytes:
         raise ValueError(f"{name} is damaged: its content is not what its seal says")
     return body
 
-
+# %% ../../nbs/93_files.ipynb #df307ec3
 def require_whole_hdf5(path: str | os.PathLike, name: str) -> None:
     """Raise `ValueError`, naming what the file was to be, for a NetCDF-4 (HDF5) file of another size than it says, or with a seal
     that its content does not have. It is read in pieces.
@@ -195,7 +195,7 @@ def netcdf_bytes(dataset: xr.Dataset) -> bytes:
         copy.dump_to_store(xr.backends.H5NetCDFStore(file, lock=nullcontext()))
     return with_tail(content.getvalue())
 
-
+# %% ../../nbs/93_files.ipynb #f82dd08f
 def netcdf_from(content: bytes, name: str) -> xr.Dataset:
     """The dataset that `netcdf_bytes` made, in memory; raises `ValueError`, with the `name` of the file, for anything else."""
     body = without_tail(content, name)
@@ -204,13 +204,13 @@ def netcdf_from(content: bytes, name: str) -> xr.Dataset:
     except Exception as error:  # the many errors of HDF5 mean one thing here
         raise ValueError(f"{name} is not a readable NetCDF file ({type(error).__name__})") from error
 
-
+# %% ../../nbs/93_files.ipynb #50e8a821
 def write_netcdf(dataset: xr.Dataset, path: str | os.PathLike) -> Path:
     """Write `dataset` to `path`, whole or not at all, and sealed."""
     write_whole({path: netcdf_bytes(dataset)})
     return Path(path)
 
-
+# %% ../../nbs/93_files.ipynb #5fb4edbd
 def writable_attributes(attributes: Mapping[Any, Any]) -> dict[str, Any]:
     """The same attributes in a form that NetCDF can hold: numbers, texts and lists of numbers or of texts as they are, truth values as
     0 and 1, and everything else (nothing at all, a dictionary, a mixed list) as text in JSON.
@@ -243,7 +243,7 @@ def write_checkpoint(memory: dict, path: str | os.PathLike) -> None:
     torch.save(memory, content)
     write_whole({path: with_tail(content.getvalue())})
 
-
+# %% ../../nbs/93_files.ipynb #7c9c598b
 def read_checkpoint(path: str | os.PathLike) -> Annotated[dict, GAPS]:
     """Read what `write_checkpoint` wrote. Raises `OSError` for no file, and `ValueError` for one that is damaged or foreign."""
     with naming(path, "read"):
@@ -257,7 +257,7 @@ def read_checkpoint(path: str | os.PathLike) -> Annotated[dict, GAPS]:
         raise ValueError(f"checkpoint: {path} is not a training checkpoint, but {type(memory).__name__}")
     return memory
 
-
+# %% ../../nbs/93_files.ipynb #ac623fe1
 @contextmanager
 def fitting_checkpoint(path: str | os.PathLike) -> Iterator[None]:
     """What goes wrong inside is one `ValueError`: the checkpoint is not one of this training."""

@@ -55,7 +55,7 @@ def _modules(package: str) -> dict[str, tuple[tuple[str, ...], ast.Module, bool]
             found[".".join((package, *parts))] = tuple(ast.literal_eval(lists[-1])), tree, path.name == "__init__.py"
     return found
 
-
+# %% ../../nbs/99_public.ipynb #ba53818e
 def _since(node: ast.stmt) -> list[str]:
     """The version in a decorator `@deprecated(since, instead)` of a definition, if it has one."""
     found = []

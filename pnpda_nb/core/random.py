@@ -24,7 +24,7 @@ def stream(seed: int, *names: str | int) -> torch.Generator:
     digest = hashlib.sha256(repr((int(seed), *names)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
-
+# %% ../../nbs/92_engine.ipynb #e096c2dc
 class RunStreams(torch.Generator):
     """The stream called `names` of the experiment `seed`, and beside it one stream for each of
     `runs` runs.
@@ -43,7 +43,7 @@ class RunStreams(torch.Generator):
         self.manual_seed(stream(seed, *names).initial_seed())
         self.runs = [stream(seed, *names, run) for run in range(runs)]
 
-
+# %% ../../nbs/92_engine.ipynb #e7c3b140
 def standard_normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Independent N(0, 1) draws in double precision, on the generator's device.
 

@@ -21,7 +21,7 @@ def _require(holds: bool, argument: str, expected: str, got: object) -> None:
     if not holds:
         raise ValueError(f"{argument}: expected {expected}, got {got}")
 
-
+# %% ../../nbs/92_engine.ipynb #e7a1df68
 def _require_numbers(record: object, *arguments: str, positive: bool = True) -> None:
     """Ask that these fields of a record are finite numbers (and positive ones)."""
     for argument in arguments:
@@ -30,7 +30,7 @@ def _require_numbers(record: object, *arguments: str, positive: bool = True) -> 
         holds = isinstance(value, Real) and math.isfinite(value) and (value > 0 or not positive)
         _require(holds, argument, expected, value)
 
-
+# %% ../../nbs/92_engine.ipynb #373331dc
 def _require_size(record: object, argument: str, least: int) -> None:
     """Ask that this field of a record is a whole number, `least` or more."""
     value = getattr(record, argument)

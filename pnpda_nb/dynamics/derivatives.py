@@ -54,7 +54,7 @@ def _walk(model: Model, steps: int) -> Callable[[Tensor], Tensor]:
 
     return walk
 
-
+# %% ../../nbs/91_models.ipynb #dae89d53
 def _require_derivatives(model: Model, states: Tensor, argument: str, vectors: Tensor) -> None:
     if not getattr(model, "differentiable", True):
         raise TypeError(
@@ -65,14 +65,14 @@ def _require_derivatives(model: Model, states: Tensor, argument: str, vectors: T
         vectors.shape == states.shape, argument, f"shape {tuple(states.shape)}", tuple(vectors.shape)
     )
 
-
+# %% ../../nbs/91_models.ipynb #5535dd36
 def tangent_linear(model: Model, states: Tensor, perturbations: Tensor, steps: int = 1) -> Tensor:
     """M δ `(..., dim)` for each of the `states` and `perturbations` δ `(..., dim)`, M the Jacobian of `steps`
     steps. Raises `TypeError` for a model that is not differentiable."""
     _require_derivatives(model, states, "perturbations", perturbations)
     return torch.func.jvp(_walk(model, steps), (states,), (perturbations,))[1]
 
-
+# %% ../../nbs/91_models.ipynb #8ae6783d
 def adjoint(model: Model, states: Tensor, sensitivities: Tensor, steps: int = 1) -> Tensor:
     """Mᵀ w `(..., dim)` for each of the `states` and `sensitivities` w `(..., dim)` at the end, M the Jacobian of
     `steps` steps. Raises `TypeError` for a model that is not differentiable."""

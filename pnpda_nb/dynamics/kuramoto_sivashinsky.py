@@ -34,7 +34,7 @@ class ETDRK4Weights(NamedTuple):
     middle: Tensor
     last: Tensor
 
-
+# %% ../../nbs/91_models.ipynb #304e9cd1
 def etdrk4_weights(rates: Tensor, dt: float) -> ETDRK4Weights:
     """The weights of a step `dt` for linear growth `rates` `(modes,)`, by means over 64 points of a circle around
     each λh (Kassam and Trefethen 2005, eqs. 2.5 and 3.1)."""
@@ -50,7 +50,7 @@ def etdrk4_weights(rates: Tensor, dt: float) -> ETDRK4Weights:
     ]
     return ETDRK4Weights(z.exp(), (z / 2).exp(), *(dt * values.real.mean(-1) for values in around))
 
-
+# %% ../../nbs/91_models.ipynb #8a6decb6
 def etdrk4(nonlinear: Callable[[Complex], Complex], modes: Complex, weights: ETDRK4Weights) -> Complex:
     """One exponential Runge-Kutta step of order four for dv/dt = λv + N(v) (Cox and Matthews 2002, eqs. 26-29;
     Kassam and Trefethen 2005)."""
@@ -73,7 +73,7 @@ def _ks_linear(u: Tensor, dx: float, viscosity: float, boundary: str) -> Tensor:
     near, far = wide[..., 3:-1] + wide[..., 1:-3], wide[..., 4:] + wide[..., :-4]
     return (2 * u - near) / dx**2 - viscosity * (far - 4 * near + 6 * u) / dx**4
 
-
+# %% ../../nbs/91_models.ipynb #f6042cc1
 @lru_cache(maxsize=64)
 def _ks_spectrum(
     model: KuramotoSivashinsky, dtype: torch.dtype, device: torch.device

@@ -99,7 +99,7 @@ def _lorenz63_cycle(settings: AblationSettings, label: str, prior: Task | None =
     testbed = {"name": "lorenz63"} | study.world()
     return cycle_task(testbed, method, prior=prior, runs=settings.runs, seed=settings.seed, name=label, cost=cost)
 
-
+# %% ../../nbs/15_ablations.ipynb #62a034d1
 def vary_iterations(settings: AblationSettings) -> Plan:
     """Figure 7 of the paper: the number of iterations, for the paper's α and for a small one."""
     return {
@@ -108,12 +108,12 @@ def vary_iterations(settings: AblationSettings) -> Plan:
         for a in (0.5, 0.05)
     }
 
-
+# %% ../../nbs/15_ablations.ipynb #7cbe4aca
 def vary_alpha(settings: AblationSettings) -> Plan:
     """Figure 8 of the paper: the exponent of the step size."""
     return {(f"alpha={a:g}", "pnpda"): _lorenz63_cycle(settings, f"alpha {a:g}", alpha=a) for a in settings.alphas}
 
-
+# %% ../../nbs/15_ablations.ipynb #38dbbcdb
 def vary_step_rule(settings: AblationSettings) -> Plan:
     """The three step rules, for the paper's α and for a small one."""
     return {
@@ -122,12 +122,12 @@ def vary_step_rule(settings: AblationSettings) -> Plan:
         for a in (0.5, 0.05)
     }
 
-
+# %% ../../nbs/15_ablations.ipynb #1ce0fbc7
 def vary_draws(settings: AblationSettings) -> Plan:
     """Draws of noise that are averaged in every iteration."""
     return {(f"draws={n}", "pnpda"): _lorenz63_cycle(settings, f"draws {n}", draws=n) for n in settings.draws}
 
-
+# %% ../../nbs/15_ablations.ipynb #942e649a
 def vary_ensemble(settings: AblationSettings) -> Plan:
     """Answers whose mean is the analysis."""
     return {(f"ensemble={n}", "pnpda"): _lorenz63_cycle(settings, f"ensemble {n}", ensemble=n) for n in settings.ensembles}
@@ -142,7 +142,7 @@ def vary_coupling(settings: AblationSettings) -> Plan:
             plan[f"beta={beta:g}", f"batch_{batch}"] = _lorenz63_cycle(settings, f"beta {beta:g} batch {batch}", prior)
     return plan
 
-
+# %% ../../nbs/15_ablations.ipynb #eb7b2ef3
 def _lorenz96_prior(settings: AblationSettings, *, label: str, enkf: dict, members: int = 20, targets: str = "analysis",
                     runs: int = 25, pairs: int = 0, forcing: float = 18.0, **changes) -> Task:  # fmt: skip
     study = settings.lorenz96(**changes)
@@ -154,7 +154,7 @@ def _lorenz96_prior(settings: AblationSettings, *, label: str, enkf: dict, membe
     archive = archive_task(testbed, enkf, name=f"archive {label}", **some)
     return prior_task(archive, training, seed=settings.seed, pairs=pairs, name=f"prior {label}", cost=40)
 
-
+# %% ../../nbs/15_ablations.ipynb #1a3b1e95
 INFLATED = {"name": "enkf", "inflation": 1.3, "additive": 1.0}
 
 
@@ -163,7 +163,7 @@ def _lorenz96_cycle(settings: AblationSettings, prior: Task, label: str, sigma: 
     testbed = study.testbed(sigma=sigma) | {"forcing": forcing}
     return cycle_task(testbed, study.pnpda(), prior=prior, runs=settings.runs, seed=settings.seed, name=label, cost=9)
 
-
+# %% ../../nbs/15_ablations.ipynb #49b3c57c
 def vary_archive_size(settings: AblationSettings) -> Plan:
     """The first so many pairs of one large archive of the inflated EnKF."""
     most = -(-max(settings.sizes) // 100)
@@ -173,7 +173,7 @@ def vary_archive_size(settings: AblationSettings) -> Plan:
         plan[f"size={size}", "pnpda"] = _lorenz96_cycle(settings, prior, f"size {size}")
     return plan
 
-
+# %% ../../nbs/15_ablations.ipynb #8d870fe7
 def vary_archive_quality(settings: AblationSettings) -> Plan:
     """Five archives of 2500 pairs, from the EnKF as printed to nature itself."""
     large = {"name": "enkf", "inflation": 1.2, "additive": 1.0}
@@ -192,7 +192,7 @@ def vary_archive_quality(settings: AblationSettings) -> Plan:
         for name, archive in archives.items()
     }
 
-
+# %% ../../nbs/15_ablations.ipynb #f476e573
 def vary_normalisation(settings: AblationSettings) -> Plan:
     """Raw and standardised states in training, on all three testbeds (on Kuramoto-Sivashinsky if `field`)."""
     plan = {}
@@ -221,7 +221,7 @@ def shift_sigma(settings: AblationSettings) -> Plan:
         plan[f"sigma={sigma:g}", "trained_there"] = _lorenz96_cycle(settings, own, f"σ {sigma:g} own", sigma)
     return plan
 
-
+# %% ../../nbs/15_ablations.ipynb #1b5a163d
 def shift_forcing(settings: AblationSettings) -> Plan:
     """A prior trained with F′ = 18 in the forecast used with other F′, beside priors trained there and an EnKF."""
     at_home = _lorenz96_prior(settings, label="inflated", enkf=INFLATED)
@@ -251,6 +251,8 @@ ABLATIONS = {
     "shift_sigma": shift_sigma,
     "shift_forcing": shift_forcing,
 }
+
+# %% ../../nbs/15_ablations.ipynb #9e4b0cff
 AXES = {
     "iterations": "iterations", "alpha": "alpha", "step_rule": "rule", "draws": "draws", "ensemble": "ensemble",
     "coupling": "beta", "archive_size": "size", "archive_quality": "archive", "normalisation": "testbed",
@@ -265,7 +267,7 @@ def plan_ablations(settings: AblationSettings, ablations: tuple[str, ...]) -> Pl
         plan |= ABLATIONS[name](settings)
     return plan
 
-
+# %% ../../nbs/15_ablations.ipynb #02e7a580
 PUBLISHED_ABLATIONS = pd.DataFrame(
     [
         ("iterations=10", "alpha_0.5", "step_rmse", "all", 5.94, np.nan),
@@ -306,7 +308,7 @@ def figure_variants(scores: pd.DataFrame, axis: str, label: str = "", published:
     ax.set(xlabel=label or axis, ylabel="step RMSE", ylim=(0, None))
     return ax
 
-
+# %% ../../nbs/15_ablations.ipynb #7e2d4102
 def figures_ablations(results: dict[tuple[str, str], xr.Dataset]) -> dict:
     """One figure for every ablation that was run."""
     book_style()
@@ -318,7 +320,7 @@ def figures_ablations(results: dict[tuple[str, str], xr.Dataset]) -> dict:
         if axis in there
     }
 
-
+# %% ../../nbs/15_ablations.ipynb #f685a53d
 def report_ablations(scores: pd.DataFrame) -> str:
     """A table for every ablation as text for a terminal."""
     there = set(scores.condition.str.split("=").str[0])
@@ -328,7 +330,7 @@ def report_ablations(scores: pd.DataFrame) -> str:
             lines += ["", f"{name}:", table_along(scores, axis).to_string()]
     return "\n".join(lines)
 
-
+# %% ../../nbs/15_ablations.ipynb #439d7b0a
 PAPER_ABLATIONS = AblationSettings()
 ABLATION_STUDY = Study(
     name="ablations",

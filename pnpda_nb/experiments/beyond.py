@@ -103,7 +103,7 @@ class BeyondSettings(Settings):
             return {"": testbed}
         return {f"points={n}, sigma={sigma:g}": testbed | {"points": n, "variance": sigma**2} for n, sigma in _KS_NETWORKS}
 
-
+# %% ../../nbs/20_one_forecast.ipynb #d806556f
 # what a testbed is like: its network, its score, its filters and what to try for them
 _KS_NETWORKS = ((16, 0.1), (16, 1.0), (32, 1.0))
 _TESTBEDS: dict[str, dict] = {
@@ -138,6 +138,7 @@ _TESTBEDS: dict[str, dict] = {
     },
 }  # fmt: skip
 
+# %% ../../nbs/20_one_forecast.ipynb #c0128660
 BEYOND_METHODS = (
     "free_run", "var3d", "particle_filter", "ensf", "enff", "letkf", "enkf", "enkf_crps", "enkf_40", "enkf_100",
     "one_step", "pnpda_blind", "pnpda_seeing", "amortised", "foresight",
@@ -198,7 +199,7 @@ def beyond_priors(settings: BeyondSettings) -> dict[str, Task]:
         )
     return priors
 
-
+# %% ../../nbs/20_one_forecast.ipynb #320fcc88
 def beyond_record(settings: BeyondSettings, condition: str) -> Task:
     """The record of observations of a condition, reanalysed by a large ensemble that was tuned for it."""
     here, testbed = _TESTBEDS[settings.testbed], settings.conditions()[condition]
@@ -213,14 +214,14 @@ def beyond_record(settings: BeyondSettings, condition: str) -> Task:
         smoothed=here["smoother"], tuned=tuned, name=f"record {condition}".strip(), cost=60,
     )  # fmt: skip
 
-
+# %% ../../nbs/20_one_forecast.ipynb #74a4f7f3
 def beyond_archive(settings: BeyondSettings) -> Task:
     """The archive of pairs whose covariance is the B of a 3D-Var."""
     testbed = next(iter(settings.conditions().values())) | {"cycles": 100}
     method = _TESTBEDS[settings.testbed]["filter"] | {"inflation": 1.2}
     return archive_task(testbed, method, members=settings.members, runs=25, seed=settings.seed)
 
-
+# %% ../../nbs/20_one_forecast.ipynb #74bd5fc1
 def beyond_tuning(settings: BeyondSettings, condition: str, name: str) -> Task | None:
     """What is chosen on training truths for a method under a condition; None where there is nothing to choose."""
     here, testbed = _TESTBEDS[settings.testbed], settings.conditions()[condition]
@@ -241,7 +242,7 @@ def beyond_tuning(settings: BeyondSettings, condition: str, name: str) -> Task |
             return tuning_task(testbed, {"name": name}, _FREE_GRIDS[settings.testbed][name], members=size, cost=40, **options)
     return None
 
-
+# %% ../../nbs/20_one_forecast.ipynb #866d850e
 def plan_beyond(settings: BeyondSettings, methods: tuple[str, ...]) -> dict[tuple[str, str], Task]:
     """The task of every condition and method: all methods meet the same truths, observations and model noise."""
     here, priors = _TESTBEDS[settings.testbed], beyond_priors(settings)
@@ -328,7 +329,7 @@ _FREE_GRIDS: dict[str, dict] = {
     },
 }
 
-
+# %% ../../nbs/20_one_forecast.ipynb #06136a86
 def table_beyond(scores: pd.DataFrame, condition: str, metric: str) -> pd.DataFrame:
     """Method by method: score, CRPS, spread over skill, and what it cost; mean ± standard error."""
     here = scores[(scores.condition.fillna("") == condition) & (scores.variable == "all")]
@@ -353,7 +354,7 @@ def table_beyond(scores: pd.DataFrame, condition: str, metric: str) -> pd.DataFr
     }  # fmt: skip
     return pd.DataFrame.from_dict(rows, orient="index")
 
-
+# %% ../../nbs/20_one_forecast.ipynb #5599ac92
 def report_beyond(scores: pd.DataFrame) -> str:
     """The tables of all conditions as text for a terminal."""
     name = scores.experiment.iloc[0]
@@ -363,7 +364,7 @@ def report_beyond(scores: pd.DataFrame) -> str:
         lines += ["", condition, table_beyond(scores, condition, metric).to_string()]
     return "\n".join(lines)
 
-
+# %% ../../nbs/20_one_forecast.ipynb #f5ed4b59
 def figure_beyond(scores: pd.DataFrame, metric: str) -> Figure:
     """Score against the number of forecasts, one panel for each condition. Returns the figure."""
     import matplotlib.pyplot as plt
@@ -384,14 +385,14 @@ def figure_beyond(scores: pd.DataFrame, metric: str) -> Figure:
     axes[0, -1].legend(shown.values(), shown, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
-
+# %% ../../nbs/20_one_forecast.ipynb #343981af
 def figures_beyond(results: dict[tuple[str, str], xr.Dataset]) -> dict:
     """The figure of all conditions."""
     book_style()
     scores = conditional_scores(results)
     return {"forecasts": figure_beyond(scores, _TESTBEDS[scores.experiment.iloc[0]]["metric"])}
 
-
+# %% ../../nbs/20_one_forecast.ipynb #caf32eac
 def kept_beyond(settings: BeyondSettings, methods: tuple[str, ...]) -> dict[str, Task]:
     """The priors of the `methods`."""
     wanted = {m.replace("one_step", "pnpda_blind").replace("_ensemble", "") for m in methods}

@@ -82,7 +82,7 @@ def ks_prior(settings: KuramotoSivashinskySettings) -> Task:
     archive = archive_task(testbed, {"name": "enkf"}, cost=25, **some)
     return prior_task(archive, settings.training(), seed=settings.seed, cost=160)
 
-
+# %% ../../nbs/14_kuramoto_sivashinsky.ipynb #4f40d435
 def plan_kuramoto_sivashinsky(
     settings: KuramotoSivashinskySettings, methods: tuple[str, ...]
 ) -> dict[tuple[str, str], Task]:
@@ -123,7 +123,7 @@ def plan_kuramoto_sivashinsky(
 
     return {(c, name): task(c, testbed, name) for c, testbed in settings.conditions().items() for name in methods}
 
-
+# %% ../../nbs/14_kuramoto_sivashinsky.ipynb #aed51ace
 def kept_kuramoto_sivashinsky(settings: KuramotoSivashinskySettings, methods: tuple[str, ...]) -> dict[str, Task]:
     """The prior, if one of the `methods` has one."""
     learned = {"conditional_mean", "pnpda_printed", "pnpda", "pnpda_small_alpha"} & set(methods)
@@ -142,7 +142,7 @@ def figures_kuramoto_sivashinsky(results: dict[tuple[str, str], xr.Dataset]) -> 
         figures["figure_5_points"].axes[0].set_xscale("log", base=2)
     return figures
 
-
+# %% ../../nbs/14_kuramoto_sivashinsky.ipynb #2b46bcb5
 def report_kuramoto_sivashinsky(scores: pd.DataFrame) -> str:
     """The tables of the two figures as text for a terminal."""
     lines = [f"\nKuramoto-Sivashinsky, {int(scores.runs.max())} runs: step RMSE, mean ± standard error"]
@@ -151,7 +151,7 @@ def report_kuramoto_sivashinsky(scores: pd.DataFrame) -> str:
             lines += ["", table_along(scores, axis).to_string()]
     return "\n".join(lines)
 
-
+# %% ../../nbs/14_kuramoto_sivashinsky.ipynb #26a9b4de
 PAPER_KS = KuramotoSivashinskySettings()
 KURAMOTO_SIVASHINSKY = Study(
     name="kuramoto_sivashinsky",

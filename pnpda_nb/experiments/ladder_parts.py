@@ -64,7 +64,7 @@ class PartsSettings(Settings):
         some = {"runs": self.runs, "seed": self.seed, "members": self.members}
         return dataclasses.replace(preset, learning_cycles=cycles, **some)
 
-
+# %% ../../nbs/20_one_forecast.ipynb #8be4aac8
 PARTS_METHODS = (
     "amortised", "foresight", "off_policy", "dense", "amortised_obs", "pnpda_blind", "one_draw", "one_step", "gradient_step", "enkf",
 )  # fmt: skip
@@ -74,19 +74,19 @@ def off_policy_prior(settings: BeyondSettings) -> Task:
     """A prior that learns from the backgrounds of an ensemble filter, in place of its own; fewer trajectories cycle."""
     return _varied(settings, policy=_TESTBEDS[settings.testbed]["hybrid"], members=settings.members, name="off_policy")
 
-
+# %% ../../nbs/20_one_forecast.ipynb #e6d158c2
 def dense_prior(settings: BeyondSettings) -> Task:
     """A prior with a perceptron, in place of a network that knows the geometry."""
     network = {"geometry": "none", "width": 128 if settings.testbed != "kuramoto_sivashinsky" else 384}
     same = {k: _TESTBEDS[settings.testbed]["network"][k] for k in ("rank", "half_width", "increment") if k in _TESTBEDS[settings.testbed]["network"]}
     return _varied(settings, network=network | same, name="dense")
 
-
+# %% ../../nbs/20_one_forecast.ipynb #ec991377
 def small_archive_prior(settings: BeyondSettings, runs: int) -> Task:
     """A prior that learns from `runs` truths of a hundred observation times only."""
     return _varied(settings, truth={"runs": runs, "cycles": 100}, name=f"archive of {runs}")
 
-
+# %% ../../nbs/20_one_forecast.ipynb #f4f138cb
 def _varied(settings: BeyondSettings, **changes) -> Task:
     """The training of the amortised prior of `settings`, with something else in its place."""
     whole = beyond_priors(settings)["amortised"]
@@ -98,7 +98,7 @@ def _varied(settings: BeyondSettings, **changes) -> Task:
     name = changes.pop("name")
     return dataclasses.replace(whole, name=name, settings=kept | changes)
 
-
+# %% ../../nbs/20_one_forecast.ipynb #a80ecac7
 def plan_parts(settings: PartsSettings, methods: tuple[str, ...]) -> dict[tuple[str, str], Task]:
     """The task of every condition and method."""
     trial = {"runs": settings.runs, "seed": settings.seed}
@@ -159,7 +159,7 @@ def figures_parts(results: dict[tuple[str, str], xr.Dataset]) -> dict:
                 found[f"limits_{axis}"].axes[0].set_xscale("log", base=2)
     return found
 
-
+# %% ../../nbs/20_one_forecast.ipynb #27cfbcfa
 _LIMITS = {
     "forcing": ("step_rmse", "forcing of Lorenz-96 (trained: 18)"),
     "points": ("analysis_rmse", "observed points, KS (trained: mostly 16, 32)"),
@@ -180,7 +180,7 @@ def report_parts(scores: pd.DataFrame) -> str:
             lines += ["", table_along(scores, axis, metric).to_string()]
     return "\n".join(lines)
 
-
+# %% ../../nbs/20_one_forecast.ipynb #db7690dc
 PARTS = PartsSettings()
 PARTS_STUDY = Study(
     name="beyond",

@@ -173,7 +173,7 @@ def plan_lorenz63(settings: Lorenz63Settings, methods: tuple[str, ...]) -> dict[
 
     return {("", name): task(name) for name in methods}
 
-
+# %% ../../nbs/12_lorenz63.ipynb #df0659a7
 def kept_lorenz63(settings: Lorenz63Settings, methods: tuple[str, ...]) -> dict[str, Task]:
     """The prior, if one of the `methods` has one."""
     learned = {"conditional_mean", "pnpda", "pnpda_small_alpha"} & set(methods)

@@ -82,7 +82,7 @@ def lorenz96_priors(settings: Lorenz96Settings, again: int = 0) -> dict[str, Tas
         "pnpda": prior("pnpda", settings.archive_runs, inflated),
     }
 
-
+# %% ../../nbs/13_lorenz96.ipynb #fa7531ce
 def plan_lorenz96(settings: Lorenz96Settings, methods: tuple[str, ...]) -> dict[tuple[str, str], Task]:
     """The task of every condition and method: all methods meet the same truths and observations."""
     trial = {"runs": settings.runs, "seed": settings.seed}
@@ -137,7 +137,7 @@ def plan_lorenz96(settings: Lorenz96Settings, methods: tuple[str, ...]) -> dict[
                 )
     return plan
 
-
+# %% ../../nbs/13_lorenz96.ipynb #53b0c121
 def kept_lorenz96(settings: Lorenz96Settings, methods: tuple[str, ...]) -> dict[str, Task]:
     """The priors that the `methods` have."""
     wanted = {name.removesuffix("_told") for name in methods} | ({"pnpda"} if "conditional_mean" in methods else set())
@@ -161,7 +161,7 @@ def published_along(published: pd.DataFrame, axis: str) -> list[tuple[str, float
     here = published[published.condition.str.startswith(f"{axis}=")]
     return [(row.method, float(row.condition.split("=")[1]), row["mean"]) for _, row in here.iterrows()]
 
-
+# %% ../../nbs/13_lorenz96.ipynb #68d2d373
 FIGURES_96 = {
     "fraction": ("figure_3_fraction", "fraction of the slow variables that is observed"),
     "sigma": ("figure_4_sigma", "standard deviation of the observation errors"),
@@ -172,7 +172,7 @@ def figure_lorenz96(scores: pd.DataFrame, axis: str):
     """Figure 3 ("fraction") or 4 ("sigma") of the paper, with every method that is there."""
     return figure_along(scores, axis, label=FIGURES_96[axis][1], published=published_along(PUBLISHED_96, axis))
 
-
+# %% ../../nbs/13_lorenz96.ipynb #5bfd25dc
 def figures_lorenz96(results: dict[tuple[str, str], xr.Dataset]) -> dict:
     """Figures 3 and 4 of the paper by name."""
     book_style()
@@ -180,7 +180,7 @@ def figures_lorenz96(results: dict[tuple[str, str], xr.Dataset]) -> dict:
     there = scores.condition.str.split("=").str[0].unique()
     return {name: figure_lorenz96(scores, axis) for axis, (name, _) in FIGURES_96.items() if axis in there}
 
-
+# %% ../../nbs/13_lorenz96.ipynb #06fdfe55
 def report_lorenz96(scores: pd.DataFrame) -> str:
     """The tables of the two figures as text for a terminal."""
     lines = [f"\nTwo-scale Lorenz-96, {int(scores.runs.max())} runs: step RMSE, mean ± standard error"]

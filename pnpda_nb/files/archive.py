@@ -247,7 +247,7 @@ class _Piece:
             columns.append(_in_units(values, self.factors[role, field.name]))
         return columns[0] if len(columns) == 1 else np.concatenate(columns, axis=1)
 
-
+# %% ../../nbs/93_files.ipynb #8a7d0cd0
 def _stretch(array: xr.DataArray, samples: Sequence[str], dims: Sequence[str], first: int, last: int, where: str) -> np.ndarray:
     """States `first` to `last` of an array, with the dimensions `dims` in this order, which are counted by the dimensions
     `samples`, the last fastest.
@@ -303,7 +303,7 @@ def _files(path: str | os.PathLike) -> list[str]:
         return [str(path)]
     return sorted(glob.glob(str(path)), key=_naturally)
 
-
+# %% ../../nbs/93_files.ipynb #f5a82869
 def open_archive(path: str | os.PathLike, *, roles: Sequence[str] = ROLES, samples: Sequence[str] = ()) -> Archive:
     """Open an archive of pairs: a NetCDF file, a Zarr store, or several of one layout by a pattern such as `"pairs_*.nc"`.
 

@@ -38,7 +38,7 @@ def _too_much(wanted: int, stored: int) -> bool:
     """Whether so many bytes would come from so few: more than a thousandfold, which fields of numbers never do, and much at all."""
     return wanted > 32_000_000 and wanted > 1000 * stored
 
-
+# %% ../../nbs/93_files.ipynb #aebe2212
 class _Contents:
     """What is known of the bytes behind the variables of a file; of a classic NetCDF file nothing, since it holds all that it claims."""
 

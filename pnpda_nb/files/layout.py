@@ -160,7 +160,7 @@ class Axis:
         ends = (f"{v:g}" if self.numeric else v for v in (self.values[0], self.values[-1]))
         return f"{len(self.values)} from {' to '.join(ends)} {self.units}".strip()
 
-
+# %% ../../nbs/93_files.ipynb #3b5daf72
 def _slack(values: np.ndarray, share: float) -> float:
     """How far from its place a coordinate may be: a `share` of the smallest spacing, or what single precision cuts off, but
     never a tenth of the spacing.
@@ -176,7 +176,7 @@ def _is_longitude(coordinate: xr.DataArray, units: str) -> bool:
         return True
     return str(coordinate.name).lower() in ("lon", "longitude") and units in ("", "degrees", "degree")
 
-
+# %% ../../nbs/93_files.ipynb #48271fde
 def _plain(values: np.ndarray) -> np.ndarray:
     """Text as text, whatever it was stored as: bytes, characters, padded with blanks or zeros."""
     if values.dtype.kind == "S" or (values.dtype == object and any(isinstance(v, bytes) for v in values.flat)):
@@ -341,7 +341,7 @@ def check_field(array: xr.DataArray, field: Field, layout: Layout, samples: Sequ
             raise ValueError(f"{where}: expected coordinates {dim} {layout.axes[dim]}, got {axis}{_first_difference(layout.axes[dim], axis)}")
     check_units(_units(array.attrs, f"{where}: {array.name!r}"), field, f"{where}: {array.name!r}")
 
-
+# %% ../../nbs/93_files.ipynb #0d777124
 def check_units(found: object, field: Field, where: str) -> tuple[float, float]:
     """Factor and offset from the units found to those of `field`. Raises `ValueError`, naming `where`, if nothing converts
     them; a field without units takes any.
@@ -365,7 +365,7 @@ def _first_difference(one: Axis, other: Axis) -> str:
     index = int(np.argmax(np.array(one.values) != np.array(other.values)))
     return f" (at {index}: {one.values[index]:g} and {other.values[index]:g})"
 
-
+# %% ../../nbs/93_files.ipynb #068b3d84
 def _in_units(values: np.ndarray, factor: tuple[float, float]) -> np.ndarray:
     """Values in other units; the same bits if the units are the same."""
     return values if factor == (1.0, 0.0) else values * factor[0] + factor[1]
@@ -388,7 +388,7 @@ def layout_record(layout: Layout) -> dict:
         record["roles"] = list(layout.roles)
     return record
 
-
+# %% ../../nbs/93_files.ipynb #646ef69a
 def layout_from_record(record: Mapping) -> Layout:
     """The layout that `layout_record` described. Raises `ValueError` for anything else."""
     try:
@@ -416,7 +416,7 @@ def layout_from_record(record: Mapping) -> Layout:
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ValueError(f"layout: expected variables, axes and left_out, got something else ({type(error).__name__}: {error})") from error
 
-
+# %% ../../nbs/93_files.ipynb #12ab6490
 def _whole(value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{value!r} is not a whole number")

@@ -57,7 +57,7 @@ def _opened(path: str | os.PathLike, name: str, group: str | None = None) -> tup
             raise ValueError(f"{name}: {shown} has times that cannot be understood ({_reason(error)})") from error
         raise ValueError(f"{name}: {shown} is not a readable NetCDF file or Zarr store ({_reason(error)}); is it whole?") from error
 
-
+# %% ../../nbs/93_files.ipynb #2accc261
 def _format(path: Path, name: str) -> str:
     """Which of xarray's engines reads a file, by its first bytes. Raises `FileNotFoundError`, or `ValueError` for anything else."""
     shown = _shown(path)

@@ -79,7 +79,7 @@ def writable_attributes(attributes: Mapping[str, Any]) -> dict[str, Any]:
     kept = ((_clean(str(name)).replace("/", "_"), _writable(value)) for name, value in attributes.items())
     return {name: value for name, value in kept if name and value is not None and name not in _RESERVED}
 
-
+# %% ../../nbs/93_files.ipynb #f92f72a6
 _RESERVED = ("CLASS", "NAME", "DIMENSION_LIST", "DIMENSION_LABELS", "REFERENCE_LIST", "_NCProperties", "_Netcdf4Dimid", "_Netcdf4Coordinates", "_nc3_strict")
 _NAMING = ("ancillary_variables", "bounds", "cell_measures", "climatology", "coordinates", "formula_terms", "grid_mapping", "geometry", "interior_ring", "mesh",
            "node_coordinates", "node_count", "nodes", "part_node_count", "quantization")  # fmt: skip
@@ -89,7 +89,7 @@ def _clean(text: str) -> str:
     """Text that can be encoded, without the zeros that end it in C."""
     return text.replace("\0", "").encode("utf-8", "replace").decode()
 
-
+# %% ../../nbs/93_files.ipynb #4b7b4343
 def _writable(value: Any) -> Any:
     if isinstance(value, bytes):
         value = value.decode(errors="replace")
@@ -115,7 +115,7 @@ def _writable(value: Any) -> Any:
         return _clean(str(value) if array.ndim == 0 else json.dumps(array.tolist(), default=str))
     return array[()] if array.ndim == 0 else array.ravel()
 
-
+# %% ../../nbs/93_files.ipynb #ad04aaa7
 def _names_in(value: object) -> list[str]:
     """The variables that an attribute names: "area: cell_area" names cell_area."""
     return [word for word in str(value).split() if not word.endswith(":")]
@@ -175,7 +175,7 @@ def read_states(path: str | os.PathLike, layout: Layout, *, name: str = "backgro
             raise ValueError(f"{where}: expected {field.title} between {low:.4g} and {high:.4g} {field.units} (the archive held {field.held[0]:.4g} to {field.held[1]:.4g}), got {mine[wild][0]:.6g}")
     return States(torch.from_numpy(np.ascontiguousarray(kept)).reshape(*shape, layout.dim), layout, arrays, runs, members, beside)
 
-
+# %% ../../nbs/93_files.ipynb #886b7e74
 def _variable(data: xr.Dataset, field: Field, roles: Sequence[str], where: str) -> xr.DataArray:
     """The variable of a file that holds a field."""
     named = [n for role in roles for n in ((f"{field.name}_{role}", f"{role}_{field.name}") if field.name else (role,))]

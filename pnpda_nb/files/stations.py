@@ -118,7 +118,7 @@ def locate(stations: xr.Dataset, field: Field, layout: Layout, where: str) -> tu
         raise ValueError(f"{where}: expected stations where {field.title} has values, got {which} at points that the archive leaves out")
     return np.maximum(places, 0), weights
 
-
+# %% ../../nbs/93_files.ipynb #998da9df
 def _ends(stations: xr.Dataset, dim: str, size: int, layout: Layout, where: str) -> tuple[np.ndarray, ...]:
     if f"{dim}_index" in stations:
         index = _indices(stations[f"{dim}_index"], size, where)
@@ -143,7 +143,7 @@ def _ends(stations: xr.Dataset, dim: str, size: int, layout: Layout, where: str)
     numbers = stations["number"].values if "number" in stations else None
     return along_axis(axis, _in_units(_numbers(given, where), factor), f"{where}: {dim}", numbers)
 
-
+# %% ../../nbs/93_files.ipynb #e90e28ee
 def _indices(given: xr.DataArray, size: int, where: str) -> np.ndarray:
     values = _numbers(given, where)
     wrong = ~((values >= 0) & (values < size) & (values == np.floor(values)))
@@ -293,7 +293,7 @@ def _check_times(data: xr.Dataset, states: States, counting: Sequence[str], wher
         data = data.drop_vars(dim) if table else data
     return data
 
-
+# %% ../../nbs/93_files.ipynb #848fc4cd
 def _by_run(array: xr.DataArray, rest: Sequence[str], states: States, where: str) -> np.ndarray:
     """Values `(run, …)`, for the runs of the states in their order; `rest` are the other dimensions."""
     first = next(iter(states.arrays.values()))
@@ -312,7 +312,7 @@ def _by_run(array: xr.DataArray, rest: Sequence[str], states: States, where: str
     shape = [math.prod(first.sizes[d] for d in states.runs), *[array.sizes[d] for d in rest]]
     return _numbers(array.transpose(*states.runs, *rest), where).reshape(shape)
 
-
+# %% ../../nbs/93_files.ipynb #7d803d3c
 def _errors(data: xr.Dataset, name: str, like: xr.DataArray, rest: Sequence[str], where: str) -> np.ndarray:
     """The standard deviations of the errors of a variable, in its units, for its dimensions but the runs; flat."""
     given = data.get(name, like.attrs.get("error"))
@@ -334,7 +334,7 @@ def _errors(data: xr.Dataset, name: str, like: xr.DataArray, rest: Sequence[str]
     numbers = xr.DataArray(_numbers(given, where), dims=given.dims).broadcast_like(xr.DataArray(np.empty(sizes), dims=rest)).transpose(*rest)
     return numbers.values.ravel() * factor[0]  # a difference has no offset
 
-
+# %% ../../nbs/93_files.ipynb #7a878c83
 def _positive(errors: np.ndarray, values: np.ndarray, where: str) -> np.ndarray:
     """The errors, where something was seen positive, and 1 where nothing was."""
     there = ~np.isnan(values).all(0)
@@ -344,7 +344,7 @@ def _positive(errors: np.ndarray, values: np.ndarray, where: str) -> np.ndarray:
         raise ValueError(f"{where}: expected positive standard deviations of errors, got {errors[station]} for station {station}")
     return np.where(there, errors, 1.0)
 
-
+# %% ../../nbs/93_files.ipynb #08613593
 def _believed(values: np.ndarray, of: Sequence[Field], where: str) -> tuple[np.ndarray, list[tuple[str, int, float]]]:
     """Values `(run, station)` where they are within the bounds of their fields and nan elsewhere, and those that are not."""
     if np.isinf(values).any():
@@ -362,7 +362,7 @@ def _station_dim(array: xr.DataArray, states: States, where: str) -> str:
         raise ValueError(f"{where}: expected {array.name!r} with one dimension of stations besides the background's, got ({', '.join(map(str, array.dims))})")
     return long[0]
 
-
+# %% ../../nbs/93_files.ipynb #f977afe8
 def _named(data: xr.Dataset, name: str, field: Field, states: States, where: str) -> list[tuple]:
     """Values of a variable with a field's name, at stations or on the field's own grid; see `read_observations`."""
     array = data[name]
@@ -385,12 +385,12 @@ def _named(data: xr.Dataset, name: str, field: Field, states: States, where: str
     errors = _positive(_errors(data, f"{name}_error", array, [dim], where) * abs(factor[0]), values, where)
     return [(values, errors, (field.name,) * len(errors), points, weights, refused)]
 
-
+# %% ../../nbs/93_files.ipynb #36e89304
 def _stations(data: xr.Dataset, dim: str) -> xr.Dataset:
     """What is known of each station alone."""
     return data.reset_coords()[[str(n) for n, v in data.variables.items() if v.dims == (dim,)]]
 
-
+# %% ../../nbs/93_files.ipynb #80f109e2
 def _listed(data: xr.Dataset, states: States, where: str) -> list[tuple]:
     """Values of a list of stations that says which field each is of; see `read_observations`."""
     array, layout = data["value"], states.layout

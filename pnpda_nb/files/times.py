@@ -33,7 +33,7 @@ def _is_time(name: str, coordinate: xr.DataArray | None) -> bool:
     known = coordinate.attrs.get("standard_name") in ("time", "forecast_reference_time") or coordinate.attrs.get("axis") == "T"
     return name in _TIMES or known or _is_instants(coordinate.dtype, coordinate)
 
-
+# %% ../../nbs/93_files.ipynb #1d599161
 def _is_instants(dtype: np.dtype, values: Any) -> bool:
     if dtype.kind == "M":
         return True
@@ -42,7 +42,7 @@ def _is_instants(dtype: np.dtype, values: Any) -> bool:
     first = np.asarray(values[(0,) * values.ndim] if values.ndim else values).ravel()[0]
     return hasattr(first, "calendar")
 
-
+# %% ../../nbs/93_files.ipynb #5c9a9cf3
 def _instants(values: np.ndarray) -> np.ndarray:
     """Times as `datetime64`, if they are of the usual calendar; of another as they are, and numbers as numbers."""
     values = np.asarray(values)
@@ -62,7 +62,7 @@ def _calendar(values: np.ndarray) -> str:
     named = getattr(values.flat[0] if values.size else None, "calendar", "standard" if values.dtype.kind == "M" else "")
     return f"{named} before 1583" if values.dtype == object and named in ("standard", "gregorian", "proleptic_gregorian") else named
 
-
+# %% ../../nbs/93_files.ipynb #d9792c59
 def _same(one: np.ndarray, other: np.ndarray) -> bool:
     """Whether two arrays of coordinates of one shape are the same; times of two calendars never are."""
     one, other = _instants(one), _instants(other)
@@ -70,7 +70,7 @@ def _same(one: np.ndarray, other: np.ndarray) -> bool:
         return False
     return bool(np.all(one == other))
 
-
+# %% ../../nbs/93_files.ipynb #2fb9bd01
 def _times_along(array: xr.DataArray, dim: str, where: str) -> np.ndarray | None:
     """The times `(sample,)` of what a dimension counts: its own coordinate, or another along it."""
     found = [name for name, c in array.coords.items() if c.dims == (dim,) and _is_time(str(name), c)]
@@ -89,14 +89,14 @@ def _times_along(array: xr.DataArray, dim: str, where: str) -> np.ndarray | None
         raise doubt
     return None
 
-
+# %% ../../nbs/93_files.ipynb #738b23fc
 def _time_of_all(array: xr.DataArray, where: str) -> np.ndarray | None:
     """The one time of a file that says it once for all its states."""
     found = [name for name, c in array.coords.items() if c.ndim == 0 and _is_time(str(name), c)]
     name = min(found, key=lambda n: [*_TIMES, n].index(n), default=None)
     return None if name is None else _as_ordered(np.atleast_1d(_read(array.coords[name], where)), f"{where}: {name}")
 
-
+# %% ../../nbs/93_files.ipynb #beb97d97
 def _as_ordered(times: np.ndarray, where: str) -> np.ndarray | None:
     """Times that increase, or None for what has no order (names). Raises `ValueError` for those that do not increase."""
     times = _plain(_instants(times))
@@ -117,7 +117,7 @@ def _as_ordered(times: np.ndarray, where: str) -> np.ndarray | None:
         raise ValueError(f"{where}: expected times that increase, got {_time(after)} after {_time(before)}{hint}")
     return times
 
-
+# %% ../../nbs/93_files.ipynb #642a41e2
 def _time(value: object) -> str:
     """A time without the zeros at its end."""
     return re.sub(r"[T ]00:00:00$", "", re.sub(r"\.?0+$", "", str(value)) if "." in str(value) else str(value))
@@ -155,7 +155,7 @@ def _as_time(text: object, calendar: str, where: str) -> object:
     except (AttributeError, ValueError, OverflowError) as error:
         raise ValueError(f"{where}: expected a time such as 2020-01-30T18:00Z{f' of the calendar {calendar}' * bool(calendar)}, got {_brief(text)}") from error
 
-
+# %% ../../nbs/93_files.ipynb #bd0671db
 def _like(values: np.ndarray, known: np.ndarray, where: str) -> np.ndarray:
     """Times or labels, where they are text, as what they are compared with: instants of its calendar, or numbers."""
     values = np.atleast_1d(_plain(values))

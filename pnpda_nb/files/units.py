@@ -43,7 +43,7 @@ def conversion(one: str, other: str) -> tuple[float, float] | None:
     """
     return (1.0, 0.0) if same_units(one, other) else _converted(one.strip(), other.strip())
 
-
+# %% ../../nbs/93_files.ipynb #e02973c0
 @lru_cache(maxsize=1000)
 def _converted(one: str, other: str) -> tuple[float, float] | None:
     if not (_sober(one) and _sober(other)):
@@ -75,13 +75,13 @@ def _converted(one: str, other: str) -> tuple[float, float] | None:
         return None  # such as decibels
     return float(f"{factor:.15g}"), float(f"{zero:.13g}")  # what was lost in computing them
 
-
+# %% ../../nbs/93_files.ipynb #8da22885
 def _sober(units: str) -> bool:
     """Whether a text could be a unit: short, and without powers that nobody could compute."""
     powers = re.sub(r"^10(\*\*|\^)(?=[-+]?\d{1,2}(?!\d))", "", units)  # 10**-3 kg is one
     return len(units) <= 80 and not re.search(r"\d{17}|[\d.)]\s*(\*\*|\^)|(\*\*|\^)\s*[-+(]*\d{4}", powers)
 
-
+# %% ../../nbs/93_files.ipynb #13d90b64
 def _units(attributes: Mapping, where: str) -> str:
     """The attribute `units` as text, "" for none. Raises `ValueError`, naming `where`, for what cannot be units."""
     found = attributes.get("units")

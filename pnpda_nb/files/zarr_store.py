@@ -59,7 +59,7 @@ class _ZarrArray:
     def size(self) -> int:
         return math.prod(self.chunks) * (self.item or 8)
 
-
+# %% ../../nbs/93_files.ipynb #dd1828be
 class _ZarrContents(_Contents):
     """The descriptions in a Zarr store, all of them read and checked, and its arrays; chunks are checked when they are read."""
 
@@ -286,7 +286,7 @@ class _ZarrContents(_Contents):
         if found > most or (expected is not None and found != expected):
             raise self.refuse(f"expected {most} bytes in {what}, got {'more' if found > most else found}; is it whole?")
 
-
+# %% ../../nbs/93_files.ipynb #bec332d6
 def _zarr_item(kind: str | dict) -> int | None:
     """Bytes of one number of a type as Zarr names it; None for text of any length."""
     name, setting = (kind, {}) if isinstance(kind, str) else (kind["name"], kind.get("configuration") or {})
@@ -300,7 +300,7 @@ def _zarr_item(kind: str | dict) -> int | None:
         return np.dtype(name).itemsize
     raise ValueError(f"unknown type {name!r}")
 
-
+# %% ../../nbs/93_files.ipynb #772d46e7
 def _zarr_fill(value: object) -> object:
     """A fill value as Zarr writes it, or xarray beside it, as a number if it is one."""
     if isinstance(value, str):
@@ -310,7 +310,7 @@ def _zarr_fill(value: object) -> object:
             return None
     return value if isinstance(value, int | float) else None
 
-
+# %% ../../nbs/93_files.ipynb #3615703d
 def _unpacked_size(packer: str, setting: dict, data: bytes, most: int) -> int:
     """How many bytes packed ones will become, from what they say of themselves; those that say nothing are unpacked, but not beyond `most`."""
     if packer == "blosc":
@@ -339,7 +339,7 @@ def _unpacked_size(packer: str, setting: dict, data: bytes, most: int) -> int:
         raise ValueError("it ends too early or too late")
     return size
 
-
+# %% ../../nbs/93_files.ipynb #c465f116
 @cache
 def _checked_store() -> type:
     """A store of Zarr that reads only, serves the descriptions that were checked, and checks every chunk."""

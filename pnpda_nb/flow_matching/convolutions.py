@@ -72,7 +72,7 @@ def walls(dim: int, length: float) -> Tensor:
     near = torch.exp(-torch.arange(dim, dtype=torch.float32) / length)
     return torch.stack((near, near.flip(0)))
 
-
+# %% ../../nbs/17_seeing.ipynb #ad40ecd8
 class ConvolutionNetwork(FieldNetwork):
     """Residual dilated convolutions of one `width`, one block for each of `dilations`, for states on a "ring" or between
     "walls"; cost and memory are linear in the size of the state, and the same weights work for every size. Other arguments

@@ -52,7 +52,7 @@ def conditional_coupling(source: Tensor, analysis: Tensor, background: Tensor, b
     before, after = lengths.diagonal().mean(), lengths[own, index].mean()
     return Coupling(index, float((index != own).double().mean()), float(1 - after / before))
 
-
+# %% ../../nbs/09_flow_matching.ipynb #af3cac8a
 def _assignment(cost: np.ndarray) -> np.ndarray:
     """The cheapest pairing of rows and columns, by the solver that is quicker: from the present pairing, if that is
     nearly it, or if there are few; else by the network simplex.
@@ -166,12 +166,10 @@ class FlowPrior(PriorFile, kept_as="prior"):
             layout=header.get("layout"), attached=named("attached."),
         )  # fmt: skip
 
-
+# %% ../../nbs/09_flow_matching.ipynb #5bb0ee93
 def _coloured(noise: Tensor, factor: Tensor) -> Tensor:
     """White `noise` `(..., dim)` with the covariance FFᵀ, for a `factor` as that of `FlowPrior`."""
     return noise * factor if factor.ndim == 1 else noise @ factor.T
-
-
 
 # %% ../../nbs/09_flow_matching.ipynb #68202b45
 def flow_matching_loss(

@@ -164,12 +164,12 @@ def _size(*x: Tensor) -> Tensor:
     """The largest absolute value `(dim,)` in rows `(sample, dim)`."""
     return torch.stack([some.abs().amax(0) for some in x]).amax(0).double()
 
-
+# %% ../../nbs/94_priors.ipynb #7ecd933d
 def _varies(low: Tensor, high: Tensor, size: Tensor) -> Tensor:
     """Whether the least and the largest differ by more than the rounding of numbers of that `size`."""
     return high - low > 8 * torch.finfo(torch.float64).eps * size
 
-
+# %% ../../nbs/94_priors.ipynb #47109174
 class _Units:
     """Pairs of which only `location`, `scale`, `factor` and `units` are known, as those of a `FlowPrior`, and which variables are
     `constant` `(dim,)`.
@@ -220,7 +220,7 @@ class _Units:
             return b, ((analysis.double() - self.location) / self.scale).float()
         return b, ((analysis.double() - background.double()) / self.units).float()
 
-
+# %% ../../nbs/94_priors.ipynb #7e1f7bdf
 class _HeldPairs(_Units):
     """Pairs `(sample, dim)` that are all in memory, `held_out` of them for validation."""
 
@@ -268,7 +268,7 @@ class PairSource(Protocol):
 
     def read(self, first: int, last: int) -> tuple[Tensor, Tensor]: ...
 
-
+# %% ../../nbs/94_priors.ipynb #f89468e1
 @dataclass(frozen=True, eq=False)
 class TensorPairs:
     """The simplest `PairSource`: tensors `(sample, dim)`, which may be mapped from a file (`torch.from_file`)."""
@@ -334,7 +334,7 @@ class _RunningSample:
     def varies(self) -> Tensor:
         return _varies(self.low, self.high, self.size)
 
-
+# %% ../../nbs/94_priors.ipynb #6b14d5e2
 class _StreamedPairs(_Units):
     """Pairs of a `source`, of which at most `memory` bytes are held."""
 
@@ -412,7 +412,7 @@ class _StreamedPairs(_Units):
             end += len(some[0])
         return tuple(x[:end] for x in room)
 
-
+# %% ../../nbs/94_priors.ipynb #193bed7b
 def _read(source: PairSource, first: int, last: int) -> tuple[Tensor, Tensor]:
     """Some pairs of a source, which must be what they should be."""
     pairs, shape = source.read(first, last), (last - first, source.dim)

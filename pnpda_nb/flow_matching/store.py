@@ -47,7 +47,7 @@ def prior_bytes(kind: str, version: int, tensors: dict[str, Tensor], header: dic
     described += b" " * (-len(described) % 8)
     return sealed(len(described).to_bytes(8, "little") + described + content[8 + length :])
 
-
+# %% ../../nbs/94_priors.ipynb #68ea1ba2
 def read_prior_bytes(content: bytes, name: str, kind: str, newest: int) -> tuple[int, dict[str, Tensor], dict]:
     """The format's version, the tensors and the header of a prior of this `kind`, up to the version `newest`.
 
@@ -70,7 +70,7 @@ def read_prior_bytes(content: bytes, name: str, kind: str, newest: int) -> tuple
         raise ValueError(f"prior: {name} holds weights that are not finite")
     return version, tensors, header | {"written_by": written_by}
 
-
+# %% ../../nbs/94_priors.ipynb #769cdad1
 class PriorFile:
     """What all kinds of priors do with files. A subclass says its `newest` version, what `contents` a file of it has, and how it is
     `restored` from them; those that sweeps may keep say by what name of a format, `kept_as`.
@@ -115,7 +115,7 @@ class PriorFile:
         """
         return cls.from_bytes(_prior_content(path), str(path))
 
-
+# %% ../../nbs/94_priors.ipynb #4405d089
 def describe_prior(path: str | os.PathLike) -> dict:
     """What a prior file of any kind says it is, by its header.
 
@@ -142,7 +142,7 @@ def describe_prior(path: str | os.PathLike) -> dict:
             "bytes": len(content),
         }
 
-
+# %% ../../nbs/94_priors.ipynb #714e2d30
 @contextmanager
 def fitting_header(name: str | os.PathLike) -> Iterator[None]:
     """What goes wrong inside is one `ValueError`: the header of the prior file does not fit its contents."""
@@ -151,7 +151,7 @@ def fitting_header(name: str | os.PathLike) -> Iterator[None]:
     except (KeyError, IndexError, TypeError, RuntimeError, ValueError, AttributeError, ArithmeticError, SafetensorError) as error:
         raise ValueError(f"prior: {name} has a header that does not fit its contents ({type(error).__name__})") from error
 
-
+# %% ../../nbs/94_priors.ipynb #5d434a13
 def network_from(make: Callable[[], nn.Module], architecture: dict, tensors: dict[str, Tensor]) -> nn.Module:
     """The network that `make` builds (without drawing weights), with the weights `tensors`.
 
@@ -176,7 +176,7 @@ def _prior_content(path: str | os.PathLike) -> bytes:
     with naming(path, "read"):
         return Path(path).read_bytes()
 
-
+# %% ../../nbs/94_priors.ipynb #c379608c
 def _described(content: bytes, name: str) -> tuple[str, int, str, dict[str, str], dict[str, list[int]]]:
     """Kind, version and author of a prior file, all texts of its header, and the shapes of its tensors."""
     try:
@@ -191,7 +191,7 @@ def _described(content: bytes, name: str) -> tuple[str, int, str, dict[str, str]
         raise ValueError(f"prior: {name} is not a readable safetensors file (truncated: {len(content)} bytes where it says {8 + length + end})")
     return *_kind_of(name, metadata), metadata, shapes
 
-
+# %% ../../nbs/94_priors.ipynb #25f059e5
 def _kind_of(path: str, metadata: dict[str, str]) -> tuple[str, int, str]:
     """Kind, version and author of a prior file, by its header."""
     name = metadata.get("format", "")

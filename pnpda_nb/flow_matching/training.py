@@ -114,7 +114,7 @@ def _train(
         path.unlink(missing_ok=True)
     return state.prior(), pd.DataFrame(state.history)
 
-
+# %% ../../nbs/94_priors.ipynb #c7fb98e1
 def _read_checkpoint(path: Path, fingerprint: str) -> dict:
     memory = read_checkpoint(path)
     if memory.get("fingerprint") != fingerprint:
@@ -321,7 +321,7 @@ class _Training:
         self.beta = memory.get("beta", self.settings.beta)
         self.memory = memory
 
-
+# %% ../../nbs/94_priors.ipynb #5ed4cbc0
 def _copied(tree):
     """A deep copy of a state dictionary, tensors included."""
     if isinstance(tree, Tensor):

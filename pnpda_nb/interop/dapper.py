@@ -77,7 +77,7 @@ def dapper_model(hmm: Any) -> UserModel:
         raise ValueError(f"Dyn: expected a model that does not depend on time, got one that does ({_name(hmm)})")
     return UserModel(_DapperStep(dyn, dt), int(dyn.M), dt, numpy=True, name=_name(hmm))
 
-
+# %% ../../nbs/28_your_model.ipynb #625a315d
 def dapper_network(operator: Any, dim: int, gaussian: bool = False) -> ObservingNetwork:
     """A DAPPER observation `operator` of states of size `dim`, with its noise. Raises `ValueError` for noise that has no covariance, or a mean;
     with `gaussian`, for any that is not Gaussian.
@@ -95,7 +95,7 @@ def dapper_network(operator: Any, dim: int, gaussian: bool = False) -> Observing
     covariance = DiagonalCovariance(np.array(C.diag), "Obs.noise") if diagonal else Covariance(C.full, "Obs.noise")
     return ObservingNetwork(operator_from(operator, int(operator.M), dim), covariance)
 
-
+# %% ../../nbs/28_your_model.ipynb #c7185117
 def dapper_experiment(hmm: Any, cycles: int | None = None) -> TwinExperiment:
     """A DAPPER `HiddenMarkovModel` as a twin experiment: its model and noise, operator, start and intervals, for as many `cycles` as it has
     itself (`None`) or are asked for. Cycles inside its burn-in are not scored.
@@ -148,7 +148,7 @@ def _name(hmm) -> str:
     """The name of an experiment, by default the file that it is from."""
     return str(hmm.name).removesuffix(".py") or "DAPPER"
 
-
+# %% ../../nbs/28_your_model.ipynb #115ea269
 @contextlib.contextmanager
 def _same_luck() -> Iterator[None]:
     """Leave DAPPER's one random generator as it was."""
@@ -160,7 +160,7 @@ def _same_luck() -> Iterator[None]:
     finally:
         rng.bit_generator.state = state
 
-
+# %% ../../nbs/28_your_model.ipynb #9b61c6c5
 def _isotropic(name: str, variable, dim: int) -> tuple[np.ndarray, float]:
     """The mean `(dim,)` of a Gaussian random variable of DAPPER, and its variance, the same for all."""
     from dapper.tools.randvars import GaussRV
@@ -227,7 +227,7 @@ def _experiment_class() -> type:
 
     return PnPDA_nb
 
-
+# %% ../../nbs/28_your_model.ipynb #13da5469
 def _assimilate(xp, hmm, yy) -> None:
     """Our loop over DAPPER's model and observations; what is estimated goes to `xp.stats`."""
     from dapper.da_methods.ensemble import add_noise
@@ -296,7 +296,7 @@ def _assimilate(xp, hmm, yy) -> None:
         if xp.stats.store_s:
             assess(stretch.smoothed[0], k, ko, "s", stretch.weights)
 
-
+# %% ../../nbs/28_your_model.ipynb #73e5b0ae
 def _refuse(error: ValueError, state: Tensor) -> Tensor:
     raise error
 

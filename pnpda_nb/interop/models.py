@@ -42,7 +42,7 @@ def per_state(function: Callable) -> Callable:
 
     return batched
 
-
+# %% ../../nbs/28_your_model.ipynb #0b95b68b
 @dataclass(frozen=True)
 class UserModel(FunctionModel):
     """A `FunctionModel` that says what went wrong: `function` `(..., dim) -> (..., dim)`, or `(dim,) -> (dim,)` with `one_at_a_time`, over
@@ -141,7 +141,7 @@ class _RungeKutta:
             state = rk4(checked, state, self.dt / self.substeps)
         return state
 
-
+# %% ../../nbs/28_your_model.ipynb #40770e81
 def from_tendency(tendency: Callable, dim: int, dt: float, substeps: int = 1, **settings: Any) -> UserModel:
     """A model of dx/dt = `tendency(x)`, by `substeps` Runge-Kutta steps of order four in every `dt`; `settings` are those of `UserModel`.
     Raises `ValueError` for a tendency that cannot be called, fewer than one substep, and what `UserModel` raises; so does a step whose tendency has another

@@ -30,7 +30,7 @@ def ensemble_fields(background: Tensor, analysis: Tensor, increment: Tensor) -> 
     moved = analysis.mean(-2) - background.mean(-2)
     return torch.stack((background.std(-2), analysis.std(-2), moved), -2) / increment
 
-
+# %% ../../nbs/19_learned_means.ipynb #cb583ff2
 @dataclass(frozen=True, eq=False)
 class LearnedMean:
     """An ensemble `filter` whose mean is replaced by that of a `prior` with three extra fields, @eq-hybrid; `stretch` multiplies the

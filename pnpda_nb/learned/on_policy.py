@@ -45,7 +45,7 @@ class Lesson:
     seen: Sightings
     extra: Tensor | None = None
 
-
+# %% ../../nbs/18_on_policy.ipynb #cf60feac
 def lesson_loss(
     prior: AnalysisPrior, lesson: Lesson, generator: torch.Generator, *, start_fraction: float = 1.0, hidden: float = 0.0,
     likelihood: float = 0.05, scored: int = 32,
@@ -120,7 +120,7 @@ class OnPolicySettings:
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected zero or a positive number, got {getattr(self, name)}")
 
-
+# %% ../../nbs/18_on_policy.ipynb #e2c810f1
 class _Schedule:
     """A learning rate that warms up in a tenth of the steps (100 at most) and falls like a cosine."""
 
@@ -133,7 +133,7 @@ class _Schedule:
         self.optimiser.param_groups[0]["lr"] = self.rate * (warm * (1 + math.cos(math.pi * share)) / 2 + 1e-3)
         self.step_number += 1
 
-
+# %% ../../nbs/18_on_policy.ipynb #03ca7eab
 class OnPolicyTraining:
     """Everything that changes while `prior` is trained on `record`, in the hands of `policy`, a function that makes a method of
     a prior. A method with an attribute `lesson(background, seen, generator)` chooses itself what is learned from an ensemble.
@@ -335,7 +335,7 @@ class OnPolicyTraining:
         self.generator.set_state(memory["generator"])
         self.times, self.runs, self.state, self.networks = memory["trajectories"]
 
-
+# %% ../../nbs/18_on_policy.ipynb #9697fe9e
 def _trainable(prior: AnalysisPrior, gradient: bool = True) -> AnalysisPrior:
     network = copy.deepcopy(prior.network).requires_grad_(gradient)
     return AnalysisPrior(network, prior.location, prior.scale, prior.increment, prior.architecture, prior.training)
@@ -416,7 +416,7 @@ def train_on_policy(
         path.unlink(missing_ok=True)
     return trained, pd.DataFrame(training.history)
 
-
+# %% ../../nbs/18_on_policy.ipynb #197cfffa
 def _fingerprint(prior: AnalysisPrior, record, method: Method, settings: OnPolicySettings, seed: int, members: int) -> str:
     """Everything that a training depends on, as one digest."""
     plain = [dataclasses.asdict(settings), prior.architecture, seed, members, type(method).__name__, repr(method)]

@@ -152,7 +152,7 @@ class AnalysisPrior(PriorFile, kept_as="analysis_prior"):
         units = [tensors[name] for name in ("location", "scale", "increment")]
         return cls(network.eval().requires_grad_(False), *units, architecture, header["training"])
 
-
+# %% ../../nbs/17_seeing.ipynb #aee852f7
 def _network(architecture: dict, generator: torch.Generator | None) -> FieldNetwork:
     channels, outputs = _FIELDS + architecture["extra"], 2 + architecture["rank"]
     size = {k: tuple(v) if isinstance(v, list) else v for k, v in architecture["size"].items()}
@@ -160,8 +160,6 @@ def _network(architecture: dict, generator: torch.Generator | None) -> FieldNetw
         return DenseNetwork(channels, outputs, generator, dim=architecture["dim"], **size)
     kind = PyramidNetwork if "levels" in size else ConvolutionNetwork
     return kind(channels, outputs, generator, boundary=architecture["geometry"], **size)
-
-
 
 # %% ../../nbs/17_seeing.ipynb #01d44745
 class LearnedDenoiser(Denoiser):
@@ -182,7 +180,7 @@ class LearnedDenoiser(Denoiser):
     def velocity(self, x: Tensor, tau: float) -> Tensor:
         return velocity_from_denoised(x, self(x, tau), tau)
 
-
+# %% ../../nbs/17_seeing.ipynb #9f105158
 @dataclass(frozen=True, eq=False)
 class SeeingPrior:
     """An `AnalysisPrior` to which observations have been shown: a `Prior` like any other."""
@@ -201,7 +199,7 @@ class SeeingPrior:
     def __call__(self, background: Tensor) -> LearnedDenoiser:
         return LearnedDenoiser(self.prior, background, self.seen)
 
-
+# %% ../../nbs/17_seeing.ipynb #3a894f79
 @dataclass(frozen=True, eq=False)
 class BlindPrior:
     """An `AnalysisPrior` to which nothing is shown, whatever there is to see: the paper's kind of prior."""

@@ -61,7 +61,7 @@ class RandomNetworks:
             mask[i, torch.as_tensor(sites)], error[i] = True, deviation
         return mask, error.expand(-1, self.dim).where(mask, 0.0)
 
-
+# %% ../../nbs/18_on_policy.ipynb #2d81e791
 class TruthRecord:
     """A nature run of `experiment` to learn from, `cycles` observation times of `runs` truths of their own; seen by the
     experiment's network, or by `networks`.
@@ -115,7 +115,7 @@ def observed_record(
     dims = {"target": ("cycle", "run", "variable"), "analysis": ("cycle", "run", "variable"), "observations": ("cycle", "run", "seen")}
     return xr.Dataset({name: (dims[name], x.transpose("cycle", "run", ...).values) for name, x in fields.items()})
 
-
+# %% ../../nbs/18_on_policy.ipynb #74d7dd0b
 class ObservedRecord:
     """A record to learn from that knows nothing of nature: an `observed_record` of `experiment`."""
 
@@ -141,7 +141,7 @@ class ObservedRecord:
         seen = on_grid(self.observe(times, runs, None, None), state.shape[-1])[:, 0]
         return (seen.value - state).where(seen.mask, 0.0)
 
-
+# %% ../../nbs/18_on_policy.ipynb #1178c8e0
 class Records:
     """Several records as one, whose runs follow each other: with networks of their own, say. All have the same number of times."""
 

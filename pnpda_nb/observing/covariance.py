@@ -93,7 +93,7 @@ class Covariance:
         cut.__dict__["largest_precision"] = self.largest_precision
         return cut
 
-
+# %% ../../nbs/02_observing.ipynb #c89e2cc0
 def _check_variances(variances: Tensor, message: str) -> None:
     """Raise `ValueError` for variances that are not positive, or so small that their inverse is not finite."""
     wrong = ~(torch.isfinite(variances) & (variances > 0) & torch.isfinite(1 / variances))
@@ -157,7 +157,7 @@ class DiagonalCovariance(Covariance):
         cut._variances = variances
         return cut
 
-
+# %% ../../nbs/02_observing.ipynb #f9da56e4
 def _beside(values: Tensor, leading: int) -> Tensor:
     """Batched `values` `(..., size)` with a member axis if what they meet has one."""
     return values.unsqueeze(-2) if 1 < values.ndim == leading else values

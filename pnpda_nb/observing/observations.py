@@ -69,7 +69,7 @@ class Observations:
         """
         return -self.operator.adjoint(state, self.covariance.solve(self.innovation(state)))
 
-
+# %% ../../nbs/02_observing.ipynb #f01f0330
 @dataclass(frozen=True, eq=False)
 class ObservingNetwork:
     """An operator with the covariance of its errors; `observe` shows it states. A fraction `missing`
@@ -128,7 +128,7 @@ class Sightings:
         object.__setattr__(seen, "covariance", DiagonalCovariance._unchecked(variances))
         return seen
 
-
+# %% ../../nbs/02_observing.ipynb #cad817bb
 def on_grid(observations: Observations | Sightings, dim: int) -> Sightings:
     """What `observations` `(run, size)` of single variables show on a grid of size `dim`, beside members: `(run, 1, dim)`.
 

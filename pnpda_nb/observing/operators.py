@@ -78,7 +78,7 @@ class Select:
     def adjoint(self, state: Tensor, misfit: Tensor) -> Tensor:
         return torch.zeros_like(state).index_copy(-1, self._index.to(state.device), misfit)
 
-
+# %% ../../nbs/02_observing.ipynb #3e3f0776
 def _sized(state: Tensor, dim: int) -> Tensor:
     if state.shape[-1] != dim:
         raise ValueError(f"state: expected size {dim}, got {state.shape[-1]}")
@@ -273,7 +273,7 @@ class NumpyOperator:
     def adjoint(self, state: Tensor, misfit: Tensor) -> Tensor:
         return (misfit.unsqueeze(-2) @ self.jacobian(state)).squeeze(-2)
 
-
+# %% ../../nbs/02_observing.ipynb #893809ad
 def operator_from(function: Callable[[np.ndarray], np.ndarray], size: int, dim: int, most: int = 4096) -> Operator:
     """`function` of arrays, `(n, dim) -> (n, size)`, as the simplest operator that it is: `Select`, `Linear` or `NumpyOperator`. It is tried
     on states of many magnitudes. Nothing is tried in more than `most` dimensions. Raises `ValueError` for a function that raises anything, or returns

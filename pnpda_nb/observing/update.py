@@ -66,7 +66,7 @@ def _linearised(x: Tensor, observations: Observations) -> Tensor:
         return operator.jacobian(x)
     return _beside_members(operator.jacobian(x.new_zeros(x.shape[-1])))
 
-
+# %% ../../nbs/92_engine.ipynb #196993a6
 def _selection(x: Tensor, observations: Observations) -> tuple[Tensor | None, Tensor | float]:
     """Which components are observed (None if it is not as simple as that), and 1 for those present, 0 for missing."""
     operator, present = observations.operator, 1.0
@@ -76,7 +76,7 @@ def _selection(x: Tensor, observations: Observations) -> tuple[Tensor | None, Te
         return None, present
     return torch.tensor(operator.indices, dtype=torch.long, device=x.device), present
 
-
+# %% ../../nbs/92_engine.ipynb #e560fa25
 def _kalman(x: Tensor, observations: Observations, HB: Tensor, HBH: Tensor) -> Tensor:
     """@eq-kalman-step, from H B `(..., size, dim)` and H B Hᵀ."""
     S = HBH + _beside_members(observations.covariance.matrix).to(x)
@@ -89,7 +89,7 @@ def _kalman(x: Tensor, observations: Observations, HB: Tensor, HBH: Tensor) -> T
         weight = torch.linalg.solve_ex(S, innovation.unsqueeze(-1)).result.mT
     return x + (weight @ HB).squeeze(-2)
 
-
+# %% ../../nbs/92_engine.ipynb #37a2d92b
 @dataclass(frozen=True, eq=False)
 class DenseError:
     """An `ErrorCovariance` given as a symmetric positive definite `matrix` `(..., dim, dim)`, whose leading axes go with
@@ -110,7 +110,7 @@ class DenseError:
         HB = B.index_select(-2, index)
         return _kalman(x, observations, HB, HB.index_select(-1, index))
 
-
+# %% ../../nbs/92_engine.ipynb #064f5521
 @dataclass(frozen=True, eq=False)
 class FactoredError:
     """An `ErrorCovariance` L Lᵀ + diag(d), from a `factor` L `(..., dim, rank)` (None for none) and a `diagonal` d
@@ -158,7 +158,7 @@ class FactoredError:
             weight = torch.linalg.solve_ex(S, innovation.mT).result.mT
         return x + (weight @ HL) @ L.T + d * observations.operator.adjoint(x, weight)
 
-
+# %% ../../nbs/92_engine.ipynb #d87f289e
 def _interpolation(observations: Observations) -> csr_array | None:
     """The operator as a sparse matrix if it is an `Interpolate` with independent errors."""
     operator = observations.operator
@@ -174,7 +174,7 @@ def _interpolation(observations: Observations) -> csr_array | None:
 def _root(taper: Tensor) -> Tensor:
     return torch.linalg.cholesky(taper + 1e-9 * torch.eye(len(taper), dtype=taper.dtype))
 
-
+# %% ../../nbs/92_engine.ipynb #ce382ecc
 @dataclass(frozen=True, eq=False)
 class Residual:
     """The covariance of what a denoiser leaves open, @eq-pseudo: `factor` `(..., dim, rank)`, `diagonal` `(..., dim)` and

@@ -83,7 +83,7 @@ def survey(source: PairSource, trained: int, memory: int = 256_000_000, progress
         raise ValueError(f"archive: expected analyses that differ from the backgrounds by something that changes, got none in {trained} pairs")
     return unit, *values
 
-
+# %% ../../nbs/29_your_files.ipynb #68d305f2
 def _named(positions: Tensor | np.ndarray, layout: Layout, most: int = 3) -> str:
     """The first few of some positions in a state, by name."""
     names, starts = [], np.cumsum([0] + [f.size for f in layout.fields])
@@ -94,7 +94,7 @@ def _named(positions: Tensor | np.ndarray, layout: Layout, most: int = 3) -> str
         names.append(spec.title + (f"[{','.join(map(str, index))}]" if spec.shape else ""))
     return ", ".join(names) + ("" if len(positions) <= most else ", …")
 
-
+# %% ../../nbs/29_your_files.ipynb #4464c1af
 def _check_pairs(background: Tensor, analysis: Tensor, dim: int | None = None) -> None:
     """Raise `ValueError` for what are not finite pairs `(sample, dim)`."""
     if background.ndim != 2 or background.shape != analysis.shape or not len(analysis) or dim not in (None, analysis.shape[1]):
@@ -128,7 +128,7 @@ class Fixed:
     def __call__(self, background: Tensor) -> Callable[[Tensor, float], Tensor]:
         return lambda x, tau: self.mean(background)
 
-
+# %% ../../nbs/29_your_files.ipynb #b410c5b8
 def attach_errors(prior: FlowPrior, background: Tensor, analysis: Tensor, generator: torch.Generator, rank: int = 64) -> FlowPrior:
     """The same prior with the covariance of its errors attached, at the pseudo-times `TAUS`, from pairs `(sample, dim)` that
     it was not trained on: at most `rank` directions, no more than a fifth of the pairs can tell, and the rest's variances. Where
@@ -153,7 +153,7 @@ def attach_errors(prior: FlowPrior, background: Tensor, analysis: Tensor, genera
         residual_diagonal=torch.stack([e.diagonal for e in errors]),
     )
 
-
+# %% ../../nbs/29_your_files.ipynb #1898a91e
 def _with(prior: FlowPrior, layout: Mapping | None = None, **attached: Tensor) -> FlowPrior:
     """The same prior with more attached, and perhaps with more known of its layout."""
     same = {"factor": prior.factor, "units": prior.units, "layout": prior.layout if layout is None else layout}
@@ -161,7 +161,7 @@ def _with(prior: FlowPrior, layout: Mapping | None = None, **attached: Tensor) -
         prior.network, prior.location, prior.scale, prior.architecture, prior.training, attached=prior.attached | attached, **same
     )
 
-
+# %% ../../nbs/29_your_files.ipynb #d676c807
 def attached_unit(prior: FlowPrior) -> Tensor | None:
     """The standard deviations of the increments that a prior was trained on, 0 where they never change, if it says so; else None.
 
@@ -172,7 +172,7 @@ def attached_unit(prior: FlowPrior) -> Tensor | None:
         raise ValueError(f"prior: expected {prior.dim} attached standard deviations of increments, got something else")
     return unit
 
-
+# %% ../../nbs/29_your_files.ipynb #75be2ae9
 def attached_errors(prior: FlowPrior) -> ResidualCovariance | None:
     """The error covariances that `attach_errors` attached, or None."""
     if "residual_taus" not in prior.attached:

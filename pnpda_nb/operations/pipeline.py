@@ -71,7 +71,7 @@ class Trained:
     history: pd.DataFrame
     calibration: Calibration
 
-
+# %% ../../nbs/29_your_files.ipynb #c57498a7
 def train_archive(
     source: PairSource,
     settings: TrainingSettings | None = None,
@@ -102,12 +102,12 @@ def train_archive(
     prior = choose_iterations(prior, trained, measured, stream(seed, "iterations"))
     return Trained(prior, history, calibrate(prior, trained, tested, stream(seed, "calibration"), memory))
 
-
+# %% ../../nbs/29_your_files.ipynb #0b636707
 def _check_seed(seed: int) -> None:
     if not isinstance(seed, Integral) or isinstance(seed, bool) or not abs(seed) < 2**63:
         raise ValueError(f"seed: expected a whole number of at most 63 bits, got {seed!r}")
 
-
+# %% ../../nbs/29_your_files.ipynb #d8900fa6
 def _silent(prior: FlowPrior, constant: Tensor) -> FlowPrior:
     """The same prior, whose flow, if it starts at the background, stays there in the variables that are `constant`, exactly."""
     if prior.factor is not None and constant.any():
@@ -117,7 +117,7 @@ def _silent(prior: FlowPrior, constant: Tensor) -> FlowPrior:
                     x[constant] = 0
     return prior
 
-
+# %% ../../nbs/29_your_files.ipynb #2a7c26d6
 def _held(layout: Mapping | None, low: Tensor, high: Tensor) -> dict | None:
     """The record of a layout that also says between which values each variable was."""
     if layout is None:

@@ -133,7 +133,7 @@ def _markdown(text: object) -> str:
     words = re.sub(r"([\\`*_{}\[\]|~$^#@!])", r"\\\1", words)
     return re.sub(r"^(\d*)([-+=:.)])(?=[-=\s]|$)", r"\1\\\2", words)  # nor a list or a line at its beginning
 
-
+# %% ../../nbs/29_your_files.ipynb #cc45294f
 def _cells(table: pd.DataFrame) -> list[list[str]]:
     """The names of the columns of a table, and its rows, as text."""
 
@@ -151,7 +151,7 @@ def _label(text: object, longest: int = 60) -> str:
     words = "".join(c if ord(c) in letters else "?" for c in _words(text))
     return words if len(words) <= longest else words[: longest - 1] + "…"
 
-
+# %% ../../nbs/29_your_files.ipynb #5bdae2a6
 def report_suffix(path: str | os.PathLike) -> str:
     """The suffix of a report's file, or a `ValueError` if it is none that can be written."""
     suffix = Path(path).suffix.lower()
@@ -200,7 +200,7 @@ def verdict(calibration: Calibration) -> str:
         said = f"With this prior analyses were WORSE than with the best of the others ({best}): train longer or on more pairs, or do without it."
     return f"{said} {rest}".strip()
 
-
+# %% ../../nbs/29_your_files.ipynb #c232ab3a
 def training_report(trained: Trained, name: str) -> Report:
     """The report of a training on the archive `name`: learning curve, and its calibration."""
     prior, history, calibration = trained.prior, trained.history, trained.calibration
@@ -220,7 +220,7 @@ def training_report(trained: Trained, name: str) -> Report:
     report.figure(draw_ranks(calibration.ranks), "How often an analysis has each rank among samples of the prior. Level is right; a U means too little spread, a hill too much.")
     return report
 
-
+# %% ../../nbs/29_your_files.ipynb #eb340680
 def draw_training(history: pd.DataFrame) -> Figure:
     """The losses of a training by epoch; the first twentieth of the epochs may leave the frame."""
     figure, ax = plt.subplots(figsize=(7, 2.8), layout="constrained")
@@ -231,7 +231,7 @@ def draw_training(history: pd.DataFrame) -> Figure:
     ax.legend(frameon=False)
     return figure
 
-
+# %% ../../nbs/29_your_files.ipynb #ff0f8375
 def draw_ranks(ranks: np.ndarray) -> Figure:
     """How often each rank occurs, in units of what is expected."""
     figure, ax = plt.subplots(figsize=(7, 2.4), layout="constrained")
@@ -265,7 +265,7 @@ def innovations(states: States, analysis: Tensor, sightings: Sightings) -> pd.Da
         rows.append(row)
     return pd.DataFrame(rows)
 
-
+# %% ../../nbs/29_your_files.ipynb #b2e2b826
 def assimilation_report(
     prior: FlowPrior, states: States, analysis: Tensor, sightings: Sightings, name: str, how: str = ""
 ) -> Report:
@@ -290,7 +290,7 @@ def assimilation_report(
         report.figure(draw_increments(spec, states, analysis, sightings), f"Increments (analysis − background) of {spec.title} in the first state, and where it was seen.")
     return report
 
-
+# %% ../../nbs/29_your_files.ipynb #ac6b74cc
 def draw_increments(spec: Field, states: States, analysis: Tensor, sightings: Sightings) -> Figure:
     """Increments of one field in the first state: a line over one dimension, a map over two, of more the mean over the
     first ones; crosses are stations.
@@ -329,7 +329,7 @@ def draw_increments(spec: Field, states: States, analysis: Tensor, sightings: Si
     ax.set_ylabel(beside, parse_math=False)
     return figure
 
-
+# %% ../../nbs/29_your_files.ipynb #1107c58a
 def _ticks(axis: Axis | None, size: int) -> np.ndarray:
     """Where the points of an axis are drawn: at their coordinates, if these go one way, else one after the other."""
     places = np.array(axis.values, "float64") if axis is not None and axis.numeric and len(axis.values) == size else np.arange(float(size))

@@ -82,7 +82,7 @@ def pseudo_observations(
     network = ObservingNetwork(Select(tuple(seen.tolist()), analysis.shape[-1]), DiagonalCovariance((unit[seen] / 3) ** 2))
     return network.observe(analysis, generator)
 
-
+# %% ../../nbs/29_your_files.ipynb #4fd14a21
 def _error(x: Tensor, analysis: Tensor, unit: Tensor | float = 1.0) -> tuple[float, float]:
     """Root of the mean squared distance, in `unit`s, and the standard error of that over samples (nan for a single one)."""
     each = ((x - analysis) / unit).square().mean(-1)
@@ -94,7 +94,7 @@ def _bar(each: Tensor) -> float:
     """The standard error of the mean of some numbers, nan for a single one."""
     return float(each.std()) / len(each) ** 0.5 if len(each) > 1 else math.nan
 
-
+# %% ../../nbs/29_your_files.ipynb #c8fc765b
 def at_a_time(method: PnPDA, members: int, dim: int) -> int:
     """How many states `(members, dim)` to analyse together, so that they and their noise take some tens of megabytes."""
     one = members * method.ensemble * method.draws * dim
@@ -115,7 +115,7 @@ def scored(background: Tensor, analysis: Tensor, unit: Tensor) -> Tensor:
         raise ValueError("archive: expected points that change in the pairs that are set aside, as they do in those of training, got none")
     return points
 
-
+# %% ../../nbs/29_your_files.ipynb #81298e00
 def trial(
     prior: FlowPrior,
     trained: Part,
@@ -170,7 +170,7 @@ def trial(
     table = pd.DataFrame(rows, columns=["analysis", "error", "±", "pairs", "note"])
     return table if table.note.any() else table.drop(columns="note")
 
-
+# %% ../../nbs/29_your_files.ipynb #4a14cda0
 def _row(name: str, way: Callable[[], Tensor] | str, analysis: Tensor, points: Tensor, unit: Tensor) -> tuple:
     """A row of the trial, from what makes the analyses, or from the reason why they cannot be made."""
     if isinstance(way, str):
@@ -284,7 +284,7 @@ class Calibration:
     pairs: int
     notes: tuple[str, ...] = ()
 
-
+# %% ../../nbs/29_your_files.ipynb #9f3ef2b7
 def calibrate(prior: FlowPrior, trained: Part, tested: Part, generator: torch.Generator, memory: int = 256_000_000) -> Annotated[Calibration, GAPS]:
     """Put the three questions to a prior with errors attached; 19 samples are drawn for each of up to 200 of the tested pairs.
 
@@ -328,11 +328,11 @@ def calibrate(prior: FlowPrior, trained: Part, tested: Part, generator: torch.Ge
     tried = trial(prior, trained, tested, generator, sorted({1, plug_and_play(prior).iterations}), line)
     return Calibration(pd.DataFrame(rows), tried, ranks, coverage, len(analysis), _left_out(unit, points, layout))
 
-
+# %% ../../nbs/29_your_files.ipynb #fb6a730b
 def _layout(prior: FlowPrior) -> Layout:
     return Layout.plain(prior.dim) if prior.layout is None else layout_from_record(prior.layout)
 
-
+# %% ../../nbs/29_your_files.ipynb #f1dca565
 def _left_out(unit: Tensor, points: Tensor, layout: Layout) -> tuple[str, ...]:
     """What is to be said of points that do not change, in training or in the test."""
     never, late = (unit == 0).nonzero().flatten(), ((unit > 0) & ~points).nonzero().flatten()

@@ -36,7 +36,7 @@ def _pixels(figure: Figure) -> Image.Image:
     plt.close(figure)
     return Image.open(drawn).convert("RGB")
 
-
+# %% ../../nbs/98_plotting.ipynb #55e3dfb9
 def _addresses(pictures: Sequence[Image.Image], colours: int) -> list[str]:
     """Pictures of one size as addresses ("data:…") with one palette of so many `colours`; the same pictures give the same."""
     width, height = pictures[0].size
@@ -69,6 +69,8 @@ _STYLE = """
 .explorer :focus-visible{outline:2px solid #56b4e9;outline-offset:2px}
 @media (max-width:40rem){.explorer .settings>div{position:relative}.explorer label,.explorer label span,.explorer input{flex-basis:100%}.explorer output{position:absolute;top:0;right:0;flex:none}.explorer label span{padding-right:6rem}}
 """
+
+# %% ../../nbs/98_plotting.ipynb #0f369f7c
 _SCRIPT = """
 (() => {
   const others = FRAMES;
@@ -117,11 +119,11 @@ _SCRIPT = """
 })();
 """
 
-
+# %% ../../nbs/98_plotting.ipynb #d34bf3cd
 def _words(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
-
+# %% ../../nbs/98_plotting.ipynb #c9642c42
 def _page(frames: Sequence[tuple[str, str]], size: tuple[int, int], settings: Sequence[tuple[str, Sequence[str]]]) -> str:
     """HTML of an explorer from the description and address of each frame, and the name of each setting with words for its values."""
     key = hashlib.sha256(json.dumps([frames, settings]).encode()).hexdigest()[:12]
@@ -184,7 +186,7 @@ def explore(
     settings = [(names[name], [_words(value) for value in values]) for name, values in choices.items()]
     return HTML(_page(frames, pictures[0].size, settings))
 
-
+# %% ../../nbs/98_plotting.ipynb #ccffacbd
 def _live(
     draw: Callable[..., Figure],
     describe: Callable[[dict], str],

@@ -87,7 +87,7 @@ class Constraint:
         of = f"of shape {tuple(of.shape)}" if isinstance(of, Tensor) and of.numel() > 1 else of
         return f"{type(self).__name__}(level {of}{'' if self.metric is None else ', with a metric'})"
 
-
+# %% ../../nbs/32_laws.ipynb #19a4ff7c
 def _metric(metric: Covariance | None, dim: int) -> Tensor:
     if metric is not None and metric.size != dim:
         raise ValueError(f"metric: expected size {dim} as the state's, got {metric.size}")
@@ -109,7 +109,7 @@ def _balanced(matrix: Tensor) -> Tensor:
         matrix = matrix / size.where(size > 0, 1.0)
     return matrix
 
-
+# %% ../../nbs/32_laws.ipynb #42f38d9a
 @dataclass(frozen=True, eq=False, repr=False)
 class LinearConstraint(Constraint):
     """`matrix` `(count, dim)` times x is `level`: projected in closed form. Raises `ValueError` for rows that depend on
@@ -140,7 +140,7 @@ def _semidefinite(A: Tensor) -> bool:
     balanced = A / unit / unit[:, None]
     return bool((A.diagonal() >= 0).all() and not A[size == 0].any() and torch.linalg.eigvalsh(balanced)[0] >= -1e-12)
 
-
+# %% ../../nbs/32_laws.ipynb #9b17557d
 @dataclass(frozen=True, eq=False, repr=False)
 class QuadraticConstraint(Constraint):
     """xᵀ `matrix` x is `level` > 0, for a positive semidefinite `matrix` `(dim, dim)`: projected to the nearest point of the

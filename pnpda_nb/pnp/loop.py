@@ -124,7 +124,7 @@ class _PlugAndPlay:
             states = states.unflatten(-2, (-1, self.ensemble)).mean(-2)
         return states
 
-
+# %% ../../nbs/10_pnp.ipynb #10b40f54
 @dataclass(frozen=True, eq=False)
 class PnPDA(_PlugAndPlay):
     """Plug-and-play data assimilation, Algorithm 1 of PnP-DA (3D), with any `prior` of the

@@ -51,7 +51,7 @@ def archive_part(settings: dict) -> xr.Dataset:
     options = {k: settings[k] for k in ("members", "runs", "seed", "pairs", "targets")}
     return make_archive(experiment, build_method(experiment, settings["method"]), **options)
 
-
+# %% ../../nbs/95_studies.ipynb #f75dfe21
 def archive_task(
     testbed: Mapping, method: Mapping, *, members: int, runs: int, seed: int, pairs: str = "means", targets: str = "analysis",
     name: str = "archive", cost: float = 10.0,
@@ -60,7 +60,7 @@ def archive_task(
     settings = {"members": members, "runs": runs, "seed": seed, "pairs": pairs, "targets": targets}
     return Task(name, archive_part, {"testbed": dict(testbed), "method": dict(method)} | settings, cost=cost)
 
-
+# %% ../../nbs/95_studies.ipynb #9815f11f
 def archive_file_part(settings: dict) -> xr.Dataset:
     """An archive that somebody else made; raises `ValueError` for states of another size."""
     _require_digest(settings)
@@ -71,7 +71,7 @@ def archive_file_part(settings: dict) -> xr.Dataset:
         )
     return archive
 
-
+# %% ../../nbs/95_studies.ipynb #88169e01
 def prior_file_part(settings: dict) -> FlowPrior:
     """A prior that somebody else trained; raises `ValueError` for states of another size."""
     _require_digest(settings)
@@ -86,7 +86,7 @@ def _require_digest(settings: dict) -> None:
     if found != settings["digest"]:
         raise ValueError(f"{settings['path']}: the file is not the one that the sweep was planned with")
 
-
+# %% ../../nbs/95_studies.ipynb #fed0e1ba
 def file_task(kind: str, path: str, dim: int) -> Task:
     """A task that reads an "archive" or a "prior" of states of size `dim` from a file of the user's; its key depends on
     what is in the file. Raises `FileNotFoundError` for none.
@@ -111,7 +111,7 @@ def prior_part(settings: dict, archive: xr.Dataset, checkpoint: str | None = Non
     options = {"seed": settings["seed"], "checkpoint": checkpoint}
     return train_prior(background, analysis, TrainingSettings(**training), **options)[0]
 
-
+# %% ../../nbs/95_studies.ipynb #7c94faf6
 def readable(checkpoint: str) -> bool:
     """Whether a file is a whole checkpoint of a training, or is not there."""
     if not Path(checkpoint).is_file():
@@ -122,7 +122,7 @@ def readable(checkpoint: str) -> bool:
         return False
     return True
 
-
+# %% ../../nbs/95_studies.ipynb #3c1010d4
 def prior_task(
     archive: Task, training: TrainingSettings, *, seed: int, pairs: int = 0, name: str = "prior", cost: float = 30.0
 ) -> Task:
@@ -146,7 +146,7 @@ def tuning_part(settings: dict, **learned: Any) -> dict:
     )
     return {"setting": tuned.setting, "tried": tuned.table.to_dict("records")}
 
-
+# %% ../../nbs/95_studies.ipynb #8b13dcd2
 def tuning_task(
     testbed: Mapping, method: Mapping, grid: Mapping[str, Sequence], *, members: int = 1, runs: int, seed: int,
     metric: str = "step_rmse", needs: Mapping[str, Task] | None = None, name: str = "tuning", cost: float = 10.0,
@@ -183,7 +183,7 @@ def record_part(settings: dict, tuned: dict | None = None) -> xr.Dataset:
     options = {k: settings[k] for k in ("members", "runs", "cycles", "seed", "smoothed")}
     return observed_record(experiment, build_method(experiment, settings["method"], tuned=tuned), **options)
 
-
+# %% ../../nbs/95_studies.ipynb #2082b872
 def record_task(
     testbed: Mapping, method: Mapping, *, members: int, runs: int, cycles: int, seed: int, smoothed: bool, tuned: Task | None = None,
     name: str = "record", cost: float = 30.0,
@@ -193,7 +193,7 @@ def record_task(
     needs = {"tuned": tuned} if tuned else {}
     return Task(name, record_part, {"testbed": dict(testbed), "method": dict(method)} | settings, needs, cost=cost)
 
-
+# %% ../../nbs/95_studies.ipynb #122e3168
 def learning_part(settings: dict, checkpoint: str | None = None, start: AnalysisPrior | None = None, **records: Any) -> AnalysisPrior:
     """A prior trained where it is used, on a nature run or on `records`: see `train_on_policy`."""
     if checkpoint and not readable(checkpoint):
@@ -238,7 +238,7 @@ def learning_part(settings: dict, checkpoint: str | None = None, start: Analysis
         seed=settings["seed"], checkpoint=checkpoint,
     )[0]  # fmt: skip
 
-
+# %% ../../nbs/95_studies.ipynb #9b343343
 def learning_task(
     testbeds: Sequence[Mapping], policy: Mapping, training: OnPolicySettings, *, seed: int, network: Mapping | None = None,
     truth: Mapping | None = None, records: Sequence[Task] = (), networks: Mapping | None = None, start: Task | None = None,
@@ -277,19 +277,19 @@ def costed_part(settings: dict, **learned: Any) -> xr.Dataset:
         result["spread_skill"] = np.sqrt((n + 1) / n * result.variance / result.squared_error)
     return result.assign({name: ("run", np.full(result.sizes["run"], float(value))) for name, value in cost.items()})
 
-
+# %% ../../nbs/95_studies.ipynb #a354c5ee
 @lru_cache(maxsize=4)
 def _nature(testbed: str, runs: int, seed: int) -> list:
     return list(watch_nature(experiment_of(json.loads(testbed)), runs, seed, "test"))
 
-
+# %% ../../nbs/95_studies.ipynb #13f9e6d1
 def passes(method: Mapping, members: int) -> int:
     """How often a method asks its network in one analysis, counted per state."""
     if method["name"] == "learned_mean":
         return 1
     return members * method.get("iterations", 1) * method.get("draws", 1) * method.get("ensemble", 1)
 
-
+# %% ../../nbs/95_studies.ipynb #a4a11943
 def costed_task(
     testbed: Mapping, method: Mapping, *, members: int = 1, runs: int, seed: int, prior: Task | None = None, tuned: Task | None = None,
     archive: Task | None = None, name: str = "", cost: float = 5.0,

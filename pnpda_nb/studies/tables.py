@@ -30,7 +30,7 @@ def conditional_scores(results: Mapping[tuple[str, str], xr.Dataset]) -> pd.Data
     table.attrs["of"] = max(result.sizes["run"] for result in results.values())
     return table
 
-
+# %% ../../nbs/95_studies.ipynb #76767204
 def stack_runs(results: Mapping[tuple[str, str], xr.Dataset]) -> xr.Dataset:
     """The scores of every run, the main ones by (case, run), with the `condition` and `scheme` of every case: small, and
     enough for paired differences.
@@ -40,7 +40,7 @@ def stack_runs(results: Mapping[tuple[str, str], xr.Dataset]) -> xr.Dataset:
     conditions, schemes = zip(*results)
     return xr.Dataset(rows, coords={"condition": ("case", list(conditions)), "scheme": ("case", list(schemes))})
 
-
+# %% ../../nbs/95_studies.ipynb #049cb826
 def stack_cases(results: Mapping[tuple[str, str], xr.Dataset]) -> xr.Dataset:
     """Everything that is kept per cycle, of results by (condition, method), along `case`; nan beyond the last cycle of a
     shorter case.
@@ -74,7 +74,7 @@ def along(scores: pd.DataFrame, axis: str, metric: str = "step_rmse") -> pd.Data
     found["error"] = found["std"] / found["runs"] ** 0.5
     return found
 
-
+# %% ../../nbs/95_studies.ipynb #f2bf9cd3
 def figure_along(
     scores: pd.DataFrame, axis: str, methods: Sequence[str] | None = None, metric: str = "step_rmse", published: Sequence[tuple[str, float, float]] | None = None,
     ax: Axes | None = None, label: str = "", of: int = 0, **options: Any,
@@ -100,7 +100,7 @@ def figure_along(
     ax.legend(fontsize=8, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
     return ax.figure
 
-
+# %% ../../nbs/95_studies.ipynb #fdb7f4a9
 def table_along(
     scores: pd.DataFrame, axis: str, metric: str = "step_rmse", digits: int = 2, of: int = 0
 ) -> pd.DataFrame:

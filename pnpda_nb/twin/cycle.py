@@ -73,7 +73,7 @@ class Method(Protocol):
         generator: torch.Generator,
     ) -> Tensor: ...
 
-
+# %% ../../nbs/03_twin.ipynb #c5a649ef
 @dataclass(frozen=True)
 class FreeRun:
     """The forecast that never looks out of the window: the analysis is the background."""
@@ -142,14 +142,14 @@ def filter_cycle(
             yield waiting.popleft()
     yield from waiting
 
-
+# %% ../../nbs/03_twin.ipynb #e80f2886
 def _same_shape(method: Method, background: Tensor, analysis: Tensor) -> None:
     if analysis.shape != background.shape:
         raise ValueError(
             f"{type(method).__name__}: expected an analysis of shape {tuple(background.shape)}, got {tuple(analysis.shape)}"
         )
 
-
+# %% ../../nbs/03_twin.ipynb #9727ed41
 def _with_weights(method: Method, background: Tensor, answer: Any) -> tuple[Tensor, Tensor]:
     """The analysis and the weights of a weighted method. A run whose weights are no weights has an analysis of nan, and equal ones."""
     if not (isinstance(answer, tuple) and len(answer) == 2):
@@ -324,7 +324,7 @@ def cycle(
         )
     return result
 
-
+# %% ../../nbs/03_twin.ipynb #26336e13
 def _averaged(stretch: Stretch) -> Stretch:
     """Of the states between analyses only the mean is of use, and they are many."""
     if stretch.weights is None:
@@ -347,12 +347,12 @@ def _variance(ensemble: Tensor, weights: Tensor | None) -> Tensor:
     squared = (ensemble - _mean(ensemble, weights).unsqueeze(-2)).square()
     return _mean(squared, weights) / _unlike(weights).unsqueeze(-1)
 
-
+# %% ../../nbs/03_twin.ipynb #d6e4f1c9
 def _unlike(weights: Tensor) -> Tensor:
     """1 - Σ w²: how often two members drawn by their weights are two; what makes sample statistics unbiased."""
     return (1 - weights.square().sum(-1)).clamp_min(1 / weights.shape[-1])
 
-
+# %% ../../nbs/03_twin.ipynb #6b6a4eb6
 def _fair_crps(truth: Tensor, ensemble: Tensor, weights: Tensor) -> Tensor:
     """The fair CRPS of `truth` `(..., dim)` for members `(..., member, dim)` with `weights` `(..., member)`: in a sorted ensemble, the mean
     distance between two members is a sum over one of them.
@@ -364,7 +364,7 @@ def _fair_crps(truth: Tensor, ensemble: Tensor, weights: Tensor) -> Tensor:
     between = (w * apart * (2 * w.cumsum(-1) - w - 1)).sum(-1)  # half of it, over all pairs
     return (w * apart.abs()).sum(-1) - between / _unlike(weights).unsqueeze(-1)
 
-
+# %% ../../nbs/03_twin.ipynb #6c44e815
 def _settings_of(method: Method) -> str:
     """The plain settings of a method, as JSON: numbers and words, not priors or matrices."""
     fields = dataclasses.fields(method) if dataclasses.is_dataclass(method) else ()
@@ -376,7 +376,7 @@ def _settings_of(method: Method) -> str:
         }
     )
 
-
+# %% ../../nbs/03_twin.ipynb #801c210e
 def _set_aside(state: Tensor, first: Tensor, failed: Tensor, k: int, limit: Tensor) -> Tensor:
     """Note runs of `state` `(run, member, dim)` that are not finite, or beyond `limit` and about to
     be so, and put a harmless state in their place.
@@ -494,7 +494,7 @@ def _blocks_of_scores(
             blocks, full = [_merge(pair) for pair in zip(blocks[::2], blocks[1::2])], 2 * full
     return xr.concat(blocks, "block").assign(missing=missing)
 
-
+# %% ../../nbs/03_twin.ipynb #573cd33f
 def _merge(blocks: tuple[xr.Dataset, ...]) -> xr.Dataset:
     both = xr.concat(blocks, "block")
     means = both.drop_vars("cycles").weighted(both.cycles).mean("block", skipna=False)

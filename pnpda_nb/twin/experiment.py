@@ -107,7 +107,7 @@ def nature_start(experiment: TwinExperiment, runs: int, seed: int, split: str = 
     chosen = (e.nature, tuple(e.start), e.start_variance, e.spin_up, runs, seed, split)
     return _spun_up(*chosen).clone() if _is_plain(e.nature) else _spun_up.__wrapped__(*chosen)
 
-
+# %% ../../nbs/03_twin.ipynb #990ff898
 def nature_intervals(
     experiment: TwinExperiment, runs: int, seed: int, split: str = "test"
 ) -> Iterator[Tensor]:
@@ -123,19 +123,19 @@ def nature_intervals(
         states = _advancing(start, *chosen)
     yield from map(e.resolved, states)
 
-
+# %% ../../nbs/03_twin.ipynb #daac10ad
 def nature_run(experiment: TwinExperiment, runs: int, seed: int, split: str = "test") -> Tensor:
     """True states `(steps + 1, run, dim)`, the first of them on nature's attractor after the
     spin-up.
     """
     return torch.cat(list(nature_intervals(experiment, runs, seed, split)))
 
-
+# %% ../../nbs/03_twin.ipynb #6b41d14e
 def forget_nature_runs() -> None:
     """Free the memory of the nature runs that were kept for the next method, and let them be computed again."""
     _spun_up.cache_clear(), _remembered.cache_clear()
 
-
+# %% ../../nbs/03_twin.ipynb #3af64956
 def observation_errors(
     experiment: TwinExperiment, runs: int, seed: int, split: str = "test"
 ) -> Iterator[Gappy]:
@@ -148,7 +148,7 @@ def observation_errors(
         times = min(block, experiment.cycles - first)
         yield from torch.stack([network.errors((times,), one) for one in streams], dim=1)
 
-
+# %% ../../nbs/03_twin.ipynb #b33a3b17
 def observe_truth(
     experiment: TwinExperiment, truth: Tensor, seed: int, split: str = "test"
 ) -> list[Observations]:
@@ -166,7 +166,7 @@ def _is_plain(nature: Model) -> bool:
         return False
     return all(isinstance(getattr(nature, f.name), (Number, str, type(None))) for f in dataclasses.fields(nature) if f.init)
 
-
+# %% ../../nbs/03_twin.ipynb #19149c8c
 @lru_cache(maxsize=64)
 def _spun_up(
     nature: Model, start: tuple[float, ...], variance: float, spin_up: int, runs: int, seed: int, split: str
@@ -177,7 +177,7 @@ def _spun_up(
         state = nature.step(state)
     return state
 
-
+# %% ../../nbs/03_twin.ipynb #6d8365de
 def _advancing(
     state: Tensor, nature: Model, variance: float, interval: int, cycles: int, runs: int, seed: int, split: str
 ) -> Iterator[Tensor]:
@@ -197,7 +197,7 @@ def _advancing(
         state = states[-1]
         yield states
 
-
+# %% ../../nbs/03_twin.ipynb #bdd5cb4b
 @lru_cache(maxsize=8)
 def _remembered(start: tuple[float, ...], start_variance: float, spin_up: int, *chosen: Any) -> tuple[Tensor, ...]:
     return tuple(_advancing(_spun_up(chosen[0], start, start_variance, spin_up, *chosen[-3:]), *chosen))

@@ -124,7 +124,7 @@ def read_archive(path: str | os.PathLike) -> xr.Dataset:
         ) from error
     return check_archive(archive, str(path))
 
-
+# %% ../../nbs/08_archive.ipynb #246d45e5
 def check_archive(archive: xr.Dataset, name: str = "archive") -> xr.Dataset:
     """The archive itself, or a `ValueError` that says what is missing or wrong in it."""
     for field in ("background", "analysis"):
@@ -142,7 +142,7 @@ def check_archive(archive: xr.Dataset, name: str = "archive") -> xr.Dataset:
         raise ValueError(f"{name}: expected at least 2 samples, got {archive.sizes['sample']}")
     return archive
 
-
+# %% ../../nbs/08_archive.ipynb #315926aa
 def pairs_of(archive: xr.Dataset) -> tuple[torch.Tensor, torch.Tensor]:
     """Backgrounds and analyses of an archive as two tensors `(sample, dim)`."""
     check_archive(archive)

@@ -62,7 +62,7 @@ def _scored(result: xr.Dataset) -> xr.Dataset:
 def _spatial_rmse(x: xr.DataArray, truth: xr.DataArray) -> xr.DataArray:
     return xr.DataArray(np.sqrt(((x.values - truth.values) ** 2).mean(-1)), dims=("run", "cycle"))
 
-
+# %% ../../nbs/03_twin.ipynb #43f31d30
 def _statistics(result: xr.Dataset) -> xr.Dataset:
     """Time means over a cycle, or pooled from those of its blocks, or as a summary has them."""
     if "analysis_error" in result:
@@ -213,7 +213,7 @@ def mean_and_error(result: xr.Dataset, metric: str = "analysis_rmse") -> tuple[G
         error = error / (2 * values.mean())
     return (float(values.mean()) if len(values) else np.nan), float(error)
 
-
+# %% ../../nbs/03_twin.ipynb #f49a7935
 def _series(result: xr.Dataset, metric: str) -> np.ndarray:
     """What `metric` is the time mean of, `(run, time)`."""
     result = _scored(result)

@@ -59,7 +59,7 @@ def _network(sites, dim: int, variance: float) -> ObservingNetwork:
     sites = tuple(sites)
     return ObservingNetwork(Select(sites, dim), DiagonalCovariance(torch.full((len(sites),), float(variance))))
 
-
+# %% ../../nbs/91_models.ipynb #ff92ef33
 def lorenz96(
     observed: tuple[int, ...] = (0, 2, 4, 6), variance: float = 0.25, cycles: int = 50, forcing: float = 18.0
 ) -> TwinExperiment:
@@ -131,7 +131,7 @@ def pendulum(variance: float = 0.01, cycles: int = 50) -> TwinExperiment:
         background_variance=0.25,
     )
 
-
+# %% ../../nbs/91_models.ipynb #67b9c5ec
 def double_well(variance: float = 0.04, cycles: int = 50) -> TwinExperiment:
     """The double well driven by noise, seen once per time unit with error `variance`."""
     model = DoubleWell()
@@ -169,7 +169,7 @@ def sakov2012(cycles: int = 1000) -> TwinExperiment:
         first_ensemble="same_law",
     )
 
-
+# %% ../../nbs/91_models.ipynb #5064d494
 def sakov2008(cycles: int = 1000, interval: int = 1, dim: int = 40) -> TwinExperiment:
     """Lorenz-96 as in Sakov and Oke (2008), Table 1: everything observed with variance 1 every `interval`
     steps of 0.05, a perfect model, scores from time 20 on.
@@ -189,12 +189,12 @@ def sakov2008(cycles: int = 1000, interval: int = 1, dim: int = 40) -> TwinExper
         first_ensemble="same_law",
     )
 
-
+# %% ../../nbs/91_models.ipynb #5203dc03
 def bocquet2013(cycles: int = 1000) -> TwinExperiment:
     """Lorenz-96 as in Bocquet and Sakov (2013): `sakov2008` with an observation interval of 0.2."""
     return replace(sakov2008(cycles, interval=4), name="bocquet2013")
 
-
+# %% ../../nbs/91_models.ipynb #3bdfe5ab
 def bocquet2010(cycles: int = 1280) -> TwinExperiment:
     """Lorenz-96 with 10 variables, half observed, as in Bocquet et al. (2010): every second one seen every step of 0.05 with variance
     2.25, a perfect model, scores from time 20 on.

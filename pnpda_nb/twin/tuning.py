@@ -33,7 +33,7 @@ class Tuned:
     setting: dict
     table: pd.DataFrame
 
-
+# %% ../../nbs/03_twin.ipynb #b43c33d4
 def tune(
     make: Callable[..., Method],
     grid: Mapping[str, Sequence],

@@ -20,13 +20,13 @@ def band_dense(bands: Tensor) -> Tensor:
     lower = sum(torch.diag_embed(band[..., : band.shape[-1] - k], offset=-k) for k, band in enumerate(bands))
     return lower + lower.tril(-1).mT
 
-
+# %% ../../nbs/24_windows.ipynb #f267a7e7
 def dense_band(matrix: Tensor, half_band: int) -> Tensor:
     """The `half_band` + 1 bands `(half_band + 1, ..., d)` of symmetric matrices `(..., d, d)`; what is beyond is left out."""
     pad = torch.nn.functional.pad
     return torch.stack([pad(matrix.diagonal(-k, -2, -1), (0, k)) for k in range(half_band + 1)])
 
-
+# %% ../../nbs/24_windows.ipynb #96bc652d
 def band_product(bands: Tensor, x: Tensor) -> Tensor:
     """A x `(..., d)` for `bands` of A `(b + 1, ..., d)` and `x` `(..., d)`."""
     diagonal, *others = bands.unbind(0)
@@ -36,7 +36,7 @@ def band_product(bands: Tensor, x: Tensor) -> Tensor:
         out = out + pad(band * x[..., : d - k], (k, 0)) + pad(band * x[..., k:], (0, k))
     return out
 
-
+# %% ../../nbs/24_windows.ipynb #d7e69c1f
 class _BandGram(torch.autograd.Function):
     @staticmethod
     def forward(context, factor: Tensor) -> Tensor:
@@ -60,17 +60,17 @@ class _BandGram(torch.autograd.Function):
         width, d = min(len(factor), factor.shape[-1]), factor.shape[-1]
         return ((k, m, d - m - k) for k in range(width) for m in range(width - k))
 
-
+# %% ../../nbs/24_windows.ipynb #7d9c82f5
 def band_gram(factor: Tensor) -> Tensor:
     """The bands of LᵀL, for a lower triangular L with rows `factor[m, ..., i]` = L_{i, i−m}, `(b + 1, ..., d)`; differentiable."""
     return _BandGram.apply(factor)
 
-
+# %% ../../nbs/24_windows.ipynb #9ac7bf3c
 def lift_bands(bands: Tensor, batch: int) -> Tensor:
     """The same bands with `batch` many batch dimensions, by new ones in front."""
     return bands.reshape(len(bands), *[1] * (batch + 2 - bands.ndim), *bands.shape[1:])
 
-
+# %% ../../nbs/24_windows.ipynb #27124e32
 def add_bands(a: Tensor, b: Tensor) -> Tensor:
     """The bands of A + B, which may be of different widths and batches."""
     batch = max(a.ndim, b.ndim) - 2

@@ -46,7 +46,7 @@ class Minimum:
     def __repr__(self) -> str:
         return f"Minimum({len(self.cost)} windows, {int(self.converged.sum())} converged, {self.iterations.double().mean():.1f} iterations on average)"
 
-
+# %% ../../nbs/24_windows.ipynb #ecd0765a
 def levenberg_marquardt(
     cost: Callable[[Tensor, Tensor], Tensor],
     system: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
@@ -160,14 +160,14 @@ class WindowFourDVar:
         mean, precision = problem.law(minimum.x, torch.arange(len(first)))
         return GaussianWindow(mean.reshape(first.shape), precision), minimum
 
-
+# %% ../../nbs/24_windows.ipynb #289311f5
 def _flat(information: Information, batch: tuple[int, ...], size: int) -> Information:
     """Information about every window of a batch `(N, T·n)`."""
     vector = information.vector.double().expand(*batch, size).reshape(math.prod(batch), size)
     bands = lift_bands(information.bands.double(), len(batch)).expand(-1, *batch, size)
     return Information(bands.reshape(len(bands), math.prod(batch), size), vector)
 
-
+# %% ../../nbs/24_windows.ipynb #efa8e76e
 class _Weak:
     def __init__(self, method: WindowFourDVar, seen: Information, steps: int, n: int):
         self.method, self.seen, self.steps, self.n = method, seen, steps, n
@@ -199,7 +199,7 @@ class _Weak:
     def law(self, flat: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
         return flat, self.system(flat, which)[0]
 
-
+# %% ../../nbs/24_windows.ipynb #9bbac13b
 class _Strong:
     def __init__(self, method: WindowFourDVar, seen: Information, steps: int, n: int):
         self.method, self.seen, self.steps, self.n = method, seen, steps, n

@@ -269,7 +269,7 @@ class IncrementalPrior(PriorFile, kept_as="incremental_prior"):
         calibration = calibration and Calibration(tuple(calibration["knots"]), tuple(calibration["factors"]))
         return cls(climate, networks.eval().requires_grad_(False), architecture, training, calibration)
 
-
+# %% ../../nbs/25_incremental.ipynb #35b5ea94
 def _changed_first(rows: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
     """`rows` with the first one changed; in place where nothing is differentiated."""
     if torch.is_grad_enabled():
@@ -277,7 +277,7 @@ def _changed_first(rows: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
     rows[:1] = change(rows[:1])
     return rows
 
-
+# %% ../../nbs/25_incremental.ipynb #78bdc64d
 _CLIMATE = ("mean", "scale", "covariance", "precision")
 
 
@@ -289,7 +289,7 @@ def _in_units(climate: Climate, z: Tensor, bands: Tensor) -> GaussianWindow:
         band *= inverse * nn.functional.pad(inverse[k:], (0, k))
     return GaussianWindow(climate.mean + climate.scale * z, scaled)
 
-
+# %% ../../nbs/25_incremental.ipynb #8b28c48f
 def _networks(architecture: dict, steps: int, n: int, generator: torch.Generator | None) -> nn.ModuleList:
     size = {k: tuple(v) if isinstance(v, list) else v for k, v in architecture["size"].items()}
     numbers = {"banded": architecture["half_band"] + 1, "low_rank": architecture["rank"] + 1, "dense": steps * n}[architecture["precision"]]

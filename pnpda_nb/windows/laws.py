@@ -120,7 +120,7 @@ class Information:
         """½ xᵀJx − jᵀx for windows `(..., T·n)`: what 4D-Var calls the misfit, up to a constant."""
         return (x * (band_product(self.bands, x) / 2 - self.vector)).sum(-1)
 
-
+# %% ../../nbs/24_windows.ipynb #bf9ac533
 def pointwise(value: Gappy, deviation: Tensor | float, present: Mask) -> Information:
     """The information in `value` `(..., T, n)` where `present` `(..., T, n)`, with errors of standard `deviation`, independent of one another.
     Raises `ValueError` for a deviation that is not positive.
@@ -132,7 +132,7 @@ def pointwise(value: Gappy, deviation: Tensor | float, present: Mask) -> Informa
     seen = torch.where(present, value, 0.0)
     return Information(weight.flatten(-2).unsqueeze(0), (weight * seen).flatten(-2))
 
-
+# %% ../../nbs/24_windows.ipynb #b8292c9b
 def linearised(observations: Sequence[Observations | None], x: Tensor) -> Information:
     """The information in `observations` of the times of windows `x` `(..., member, T, n)` (None: nothing was seen at that time); those that are not
     linear are linearised around `x`.
@@ -154,7 +154,7 @@ def linearised(observations: Sequence[Observations | None], x: Tensor) -> Inform
     bands = [pad(blocks.diagonal(-k, -2, -1), (0, k)).flatten(-2) for k in range(n)]
     return Information(torch.stack(bands), vector.flatten(-2))
 
-
+# %% ../../nbs/24_windows.ipynb #884d1965
 def background_information(mean: Tensor, covariance: Covariance, steps: int, scale: float = 1.0) -> Information:
     """What a background `mean` `(..., n)` of errors N(0, `scale` · `covariance`) says about windows of `steps` states: it is about the first one."""
     precision = covariance.inverse.to(mean) / scale
@@ -256,7 +256,7 @@ class Climate:
         variance = self.covariance.diagonal() - (weighed * rows).sum(-1)
         return mean, (variance.clamp_min(1e-12).reshape(*variance.shape[:-1], *self.mean.shape) * about**2).expand_as(mean)
 
-
+# %% ../../nbs/24_windows.ipynb #b64bfc52
 def _regression(z: Tensor, order: int, stationary: bool) -> Tensor:
     """The rows of the whitening factor L `(n(order + 1), T·n)` of standardised windows: L z is white."""
     if order < 1:

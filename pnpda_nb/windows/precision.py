@@ -42,7 +42,7 @@ class _BandedSolve(torch.autograd.Function):
             bands.append(nn.functional.pad(-both, (0, k)))
         return torch.stack(bands).to(gradient.dtype), b.to(gradient.dtype)
 
-
+# %% ../../nbs/25_incremental.ipynb #1839fc24
 def banded_solve(bands: Gappy, right: Gappy) -> Gappy:
     """A⁻¹ b `(..., d)` for `bands` of A `(b + 1, ..., d)` and a `right` side `(..., d)`, with the implicit gradient of @eq-implicit for both.
 
@@ -78,7 +78,7 @@ class BandedPrecision:
         noise = standard_normal((*shape, self.bands.shape[-1]), generator)
         return BandedCholesky(self.bands.expand(-1, *noise.shape)).whiten(noise)
 
-
+# %% ../../nbs/25_incremental.ipynb #f86b6782
 @dataclass(frozen=True, eq=False)
 class LowRankPrecision:
     """D + UUᵀ, with D given by bands `diagonal` `(k, ..., d)` and the `factor` U `(..., d, rank)`."""
@@ -112,7 +112,7 @@ class LowRankPrecision:
     def sample(self, shape: tuple[int, ...], generator: torch.Generator) -> Gappy:
         return DensePrecision(self.matrix()).sample(shape, generator)
 
-
+# %% ../../nbs/25_incremental.ipynb #eed8ab42
 @dataclass(frozen=True, eq=False)
 class DensePrecision:
     """Any positive definite `matrix` `(..., d, d)`."""
@@ -139,7 +139,7 @@ class DensePrecision:
         drawn = torch.linalg.solve_triangular(factor.mT, noise, upper=True).squeeze(-1)
         return drawn.masked_fill((failed != 0).unsqueeze(-1), torch.nan)
 
-
+# %% ../../nbs/25_incremental.ipynb #2496ad5c
 Precision = BandedPrecision | LowRankPrecision | DensePrecision
 
 

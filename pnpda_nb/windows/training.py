@@ -93,7 +93,7 @@ class RandomSets:
         sets = {tuple(one.flatten().nonzero()[:, 0].tolist()) for one in present}
         return dataclasses.replace(self, held_out=tuple(sorted({*self.held_out, *sets})))
 
-
+# %% ../../nbs/25_incremental.ipynb #a387eada
 def regular_sets(steps: int, dim: int, spacing: int, variables: Sequence[int] = (0,)) -> Tensor:
     """The `spacing` different grids {i, i + spacing, ...} of times, at which `variables` are seen: `(spacing, steps, dim)`."""
     present = torch.zeros(spacing, steps, dim, dtype=torch.bool)
@@ -148,7 +148,7 @@ class IncrementalSettings:
         if not 0 < self.last <= 1:
             raise ValueError(f"last: expected a share, got {self.last}")
 
-
+# %% ../../nbs/25_incremental.ipynb #f775b153
 def observe_windows(
     z: Tensor, present: Mask, deviation: float, generator: torch.Generator, background: Tensor | float = 0.0, deviations: tuple[float, float] = (0.01, 1.0)
 ) -> Information:  # fmt: skip
@@ -171,7 +171,7 @@ def observe_windows(
         vector[..., :n] += first * guess
     return Information(weight.reshape(1, len(z), 1, d), vector)
 
-
+# %% ../../nbs/25_incremental.ipynb #440e8367
 def incremental_loss(prior: IncrementalPrior, z: Tensor, information: Information, settings: IncrementalSettings, generator: torch.Generator) -> Tensor:
     """The loss of standardised windows `z` `(P, W, T, n)` with `information` about them, as `settings` say."""
     first, levels = prior.climate.interpolate(information).to(z), prior.levels
@@ -231,7 +231,7 @@ def train_incremental(
         path.unlink(missing_ok=True)
     return training.result(), pd.DataFrame(training.history)
 
-
+# %% ../../nbs/25_incremental.ipynb #474a6453
 class _Training:
     """Everything that changes during `train_incremental`."""
 

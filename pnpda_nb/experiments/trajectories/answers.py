@@ -43,13 +43,13 @@ class Answer:
     iterations: Tensor | None = None
     seconds: float = 0.0
 
-
+# %% ../../../nbs/26_few_points.ipynb #7d652f3d
 def climatology(scene: Scene) -> Answer:
     """The mean of all windows."""
     shape = scene.values.shape
     return Answer(scene.climate.mean.expand(shape), scene.climate.scale.expand(shape))
 
-
+# %% ../../../nbs/26_few_points.ipynb #8f05fe8c
 def interpolation(scene: Scene) -> Answer:
     """Optimal interpolation; a nonlinear operator is linearised three times."""
     information, climate = scene.information, scene.climate
@@ -62,20 +62,20 @@ def interpolation(scene: Scene) -> Answer:
     mean, variance = climate.law(known)
     return Answer(mean, variance.sqrt())
 
-
+# %% ../../../nbs/26_few_points.ipynb #80c19ec8
 def incremental(scene: Scene, prior: IncrementalPrior, spread: bool = True, calibrated: bool = True) -> Answer:
     """The law of the last level; without `spread` only its mean."""
     law = prior.analyse(scene.information)
     return Answer(law.mean, (prior.deviation(law) if calibrated else law.deviation) if spread else None)
 
-
+# %% ../../../nbs/26_few_points.ipynb #8d0da58c
 def four_dvar(scene: Scene, first: Tensor, strong: bool = False, spread: bool = True) -> Answer:
     """4D-Var from the `first` guess, with the standard deviations of its Laplace covariance."""
     method = window_four_dvar(scene.experiment, scene.windows, strong)
     law, minimum = method.minimise(first.expand(scene.values.shape), scene.information)
     return Answer(law.mean, law.deviation if spread else None, minimum.iterations.reshape(scene.values.shape[:2]))
 
-
+# %% ../../../nbs/26_few_points.ipynb #c789853f
 def best_of(scene: Scene, starts: int, seed: int = 0) -> Answer:
     """Weak-constraint 4D-Var from optimal interpolation and from samples of its law, as many as `starts` in all: of every window, the minimum of lowest cost."""
     climate, shape = scene.climate, scene.values.shape
@@ -96,7 +96,7 @@ def best_of(scene: Scene, starts: int, seed: int = 0) -> Answer:
             best = torch.minimum(cost, best[0]), torch.where(lower, law.mean, best[1]), torch.where(lower, law.deviation, best[2])
     return Answer(*best[1:], spent)
 
-
+# %% ../../../nbs/26_few_points.ipynb #8d09644f
 def plug_and_play(scene: Scene, prior: FlowPrior, residuals: Tensor | None = None, iterations: int = 10, members: int = 20, seed: int = 0) -> Answer:
     """PnP-DA of whole standardised windows: mean and standard deviation of `members` answers, with Kalman steps."""
     P, W, T, n = scene.values.shape
@@ -118,7 +118,7 @@ def _spread(members: Tensor) -> Tensor:
     m = members.shape[2]
     return float(student.ppf(0.95, m - 1) / 1.6449 * (1 + 1 / m) ** 0.5) * members.std(2)
 
-
+# %% ../../../nbs/26_few_points.ipynb #1b6add8e
 def plug_and_play_4d(scene: Scene, prior: FlowPrior, iterations: int = 30, alpha: float = 0.5, members: int = 1, seed: int = 0) -> Answer:
     """PnP-DA's Algorithm 2 through the whole window, without what was seen of its first state beyond the background: mean and standard deviation of `members` answers."""
     P, W, T, n = scene.values.shape
@@ -132,7 +132,7 @@ def plug_and_play_4d(scene: Scene, prior: FlowPrior, iterations: int = 30, alpha
     found = found.movedim(0, -2).reshape(P, W, members, T, n)
     return Answer(found.mean(2), _spread(found) if members > 1 else None)
 
-
+# %% ../../../nbs/26_few_points.ipynb #785412de
 def importance(scene: Scene, draws: int, seed: int, block: int = 20000) -> Answer:
     """The posterior mean and standard deviation by importance sampling: `draws` trajectories of nature, weighed by how well they fit what was seen.
     The floor that no estimate can go below, as far as the draws suffice.

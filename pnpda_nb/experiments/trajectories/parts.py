@@ -95,7 +95,7 @@ def window_pairs(name: str, count: int, climate_windows: int, seed: int, purpose
     information = climate.standardised(pointwise(seen, spread, sets.draw(count, generator)))
     return climate.interpolate(information), (truth - climate.mean) / climate.scale
 
-
+# %% ../../../nbs/26_few_points.ipynb #4270d170
 def flow_part(settings: dict, checkpoint: str | None = None) -> FlowPrior:
     """A flow prior for plug-and-play: of whole windows given their optimal interpolation ("window"), or of the second state of a window, given the forecast
     of the first one's optimal interpolation ("start").
@@ -186,7 +186,7 @@ def timing_part(settings: dict, prior: IncrementalPrior) -> dict:
         "batch": {name: {"least": min(found), "median": float(np.median(found))} for name, found in times.items()},
     }  # fmt: skip
 
-
+# %% ../../../nbs/26_few_points.ipynb #cf2f43c9
 def probe(testbed: str, steps: int, batch: int, seed: int, path: str = "") -> dict:
     """One analysis of `batch` windows of `steps` states by a prior with a convolution, read from `path` or untrained: milliseconds per window,
     megabytes that this process needed for it, and the mean and stuck share of normalised errors if the prior was read.
@@ -219,7 +219,7 @@ def probe(testbed: str, steps: int, batch: int, seed: int, path: str = "") -> di
         found |= {"mse": float(error.mean()), "error": float(error.std() / batch**0.5)}
     return found
 
-
+# %% ../../../nbs/26_few_points.ipynb #22cf4409
 def _memory(reset: bool = False) -> float:
     """The most megabytes that this process has had; with `reset`, from now on, where the system can."""
     import resource
@@ -232,7 +232,7 @@ def _memory(reset: bool = False) -> float:
     except (OSError, KeyError):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
-
+# %% ../../../nbs/26_few_points.ipynb #1b5d52f4
 def scaling_part(settings: dict, prior: IncrementalPrior | None = None) -> dict:
     """What `probe` finds for every length, each in a process of its own."""
     import tempfile
@@ -250,7 +250,7 @@ def scaling_part(settings: dict, prior: IncrementalPrior | None = None) -> dict:
             rows.append(json.loads(done.stdout))
     return {"batch": settings["batch"], "trained": prior is not None, "rows": rows}
 
-
+# %% ../../../nbs/26_few_points.ipynb #2bf5b8a5
 def levels_part(settings: dict, prior: IncrementalPrior) -> xr.Dataset:
     """The laws of a few windows after optimal interpolation and after every level, for the pictures."""
     here = scene(*(settings[k] for k in ("testbed", "condition", "windows", "climate_windows", "seed")))

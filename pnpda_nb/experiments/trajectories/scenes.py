@@ -50,7 +50,7 @@ class WindowTestbed:
         steps, dim = self.experiment.cycles + 1, self.experiment.dim
         return RandomSets(steps, dim, self.count, self.variables, self.near_regular if self.spacing else 0.0)
 
-
+# %% ../../../nbs/26_few_points.ipynb #134f5103
 def window_testbed(name: str, steps: int = 0) -> WindowTestbed:
     """The testbed "lorenz63", "pendulum" or "lorenz96", with windows of `steps` states (0: as many as it has). Raises `ValueError` for another name."""
     one = ObservingNetwork(Select((0,), 3), DiagonalCovariance([1.0]))
@@ -118,7 +118,7 @@ class Scene:
             found.append(Observations(values, operator, DiagonalCovariance(self.deviation[t, variables] ** 2)))
         return found
 
-
+# %% ../../../nbs/26_few_points.ipynb #f2c8711c
 _CLIMATES = {"lorenz96": {"order": 2, "stationary": True}}  # others: a full covariance
 
 
@@ -126,12 +126,12 @@ def training_windows(name: str, count: int, seed: int, steps: int = 0) -> Tensor
     """The windows `(count, T, n)` that the climate, and 4D-Var's law of first states, come from."""
     return draw_windows(window_testbed(name, steps).experiment, count, stream(seed, "training windows", name))
 
-
+# %% ../../../nbs/26_few_points.ipynb #f14ac7ee
 def window_climate(name: str, count: int, seed: int) -> Climate:
     """The climate of a testbed, from `count` windows."""
     return Climate.of(training_windows(name, count, seed), **_CLIMATES.get(name, {}))
 
-
+# %% ../../../nbs/26_few_points.ipynb #1f65cd8e
 def held_out_sets(name: str, seed: int) -> dict[str, Tensor]:
     """The processes `(P, T, n)` that are kept for tests: "random" ones, and "regular" ones where there are any."""
     testbed = window_testbed(name)
@@ -142,7 +142,7 @@ def held_out_sets(name: str, seed: int) -> dict[str, Tensor]:
     sets = sets.holding_out(found["regular"]) if found else sets
     return found | {"random": sets.draw(8, stream(seed, "held-out sets", name))}
 
-
+# %% ../../../nbs/26_few_points.ipynb #129fe281
 def _processes(name: str, seed: int, condition: str) -> tuple[Tensor, float, Callable | None]:
     """The processes of a condition, the standard deviation of errors, and the function that is observed."""
     testbed, kept = window_testbed(name), held_out_sets(name, seed)
@@ -171,7 +171,7 @@ def _processes(name: str, seed: int, condition: str) -> tuple[Tensor, float, Cal
         return usual, testbed.deviation, lambda x: 8 * torch.atan(x / 8)
     raise ValueError(f"condition: unknown condition {condition!r}")
 
-
+# %% ../../../nbs/26_few_points.ipynb #3242e11f
 @lru_cache(maxsize=4)
 def scene(name: str, condition: str, windows: int, climate_windows: int, seed: int, split: str = "test") -> Scene:
     """The scene of a testbed under a condition: "regular", "random", "points=8", "noise=0.2", "clustered", "variable=2", "arctan"; all but the second and the third are made of the regular processes, where there are any. With `split` "validation" other

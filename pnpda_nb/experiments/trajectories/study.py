@@ -132,7 +132,7 @@ def window_priors(settings: WindowSettings) -> dict[str, Task]:
         "pnpda4d": Task("training flow of starts", flow_part, flow | {"kind": "start", "training": narrow}, format="prior", cost=0.5 * s.epochs, resumable=True),
     }  # fmt: skip
 
-
+# %% ../../../nbs/26_few_points.ipynb #f49ad3fa
 def level_priors(settings: WindowSettings) -> dict[tuple[str, str], Task]:
     """Priors of one level, and of several, trained alike for as many iterations: rolled out, and on interpolated estimates."""
     s, found = settings, {}
@@ -149,7 +149,7 @@ def level_priors(settings: WindowSettings) -> dict[tuple[str, str], Task]:
             found[f"levels={levels}", mode] = window_prior_task(f"training {mode} {levels}", s, make, training, cost=0.03 * levels * s.level_iterations)
     return found
 
-
+# %% ../../../nbs/26_few_points.ipynb #16d6e10d
 def plan_windows(settings: WindowSettings, methods: tuple[str, ...]) -> dict[tuple[str, str], Task]:
     """The task of every condition and method."""
     s, priors = settings, window_priors(settings)
@@ -201,7 +201,7 @@ def plan_windows(settings: WindowSettings, methods: tuple[str, ...]) -> dict[tup
         raise ValueError(f"methods: nothing to do for {', '.join(methods)} with these settings")
     return plan
 
-
+# %% ../../../nbs/26_few_points.ipynb #07e192f8
 def kept_windows(settings: WindowSettings, methods: tuple[str, ...]) -> dict[str, Task]:
     """Files beside the scores: the levels of a few windows, and times by method and by length."""
     if "incremental" not in methods:

@@ -53,7 +53,7 @@ def window_scores(results: Mapping[tuple[str, str], xr.Dataset]) -> pd.DataFrame
         rows += [(*place, metric, "all", mean, std, count) for metric, (mean, std) in found.items()]
     return pd.DataFrame(rows, columns=["experiment", "condition", "method", "metric", "variable", "mean", "std", "runs"])
 
-
+# %% ../../../nbs/26_few_points.ipynb #0438e2ed
 def stack_windows(results: Mapping[tuple[str, str], xr.Dataset]) -> xr.Dataset:
     """The errors of all windows, by (case, process, window), with the `condition` and `scheme` of every case, and iterations where there are any; nan beyond a case's last window."""
     conditions, schemes = zip(*results)
@@ -67,7 +67,7 @@ def stack_windows(results: Mapping[tuple[str, str], xr.Dataset]) -> xr.Dataset:
         fields[name] = (axes, values)
     return xr.Dataset(fields, coords={"condition": ("case", list(conditions)), "scheme": ("case", list(schemes))})
 
-
+# %% ../../../nbs/26_few_points.ipynb #1c558d49
 def window_table(scores: pd.DataFrame, condition: str) -> pd.DataFrame:
     """Methods by scores under one condition: mean ± standard error and, for 4D-Var, iterations."""
     here = scores[scores.condition == condition]
@@ -90,7 +90,7 @@ def window_table(scores: pd.DataFrame, condition: str) -> pd.DataFrame:
         }  # fmt: skip
     return pd.DataFrame(rows).T
 
-
+# %% ../../../nbs/26_few_points.ipynb #17d113b5
 def report_windows(scores: pd.DataFrame) -> str:
     """The tables as text for a terminal."""
     main = [c for c in ("regular", "random") if (scores.condition == c).any()]
@@ -103,7 +103,7 @@ def report_windows(scores: pd.DataFrame) -> str:
         lines += ["\nother conditions, mean error", "", table_by_condition(scores, rest).to_string()]
     return "\n".join(lines)
 
-
+# %% ../../../nbs/26_few_points.ipynb #a47f6ff9
 def table_by_condition(scores: pd.DataFrame, conditions: list[str], metric: str = "mse_mean", digits: int = 3) -> pd.DataFrame:
     """Conditions by methods: mean ± standard error of a metric."""
     here = scores[scores.condition.isin(conditions) & (scores.metric == metric)].copy()
@@ -111,7 +111,7 @@ def table_by_condition(scores: pd.DataFrame, conditions: list[str], metric: str 
     table = here.pivot_table(index="condition", columns="method", values="cell", aggfunc="first", sort=False)
     return table.reindex(conditions).rename(columns=WINDOW_LABELS).fillna("–")
 
-
+# %% ../../../nbs/26_few_points.ipynb #91494cf5
 _COLOURS = {
     "oi": "#7f7f7f", "paper_size": "#E69F00", "interpolated": "#56B4E9", "incremental": "#009E73", "weak4d_oi": "#0072B2", "hybrid": "#D55E00",
     "weak4d_best": "#999933", "weak4d_truth": "#000000", "pnpda_window": "#CC79A7",
@@ -134,7 +134,7 @@ def figure_distribution(runs: xr.Dataset, condition: str, ax: Axes | None = None
     ax.legend(fontsize=7, loc="lower left")
     return ax.figure
 
-
+# %% ../../../nbs/26_few_points.ipynb #acf708b3
 def figure_levels(levels: xr.Dataset, window: int = 0) -> Figure:
     """One window after optimal interpolation and after every level, with 90 % intervals. Returns the figure."""
     import matplotlib.pyplot as plt
@@ -158,7 +158,7 @@ def figure_levels(levels: xr.Dataset, window: int = 0) -> Figure:
     axes[0, -1].legend(fontsize=6)
     return fig
 
-
+# %% ../../../nbs/26_few_points.ipynb #cea9d1a7
 def figure_coverage(scores: pd.DataFrame, cases: list[tuple[str, str]], ax: Axes | None = None) -> Figure:
     """How much 90 % intervals cover, by terciles of the predicted standard deviation. Returns the figure."""
     import matplotlib.pyplot as plt
@@ -180,7 +180,7 @@ def figure_coverage(scores: pd.DataFrame, cases: list[tuple[str, str]], ax: Axes
     ax.legend(fontsize=7, loc="lower right")
     return ax.figure
 
-
+# %% ../../../nbs/26_few_points.ipynb #b31c4146
 def figure_scaling(scaling: Mapping, axes: Sequence[Axes] | None = None) -> Figure:
     """Time and memory of one analysis against the length of the window, from what `scaling_part` gives. Returns the figure."""
     import matplotlib.pyplot as plt
@@ -194,7 +194,7 @@ def figure_scaling(scaling: Mapping, axes: Sequence[Axes] | None = None) -> Figu
         ax.legend(fontsize=8)
     return axes[0].figure
 
-
+# %% ../../../nbs/26_few_points.ipynb #14ab00a1
 def figures_windows(results: dict[tuple[str, str], xr.Dataset]) -> dict:
     """Distributions of errors, and coverages."""
     book_style()
@@ -204,7 +204,7 @@ def figures_windows(results: dict[tuple[str, str], xr.Dataset]) -> dict:
         found["coverage"] = figure_coverage(scores, coverage_cases(main[0]))
     return found
 
-
+# %% ../../../nbs/26_few_points.ipynb #6defac31
 def coverage_cases(condition: str) -> list[tuple[str, str]]:
     """Which intervals are compared: as they are under a condition, and 4D-Var's after calibration."""
     methods = ("oi", "incremental", "pnpda_window", "weak4d_oi", "hybrid")
