@@ -328,7 +328,7 @@ def test_that_a_manifest_is_sealed_and_knows_the_files_beside_it(tiny):
 # ---------------------------------------------------------------------------------------------- what is printed
 
 
-@pytest.mark.parametrize("encoding, sign", [("cp1252", b"\xb1"), ("ascii", rb"\xb1"), ("utf-8", "±".encode())])
+@pytest.mark.parametrize("encoding, sign", [("cp1252", b"\xb1"), pytest.param("ascii", rb"\xb1", marks=pytest.mark.slow), pytest.param("utf-8", "±".encode(), marks=pytest.mark.slow)])
 def test_that_output_does_not_fail_for_its_encoding(encoding, sign, copied, forked):
     answer = forked(*FULL["train"][:-1], "p.safetensors", folder=copied, before=f"sys.stdout = open('printed', 'w', encoding='{encoding}')")
     assert answer.returncode == 0 and not answer.stderr and b" (" + sign + b" standard error" in (copied / "printed").read_bytes()

@@ -340,6 +340,7 @@ def test_that_every_observation_is_assimilated_once_whatever_the_windows(cycles,
     assert np.allclose(result.estimate, free.estimate, atol=1e-9)  # windows that change nothing are a free run
 
 
+@pytest.mark.slow
 def test_that_a_longer_weak_window_is_no_worse_and_smooths():
     model = FunctionModel(lambda x: 0.9 * x, 1)
     one = ObservingNetwork(Select((0,), 1), DiagonalCovariance([1.0]))

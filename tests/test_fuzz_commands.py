@@ -199,7 +199,7 @@ def test_that_command_lines_end_as_they_should(inputs, tmp_path):
 
 
 def test_that_command_lines_in_a_shell_end_as_they_should(inputs, tmp_path):
-    wrong, _ = try_out(2, 2, by_subprocess, inputs, tmp_path)
+    wrong, _ = try_out(1, 2, by_subprocess, inputs, tmp_path)
     assert not wrong, "\n".join(wrong)
 
 

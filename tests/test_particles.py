@@ -305,6 +305,7 @@ def test_that_an_archive_of_members_is_not_made_of_members_that_count_differentl
     assert make_archive(CHAOTIC, ParticleFilter(resample_below=1.0), members=10, runs=2, seed=1, pairs="members").sizes["sample"] == 20 * 7
 
 
+@pytest.mark.slow
 def test_that_drawing_on_demand_beats_drawing_always_where_the_model_is_perfect():
     experiment = replace(bocquet2010(200), burn_in=50)
     on_demand, always = (

@@ -387,6 +387,7 @@ print(first - before, peak() - first)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are counted in other units elsewhere")
+@pytest.mark.slow
 def test_that_memory_does_not_grow_with_the_number_of_pairs():
     memory = 16_000_000
     run = subprocess.run([sys.executable, "-c", MEASURED, "20000", "80000", str(memory)], capture_output=True, text=True, check=True)  # 32 and 128 MB

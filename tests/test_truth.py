@@ -53,7 +53,7 @@ QUICK = {
 # (method, members) whose scores chapters assert, 94 and 04: with other seeds only in the long version
 SHOWN = {("etkf", 10), ("enkf", 40), ("letkf", 7), ("var4d", 1)}
 # what takes seconds even when quick, and has a quick test of its own kind beside it
-LONG = {("particle_filter", 800), ("enkf", 100)}
+LONG = {("particle_filter", 800), ("enkf", 100), ("enkf", 10), ("etkf", 28)}
 
 
 def is_slow(row: Published) -> bool:
@@ -224,6 +224,7 @@ def test_that_etdrk4_agrees_with_lsoda():
             assert (trajectory(model, x, 8) - model.reference(x, 8)).abs().max() < error
 
 
+@pytest.mark.slow
 def test_that_two_scale_lorenz96_has_the_climate_that_it_should():
     result = cycle(TESTBEDS["lorenz96"](), FreeRun(), runs=50, seed=7)
     assert abs(float(result.truth.std()) - 4.55) < 0.1

@@ -131,7 +131,8 @@ def test_that_the_best_of_several_starts_costs_no_more_and_errs_no_more_than_the
     assert errors[0] < errors[1] and (five.iterations > one.iterations).all()
 
 
-@pytest.mark.parametrize("methods", ["oi,incremental", pytest.param("oi,incremental,hybrid", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("methods", ["oi,incremental", "oi,incremental,hybrid"])
 def test_that_the_command_writes_scores_levels_times_and_a_prior(forked, tmp_path, methods):
     done = forked("run", "incremental_lorenz63", *SMALL, "--workers", 1, "--methods", methods, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
