@@ -46,8 +46,8 @@ from .core.disk import (
 )
 
 # %% auto #0
-__all__ = ['FORMATS', 'code_version', 'sources_of', 'digest_of', 'task_key', 'Task', 'Store', 'run_task', 'HereExecutor',
-           'workplace', 'run_tasks']
+__all__ = ['FORMATS', 'code_version', 'digest_of', 'task_key', 'Task', 'Store', 'run_task', 'HereExecutor', 'workplace',
+           'run_tasks']
 
 # %% ../nbs/95_studies.ipynb #5890fc25
 @cache
@@ -57,12 +57,12 @@ def code_version(module: str | None = None) -> str:
     """
     home = Path(__file__).parent if "__file__" in globals() else None
     digest = hashlib.sha256()
-    for path in sorted(sources_of(module, home)) if home else ():
+    for path in sorted(_sources_of(module, home)) if home else ():
         digest.update(path.relative_to(home).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
 # %% ../nbs/95_studies.ipynb #983e3988
-def sources_of(module: str | None, home: Path) -> set[Path]:
+def _sources_of(module: str | None, home: Path) -> set[Path]:
     """The files that a module of the package in `home` is made of; all of them for a module of somebody else, and for None."""
     if module is None or module.partition(".")[0] != home.name:
         return set(home.rglob("*.py"))

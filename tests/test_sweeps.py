@@ -183,9 +183,9 @@ def test_that_methods_are_tuned_on_other_truths_than_they_are_scored_on(tmp_path
 
 def test_that_a_key_depends_on_the_modules_that_make_a_part_and_on_no_other(tmp_path):
     home = Path(sweep.__file__).parent
-    names = {path.relative_to(home).as_posix() for path in sweep.sources_of("pnpda_nb.studies.parts", home)}
+    names = {path.relative_to(home).as_posix() for path in sweep._sources_of("pnpda_nb.studies.parts", home)}
     assert {"studies/parts.py", "twin/cycle.py", "dynamics/base.py", "classical/ensemble.py", "flow_matching/training.py"} <= names
     assert not {"plotting/style.py", "cli/commands.py", "experiments/lorenz63.py", "bench/suite.py"} & names
     copy = shutil.copytree(home, tmp_path / "pnpda_nb")
-    assert {p.relative_to(copy).as_posix() for p in sweep.sources_of("pnpda_nb.studies.parts", copy)} == names
-    assert sweep.sources_of(None, copy) == sweep.sources_of("somebody.else", copy) == set(copy.rglob("*.py"))
+    assert {p.relative_to(copy).as_posix() for p in sweep._sources_of("pnpda_nb.studies.parts", copy)} == names
+    assert sweep._sources_of(None, copy) == sweep._sources_of("somebody.else", copy) == set(copy.rglob("*.py"))
