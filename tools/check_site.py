@@ -21,7 +21,7 @@ from playwright.async_api import TimeoutError, async_playwright
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 WIDE, NARROW = {"width": 1400, "height": 1000}, {"width": 390, "height": 844}
 CONTRAST = 4.5
-QUERY, FINDS = "Gaspari", "observing.html"  # the chapter of covariances
+QUERY, FINDS = "Gaspari", "engine.html"  # the chapter of covariances
 
 SETTLE = """async () => {
   if (window.MathJax?.startup?.promise) await MathJax.startup.promise;
