@@ -1,4 +1,5 @@
 """Package metadata comes from settings.ini; this file only translates it for setuptools."""
+
 from configparser import ConfigParser
 from pathlib import Path
 

@@ -19,13 +19,7 @@ from .classical.ensemble import ETKF, LETKF, EnKF, EnKS, LocalEnKF
 from .classical.four_dvar import FourDVar, WeakFourDVar
 from .classical.particles import EnRDA, ParticleFilter
 from .classical.training_free import EnFF, EnSF
-from .classical.variational import (
-    Climatology,
-    OptimalInterpolation,
-    ThreeDVar,
-    archive_background,
-    gaspari_cohn_background,
-)
+from .classical.variational import Climatology, OptimalInterpolation, ThreeDVar, archive_background, gaspari_cohn_background
 from .core.checks import guard
 from .flow_matching.flow import FlowPrior
 from .flow_matching.prior import GaussianPrior
@@ -41,7 +35,8 @@ from .twin.reanalysis import pairs_of
 from .twin.testbeds import TESTBEDS
 
 # %% auto #0
-__all__ = ['METHODS', 'LEARNED', 'Climate', 'climate_of', 'method_by_name', 'experiment_of', 'ToldOtherwise', 'build_method']
+__all__ = ["METHODS", "LEARNED", "Climate", "climate_of", "method_by_name", "experiment_of", "ToldOtherwise", "build_method"]
+
 
 # %% ../nbs/95_studies.ipynb #89e11b54
 @dataclass(frozen=True, eq=False)
@@ -66,6 +61,7 @@ def climate_of(experiment: TwinExperiment, runs: int = 20, steps: int = 2000, se
     matrix = covariance + torch.diag(1e-6 * variances.where(variances > 0, variances.mean()))
     return Climate(states.mean((0, 1)), Covariance(matrix, "climatological covariance"))
 
+
 # %% ../nbs/95_studies.ipynb #237d272e
 def _distance(experiment: TwinExperiment) -> str:
     return "ring" if getattr(experiment.forecast_model, "boundary", "periodic") == "periodic" else "line"
@@ -79,9 +75,7 @@ def _letkf(experiment: TwinExperiment, **settings) -> LETKF:
     return LETKF(**({"distance": _distance(experiment)} | settings))
 
 
-def _var3d_gc(
-    experiment, variance: float = 1.0, half_width: float = 2.0, ring: bool | None = None, **settings
-) -> ThreeDVar:
+def _var3d_gc(experiment, variance: float = 1.0, half_width: float = 2.0, ring: bool | None = None, **settings) -> ThreeDVar:
     if ring is None:
         ring = _distance(experiment) == "ring" and experiment.dim > 4
     return ThreeDVar(gaspari_cohn_background(experiment.dim, variance, half_width, ring), **settings)
@@ -89,6 +83,7 @@ def _var3d_gc(
 
 def _identity(dim: int, variance: float = 1.0) -> Covariance:
     return DiagonalCovariance(torch.full((dim,), float(variance), dtype=torch.float64))
+
 
 # %% ../nbs/95_studies.ipynb #b8e4289e
 def _static(experiment: TwinExperiment, background: str) -> Covariance:
@@ -105,11 +100,10 @@ def _var4d(experiment, background: str = "climate", scale: float = 0.1, **settin
     return FourDVar(_static(experiment, background), scale, **settings)
 
 
-def _weak_var4d(
-    experiment, background: str = "climate", scale: float = 0.1, model_error: float = 0.1, **settings
-) -> WeakFourDVar:
+def _weak_var4d(experiment, background: str = "climate", scale: float = 0.1, model_error: float = 0.1, **settings) -> WeakFourDVar:
     Q = _identity(experiment.dim, model_error)
     return WeakFourDVar(_static(experiment, background), Q, scale, **settings)
+
 
 # %% ../nbs/95_studies.ipynb #889943db
 def _optimal_interpolation(experiment) -> OptimalInterpolation:
@@ -132,6 +126,7 @@ def _pnpda(experiment, prior=None, blind: bool = False, **settings) -> PnPDA:
 def _pnpda4d(experiment, prior=None, **settings) -> PnPDA4D:
     return PnPDA4D(_gaussian_prior(experiment) if prior is None else prior, **settings)
 
+
 # %% ../nbs/95_studies.ipynb #b2183df8
 def _amortised(experiment, prior=None, **settings) -> AmortisedAnalysis:
     if prior is None:
@@ -143,6 +138,7 @@ def _learned_mean(experiment, prior=None, filter: str = "enkf", stretch: float =
     if prior is None:
         raise ValueError("prior: expected an AnalysisPrior that was trained, got None")
     return LearnedMean(prior, method_by_name(filter, experiment, **settings), stretch)
+
 
 # %% ../nbs/95_studies.ipynb #925797c6
 METHODS: dict[str, Callable[..., Method]] = {
@@ -186,6 +182,7 @@ def method_by_name(name: str, experiment: TwinExperiment | None, **settings: Any
     except TypeError as error:
         raise ValueError(f"{name}: {str(error).split('() ')[-1]}") from error
 
+
 # %% ../nbs/95_studies.ipynb #2c2e0fa1
 def experiment_of(testbed: Mapping[str, Any]) -> TwinExperiment:
     """The twin experiment of `{"name": ..., **arguments}`; raises `ValueError` for an unknown name."""
@@ -193,6 +190,7 @@ def experiment_of(testbed: Mapping[str, Any]) -> TwinExperiment:
     if testbed["name"] not in TESTBEDS:
         raise ValueError(f"testbed: unknown testbed {testbed['name']!r}; known: {', '.join(TESTBEDS)}")
     return TESTBEDS[testbed["name"]](**arguments)
+
 
 # %% ../nbs/95_studies.ipynb #f9600d0c
 @dataclass(frozen=True, eq=False)
@@ -213,6 +211,7 @@ class ToldOtherwise:
         variances = torch.full((observations.operator.size,), self.variance, dtype=background.dtype)
         told = dataclasses.replace(observations, covariance=DiagonalCovariance(variances))
         return self.method.analyse(background, told, forecast=forecast, generator=generator)
+
 
 # %% ../nbs/95_studies.ipynb #28f29996
 def build_method(
@@ -235,6 +234,7 @@ def build_method(
     if prior is not None:
         settings["prior"] = prior
     return method_by_name(method["name"], experiment, **settings)
+
 
 # %% ../nbs/95_studies.ipynb #262a6f01
 guard(globals())

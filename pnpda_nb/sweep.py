@@ -16,14 +16,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import (
-    FIRST_COMPLETED,
-    CancelledError,
-    Executor,
-    Future,
-    ProcessPoolExecutor,
-    wait,
-)
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -36,18 +29,22 @@ import torch
 from tqdm.auto import tqdm
 
 from .core.checks import guard
-from .core.disk import (
-    netcdf_bytes,
-    netcdf_from,
-    record_bytes,
-    record_from,
-    writable,
-    write_whole,
-)
+from .core.disk import netcdf_bytes, netcdf_from, record_bytes, record_from, writable, write_whole
 
 # %% auto #0
-__all__ = ['FORMATS', 'code_version', 'digest_of', 'task_key', 'Task', 'Store', 'run_task', 'HereExecutor', 'workplace',
-           'run_tasks']
+__all__ = [
+    "FORMATS",
+    "code_version",
+    "digest_of",
+    "task_key",
+    "Task",
+    "Store",
+    "run_task",
+    "HereExecutor",
+    "workplace",
+    "run_tasks",
+]
+
 
 # %% ../nbs/95_studies.ipynb #5890fc25
 @cache
@@ -60,6 +57,7 @@ def code_version(module: str | None = None) -> str:
     for path in sorted(_sources_of(module, home)) if home else ():
         digest.update(path.relative_to(home).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:12]
+
 
 # %% ../nbs/95_studies.ipynb #983e3988
 def _sources_of(module: str | None, home: Path) -> set[Path]:
@@ -77,6 +75,7 @@ def _source(module: str, home: Path) -> Path | None:
     place = home.joinpath(*module.split(".")[1:])
     return next((path for path in (place.with_suffix(".py"), place / "__init__.py") if path.is_file()), None)
 
+
 # %% ../nbs/95_studies.ipynb #272125d6
 def _imported(path: Path, home: Path) -> Iterator[Path]:
     """What a file imports of the package, at its beginning or inside of functions."""
@@ -88,6 +87,7 @@ def _imported(path: Path, home: Path) -> Iterator[Path]:
                 if source := _source(f"{base}.{alias.name}", home) or _source(base, home):
                     yield source
 
+
 # %% ../nbs/95_studies.ipynb #57bbee08
 def digest_of(settings: Any) -> str:
     """A short digest of `settings` (anything that JSON can hold); the order of names does not matter."""
@@ -97,6 +97,7 @@ def digest_of(settings: Any) -> str:
 def task_key(settings: Mapping[str, Any], module: str | None = None) -> str:
     """The digest of `settings` and of the version of the code, or of what `module` is made of."""
     return digest_of([code_version(module), dict(settings)])
+
 
 # %% ../nbs/95_studies.ipynb #4721750f
 FORMATS: dict[str, tuple[str, Callable[[Any], bytes], Callable[[bytes, str], Any]]] = {
@@ -131,7 +132,10 @@ class Task:
         """A digest of everything that the result depends on; the name is not part of it."""
         made_by = f"{self.function.__module__}.{self.function.__qualname__}"
         needs = {role: task.key for role, task in self.needs.items()}
-        return task_key({"function": made_by, "format": self.format, "settings": dict(self.settings), "needs": needs}, self.function.__module__)
+        return task_key(
+            {"function": made_by, "format": self.format, "settings": dict(self.settings), "needs": needs}, self.function.__module__
+        )
+
 
 # %% ../nbs/95_studies.ipynb #59c30765
 class Store:
@@ -167,6 +171,7 @@ class Store:
             path.replace(path.with_name(f"{path.name}.damaged")) if path.exists() else None
             return None
 
+
 # %% ../nbs/95_studies.ipynb #b5cf0845
 def run_task(code: str, name: str, *args: Any) -> bytes:
     """What a worker does: see `_run_task`. Any exception is one that can be sent back, and says which task it was."""
@@ -182,6 +187,7 @@ def run_task(code: str, name: str, *args: Any) -> bytes:
                 pass
         raise RuntimeError(f"{name}: {type(error).__name__}: {error}") from error
 
+
 # %% ../nbs/95_studies.ipynb #cdbba52b
 def _run_task(
     code: str, function: Callable, settings: dict, format: str, checkpoint: str | None, roles: dict, *files: bytes
@@ -190,9 +196,14 @@ def _run_task(
     bytes of a file. Raises `ValueError` if the worker's library is not that of `code`.
     """
     if code != code_version():
-        raise ValueError("code: a worker has another version of pnpda_nb than the process that sent it work; install the same everywhere")
+        raise ValueError(
+            "code: a worker has another version of pnpda_nb than the process that sent it work; install the same everywhere"
+        )
     torch.set_num_threads(1)  # sums are added up in one order everywhere
-    needs = {role: FORMATS[kind][2](content, f"{role}: what was sent") for (role, kind), content in zip(roles.items(), files, strict=True)}
+    needs = {
+        role: FORMATS[kind][2](content, f"{role}: what was sent")
+        for (role, kind), content in zip(roles.items(), files, strict=True)
+    }
     if checkpoint is not None:
         needs["checkpoint"] = checkpoint or None
     with warnings.catch_warnings():
@@ -201,6 +212,7 @@ def _run_task(
     if result is None:
         raise ValueError(f"{function.__name__}: expected a result to store, got None")
     return FORMATS[format][1](result)
+
 
 # %% ../nbs/95_studies.ipynb #d8da2332
 class HereExecutor(Executor):
@@ -215,6 +227,7 @@ class HereExecutor(Executor):
         finally:
             torch.set_num_threads(threads)
         return future
+
 
 # %% ../nbs/95_studies.ipynb #0c6e373f
 @contextmanager
@@ -251,6 +264,7 @@ def workplace(workers: int = 1, scheduler: str | None = None) -> Iterator[tuple[
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
+
 # %% ../nbs/95_studies.ipynb #25dc586c
 def _quiet(parent: int) -> None:
     """In a worker: Ctrl-C reaches every process of a terminal, but only the first decides what it means; bars, which are
@@ -266,6 +280,7 @@ def _quiet(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
 
 # %% ../nbs/95_studies.ipynb #c04b4f85
 def _connect(scheduler: str):
@@ -286,14 +301,10 @@ def _connect(scheduler: str):
         raise ValueError(f"scheduler: the cluster at {scheduler!r} has no workers") from None
     return client
 
+
 # %% ../nbs/95_studies.ipynb #3a2a1509
 def run_tasks(
-    tasks: Sequence[Task],
-    store: Store,
-    *,
-    workers: int = 1,
-    scheduler: str | None = None,
-    progress: bool = False,
+    tasks: Sequence[Task], store: Store, *, workers: int = 1, scheduler: str | None = None, progress: bool = False
 ) -> list[Any]:
     """The results of `tasks`, in their order; what is in the store is read, the rest is run (with what it needs) and
     stored. `workers` and `scheduler` as in `workplace`.
@@ -325,6 +336,7 @@ def run_tasks(
                     raise OSError(f"{store.path(task)}: cannot read what was just written")
     return [done[task.key] for task in tasks]
 
+
 # %% ../nbs/95_studies.ipynb #f5696f9e
 def _finished(waiting: dict[str, Task], store: Store, place: tuple, report: "_Progress") -> Iterator[Task]:
     """Run the tasks that are `waiting`, and give each when its result is in the store."""
@@ -345,7 +357,9 @@ def _finished(waiting: dict[str, Task], store: Store, place: tuple, report: "_Pr
             roles = {role: need.format for role, need in task.needs.items()}
             checkpoint = None
             if task.resumable:  # only where the disk is ours
-                checkpoint = "" if slots > 1 and not isinstance(executor, ProcessPoolExecutor) else str(store.path(task, "training"))
+                checkpoint = (
+                    "" if slots > 1 and not isinstance(executor, ProcessPoolExecutor) else str(store.path(task, "training"))
+                )
             job = (code_version(), task.name, task.function, dict(task.settings), task.format, checkpoint, roles, *files)
             try:
                 running[executor.submit(run_task, *job)] = task
@@ -383,6 +397,7 @@ def _finished(waiting: dict[str, Task], store: Store, place: tuple, report: "_Pr
             raise failure
     report.close()
 
+
 # %% ../nbs/95_studies.ipynb #21d432fe
 class _Progress:
     """A bar with the time left in a terminal; lines now and then where there is none."""
@@ -410,6 +425,7 @@ class _Progress:
 
     def close(self) -> None:
         self.bar.close()
+
 
 # %% ../nbs/95_studies.ipynb #1b5609db
 guard(globals())

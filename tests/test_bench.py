@@ -27,7 +27,10 @@ def test_that_the_quick_benchmark_writes_whole_files_and_prints_its_table(tmp_pa
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["--only", "speed"], "only: unknown part 'speed'; known: enkf, steps, etdrk4, members, state, memory, pnpda, training, pnpda_state"),
+        (
+            ["--only", "speed"],
+            "only: unknown part 'speed'; known: enkf, steps, etdrk4, members, state, memory, pnpda, training, pnpda_state",
+        ),
         (["--quick", "--full"], "quick: expected one of --quick and --full"),
     ],
 )
@@ -123,6 +126,7 @@ def test_that_an_analysis_is_compared_with_its_network_passes():
 def test_that_the_time_of_an_analysis_has_rows_for_every_size_and_both_rules(monkeypatch):
     def here(name, sizes):
         return ((size, *growth._needed(name, size)) for size in sizes)  # saves two processes
+
     monkeypatch.setattr(growth, "needs", here)
     table = bench(["pnpda_state"], QUICK)
     for prefix in ("", "scaled: "):

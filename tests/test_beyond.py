@@ -8,14 +8,7 @@ import pytest
 import torch
 
 from pnpda_nb.experiments import find_study
-from pnpda_nb.experiments.beyond import (
-    BEYOND_METHODS,
-    BEYOND_PRESETS,
-    beyond_priors,
-    beyond_study,
-    plan_beyond,
-    table_beyond,
-)
+from pnpda_nb.experiments.beyond import BEYOND_METHODS, BEYOND_PRESETS, beyond_priors, beyond_study, plan_beyond, table_beyond
 from pnpda_nb.experiments.ladder_parts import PARTS, off_policy_prior, plan_parts
 from pnpda_nb.learned import AnalysisPrior, OnPolicySettings
 from pnpda_nb.studies import learning_task, record_task
@@ -34,7 +27,14 @@ def test_that_every_method_is_planned_for_every_condition_and_none_twice(testbed
     first = next(iter(settings.conditions()))
     plan = plan_beyond(settings, BEYOND_METHODS)
     missing = {(c, m) for c in settings.conditions() for m in BEYOND_METHODS} - set(plan)
-    rare = {"foresight", "foresight_obs", "learned_mean", "learned_mean_obs", "pnpda_blind_obs", "amortised_ensemble_obs"}  # for one condition, or none
+    rare = {
+        "foresight",
+        "foresight_obs",
+        "learned_mean",
+        "learned_mean_obs",
+        "pnpda_blind_obs",
+        "amortised_ensemble_obs",
+    }  # for one condition, or none
     assert {m for _, m in missing} <= rare and all(c != first or "foresight" in m for c, m in missing)
     keys = [task.key for (_, m), task in plan.items() if m != "free_run"]
     assert len(set(keys)) == len(keys)
@@ -60,7 +60,9 @@ def test_that_the_off_policy_prior_differs_from_the_whole_by_who_cycles():
 
 
 def test_that_a_prior_is_trained_as_a_task_and_its_method_is_cycled_with_its_cost(tmp_path):
-    prior = learning_task([BED], {"name": "amortised"}, SHORT, seed=1, network=NETWORK, truth={"runs": 4, "cycles": 12}, validation_runs=2)
+    prior = learning_task(
+        [BED], {"name": "amortised"}, SHORT, seed=1, network=NETWORK, truth={"runs": 4, "cycles": 12}, validation_runs=2
+    )
     cycled = costed_task(BED, {"name": "amortised"}, runs=3, seed=1, prior=prior)
     result, learned = run_tasks([cycled, prior], Store(tmp_path))
     assert isinstance(learned, AnalysisPrior) and learned.training["cycles"] == 4
@@ -82,8 +84,14 @@ def test_that_passes_are_counted_per_member_draw_and_iteration():
 
 
 def test_that_the_table_says_how_many_runs_are_left_and_marks_what_was_lost():
-    rows = [("", m, name, "all", mean, 0.1, runs) for m, mean, runs in (("enkf", 1.0, 4), ("letkf", 2.0, 3), ("enff", np.nan, 0)) for name in ("step_rmse", "crps")]
-    table = table_beyond(pd.DataFrame(rows, columns=["condition", "method", "metric", "variable", "mean", "std", "runs"]), "", "step_rmse")
+    rows = [
+        ("", m, name, "all", mean, 0.1, runs)
+        for m, mean, runs in (("enkf", 1.0, 4), ("letkf", 2.0, 3), ("enff", np.nan, 0))
+        for name in ("step_rmse", "crps")
+    ]
+    table = table_beyond(
+        pd.DataFrame(rows, columns=["condition", "method", "metric", "variable", "mean", "std", "runs"]), "", "step_rmse"
+    )
     assert table["step RMSE"].tolist() == ["1.00 ± 0.05", "2.00 ± 0.06 (3 runs)", "lost"]
 
 
@@ -96,7 +104,13 @@ def test_that_parts_and_limits_are_planned_for_their_conditions():
 
 @pytest.mark.parametrize(
     "change, name",
-    [({"testbed": "lorenz64"}, "testbed"), ({"runs": 0}, "runs"), ({"follow": 0.0}, "follow"), ({"members": 1}, "members"), ({"batch": 0}, "batch")],
+    [
+        ({"testbed": "lorenz64"}, "testbed"),
+        ({"runs": 0}, "runs"),
+        ({"follow": 0.0}, "follow"),
+        ({"members": 1}, "members"),
+        ({"batch": 0}, "batch"),
+    ],
 )
 def test_that_a_wrong_setting_is_one_line(change, name):
     with pytest.raises(ValueError, match=f"^{name}: expected"):

@@ -42,7 +42,9 @@ def test_that_clean_and_export_change_nothing(tmp_path):
         if (ROOT / name).is_file() or (ROOT / name).is_symlink():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, copy / name, follow_symlinks=False)
-    before = {p: p.read_bytes() for folder in ("pnpda_nb", "nbs") for p in (copy / folder).rglob("*") if p.suffix in (".py", ".ipynb")}
+    before = {
+        p: p.read_bytes() for folder in ("pnpda_nb", "nbs") for p in (copy / folder).rglob("*") if p.suffix in (".py", ".ipynb")
+    }
     environment = {k: v for k, v in os.environ.items() if k != "IN_TEST"}
     for command in ([Path(sys.executable).with_name("nbdev_clean")], [sys.executable, "tools/chapters.py", "export"]):
         subprocess.run(command, cwd=copy, check=True, env=environment)

@@ -31,36 +31,11 @@ from pnpda_nb.classical import (
     ParticleFilter,
     ThreeDVar,
 )
-from pnpda_nb.core import (
-    Complex,
-    Converted,
-    Gappy,
-    Index,
-    Mask,
-    RunStreams,
-    guard,
-    guarded,
-    standard_normal,
-    stream,
-)
+from pnpda_nb.core import Complex, Converted, Gappy, Index, Mask, RunStreams, guard, guarded, standard_normal, stream
 from pnpda_nb.core.checks import GAPS, rule_of, shown
-from pnpda_nb.dynamics import (
-    Forecast,
-    FunctionModel,
-    KuramotoSivashinsky,
-    Lorenz63,
-    Model,
-    trajectory,
-)
+from pnpda_nb.dynamics import Forecast, FunctionModel, KuramotoSivashinsky, Lorenz63, Model, trajectory
 from pnpda_nb.flow_matching import FlowPrior, GaussianPrior, VelocityMLP
-from pnpda_nb.observing import (
-    Covariance,
-    DiagonalCovariance,
-    Nonlinear,
-    Observations,
-    ObservingNetwork,
-    Select,
-)
+from pnpda_nb.observing import Covariance, DiagonalCovariance, Nonlinear, Observations, ObservingNetwork, Select
 from pnpda_nb.pnp import PnPDA, PnPDA4D
 from pnpda_nb.twin import FreeRun, TwinExperiment, cycle, tune
 
@@ -80,7 +55,12 @@ METHODS = {
 
 def analyse(method, background, observations=SEEN):
     windowed = getattr(method, "from_start", False)
-    return method.analyse(background, [observations] if windowed else observations, forecast=Forecast(Lorenz63(), 1), generator=RunStreams(1, "x", runs=2))
+    return method.analyse(
+        background,
+        [observations] if windowed else observations,
+        forecast=Forecast(Lorenz63(), 1),
+        generator=RunStreams(1, "x", runs=2),
+    )
 
 
 @pytest.mark.parametrize(
@@ -91,14 +71,22 @@ def analyse(method, background, observations=SEEN):
         (bool, (True, np.bool_(False)), (0, 1, "True", None)),
         (str, ("", "x"), (b"x", 1, None)),
         (int | None, (None, 2), (2.5, "")),
-        (tuple[int, ...], ((), (1, 2), [1, 2], range(3), np.array([1, 2]), torch.tensor([1, 2])), (3, "12", (1, 2.5), np.eye(2), {1: 2})),
+        (
+            tuple[int, ...],
+            ((), (1, 2), [1, 2], range(3), np.array([1, 2]), torch.tensor([1, 2])),
+            (3, "12", (1, 2.5), np.eye(2), {1: 2}),
+        ),
         (tuple[float, float], ((1, 2.0), [0.5, 1]), ((1,), (1, 2, 3), (1, "2"), 1.0)),
         (Sequence, ([], (1, "x"), np.eye(2)), ("x", 3, {})),
         (Literal["ring", "line"], ("ring",), ("circle", 1, np.zeros(2), None)),
         (Literal["ring"] | Callable[[Tensor], Tensor], ("ring", abs), ("line", 3)),
         (Annotated[float, annotated_types.Gt(0), annotated_types.Lt(math.inf)], (1e-300, 3), (0, -1, math.inf, math.nan, "x")),
         (Annotated[int, annotated_types.Interval(ge=1, le=3)], (1, 3), (0, 4, 2.0)),
-        (Tensor, (torch.zeros(2), torch.zeros((), dtype=torch.half)), (np.zeros(2), 1.0, [1.0], torch.zeros(2).int(), torch.zeros(2).bool(), torch.zeros(2) + 1j)),
+        (
+            Tensor,
+            (torch.zeros(2), torch.zeros((), dtype=torch.half)),
+            (np.zeros(2), 1.0, [1.0], torch.zeros(2).int(), torch.zeros(2).bool(), torch.zeros(2) + 1j),
+        ),
         (Mask, (torch.zeros(2).bool(),), (torch.zeros(2), True)),
         (Index, (torch.zeros(2).long(),), (torch.zeros(2), torch.zeros(2).bool(), 3)),
         (Complex, (torch.zeros(2), torch.zeros(2) + 1j), (1j, np.zeros(2))),
@@ -141,7 +129,10 @@ HOLE = torch.tensor([1.0, math.nan])
         (lambda: checked_mean(torch.ones(2), "x"), "weight: expected a number, got 'x'"),
         (lambda: checked_mean(torch.ones(2), 1.0, 2, 2.5), "more: expected a whole number, got 2.5"),
         (lambda: checked_mean(torch.ones(2), extra="x"), "named: expected a number, got 'x'"),
-        (lambda: checked_mean(torch.full((2,), 3e38), 1e38), r"mean_of: expected a finite result, got 1 of 1 that are not, from values a tensor of shape \(2,\), float32, weight 1e\+38"),
+        (
+            lambda: checked_mean(torch.full((2,), 3e38), 1e38),
+            r"mean_of: expected a finite result, got 1 of 1 that are not, from values a tensor of shape \(2,\), float32, weight 1e\+38",
+        ),
         (lambda: list(checked_steps(torch.ones(2), 1.5)), "steps: expected a whole number, got 1.5"),
         (lambda: list(checked_steps(torch.full((2,), 1e30), 3)), "steps_of: expected a finite result"),
     ],
@@ -168,13 +159,21 @@ def test_that_a_generator_is_behind_the_border_only_while_it_steps():
 
 def test_that_errors_of_others_name_all_arguments_and_ours_pass():
     def broken(values: Tensor, kind: str) -> Tensor:
-        return {"shape": lambda: values @ torch.ones(7), "key": lambda: {}["x"], "ours": lambda: refuse(), "lines": lambda: refuse("a\nb"), "file": lambda: open("/no/such/file")}[kind]()
+        return {
+            "shape": lambda: values @ torch.ones(7),
+            "key": lambda: {}["x"],
+            "ours": lambda: refuse(),
+            "lines": lambda: refuse("a\nb"),
+            "file": lambda: open("/no/such/file"),
+        }[kind]()
 
     def refuse(what="nothing"):
         raise ValueError(f"values: expected something, got {what}")
 
     check = guarded(broken)
-    with pytest.raises(ValueError, match=r"broken: cannot work with values a tensor of shape \(3,\), float32, kind 'shape' \(RuntimeError: ") as caught:
+    with pytest.raises(
+        ValueError, match=r"broken: cannot work with values a tensor of shape \(3,\), float32, kind 'shape' \(RuntimeError: "
+    ) as caught:
         check(torch.ones(3), "shape")
     assert isinstance(caught.value.__cause__, RuntimeError)
     with pytest.raises(ValueError, match="KeyError"):
@@ -251,7 +250,10 @@ def test_that_constructors_methods_and_properties_of_a_class_are_behind_the_bord
 
 def test_that_functions_keep_their_names_signatures_memories_and_can_be_sent_to_others():
     assert remembered(3) is remembered(3) and remembered.cache_info().hits >= 1
-    assert str(inspect.signature(trajectory)).startswith("(model: 'Model', initial: 'Tensor', steps: 'int'") and "time first" in trajectory.__doc__
+    assert (
+        str(inspect.signature(trajectory)).startswith("(model: 'Model', initial: 'Tensor', steps: 'int'")
+        and "time first" in trajectory.__doc__
+    )
     for thing in (trajectory, cycle, Lorenz63(), EnKF(), EnKF, Lorenz63.step, SEEN, GAUSSIAN.covariance):
         assert type(pickle.loads(pickle.dumps(thing))) is type(thing)
     assert pickle.loads(pickle.dumps(trajectory)) is trajectory
@@ -317,7 +319,9 @@ def test_that_an_analysis_that_is_not_finite_says_which_runs_and_why(start):
     try:
         found = method.analyse(background, seen, forecast=Forecast(Lorenz63(), 2), generator=RunStreams(1, "t", runs=2))
     except ValueError as error:
-        assert str(error).startswith("PnPDA4D: expected a finite analysis, got one that is not in runs 1 of 2; the observation operator is nonlinear")
+        assert str(error).startswith(
+            "PnPDA4D: expected a finite analysis, got one that is not in runs 1 of 2; the observation operator is nonlinear"
+        )
     else:
         assert start == 1e-3 and torch.isfinite(found).all()
 
@@ -336,7 +340,9 @@ class Breaking:
     window: int = 1
 
     def analyse(self, background, observations, *, forecast, generator):
-        return ThreeDVar(EYE).analyse(background, observations, forecast=forecast, generator=generator) + torch.tensor([0.0, math.nan]).reshape(2, 1, 1)
+        return ThreeDVar(EYE).analyse(background, observations, forecast=forecast, generator=generator) + torch.tensor(
+            [0.0, math.nan]
+        ).reshape(2, 1, 1)
 
 
 @pytest.mark.parametrize("network", [NETWORK, BENT])
@@ -397,7 +403,10 @@ def test_that_sequences_may_be_of_pandas_or_xarray():
     days = pd.date_range("2020-01-01", periods=3)
     for value in (days, pd.Series([1.0, 2.0]), xr.DataArray([1.0, 2.0], dims="x"), np.arange(3.0), range(3)):
         assert rule_of(Sequence)(value) is None
-    assert rule_of(tuple[float, ...])(xr.DataArray([1.0, 2.0], dims="x")) is None and rule_of(Sequence[int])(pd.Series([0.5])) is not None
+    assert (
+        rule_of(tuple[float, ...])(xr.DataArray([1.0, 2.0], dims="x")) is None
+        and rule_of(Sequence[int])(pd.Series([0.5])) is not None
+    )
     assert rule_of(Sequence[float])(xr.DataArray(np.ones((2, 2)), dims=("x", "y"))) == "a sequence"
 
 

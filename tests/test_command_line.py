@@ -24,7 +24,24 @@ from pnpda_nb.learned import AnalysisPrior
 
 PNPDA = Path(sys.executable).with_name("pnpda")
 # the whole chain, archive and training included, in a few seconds
-TINY = ["--workers", "1", "--runs", "3", "--set", "cycles=5", "--set", "archive_runs=4", "--set", "archive_cycles=20", "--set", "epochs=3", "--set", "tuning_runs=2", "--set", "iterations=5"]
+TINY = [
+    "--workers",
+    "1",
+    "--runs",
+    "3",
+    "--set",
+    "cycles=5",
+    "--set",
+    "archive_runs=4",
+    "--set",
+    "archive_cycles=20",
+    "--set",
+    "epochs=3",
+    "--set",
+    "tuning_runs=2",
+    "--set",
+    "iterations=5",
+]
 
 
 def pnpda(*words, **options):
@@ -80,14 +97,20 @@ def test_that_a_finished_run_is_not_done_again(tiny, forked):
 def test_that_ctrl_c_leaves_usable_parts_and_the_same_command_resumes(moment, tmp_path, forked):
     settings = ["--runs", "2", "--set", "archive_runs=2", "--set", "archive_cycles=30"]
     # long enough to be hit in the middle on a fast machine
-    changes = ("epochs=120", "patience=120", "iterations=5", "cycles=5") if moment == "training" else ("epochs=2", "patience=2", "iterations=600")
+    changes = (
+        ("epochs=120", "patience=120", "iterations=5", "cycles=5")
+        if moment == "training"
+        else ("epochs=2", "patience=2", "iterations=600")
+    )
     settings += [word for change in changes for word in ("--set", change)]
     command = ["run", "lorenz63", *settings, "--methods", "free_run,pnpda", "--seed", "2"]
     assert forked(*command, "--workers", 1, "--out", tmp_path / "straight").returncode == 0
     # a test runner that was started in the background may have handed down an ignored SIGINT
     listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     workers = ["--workers", "1"] if moment == "training" else []
-    process = subprocess.Popen([PNPDA, *command, *workers, "--out", tmp_path / "stopped"], stderr=subprocess.PIPE, text=True, preexec_fn=listen)
+    process = subprocess.Popen(
+        [PNPDA, *command, *workers, "--out", tmp_path / "stopped"], stderr=subprocess.PIPE, text=True, preexec_fn=listen
+    )
     parts, deadline = tmp_path / "stopped" / "parts", time.monotonic() + 60
     sign = "prior-*.training" if moment == "training" else "prior-*.safetensors"
     while not list(parts.glob(sign)) and time.monotonic() < deadline:
@@ -160,8 +183,14 @@ def test_that_wrong_files_are_one_line_and_status_two(tmp_path, untrained_prior,
     prior_of_four = tmp_path / "four.safetensors"
     assert forked("train", four, "--out", prior_of_four, "--epochs", 1, "--paper").returncode == 0
     cases = [
-        (["run", "lorenz63", "--methods", "pnpda", "--set", f"prior={tmp_path / 'truncated.safetensors'}"], "not a readable safetensors file (truncated"),
-        (["run", "lorenz63", "--methods", "pnpda", "--set", f"prior={prior_of_four}"], "expected one for states of size 3, got size 4"),
+        (
+            ["run", "lorenz63", "--methods", "pnpda", "--set", f"prior={tmp_path / 'truncated.safetensors'}"],
+            "not a readable safetensors file (truncated",
+        ),
+        (
+            ["run", "lorenz63", "--methods", "pnpda", "--set", f"prior={prior_of_four}"],
+            "expected one for states of size 3, got size 4",
+        ),
         (["run", "lorenz63", "--methods", "var3d", "--set", f"archive={nan}"], "not finite in 1 of 100 samples"),
         (["run", "lorenz63", "--methods", "var3d", "--set", f"archive={four}"], "expected states of size 3 in"),
         (["train", nan, "--out", tmp_path / "p.safetensors"], "got nan in the background of state of pair 3"),
@@ -175,8 +204,23 @@ def test_that_wrong_files_are_one_line_and_status_two(tmp_path, untrained_prior,
 
 
 def test_that_a_method_of_which_no_run_survives_does_not_stop_the_others(tmp_path, forked):
-    words = ["--set", "cycles=2", "--set", "archive_runs=4", "--set", "archive_cycles=20", "--set", "epochs=2", "--runs", "2", "--workers", "1"]
-    answer = forked("run", "lorenz63", *words, "--set", "observation_variance=0.001", "--methods", "free_run,pnpda", "--out", tmp_path)
+    words = [
+        "--set",
+        "cycles=2",
+        "--set",
+        "archive_runs=4",
+        "--set",
+        "archive_cycles=20",
+        "--set",
+        "epochs=2",
+        "--runs",
+        "2",
+        "--workers",
+        "1",
+    ]
+    answer = forked(
+        "run", "lorenz63", *words, "--set", "observation_variance=0.001", "--methods", "free_run,pnpda", "--out", tmp_path
+    )
     assert answer.returncode == 0 and "pnpda: 2 of 2 runs" in answer.stdout
     assert json.loads((tmp_path / "manifest.json").read_text())["failed_runs"] == {"free_run": 0, "pnpda": 2}
 
@@ -185,7 +229,22 @@ def test_that_a_prior_trained_on_an_archive_can_be_used_in_a_run(tmp_path, forke
     prior = tmp_path / "prior.safetensors"
     answer = forked("train", wrong_archive(tmp_path), "--out", prior, "--epochs", 2, "--paper")
     assert answer.returncode == 0 and "pairs that were set aside" in answer.stdout
-    answer = forked("run", "lorenz63", "--runs", 2, "--methods", "pnpda", "--set", f"prior={prior}", "--set", "iterations=3", "--workers", 1, "--out", tmp_path / "out")
+    answer = forked(
+        "run",
+        "lorenz63",
+        "--runs",
+        2,
+        "--methods",
+        "pnpda",
+        "--set",
+        f"prior={prior}",
+        "--set",
+        "iterations=3",
+        "--workers",
+        1,
+        "--out",
+        tmp_path / "out",
+    )
     assert answer.returncode == 0, answer.stderr
     assert sorted(name.split("-")[0] for name in os.listdir(tmp_path / "out" / "parts")) == ["cycle", "prior_file"]
 
@@ -203,7 +262,9 @@ def files(tmp_path_factory, forked):
         write_netcdf(pairs.isel(time=some), folder / name)
     write_netcdf(pairs[["T_background"]].isel(time=[0]), folder / "today.nc")
     (folder / "seen.csv").write_text("value,error,x_index\n0.5,0.1,1\n")
-    done = forked("train", "pairs.nc", "--out", "prior.safetensors", "--epochs", 1, "--paper", "--report", "prior.md", folder=folder)
+    done = forked(
+        "train", "pairs.nc", "--out", "prior.safetensors", "--epochs", 1, "--paper", "--report", "prior.md", folder=folder
+    )
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -226,7 +287,13 @@ def contents(folder):
 
 
 def fails_and_touches_nothing(answer, folder, before):
-    return answer.returncode == 2 and answer.stderr.startswith("pnpda: ") and answer.stderr.count("\n") == 1 and not answer.stdout and contents(folder) == before
+    return (
+        answer.returncode == 2
+        and answer.stderr.startswith("pnpda: ")
+        and answer.stderr.count("\n") == 1
+        and not answer.stdout
+        and contents(folder) == before
+    )
 
 
 @pytest.mark.parametrize("words", [
@@ -259,7 +326,9 @@ def test_that_folders_that_were_made_for_nothing_go_away(copied, forked):
     (copied / "pairs.nc").write_bytes(wrong_archive(copied / "d", np.nan).read_bytes())
     answer = forked("train", "pairs.nc", "--out", "a/b/p.safetensors", "--report", "c/p.html", "--epochs", 1, folder=copied)
     assert answer.returncode == 2 and not (copied / "a").exists() and not (copied / "c").exists()
-    answer = forked("run", "lorenz63", "--methods", "pnpda", "--set", "prior=today.nc", "--out", "a/b", "--workers", 1, folder=copied)
+    answer = forked(
+        "run", "lorenz63", "--methods", "pnpda", "--set", "prior=today.nc", "--out", "a/b", "--workers", 1, folder=copied
+    )
     assert answer.returncode == 2 and not (copied / "a").exists()
 
 
@@ -277,10 +346,21 @@ OLD = ("p.safetensors", "p.html", "a.nc", "a.html", "scores.csv", "cycles.nc", "
 
 def whole_parts(folder):
     """What may be left of a sweep: parts that can be read."""
-    return all(name in OLD or name.startswith("parts/") and ".part" not in name for name in contents(folder)) and all(xr.load_dataset(p, engine="h5netcdf") for p in folder.glob("parts/*.nc"))
+    return all(name in OLD or name.startswith("parts/") and ".part" not in name for name in contents(folder)) and all(
+        xr.load_dataset(p, engine="h5netcdf") for p in folder.glob("parts/*.nc")
+    )
 
 
-@pytest.mark.parametrize("name, size", [("train", 3000), ("assimilate", 3000), pytest.param("run", 3000, marks=pytest.mark.slow), ("run", 40_000), pytest.param("sweep", 20_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name, size",
+    [
+        ("train", 3000),
+        ("assimilate", 3000),
+        pytest.param("run", 3000, marks=pytest.mark.slow),
+        ("run", 40_000),
+        pytest.param("sweep", 20_000, marks=pytest.mark.slow),
+    ],
+)
 def test_that_a_file_that_may_not_grow_is_one_line_and_the_old_ones_stay(name, size, copied, forked):
     (copied / "full").mkdir()
     for old in OLD:
@@ -310,7 +390,13 @@ def test_that_a_full_disk_is_one_line_and_the_old_files_stay(name, copied, forke
 def test_that_what_a_killed_process_left_is_removed_when_it_is_old(copied, forked):
     dead = subprocess.Popen(["true"])
     dead.wait()
-    names = {"old": f".{dead.pid}.part.a.nc", "young": f".{dead.pid}.part.a.html", "living": f".{os.getpid()}.part.a.nc", "other": f".{dead.pid}.part.b.nc", "named": ".x.part.a.nc"}
+    names = {
+        "old": f".{dead.pid}.part.a.nc",
+        "young": f".{dead.pid}.part.a.html",
+        "living": f".{os.getpid()}.part.a.nc",
+        "other": f".{dead.pid}.part.b.nc",
+        "named": ".x.part.a.nc",
+    }
     for kind, name in names.items():
         (copied / name).touch()
         os.utime(copied / name, (0, 0)) if kind != "young" else None
@@ -328,9 +414,18 @@ def test_that_a_manifest_is_sealed_and_knows_the_files_beside_it(tiny):
 # ---------------------------------------------------------------------------------------------- what is printed
 
 
-@pytest.mark.parametrize("encoding, sign", [("cp1252", b"\xb1"), pytest.param("ascii", rb"\xb1", marks=pytest.mark.slow), pytest.param("utf-8", "±".encode(), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "encoding, sign",
+    [
+        ("cp1252", b"\xb1"),
+        pytest.param("ascii", rb"\xb1", marks=pytest.mark.slow),
+        pytest.param("utf-8", "±".encode(), marks=pytest.mark.slow),
+    ],
+)
 def test_that_output_does_not_fail_for_its_encoding(encoding, sign, copied, forked):
-    answer = forked(*FULL["train"][:-1], "p.safetensors", folder=copied, before=f"sys.stdout = open('printed', 'w', encoding='{encoding}')")
+    answer = forked(
+        *FULL["train"][:-1], "p.safetensors", folder=copied, before=f"sys.stdout = open('printed', 'w', encoding='{encoding}')"
+    )
     assert answer.returncode == 0 and not answer.stderr and b" (" + sign + b" standard error" in (copied / "printed").read_bytes()
 
 
@@ -347,7 +442,10 @@ NOBODY = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("where", [pytest.param(w, marks=[pytest.mark.slow] if w in ("no output", "no errors", "errors on a full disk") else []) for w in NOBODY])
+@pytest.mark.parametrize(
+    "where",
+    [pytest.param(w, marks=[pytest.mark.slow] if w in ("no output", "no errors", "errors on a full disk") else []) for w in NOBODY],
+)
 def test_that_output_that_nobody_reads_stops_nothing(where, copied, forked):
     before, status = NOBODY[where]
     answer = forked(*ASSIMILATE, "--out", "new.nc", folder=copied, before=before)
@@ -366,19 +464,31 @@ def test_that_names_in_files_do_nothing_to_the_terminal(tmp_path, forked, long):
     b = np.random.default_rng(0).standard_normal((60, 3))
     evil = "\x1b]0;gone\x07\r\u202e\n1 pairs"
     array = xr.DataArray(b, dims=("time", "x"), coords={"x": ("x", ["a\x1b[2J", "b", "c\nd"])})
-    xr.Dataset({f"T{evil}_background": array, f"T{evil}_analysis": array + 0.1 * b[::-1]}).to_netcdf(tmp_path / "pairs.nc", engine="h5netcdf")
-    xr.Dataset({role: array.assign_attrs(units=evil) for role in ("background", "analysis")}).to_netcdf(tmp_path / "units.nc", engine="h5netcdf")
+    xr.Dataset({f"T{evil}_background": array, f"T{evil}_analysis": array + 0.1 * b[::-1]}).to_netcdf(
+        tmp_path / "pairs.nc", engine="h5netcdf"
+    )
+    xr.Dataset({role: array.assign_attrs(units=evil) for role in ("background", "analysis")}).to_netcdf(
+        tmp_path / "units.nc", engine="h5netcdf"
+    )
     xr.Dataset({f"T{evil}_background": array[:1]}).to_netcdf(tmp_path / "today.nc", engine="h5netcdf")
     (tmp_path / "seen.csv").write_text("value,error,x_index\n0.5,0.1,1\n")
     words = [["describe", "pairs.nc"], ["describe", "units.nc"], ["describe", "today.nc"], ["run", "\x1b[2J"]]
     if long:
-        words += [["train", "pairs.nc", "--out", "prior.safetensors", "--epochs", 1, "--paper"], ["describe", "prior.safetensors"], [*ASSIMILATE, "--out", "a.nc"]]
+        words += [
+            ["train", "pairs.nc", "--out", "prior.safetensors", "--epochs", 1, "--paper"],
+            ["describe", "prior.safetensors"],
+            [*ASSIMILATE, "--out", "a.nc"],
+        ]
     answers = [forked(*line, folder=tmp_path) for line in words]
     assert [a.returncode for a in answers] == [0, 0, 2, 2, 0, 0, 0][: len(words)], answers
     for answer in answers:
         assert all(c.isprintable() or c == "\n" for c in answer.stdout + answer.stderr)
         assert not any(line.startswith("1 pairs") for line in answer.stdout.splitlines())
-    assert all(r"\x1b]0;gone\x07" in answers[number].stdout and r"\u202e" in answers[number].stdout for number in (0, 1, 4, 5, 6) if number < len(words))
+    assert all(
+        r"\x1b]0;gone\x07" in answers[number].stdout and r"\u202e" in answers[number].stdout
+        for number in (0, 1, 4, 5, 6)
+        if number < len(words)
+    )
 
 
 # ---------------------------------------------------------------------------------------------- errors, options and kinds of files
@@ -440,12 +550,16 @@ def test_that_every_option_is_held_against_what_makes_sense(words, said, copied,
 def test_that_numbers_and_lists_have_ranges_everywhere(words, said, copied, forked):
     before = contents(copied)
     answer = forked(*words.split(), folder=copied)
-    assert fails_and_touches_nothing(answer, copied, before) and said in answer.stderr and not list((copied / "d").iterdir()), answer
+    assert fails_and_touches_nothing(answer, copied, before) and said in answer.stderr and not list((copied / "d").iterdir()), (
+        answer
+    )
 
 
 @pytest.mark.slow
 def test_that_names_that_the_system_does_not_understand_are_one_line(copied):
-    answer = subprocess.run([os.fsencode(PNPDA), b"train", b"\xff\xfe.nc", b"--out", b"\xff.safetensors"], cwd=copied, capture_output=True)
+    answer = subprocess.run(
+        [os.fsencode(PNPDA), b"train", b"\xff\xfe.nc", b"--out", b"\xff.safetensors"], cwd=copied, capture_output=True
+    )
     assert answer.returncode == 2 and answer.stderr == b"pnpda: archive: no file \\udcff\\udcfe.nc\n"
 
 
@@ -454,7 +568,11 @@ def test_that_samples_and_names_are_options_of_all_commands_and_a_prior_may_know
     pairs = xr.Dataset({"T_forecast": (("Time", "x"), b), "T_truth": (("Time", "x"), b + 0.1 * b[::-1])})
     pairs.to_netcdf(copied / "own.nc"), pairs.isel(Time=[0]).to_netcdf(copied / "today.nc")
     told = ["--samples", "Time", "--names", "forecast,truth"]
-    for words in (["describe", "own.nc"], ["train", "own.nc", "--out", "p.safetensors", "--epochs", 1, "--paper"], [*ASSIMILATE[:2], "p.safetensors", *ASSIMILATE[3:], "--out", "a.nc"]):
+    for words in (
+        ["describe", "own.nc"],
+        ["train", "own.nc", "--out", "p.safetensors", "--epochs", 1, "--paper"],
+        [*ASSIMILATE[:2], "p.safetensors", *ASSIMILATE[3:], "--out", "a.nc"],
+    ):
         answer = forked(*words, *told, folder=copied)
         assert answer.returncode == 0, answer.stderr
     prior = FlowPrior.load(copied / "p.safetensors")

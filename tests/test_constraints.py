@@ -11,13 +11,7 @@ from pnpda_nb.classical import EnKF, EnKS, FourDVar, ThreeDVar
 from pnpda_nb.core import RunStreams, standard_normal, stream
 from pnpda_nb.dynamics import AdditiveModelError, trajectory
 from pnpda_nb.flow_matching import GaussianPrior
-from pnpda_nb.observing import (
-    Covariance,
-    DiagonalCovariance,
-    Linear,
-    ObservingNetwork,
-    Select,
-)
+from pnpda_nb.observing import Covariance, DiagonalCovariance, Linear, ObservingNetwork, Select
 from pnpda_nb.pnp import (
     AsObservation,
     Conserving,
@@ -48,7 +42,9 @@ def both(x):
 NEAR = both(BODY.momentum(1.0).project(CLOUD[:, :1]))  # levels of a state that exists: one pair for every run
 LAWS = {
     "sum": LinearConstraint(torch.ones(1, 3, dtype=torch.float64), 2.0),
-    "two sums in a metric": LinearConstraint(torch.tensor([[1.0, 1, 1], [0, 1, -1]], dtype=torch.float64), torch.tensor([2.0, 0.5]), METRIC),
+    "two sums in a metric": LinearConstraint(
+        torch.tensor([[1.0, 1, 1], [0, 1, -1]], dtype=torch.float64), torch.tensor([2.0, 0.5]), METRIC
+    ),
     "sphere": BODY.momentum(1.0),
     "ellipsoid": BODY.energy(0.3),
     "ellipsoid in a metric": replace(BODY.energy(0.3), metric=METRIC),
@@ -200,7 +196,10 @@ def test_that_every_step_towards_the_observations_ends_on_the_set_and_the_first_
         w = free.towards(CLOUD, misfit, length, tau)
         assert torch.equal(held.towards(CLOUD, misfit, length, tau), LAWS["sphere"].project(w))
     seen = misfit.observations
-    one, other = (m.analyse(CLOUD, seen, forecast=None, generator=stream(1)) for m in (replace(held, iterations=1), replace(free, iterations=1)))
+    one, other = (
+        m.analyse(CLOUD, seen, forecast=None, generator=stream(1))
+        for m in (replace(held, iterations=1), replace(free, iterations=1))
+    )
     assert torch.equal(one, LAWS["sphere"].project(other))
     several = analysis_ensemble(held, CLOUD[:, :1], seen, size=4, generator=stream(1))
     assert LAWS["sphere"].residual(several).abs().max() < 1e-10
@@ -245,7 +244,9 @@ def test_that_a_run_that_breaks_takes_no_other_with_it():
 
 
 def test_that_nothing_is_changed_where_the_law_is_obeyed_already():
-    experiment = small(forecast_model=Conserving(BODY, BODY.momentum()), background_variance=0.0, model_error=AdditiveModelError(0.0))
+    experiment = small(
+        forecast_model=Conserving(BODY, BODY.momentum()), background_variance=0.0, model_error=AdditiveModelError(0.0)
+    )
     free, held = (cycle(experiment, method, runs=3, seed=1) for method in (FreeRun(), Projected(FreeRun(), BODY.momentum(1.0))))
     assert np.allclose(free.analysis, held.analysis, atol=1e-12) and np.allclose(held.rmse, 0, atol=1e-6)
 

@@ -18,29 +18,13 @@ import dapper.mods.Lorenz96.sakov2008  # noqa: E402
 from dapper.da_methods.ensemble import EnKF_analysis  # noqa: E402
 from dapper.tools.seeding import rng, set_seed  # noqa: E402
 
-from pnpda_nb.classical import (  # noqa: E402
-    ETKF,
-    LETKF,
-    EnKF,
-    EnKS,
-    FourDVar,
-    ParticleFilter,
-    ThreeDVar,
-)
+from pnpda_nb.classical import ETKF, LETKF, EnKF, EnKS, FourDVar, ParticleFilter, ThreeDVar  # noqa: E402
 from pnpda_nb.core import standard_normal, stream  # noqa: E402
 from pnpda_nb.dynamics import AdditiveModelError, Lorenz63, Lorenz96, trajectory  # noqa: E402
 from pnpda_nb.flow_matching import GaussianPrior  # noqa: E402
 from pnpda_nb.observing import Covariance, DiagonalCovariance, Select  # noqa: E402
 from pnpda_nb.pnp import PnPDA  # noqa: E402
-from pnpda_nb.twin import (  # noqa: E402  # noqa: E402  # noqa: E402
-    FreeRun,
-    cycle,
-    make_archive,
-    mean_and_error,
-    pairs_of,
-    sakov2008,
-    sakov2012,
-)
+from pnpda_nb.twin import FreeRun, cycle, make_archive, mean_and_error, pairs_of, sakov2008, sakov2012  # noqa: E402  # noqa: E402  # noqa: E402
 
 COVARIANCE = Covariance(torch.eye(3, dtype=torch.float64))
 
@@ -157,7 +141,10 @@ def test_that_what_is_translated_says_what_dapper_says():
 @pytest.mark.parametrize(
     "change, said",
     [
-        ({"X0": modelling.GaussRV(mu=np.zeros(3), C=np.array([1.0, 2, 3]))}, "X0: expected a covariance that is a multiple of the identity"),
+        (
+            {"X0": modelling.GaussRV(mu=np.zeros(3), C=np.array([1.0, 2, 3]))},
+            "X0: expected a covariance that is a multiple of the identity",
+        ),
         ({"X0": modelling.RV(M=3, func=lambda N: rng.random((N, 3)))}, "X0: expected a Gaussian, got RV"),
         ({"dyn": {"noise": np.array([1.0, 2, 3])}}, "Dyn.noise: expected a covariance that is a multiple of the identity"),
         ({"dyn": {"model": lambda x, t, dt: x + rng.standard_normal(x.shape)}}, "Dyn: expected a model that does the same twice"),
@@ -212,7 +199,10 @@ def test_that_smoothers_and_windows_look_back_inside_dapper(prior):
     hmm = lorenz63(Ko=80)
     set_seed(4)
     truth, observations = hmm.simulate()
-    for method, members in ((EnKS(inflation=1.04, lag=2), 20), (FourDVar(COVARIANCE, scale=0.5, window=2, shift=1, iterations=3), 1)):
+    for method, members in (
+        (EnKS(inflation=1.04, lag=2), 20),
+        (FourDVar(COVARIANCE, scale=0.5, window=2, shift=1, iterations=3), 1),
+    ):
         xp = for_dapper(method, members)
         xp.assimilate(hmm, truth, observations)
         errors = [np.sqrt(np.mean(np.array(getattr(xp.stats.err, which)) ** 2, 1))[65:].mean() for which in "fas"]

@@ -191,10 +191,14 @@ def test_that_measured_residuals_are_those_of_theory():
         assert torch.allclose(matrix.diagonal(), dense.matrix.diagonal(), rtol=1e-6)
         units = dense.matrix.diagonal().sqrt()[:, None]
         top = torch.linalg.eigh(dense.matrix / units / units.T).eigenvectors[:, -2:]
-        assert torch.allclose(top @ top.T @ (error.factor / units), error.factor / units, atol=1e-6)  # the leading ones of the correlations
+        assert torch.allclose(
+            top @ top.T @ (error.factor / units), error.factor / units, atol=1e-6
+        )  # the leading ones of the correlations
 
 
-@pytest.mark.parametrize("settings", [{}, {"half_width": 1.5}, {"half_width": 4.0}, {"half_width": 1.5, "distance": "line"}, {"rank": 1}, {"rank": DIM}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"half_width": 1.5}, {"half_width": 4.0}, {"half_width": 1.5, "distance": "line"}, {"rank": 1}, {"rank": DIM}]
+)
 def test_that_covariances_from_few_pairs_are_positive_definite(settings):
     for error in measured(3, **settings).errors:
         matrix = error.matrix if isinstance(error, DenseError) else error.factor @ error.factor.T + torch.diag(error.diagonal)
@@ -289,7 +293,9 @@ def test_that_a_prior_that_must_see_the_observations_is_shown_them():
         paths = (torch.stack(list(m.iterates(X, seen, stream(1)))) for m in (a, b))
         assert torch.equal(*paths)
     assert not torch.allclose(analyse(PnPDA(looks, 4), seen), analyse(PnPDA(PRIOR, 4), seen))
-    assert convergence(PnPDA(looks, 4), X, seen, generator=stream(1)).equals(convergence(PnPDA(told, 4), X, seen, generator=stream(1)))
+    assert convergence(PnPDA(looks, 4), X, seen, generator=stream(1)).equals(
+        convergence(PnPDA(told, 4), X, seen, generator=stream(1))
+    )
 
 
 def test_that_methods_with_data_steps_are_made_by_name_and_cycle():
@@ -318,7 +324,11 @@ def test_that_settings_that_do_not_fit_are_named(settings, name):
 
 
 def test_that_residuals_that_do_not_fit_are_named():
-    for settings, name in (({"rank": 0}, "rank"), ({"rank": 2, "half_width": 2.0}, "rank, half_width"), ({"half_width": -1.0}, "half_width")):
+    for settings, name in (
+        ({"rank": 0}, "rank"),
+        ({"rank": 2, "half_width": 2.0}, "rank, half_width"),
+        ({"half_width": -1.0}, "half_width"),
+    ):
         with pytest.raises(ValueError, match=f"^{name}: expected"):
             measured(9, **settings)
     for taus in ((), (0.1, 0.5), (0.0, 0.0), (0.0, 1.0)):

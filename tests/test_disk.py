@@ -13,14 +13,7 @@ import pytest
 import torch
 import xarray as xr
 
-from pnpda_nb.core import (
-    read_record,
-    standard_normal,
-    stream,
-    write_netcdf,
-    write_record,
-    write_whole,
-)
+from pnpda_nb.core import read_record, standard_normal, stream, write_netcdf, write_record, write_whole
 from pnpda_nb.core.disk import (
     netcdf_bytes,
     netcdf_from,
@@ -32,22 +25,10 @@ from pnpda_nb.core.disk import (
     write_checkpoint,
 )
 from pnpda_nb.flow_matching import TrainingSettings, describe_prior, train_prior
-from pnpda_nb.learned import (
-    AmortisedAnalysis,
-    AnalysisPrior,
-    OnPolicySettings,
-    TruthRecord,
-    train_on_policy,
-)
+from pnpda_nb.learned import AmortisedAnalysis, AnalysisPrior, OnPolicySettings, TruthRecord, train_on_policy
 from pnpda_nb.sweep import FORMATS, Store, Task, run_tasks
 from pnpda_nb.twin import lorenz63, read_archive
-from pnpda_nb.windows import (
-    Climate,
-    IncrementalPrior,
-    IncrementalSettings,
-    RandomSets,
-    train_incremental,
-)
+from pnpda_nb.windows import Climate, IncrementalPrior, IncrementalSettings, RandomSets, train_incremental
 
 PAIRS = standard_normal((200, 3), stream(1, "b")), standard_normal((200, 3), stream(1, "a"))
 SETTINGS = TrainingSettings(hidden=(8, 8), epochs=3, batch=64)
@@ -61,7 +42,11 @@ class Stop(Exception):
 
 def a_dataset(settings: dict | None = None) -> xr.Dataset:
     values = standard_normal((40, 3), stream(3)).numpy()
-    return xr.Dataset({n: (("sample", "variable"), values) for n in ("background", "analysis")}, coords={"variable": ["x", "y", "z"]}, attrs={"title": "a test"})
+    return xr.Dataset(
+        {n: (("sample", "variable"), values) for n in ("background", "analysis")},
+        coords={"variable": ["x", "y", "z"]},
+        attrs={"title": "a test"},
+    )
 
 
 def a_record(settings: dict | None = None) -> dict:
@@ -80,7 +65,13 @@ def an_incremental_prior(settings: dict | None = None):
     return IncrementalPrior.make(CLIMATE, width=4)
 
 
-PARTS = {"dataset": a_dataset, "record": a_record, "prior": a_prior, "analysis_prior": an_analysis_prior, "incremental_prior": an_incremental_prior}
+PARTS = {
+    "dataset": a_dataset,
+    "record": a_record,
+    "prior": a_prior,
+    "analysis_prior": an_analysis_prior,
+    "incremental_prior": an_incremental_prior,
+}
 
 
 def flow_training(path, stops=False):
@@ -122,7 +113,9 @@ def on_policy_training(path, stops=False):
     with pytest.MonkeyPatch.context() as patch:
         if stops:
             patch.setattr(chapter.time, "monotonic", iter(range(0, 10**6, 100)).__next__)
-        return train_on_policy(an_analysis_prior(), record, policy=AmortisedAnalysis, settings=settings, validate=validate, checkpoint=path)
+        return train_on_policy(
+            an_analysis_prior(), record, policy=AmortisedAnalysis, settings=settings, validate=validate, checkpoint=path
+        )
 
 
 TRAININGS = {"flow matching": flow_training, "incremental": incremental_training, "on-policy": on_policy_training}
@@ -137,7 +130,11 @@ def kinds(tmp_path_factory):
         task = Task(kind, make, {}, format=kind)
         run_tasks([task], store)
         reader = FORMATS[kind][2]
-        found[f"part: {kind}"] = store.path(task).read_bytes(), "x", lambda path, reader=reader: reader(path.read_bytes(), f"part: {path}")
+        found[f"part: {kind}"] = (
+            store.path(task).read_bytes(),
+            "x",
+            lambda path, reader=reader: reader(path.read_bytes(), f"part: {path}"),
+        )
         if "prior" in kind:
             found[f"described: {kind}"] = store.path(task).read_bytes(), "x", describe_prior
     found["manifest"] = (write_record(a_record(), folder / "m.json"), (folder / "m.json").read_bytes())[1], "m.json", read_record
@@ -261,7 +258,19 @@ def test_that_a_record_is_json_to_others_and_holds_what_it_was_given(tmp_path):
 
 
 def test_that_attributes_are_written_in_a_form_that_netcdf_can_hold(tmp_path):
-    odd = {"yes": True, "none": None, "map": {"a": 1}, "mixed": [1, "a"], "words": ["a", "b"], "long": 2**80, "half": "\ud800x", "bytes": b"K", "empty": [], "array": np.arange(3), "flags": np.array([True])}
+    odd = {
+        "yes": True,
+        "none": None,
+        "map": {"a": 1},
+        "mixed": [1, "a"],
+        "words": ["a", "b"],
+        "long": 2**80,
+        "half": "\ud800x",
+        "bytes": b"K",
+        "empty": [],
+        "array": np.arange(3),
+        "flags": np.array([True]),
+    }
     dataset = xr.Dataset({"t": ("x", [1.0], odd)}, attrs=odd, coords={"x": ("x", [0.0], odd)})
     again = xr.load_dataset(write_netcdf(dataset, tmp_path / "t.nc"))
     assert again.t.attrs["yes"] == 1 and again.t.attrs["map"] == '{"a": 1}' and list(again.attrs["words"]) == ["a", "b"]

@@ -9,13 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pnpda_nb.core import gaspari_cohn, gaspari_cohn_matrix, standard_normal, stream
-from pnpda_nb.dynamics import (
-    AdditiveModelError,
-    FunctionModel,
-    Lorenz63,
-    Model,
-    trajectory,
-)
+from pnpda_nb.dynamics import AdditiveModelError, FunctionModel, Lorenz63, Model, trajectory
 from pnpda_nb.observing import Covariance, Linear, Nonlinear, ObservingNetwork, Select
 
 seeds = st.integers(0, 10**6)
@@ -85,7 +79,11 @@ def test_that_the_models_of_the_book_keep_the_protocol():
 @given(seed=seeds, kind=st.sampled_from(["select", "linear", "nonlinear"]))
 def test_that_the_adjoint_passes_the_dot_product_test(seed, kind):
     matrix = standard_normal((2, 4), stream(seed, "matrix"))
-    operator = {"select": Select((3, 1), 4), "linear": Linear(matrix), "nonlinear": Nonlinear(lambda x: torch.tanh(x @ matrix.T), 2)}[kind]
+    operator = {
+        "select": Select((3, 1), 4),
+        "linear": Linear(matrix),
+        "nonlinear": Nonlinear(lambda x: torch.tanh(x @ matrix.T), 2),
+    }[kind]
     x, u = standard_normal((3, 4), stream(seed, "x")), standard_normal((3, 4), stream(seed, "u"))
     v = standard_normal((3, 2), stream(seed, "v"))
     pushed = (operator.jacobian(x) @ u[..., None])[..., 0]

@@ -15,23 +15,8 @@ from pnpda_nb.core import RunStreams, standard_normal, stream
 from pnpda_nb.dynamics import Forecast, FunctionModel, KuramotoSivashinsky, Lorenz63
 from pnpda_nb.methods import LEARNED, climate_of, method_by_name
 from pnpda_nb.methods import METHODS as ALL_METHODS
-from pnpda_nb.observing import (
-    Covariance,
-    DiagonalCovariance,
-    Linear,
-    Nonlinear,
-    ObservingNetwork,
-    Select,
-)
-from pnpda_nb.twin import (
-    TESTBEDS,
-    cycle,
-    mean_and_error,
-    rank_histogram,
-    scores,
-    spread_skill,
-    time_mean,
-)
+from pnpda_nb.observing import Covariance, DiagonalCovariance, Linear, Nonlinear, ObservingNetwork, Select
+from pnpda_nb.twin import TESTBEDS, cycle, mean_and_error, rank_histogram, scores, spread_skill, time_mean
 
 METHODS = {name: make for name, make in ALL_METHODS.items() if name not in LEARNED}
 NEEDS_ENSEMBLE = ("enkf", "etkf", "letkf", "local_enkf", "enks", "enrda", "ensf", "enff")
@@ -86,7 +71,10 @@ class Watched:
         return answer
 
 
-OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("kuramoto_sivashinsky", "double_well", "pendulum", "sakov2012", "sakov2008")]
+OTHERS = [
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("kuramoto_sivashinsky", "double_well", "pendulum", "sakov2012", "sakov2008")
+]
 
 
 @pytest.mark.parametrize("where", ["lorenz63", "lorenz96", *OTHERS])
@@ -263,7 +251,11 @@ def test_that_nonlinear_observations_are_assimilated(name):
     cloud = truth.unsqueeze(1) + 0.7 * standard_normal((40, 30, 3), stream(3, "cloud"))
     seen = network.observe(truth, stream(3, "noise"))
     if name in FOUR_D:
-        made = {"var4d": FourDVar, "weak_var4d": lambda B: WeakFourDVar(B, Covariance(1e-6 * np.eye(3))), "pnpda4d": lambda B: pair(name, "sakov2012")[1]}[name](Covariance(0.5 * np.eye(3)))
+        made = {
+            "var4d": FourDVar,
+            "weak_var4d": lambda B: WeakFourDVar(B, Covariance(1e-6 * np.eye(3))),
+            "pnpda4d": lambda B: pair(name, "sakov2012")[1],
+        }[name](Covariance(0.5 * np.eye(3)))
         out = made.analyse(cloud, [seen], forecast=Forecast(FunctionModel(lambda x: x, 3), 1), generator=stream(3, "method"))
         out = out[-1] if out.ndim > cloud.ndim else out
     elif name == "var3d":
@@ -383,7 +375,9 @@ def test_that_the_error_of_a_time_mean_is_the_scatter_of_time_means(phi):
 
 def test_that_short_cycles_have_standard_errors_too():
     experiment = replace(small("sakov2012"), cycles=40)
-    full, lean = (cycle(experiment, method_by_name("etkf", experiment), members=6, runs=3, seed=1, keep=k) for k in ("all", "scores"))
+    full, lean = (
+        cycle(experiment, method_by_name("etkf", experiment), members=6, runs=3, seed=1, keep=k) for k in ("all", "scores")
+    )
     for metric in ("analysis_rmse", "rmse", "crps"):
         a, b = (mean_and_error(x, metric) for x in (full, lean))
         assert abs(a[0] - b[0]) < 1e-9 and 0.2 * a[1] < b[1] < 5 * a[1]

@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 FAULTS = Path(__file__).parent / "faults"
-REFUSED = {"06_overlap": "files of different times", "13_pnpda4d_not_finite": "finite"}  # what their last line must say: these end in one clear error
+REFUSED = {
+    "06_overlap": "files of different times",
+    "13_pnpda4d_not_finite": "finite",
+}  # what their last line must say: these end in one clear error
 
 
 @pytest.fixture(scope="module")

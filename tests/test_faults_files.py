@@ -18,16 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pnpda_nb.core import write_netcdf
-from pnpda_nb.files import (
-    Axis,
-    Field,
-    Layout,
-    conversion,
-    open_archive,
-    open_dataset,
-    read_observations,
-    read_states,
-)
+from pnpda_nb.files import Axis, Field, Layout, conversion, open_archive, open_dataset, read_observations, read_states
 from pnpda_nb.files.layout import layout_from_record, layout_record
 from pnpda_nb.files.states import writable_attributes
 from pnpda_nb.files.stations import along_axis
@@ -50,7 +41,9 @@ def pairs(times: int = 60, seed: int = 0) -> xr.Dataset:
 def day(axis=(0.0, 1.0, 2.0, 3.0), units="", value=280.0, time=0, **attributes) -> xr.Dataset:
     """A background along one axis."""
     lon = ("lon", list(axis), {"units": units} if units else {})
-    return xr.Dataset({"t": (("time", "lon"), np.full((1, len(axis)), value), {"units": "K"} | attributes)}, coords={"time": [time], "lon": lon})
+    return xr.Dataset(
+        {"t": (("time", "lon"), np.full((1, len(axis)), value), {"units": "K"} | attributes)}, coords={"time": [time], "lon": lon}
+    )
 
 
 def states_of(data: xr.Dataset, folder, layout: Layout | None = None):
@@ -92,7 +85,9 @@ def test_that_dimensions_that_count_states_may_come_in_any_order_in_every_file(t
     data.transpose("time", "case", "member", ...).to_netcdf(tmp_path / "same.nc")
     for part, order in enumerate([("time", "case", "member"), ("member", "case", "time")]):
         half = data.isel(time=slice(10 * part, 10 * part + 10)).transpose(*order, "lat", "lon")
-        half.assign(t_analysis=half.t_analysis.transpose("lon", "member", "lat", "case", "time")).to_netcdf(tmp_path / f"p_{part}.nc")
+        half.assign(t_analysis=half.t_analysis.transpose("lon", "member", "lat", "case", "time")).to_netcdf(
+            tmp_path / f"p_{part}.nc"
+        )
     with open_archive(tmp_path / "same.nc") as same, open_archive(tmp_path / "p_*.nc") as other:
         assert same.count == other.count == 120
         for first, last in ((0, 120), (7, 61), (59, 64)):
@@ -110,14 +105,29 @@ def test_that_states_and_gridded_observations_are_read_in_the_order_of_the_layou
     for order in (("time", "lat", "lon"), ("lon", "lat", "time")):
         grid.transpose(*order).to_netcdf(tmp_path / "o.nc")
         sightings = read_observations(tmp_path / "o.nc", straight)
-        assert np.array_equal(sightings.values, straight.values[:, 0]) and np.array_equal(sightings.errors, (1 + np.arange(12.0).reshape(4, 3)).T.ravel())
+        assert np.array_equal(sightings.values, straight.values[:, 0]) and np.array_equal(
+            sightings.errors, (1 + np.arange(12.0).reshape(4, 3)).T.ravel()
+        )
 
 
 # ---------------------------------------------------------------- times
 
 
 @pytest.mark.parametrize("column", ["time", "valid_time"])
-@pytest.mark.parametrize("text, right", [("2020-01-30T18:00", True), ("2020-01-30 18:00:00", True), ("2020-01-30T18:00Z", True), ("2020-01-30T23:00+05:00", True), ("2020-01-30T12:30:00.000-0530", True), ("20200130T1800", True), ("2020-01-30T18:00+05:00", False), ("2020-01-30T18:01", False), ("2020-01-30", False)])
+@pytest.mark.parametrize(
+    "text, right",
+    [
+        ("2020-01-30T18:00", True),
+        ("2020-01-30 18:00:00", True),
+        ("2020-01-30T18:00Z", True),
+        ("2020-01-30T23:00+05:00", True),
+        ("2020-01-30T12:30:00.000-0530", True),
+        ("20200130T1800", True),
+        ("2020-01-30T18:00+05:00", False),
+        ("2020-01-30T18:01", False),
+        ("2020-01-30", False),
+    ],
+)
 def test_that_times_with_an_offset_are_converted_to_utc_and_those_without_are_utc(tmp_path, column, text, right):
     states = states_of(day(time=np.datetime64("2020-01-30T18:00", "ns")), tmp_path)
     table = f"value,error,units,lon,{column}\n281,0.5,K,1,{text}\n"
@@ -145,7 +155,9 @@ def test_that_two_spellings_of_one_instant_are_one_time_and_two_instants_are_ref
         seen(rows.format("2020-01-30T20:00"), states, tmp_path)
 
 
-@pytest.mark.parametrize("calendar, date", [("noleap", (2021, 3, 1)), ("360_day", (2021, 2, 30)), ("julian", (2021, 3, 1)), ("standard", (2021, 3, 1))])
+@pytest.mark.parametrize(
+    "calendar, date", [("noleap", (2021, 3, 1)), ("360_day", (2021, 2, 30)), ("julian", (2021, 3, 1)), ("standard", (2021, 3, 1))]
+)
 def test_that_times_of_any_calendar_are_compared_in_it(tmp_path, calendar, date):
     states = states_of(day(time=cftime.datetime(*date, 6, calendar=calendar)), tmp_path)
     text = "{}-{:02}-{:02}".format(*date)
@@ -153,7 +165,10 @@ def test_that_times_of_any_calendar_are_compared_in_it(tmp_path, calendar, date)
     assert seen(table.format(f"{text}T08:00+02:00"), states, tmp_path).values == 281
     with pytest.raises(ValueError, match="expected the background's time"):
         seen(table.format(f"{text}T08:00"), states, tmp_path)
-    stations = xr.Dataset({"value": ("station", [281.0]), "error": 0.5, "lon": ("station", [1.0])}, coords={"time": np.datetime64("2021-03-01T06", "ns")})
+    stations = xr.Dataset(
+        {"value": ("station", [281.0]), "error": 0.5, "lon": ("station", [1.0])},
+        coords={"time": np.datetime64("2021-03-01T06", "ns")},
+    )
     stations.value.attrs["units"] = "K"
     stations.to_netcdf(tmp_path / "o.nc")
     if calendar == "standard":
@@ -169,7 +184,9 @@ def test_that_archives_and_backgrounds_of_other_calendars_are_read_and_written(t
     with open_archive(tmp_path / "a.nc") as archive:
         data[["t_background"]].isel(time=[3]).to_netcdf(tmp_path / "b.nc")
         states = read_states(tmp_path / "b.nc", archive.state)
-    with xr.open_dataset(write_netcdf(states.dataset(states.values), tmp_path / "out.nc"), decode_times=xr.coders.CFDatetimeCoder(use_cftime=True)) as out:
+    with xr.open_dataset(
+        write_netcdf(states.dataset(states.values), tmp_path / "out.nc"), decode_times=xr.coders.CFDatetimeCoder(use_cftime=True)
+    ) as out:
         assert out.time.values[0] == data.time.values[3] and out.time.values[0].calendar == "noleap"
 
 
@@ -186,7 +203,16 @@ def test_that_pairs_are_in_the_order_of_their_times_whatever_the_files_are_calle
 
 
 @pytest.mark.parametrize("calendar", ["standard", "noleap", "numbers", "sample"])
-@pytest.mark.parametrize("first, second", [(range(60), range(50, 70)), (range(60), range(59, 70)), (range(60), range(60)), (range(60), range(20, 30)), ([0, 2, 4], [1, 3, 5])])
+@pytest.mark.parametrize(
+    "first, second",
+    [
+        (range(60), range(50, 70)),
+        (range(60), range(59, 70)),
+        (range(60), range(60)),
+        (range(60), range(20, 30)),
+        ([0, 2, 4], [1, 3, 5]),
+    ],
+)
 def test_that_files_that_overlap_are_refused_with_their_times(tmp_path, calendar, first, second):
     data = pairs(70)
     if calendar == "noleap":
@@ -215,7 +241,9 @@ def test_that_a_dimension_with_times_comes_before_others_and_members_stay_togeth
     data = pairs(10).expand_dims(case=2, member=3)
     data.transpose("case", "member", "time", ...).to_netcdf(tmp_path / "a.nc")
     with open_archive(tmp_path / "a.nc") as archive:
-        assert torch.equal(archive.read(0, 60)[0], torch.from_numpy(pairs(10).t_background.values.reshape(10, -1)).repeat_interleave(6, 0))
+        assert torch.equal(
+            archive.read(0, 60)[0], torch.from_numpy(pairs(10).t_background.values.reshape(10, -1)).repeat_interleave(6, 0)
+        )
 
 
 def test_that_files_without_times_keep_the_natural_order_of_their_names(tmp_path):
@@ -262,7 +290,16 @@ def test_that_longitudes_are_places_on_a_circle(tmp_path, axis, place, weights):
         assert found.keys() == weights.keys() and all(found[k] == pytest.approx(w, abs=1e-12) for k, w in weights.items())
 
 
-@pytest.mark.parametrize("attributes", [{"standard_name": "longitude", "units": "degrees"}, {"units": "degrees"}, {}, {"standard_name": "longitude"}, *({"units": u} for u in ("degrees_east", "degree_east", "degrees_E", "degree_E", "degreesE", "degreeE"))])
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"standard_name": "longitude", "units": "degrees"},
+        {"units": "degrees"},
+        {},
+        {"standard_name": "longitude"},
+        *({"units": u} for u in ("degrees_east", "degree_east", "degrees_E", "degree_E", "degreesE", "degreeE")),
+    ],
+)
 def test_that_longitudes_are_known_by_units_standard_name_and_usual_names(tmp_path, attributes):
     data = day([350.0, 355, 0, 5, 10])
     data.lon.attrs = attributes
@@ -303,7 +340,9 @@ def test_that_latitudes_may_fall(tmp_path):
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
 def test_that_no_comparison_of_coordinates_depends_on_their_units(scale):
     axis = Axis(tuple(scale * np.array([1.0, 2.0, 3.0])), "")
-    assert axis.fits(Axis(tuple(scale * np.array([1.0, 2.0, 3.0000001])))) and not axis.fits(Axis(tuple(scale * np.array([1.0, 2.0, 3.01]))))
+    assert axis.fits(Axis(tuple(scale * np.array([1.0, 2.0, 3.0000001])))) and not axis.fits(
+        Axis(tuple(scale * np.array([1.0, 2.0, 3.01])))
+    )
     assert along_axis(axis, scale * np.array([1.5]), "here")[2][0] == pytest.approx(0.5)
     with pytest.raises(ValueError, match="expected stations between"):
         along_axis(axis, scale * np.array([3.01]), "here")
@@ -318,7 +357,23 @@ def test_that_an_axis_that_orders_nothing_is_refused_when_stations_are_placed_on
 # ---------------------------------------------------------------- units
 
 
-@pytest.mark.parametrize("one, other, value, wanted", [("hPa", "Pa", 1013.25, 101325), ("degC", "K", 15, 288.15), ("K", "kelvin", 3, 3), ("degF", "K", 212, 373.15), ("km/h", "m s-1", 36, 10), ("100 Pa", "hPa", 5, 5), ("g kg-1", "1", 7, 0.007), ("%", "1", 50, 0.5), ("degrees_E", "degrees_east", 7, 7), ("parsnips", "parsnips", 7, 7), ("kg.m-2", "g cm-2", 10, 1), ("J kg-1", "m2 s-2", 2, 2)])
+@pytest.mark.parametrize(
+    "one, other, value, wanted",
+    [
+        ("hPa", "Pa", 1013.25, 101325),
+        ("degC", "K", 15, 288.15),
+        ("K", "kelvin", 3, 3),
+        ("degF", "K", 212, 373.15),
+        ("km/h", "m s-1", 36, 10),
+        ("100 Pa", "hPa", 5, 5),
+        ("g kg-1", "1", 7, 0.007),
+        ("%", "1", 50, 0.5),
+        ("degrees_E", "degrees_east", 7, 7),
+        ("parsnips", "parsnips", 7, 7),
+        ("kg.m-2", "g cm-2", 10, 1),
+        ("J kg-1", "m2 s-2", 2, 2),
+    ],
+)
 def test_that_units_that_measure_the_same_are_converted_there_and_back(one, other, value, wanted):
     factor, offset = conversion(one, other)
     assert factor * value + offset == pytest.approx(wanted, rel=1e-12)
@@ -326,7 +381,22 @@ def test_that_units_that_measure_the_same_are_converted_there_and_back(one, othe
     assert factor * wanted + offset == pytest.approx(value, rel=1e-12)
 
 
-@pytest.mark.parametrize("one, other", [("K", "m"), ("psu", "g/kg"), ("psu", "1"), ("", "K"), ("dBZ", "K"), ("degrees_north", "degrees_east"), ("parsnips", "K"), ("9**9**9**9", "m"), ("(" * 70, "m"), ("m" * 500, "K"), ("K", "K-1")])
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        ("K", "m"),
+        ("psu", "g/kg"),
+        ("psu", "1"),
+        ("", "K"),
+        ("dBZ", "K"),
+        ("degrees_north", "degrees_east"),
+        ("parsnips", "K"),
+        ("9**9**9**9", "m"),
+        ("(" * 70, "m"),
+        ("m" * 500, "K"),
+        ("K", "K-1"),
+    ],
+)
 def test_that_other_units_are_not_converted_whatever_they_say(one, other):
     assert conversion(one, other) is None and conversion(other, one) is None
 
@@ -354,8 +424,12 @@ def test_that_a_background_in_other_units_is_converted_and_written_back_in_its_o
 def test_that_values_convert_with_their_offset_and_errors_without_it(tmp_path):
     states = states_of(day(), tmp_path)
     sightings = seen("value,error,units,lon\n10,0.5,degC,1\n50,0.9,degF,2\n281,0.5,K,0\n", states, tmp_path)
-    assert np.allclose(sightings.values, [[283.15, 283.15, 281]], rtol=1e-14) and np.allclose(sightings.errors, [0.5, 0.5, 0.5], rtol=1e-14)
-    named = xr.Dataset({"t": ("station", [10.0], {"units": "degC"}), "t_error": ("station", [0.9], {"units": "degF"}), "lon": ("station", [1.0])})
+    assert np.allclose(sightings.values, [[283.15, 283.15, 281]], rtol=1e-14) and np.allclose(
+        sightings.errors, [0.5, 0.5, 0.5], rtol=1e-14
+    )
+    named = xr.Dataset(
+        {"t": ("station", [10.0], {"units": "degC"}), "t_error": ("station", [0.9], {"units": "degF"}), "lon": ("station", [1.0])}
+    )
     named.to_netcdf(tmp_path / "o.nc")
     sightings = read_observations(tmp_path / "o.nc", states)
     assert np.allclose(sightings.values, 283.15) and np.allclose(sightings.errors, 0.5)
@@ -366,7 +440,9 @@ def test_that_coordinates_in_other_units_are_converted(tmp_path):
     layout = Layout.of(data.data_vars, ("time",))
     metres = data.assign_coords(depth=("depth", [0.0, 1000.0, 2000.0, 3000.0], {"units": "m"}))
     states = states_of(metres, tmp_path, layout)
-    stations = xr.Dataset({"value": ("station", [281.0], {"units": "K"}), "error": 0.5, "depth": ("station", [2500.0], {"units": "m"})})
+    stations = xr.Dataset(
+        {"value": ("station", [281.0], {"units": "K"}), "error": 0.5, "depth": ("station", [2500.0], {"units": "m"})}
+    )
     stations.to_netcdf(tmp_path / "o.nc")
     assert read_observations(tmp_path / "o.nc", states).points.tolist() == [[2, 3]]
     with pytest.raises(ValueError, match="expected coordinates depth"):
@@ -400,17 +476,28 @@ def test_that_strange_units_are_read_or_refused_in_one_line(tmp_path, units):
 
 
 def test_that_character_arrays_are_text(tmp_path):
-    data = xr.Dataset({n: (("time", "lon"), np.full((1, 4), 280.0), {"units": "K"}) for n in ("air", "sea")}, coords={"time": [0], "lon": np.arange(4.0)})
+    data = xr.Dataset(
+        {n: (("time", "lon"), np.full((1, 4), 280.0), {"units": "K"}) for n in ("air", "sea")},
+        coords={"time": [0], "lon": np.arange(4.0)},
+    )
     states = states_of(data, tmp_path)
     bare = {"value": ("station", [281.0, 282]), "error": ("station", [0.5, 0.5]), "lon": ("station", [0.0, 1])}
-    for words, units in ((np.array([b"air", b"sea"]), np.array([b"K", b"K"])), (np.array(["air  ", "sea"]), np.array(["K ", "K"])), (np.array(["air", "sea"], object), np.array(["K", "K"], object))):
+    for words, units in (
+        (np.array([b"air", b"sea"]), np.array([b"K", b"K"])),
+        (np.array(["air  ", "sea"]), np.array(["K ", "K"])),
+        (np.array(["air", "sea"], object), np.array(["K", "K"], object)),
+    ):
         for engine in ("scipy", "h5netcdf"):
-            xr.Dataset(bare | {"variable": ("station", words), "units": ("station", units)}).to_netcdf(tmp_path / "o.nc", engine=engine)
+            xr.Dataset(bare | {"variable": ("station", words), "units": ("station", units)}).to_netcdf(
+                tmp_path / "o.nc", engine=engine
+            )
             assert read_observations(tmp_path / "o.nc", states).fields == ("air", "sea")
 
 
 def test_that_names_along_an_axis_may_be_characters_or_look_like_numbers(tmp_path):
-    data = xr.Dataset({"t": (("time", "lon"), np.full((1, 2), 280.0), {"units": "K"})}, coords={"time": [0], "lon": ["06240", "EHAM"]})
+    data = xr.Dataset(
+        {"t": (("time", "lon"), np.full((1, 2), 280.0), {"units": "K"})}, coords={"time": [0], "lon": ["06240", "EHAM"]}
+    )
     states = states_of(data, tmp_path)
     assert seen("value,error,units,lon\n281,0.5,K,EHAM\n282,0.5,K,06240\n", states, tmp_path).points.tolist() == [[1], [0]]
     assert seen("value,error,units,lon\n281,0.5,K,06240\n", states, tmp_path).points.tolist() == [[0]]
@@ -421,7 +508,7 @@ def test_that_names_along_an_axis_may_be_characters_or_look_like_numbers(tmp_pat
 
 def test_that_columns_that_nobody_needs_may_hold_anything(tmp_path):
     states = states_of(day(), tmp_path)
-    table = "wmo,name,comment,value,error,units,lon\n06240,Schiphol,\"a, b\",281,0.5,K,0\nEHAM,7,,282,0.5,K,1\n"
+    table = 'wmo,name,comment,value,error,units,lon\n06240,Schiphol,"a, b",281,0.5,K,0\nEHAM,7,,282,0.5,K,1\n'
     assert seen(table, states, tmp_path).values.tolist() == [[281, 282]]
     with pytest.raises(ValueError, match="expected numbers in column 'error', got 'about 1' in row 2") as caught:
         seen(table.replace("282,0.5", "282,about 1"), states, tmp_path)
@@ -487,7 +574,9 @@ def test_that_what_an_archive_held_is_its_smallest_and_largest_value(tmp_path):
         archive.block = 7
         assert archive.held() == {"t": (-44.0, 55.0)}
         layout = archive.state.with_held(archive.held())
-        assert layout_from_record(layout_record(layout)).fields[0].held == (-44.0, 55.0) and layout_record(archive.state)["variables"][0].keys() == {"name", "dims", "shape", "units"}
+        assert layout_from_record(layout_record(layout)).fields[0].held == (-44.0, 55.0) and layout_record(archive.state)[
+            "variables"
+        ][0].keys() == {"name", "dims", "shape", "units"}
 
 
 def test_that_a_field_that_never_changed_or_is_not_known_believes_anything():
@@ -511,16 +600,38 @@ def test_that_a_layout_knows_which_dimensions_count_states_and_what_roles_are_ca
     bare = Layout(layout.fields, layout.axes)
     with pytest.raises(ValueError, match="expected a variable"):
         read_states(tmp_path / "b.nc", bare)
-    assert read_states(write_netcdf(data[["T2_forecast"]].isel(Time=[1]).rename(T2_forecast="T2"), tmp_path / "c.nc"), bare, samples=("Time",)).runs == ("Time",)
+    assert read_states(
+        write_netcdf(data[["T2_forecast"]].isel(Time=[1]).rename(T2_forecast="T2"), tmp_path / "c.nc"), bare, samples=("Time",)
+    ).runs == ("Time",)
 
 
 def test_that_older_records_of_layouts_are_read():
-    record = {"variables": [{"name": "t", "dims": ["lon"], "shape": [3], "units": "K"}], "axes": {"lon": {"values": [350, 355.0, 0], "units": "degrees_east", "period": None}}, "left_out": []}
+    record = {
+        "variables": [{"name": "t", "dims": ["lon"], "shape": [3], "units": "K"}],
+        "axes": {"lon": {"values": [350, 355.0, 0], "units": "degrees_east", "period": None}},
+        "left_out": [],
+    }
     layout = layout_from_record(record)
-    assert layout.axes["lon"].period == 360 and layout.samples == () and layout.roles == ("background", "analysis") and layout.fields[0].held is None
+    assert (
+        layout.axes["lon"].period == 360
+        and layout.samples == ()
+        and layout.roles == ("background", "analysis")
+        and layout.fields[0].held is None
+    )
 
 
-@pytest.mark.parametrize("change", [{"left_out": [[0, 10**15]]}, {"axes": {"lon": {"values": [1.0], "units": "", "period": None}}}, {"axes": {"lon": {"values": [[]] * 3, "units": "", "period": None}}}, {"roles": ["a"]}, {"variables": [{"name": "t", "dims": ["lon"], "shape": [3], "units": "K", "held": [2, 1]}]}, {"variables": [{"name": "t", "dims": ["lon"], "shape": [10**15], "units": "K"}], "axes": {}, "left_out": [[1, 10**15 - 1]]}, {"axes": {"lon": {"values": [1.0, 2.0, 3.0], "units": "", "period": -1}}}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"left_out": [[0, 10**15]]},
+        {"axes": {"lon": {"values": [1.0], "units": "", "period": None}}},
+        {"axes": {"lon": {"values": [[]] * 3, "units": "", "period": None}}},
+        {"roles": ["a"]},
+        {"variables": [{"name": "t", "dims": ["lon"], "shape": [3], "units": "K", "held": [2, 1]}]},
+        {"variables": [{"name": "t", "dims": ["lon"], "shape": [10**15], "units": "K"}], "axes": {}, "left_out": [[1, 10**15 - 1]]},
+        {"axes": {"lon": {"values": [1.0, 2.0, 3.0], "units": "", "period": -1}}},
+    ],
+)
 def test_that_a_record_of_a_layout_that_makes_no_sense_is_refused_before_memory_is_taken(change):
     record = {"variables": [{"name": "t", "dims": ["lon"], "shape": [3], "units": "K"}], "axes": {}, "left_out": []}
     assert layout_from_record(record).dim == 3
@@ -532,7 +643,26 @@ def test_that_a_record_of_a_layout_that_makes_no_sense_is_refused_before_memory_
 # ---------------------------------------------------------------- attributes
 
 
-@pytest.mark.parametrize("value", [True, None, {"a": [1, None]}, [1, "two"], [], [True, False], ["a", "b"], 10**30, 1 + 2j, np.float16(1), [[1, 2], [3, 4]], "nul\0", "\ud800", [[]], 1.5])
+@pytest.mark.parametrize(
+    "value",
+    [
+        True,
+        None,
+        {"a": [1, None]},
+        [1, "two"],
+        [],
+        [True, False],
+        ["a", "b"],
+        10**30,
+        1 + 2j,
+        np.float16(1),
+        [[1, 2], [3, 4]],
+        "nul\0",
+        "\ud800",
+        [[]],
+        1.5,
+    ],
+)
 def test_that_attributes_that_netcdf_cannot_hold_are_written_in_a_form_that_it_can(tmp_path, value):
     data = day()
     written = writable_attributes({"note": value, "CLASS": "x", "a/b": 1})
@@ -559,12 +689,23 @@ def test_that_the_analysis_of_a_zarr_background_with_any_attributes_is_written(t
 
 def test_that_an_analysis_names_no_variable_that_it_lacks(tmp_path):
     data = day(ancillary_variables="t_qc", grid_mapping="crs", cell_measures="area: cell_area")
-    data = data.assign(crs=((), 0, {"grid_mapping_name": "latitude_longitude"}), lon_bnds=(("lon", "nv"), np.arange(8.0).reshape(4, 2))).assign_coords(height=2.0)
+    data = data.assign(
+        crs=((), 0, {"grid_mapping_name": "latitude_longitude"}), lon_bnds=(("lon", "nv"), np.arange(8.0).reshape(4, 2))
+    ).assign_coords(height=2.0)
     data.lon.attrs["bounds"], data.time.attrs["bounds"] = "lon_bnds", "time_bnds"
     states = states_of(data, tmp_path, Layout.of(data[["t"]].data_vars, ("time",)))
     with xr.open_dataset(write_netcdf(states.dataset(states.values), tmp_path / "out.nc"), decode_coords=False) as out:
-        naming = {k: v for variable in out.variables.values() for k, v in variable.attrs.items() if k in ("ancillary_variables", "grid_mapping", "cell_measures", "bounds", "coordinates")}
-        assert naming == {"grid_mapping": "crs", "bounds": "lon_bnds", "coordinates": "height"} and {"crs", "lon_bnds", "height"} <= set(out.variables)
+        naming = {
+            k: v
+            for variable in out.variables.values()
+            for k, v in variable.attrs.items()
+            if k in ("ancillary_variables", "grid_mapping", "cell_measures", "bounds", "coordinates")
+        }
+        assert naming == {"grid_mapping": "crs", "bounds": "lon_bnds", "coordinates": "height"} and {
+            "crs",
+            "lon_bnds",
+            "height",
+        } <= set(out.variables)
         assert np.array_equal(out.lon_bnds, data.lon_bnds) and "_FillValue" not in out.lon.attrs
 
 
@@ -587,25 +728,66 @@ def store_v2(folder, **hostile):
         (folder / name).mkdir()
         (folder / name / ".zarray").write_text(json.dumps(good | {"shape": shape, "chunks": shape} | more))
         (folder / name / ".zattrs").write_text(json.dumps({"_ARRAY_DIMENSIONS": ["sample", "x"][-len(shape) :]}))
-        payload = pickle.dumps(Touch(folder.parent / "executed")) if more else np.random.default_rng(0).standard_normal(shape).tobytes()
+        payload = (
+            pickle.dumps(Touch(folder.parent / "executed")) if more else np.random.default_rng(0).standard_normal(shape).tobytes()
+        )
         (folder / name / ".".join("0" * len(shape))).write_bytes(payload)
 
 
 PICKLE = {"id": "pickle", "protocol": 5}
 
 
-@pytest.mark.parametrize("hostile", [{"compressor": PICKLE}, {"filters": [PICKLE]}, {"filters": [{"id": "zlib"}, PICKLE]}, {"dtype": "|O", "filters": [PICKLE]}, {"dtype": "|O", "filters": [{"id": "vlen-utf8"}], "compressor": PICKLE}, {"dtype": "|O"}, {"compressor": {"id": "msgpack2"}}, {"compressor": {}}, {"compressor": "pickle"}, {"filters": [["pickle"]]}])
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        {"compressor": PICKLE},
+        {"filters": [PICKLE]},
+        {"filters": [{"id": "zlib"}, PICKLE]},
+        {"dtype": "|O", "filters": [PICKLE]},
+        {"dtype": "|O", "filters": [{"id": "vlen-utf8"}], "compressor": PICKLE},
+        {"dtype": "|O"},
+        {"compressor": {"id": "msgpack2"}},
+        {"compressor": {}},
+        {"compressor": "pickle"},
+        {"filters": [["pickle"]]},
+    ],
+)
 def test_that_no_codec_that_could_execute_anything_is_ever_used(tmp_path, hostile):
     (tmp_path / "a.zarr").mkdir()
     store_v2(tmp_path / "a.zarr", **hostile)
-    for read in (open_archive, open_dataset, lambda p: read_states(p, Layout.plain(3)), lambda p: read_observations(p, None or states_of(day(), tmp_path))):
+    for read in (
+        open_archive,
+        open_dataset,
+        lambda p: read_states(p, Layout.plain(3)),
+        lambda p: read_observations(p, None or states_of(day(), tmp_path)),
+    ):
         with pytest.raises(ValueError, match="codec|objects|numbers or text") as caught:
             read(tmp_path / "a.zarr")
         one_line(caught, "a.zarr")
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize("codecs", [[{"name": "bytes"}, {"name": "numcodecs.pickle", "configuration": {"protocol": 5}}], [{"name": "os.system"}], ["pickle"], [{"name": "sharding_indexed", "configuration": {"chunk_shape": [3], "codecs": [{"name": "numcodecs.pickle"}]}}], [{"name": "sharding_indexed", "configuration": {"chunk_shape": [3], "codecs": [{"name": "bytes"}], "index_codecs": [{"name": "numcodecs.pickle"}]}}], 7, None])
+@pytest.mark.parametrize(
+    "codecs",
+    [
+        [{"name": "bytes"}, {"name": "numcodecs.pickle", "configuration": {"protocol": 5}}],
+        [{"name": "os.system"}],
+        ["pickle"],
+        [{"name": "sharding_indexed", "configuration": {"chunk_shape": [3], "codecs": [{"name": "numcodecs.pickle"}]}}],
+        [
+            {
+                "name": "sharding_indexed",
+                "configuration": {
+                    "chunk_shape": [3],
+                    "codecs": [{"name": "bytes"}],
+                    "index_codecs": [{"name": "numcodecs.pickle"}],
+                },
+            }
+        ],
+        7,
+        None,
+    ],
+)
 @pytest.mark.parametrize("consolidated", [False, True])
 def test_that_codecs_of_the_third_format_are_checked_in_shards_and_in_copies_too(tmp_path, codecs, consolidated):
     pairs().to_zarr(tmp_path / "a.zarr", zarr_format=3, consolidated=consolidated)
@@ -638,7 +820,15 @@ def test_that_stores_with_known_codecs_are_read_and_truncated_chunks_never_are(t
     if version == 3 and compression is not None:
         import zarr.codecs.numcodecs as known
 
-        names = {"blosc": zarr.codecs.BloscCodec, "gzip": zarr.codecs.GzipCodec, "zstd": zarr.codecs.ZstdCodec, "zlib": known.Zlib, "bz2": known.BZ2, "lzma": known.LZMA, "lz4": known.LZ4}
+        names = {
+            "blosc": zarr.codecs.BloscCodec,
+            "gzip": zarr.codecs.GzipCodec,
+            "zstd": zarr.codecs.ZstdCodec,
+            "zlib": known.Zlib,
+            "bz2": known.BZ2,
+            "lzma": known.LZMA,
+            "lz4": known.LZ4,
+        }
         compression = names[compression.codec_id]()
     data, group = pairs(20), zarr.open_group(tmp_path / "a.zarr", mode="w", zarr_format=version)
     options = {"chunks": (2, 3, 4), "shards": (4, 3, 4)} if sharded else {"chunks": (4, 3, 4)}
@@ -650,7 +840,11 @@ def test_that_stores_with_known_codecs_are_read_and_truncated_chunks_never_are(t
     with open_archive(tmp_path / "a.zarr") as archive:
         assert all(np.array_equal(x, data[n].values.reshape(20, -1)) for x, n in zip(archive.read(0, 20), data.data_vars))
         assert np.array_equal(archive.read(5, 7)[0], data.t_background.values[5:7].reshape(2, -1))
-    chunk = sorted(p for p in (tmp_path / "a.zarr" / "t_analysis").rglob("*") if p.is_file() and p.name not in ("zarr.json", ".zarray", ".zattrs"))[2]
+    chunk = sorted(
+        p
+        for p in (tmp_path / "a.zarr" / "t_analysis").rglob("*")
+        if p.is_file() and p.name not in ("zarr.json", ".zarray", ".zattrs")
+    )[2]
     whole = chunk.read_bytes()
     for length in (0, 1, 10, len(whole) // 2, len(whole) - 1):
         chunk.write_bytes(whole[:length])
@@ -666,11 +860,15 @@ def test_that_a_chunk_that_is_not_stored_is_not_taken_for_data(tmp_path):
         folder = tmp_path / f"{fill}.zarr"
         group = zarr.open_group(folder, mode="w", zarr_format=3)
         for name in data.data_vars:
-            group.create_array(name, shape=(20, 3, 4), chunks=(4, 3, 4), dtype="f8", fill_value=fill, dimension_names=data[name].dims)[:] = data[name].values
+            group.create_array(
+                name, shape=(20, 3, 4), chunks=(4, 3, 4), dtype="f8", fill_value=fill, dimension_names=data[name].dims
+            )[:] = data[name].values
         (folder / "t_analysis/c/2/0/0").unlink()
         with open_archive(folder) as archive:
             assert np.array_equal(archive.read(0, 8)[1], data.t_analysis.values[:8].reshape(8, -1))
-            with pytest.raises(ValueError, match=r"t_analysis/c/2/0/0 is not stored" if fill == 0 else "expected finite values") as caught:
+            with pytest.raises(
+                ValueError, match=r"t_analysis/c/2/0/0 is not stored" if fill == 0 else "expected finite values"
+            ) as caught:
                 archive.read(0, 20)
             one_line(caught)
 
@@ -694,7 +892,18 @@ def test_that_a_store_does_not_lead_out_of_itself(tmp_path, target):
 # ---------------------------------------------------------------- what a file is
 
 
-@pytest.mark.parametrize("start, words", [(b"CDF\x05" + bytes(100), "CDF-5"), (b"GRIB" + bytes(100), "GRIB"), (b"", "an empty file"), (b"PK\x03\x04" + bytes(30), "zip"), (b"hello", "begins with b'hello'"), (b"\x89HDF\r\n\x1a\n", "is it whole"), (b"CDF\x01" + bytes(100), "")])
+@pytest.mark.parametrize(
+    "start, words",
+    [
+        (b"CDF\x05" + bytes(100), "CDF-5"),
+        (b"GRIB" + bytes(100), "GRIB"),
+        (b"", "an empty file"),
+        (b"PK\x03\x04" + bytes(30), "zip"),
+        (b"hello", "begins with b'hello'"),
+        (b"\x89HDF\r\n\x1a\n", "is it whole"),
+        (b"CDF\x01" + bytes(100), ""),
+    ],
+)
 def test_that_a_file_is_known_by_its_first_bytes_and_anything_else_is_refused(tmp_path, start, words):
     (tmp_path / "a.nc").write_bytes(start)
     with pytest.raises(ValueError) as caught:
@@ -702,10 +911,26 @@ def test_that_a_file_is_known_by_its_first_bytes_and_anything_else_is_refused(tm
     one_line(caught, words, "a.nc")
 
 
-@pytest.mark.parametrize("path, error", [("/".join(["a"] * 2000), FileNotFoundError), ("a" * 300, (FileNotFoundError, ValueError)), ("a\0b", FileNotFoundError), ("nowhere.nc", FileNotFoundError), ("/".join(["a" * 200] * 50), (FileNotFoundError, ValueError)), ("a\0*", FileNotFoundError)])
+@pytest.mark.parametrize(
+    "path, error",
+    [
+        ("/".join(["a"] * 2000), FileNotFoundError),
+        ("a" * 300, (FileNotFoundError, ValueError)),
+        ("a\0b", FileNotFoundError),
+        ("nowhere.nc", FileNotFoundError),
+        ("/".join(["a" * 200] * 50), (FileNotFoundError, ValueError)),
+        ("a\0*", FileNotFoundError),
+    ],
+)
 def test_that_a_path_that_no_file_can_have_is_one_line(tmp_path, path, error):
     states = states_of(day(), tmp_path)
-    for read in (open_archive, open_dataset, lambda p: read_states(p, states.layout), lambda p: read_observations(p, states), lambda p: read_observations(f"{p}.csv", states)):
+    for read in (
+        open_archive,
+        open_dataset,
+        lambda p: read_states(p, states.layout),
+        lambda p: read_observations(p, states),
+        lambda p: read_observations(f"{p}.csv", states),
+    ):
         with pytest.raises(error) as caught:
             read(path)
         one_line(caught)
@@ -722,7 +947,21 @@ def test_that_folders_pipes_and_links_without_an_end_are_one_line(tmp_path):
         one_line(caught)
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, "{", "[]", "null", '{"zarr_format": 2, "shape": "x"}', '{"zarr_format": 2, "shape": [-1], "chunks": [1], "dtype": "<f8"}', '{"zarr_format": 2, "shape": [1], "chunks": [0], "dtype": "<f8"}', '{"zarr_format": 2, "shape": [1.5], "chunks": [1], "dtype": "<f8"}', '{"zarr_format": 2, "shape": [3], "chunks": [3], "dtype": "nonsense"}', " " * 9_000_000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        "{",
+        "[]",
+        "null",
+        '{"zarr_format": 2, "shape": "x"}',
+        '{"zarr_format": 2, "shape": [-1], "chunks": [1], "dtype": "<f8"}',
+        '{"zarr_format": 2, "shape": [1], "chunks": [0], "dtype": "<f8"}',
+        '{"zarr_format": 2, "shape": [1.5], "chunks": [1], "dtype": "<f8"}',
+        '{"zarr_format": 2, "shape": [3], "chunks": [3], "dtype": "nonsense"}',
+        " " * 9_000_000,
+    ],
+)
 def test_that_descriptions_that_make_no_sense_are_one_line(tmp_path, text):
     pairs().to_zarr(tmp_path / "a.zarr", zarr_format=2, consolidated=False)
     (tmp_path / "a.zarr/lat/.zarray").write_text(text)
@@ -787,8 +1026,12 @@ def test_that_a_damaged_heap_of_hdf5_does_not_keep_the_library_busy_for_ever(tmp
 
 def test_that_text_that_is_no_text_is_one_line(tmp_path):
     states = states_of(day(), tmp_path)
-    stations = xr.Dataset({"value": ("station", [281.0]), "error": ("station", [0.5]), "lon": ("station", [1.0]), "units": ("station", ["K"])})
-    stations.to_zarr(tmp_path / "o.zarr", zarr_format=2, encoding={"units": {"dtype": "<U1", "compressors": None}}, consolidated=False)
+    stations = xr.Dataset(
+        {"value": ("station", [281.0]), "error": ("station", [0.5]), "lon": ("station", [1.0]), "units": ("station", ["K"])}
+    )
+    stations.to_zarr(
+        tmp_path / "o.zarr", zarr_format=2, encoding={"units": {"dtype": "<U1", "compressors": None}}, consolidated=False
+    )
     (tmp_path / "o.zarr/units/0").write_bytes(b"\xff\xff\xff\xff")
     with pytest.raises(ValueError, match="'units' cannot be read") as caught:
         read_observations(tmp_path / "o.zarr", states)
@@ -797,7 +1040,9 @@ def test_that_text_that_is_no_text_is_one_line(tmp_path):
 
 def test_that_a_damaged_checksum_of_hdf5_is_one_line(tmp_path):
     data = pairs(200)
-    data.to_netcdf(tmp_path / "a.nc", engine="h5netcdf", encoding={n: {"fletcher32": True, "chunksizes": (200, 3, 4)} for n in data.data_vars})
+    data.to_netcdf(
+        tmp_path / "a.nc", engine="h5netcdf", encoding={n: {"fletcher32": True, "chunksizes": (200, 3, 4)} for n in data.data_vars}
+    )
     content = bytearray((tmp_path / "a.nc").read_bytes())
     at = content.find(data.t_analysis.values.tobytes())
     assert at > 0
@@ -862,7 +1107,15 @@ def outside(file, name):
     return file.create_dataset(name, (60, 1000), "f8", external=[(os.fspath(file.filename) + ".raw", 0, 480_000)])
 
 
-@pytest.mark.parametrize("make, words", [(lambda f, n: f.create_dataset(n, (60, 1000), "f8", chunks=(1, 1000)), "nothing of"), (partly, "30 of 60 chunks"), (packed, "got more"), (outside, "in others")])
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda f, n: f.create_dataset(n, (60, 1000), "f8", chunks=(1, 1000)), "nothing of"),
+        (partly, "30 of 60 chunks"),
+        (packed, "got more"),
+        (outside, "in others"),
+    ],
+)
 def test_that_an_hdf5_file_that_claims_more_than_is_there_is_refused(tmp_path, make, words):
     scaled(tmp_path / "a.nc", make)
     with pytest.raises(ValueError) as caught:
@@ -889,7 +1142,9 @@ def test_that_a_link_to_another_file_is_not_followed(tmp_path):
 
 def test_that_a_coordinate_of_two_dimensions_is_one_line(tmp_path):
     zarr = pytest.importorskip("zarr")
-    pairs = xr.Dataset({role: (("time", "lat", "lon"), np.random.default_rng(0).standard_normal((5, 2, 2))) for role in ("background", "analysis")})
+    pairs = xr.Dataset(
+        {role: (("time", "lat", "lon"), np.random.default_rng(0).standard_normal((5, 2, 2))) for role in ("background", "analysis")}
+    )
     pairs.assign_coords(lat=[10.0, 20.0]).to_zarr(tmp_path / "pairs.zarr", consolidated=False)
     group = zarr.open_group(tmp_path / "pairs.zarr")
     del group["lat"]

@@ -12,26 +12,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pnpda_nb.classical import (
-    ETKF,
-    LETKF,
-    EnKF,
-    ThreeDVar,
-    archive_background,
-    climatological_background,
-)
+from pnpda_nb.classical import ETKF, LETKF, EnKF, ThreeDVar, archive_background, climatological_background
 from pnpda_nb.core import standard_normal, stream
 from pnpda_nb.files import Axis, Field, Layout, States
 from pnpda_nb.files.layout import layout_record
 from pnpda_nb.files.stations import Sightings
-from pnpda_nb.flow_matching import (
-    FlowPrior,
-    GaussianPrior,
-    TensorPairs,
-    TrainingSettings,
-    train_from,
-    train_prior,
-)
+from pnpda_nb.flow_matching import FlowPrior, GaussianPrior, TensorPairs, TrainingSettings, train_from, train_prior
 from pnpda_nb.observing import (
     Covariance,
     DenseError,
@@ -62,13 +48,7 @@ from pnpda_nb.operations import validation as trials
 from pnpda_nb.operations.errors import Fixed, Part, attach_errors, attached_unit
 from pnpda_nb.operations.report import innovations
 from pnpda_nb.operations.validation import plug_and_play, pseudo_observations, scored
-from pnpda_nb.pnp import (
-    EnsembleResidual,
-    FunctionConstraint,
-    LinearConstraint,
-    QuadraticConstraint,
-    residual_covariance,
-)
+from pnpda_nb.pnp import EnsembleResidual, FunctionConstraint, LinearConstraint, QuadraticConstraint, residual_covariance
 from pnpda_nb.windows import Climate
 
 DIM = 12
@@ -97,7 +77,9 @@ def same_scores(one: pd.DataFrame, other: pd.DataFrame, rtol: float = 1e-3) -> b
 # ---------------------------------------------------------------- covariances
 
 
-@pytest.mark.parametrize("matrix", [np.diag([1e-12, 1e4]), np.diag([1e-300, 1e300]), np.diag([1e-16] * 3), [[1e-12, 9e-5], [9e-5, 1e4]]])
+@pytest.mark.parametrize(
+    "matrix", [np.diag([1e-12, 1e4]), np.diag([1e-300, 1e300]), np.diag([1e-16] * 3), [[1e-12, 9e-5], [9e-5, 1e4]]]
+)
 def test_that_a_positive_definite_matrix_is_a_covariance_whatever_its_scale(matrix):
     covariance = Covariance(matrix)
     d = covariance.variances.sqrt()
@@ -130,7 +112,9 @@ def test_that_variances_without_a_finite_inverse_are_refused():
     for wrong in ([0.0], [-1.0], [math.inf], [math.nan], [1.0, 1e-320]):
         with pytest.raises(ValueError, match="^R: expected finite positive variances, got"):
             DiagonalCovariance(wrong, "R")
-    assert DiagonalCovariance([1e4, 4e4]).without(torch.tensor([True, False])).largest_precision == 1e-4  # not that of the 1 in its place
+    assert (
+        DiagonalCovariance([1e4, 4e4]).without(torch.tensor([True, False])).largest_precision == 1e-4
+    )  # not that of the 1 in its place
 
 
 def test_that_sample_covariances_are_accepted_in_any_units_and_their_faults_named():
@@ -172,7 +156,11 @@ def test_that_analyses_are_the_same_in_any_units(spread):
             for covariance in (DiagonalCovariance(R.diagonal()), Covariance(R))
         ]
         between = ObservingNetwork(Interpolate(pair, weight / u[pair], DIM), DiagonalCovariance([0.1, 0.2])).report(y[:, :2])
-        errors = [DenseError(B * u * u[:, None]), FactoredError(L * u[:, None], d * u**2), EnsembleResidual(source=u).at(0.3, x * u)]
+        errors = [
+            DenseError(B * u * u[:, None]),
+            FactoredError(L * u[:, None], d * u**2),
+            EnsembleResidual(source=u).at(0.3, x * u),
+        ]
         found = [error.update(x * u, observations) for error in errors for observations in (*select, between)]
         methods = ThreeDVar(Covariance(B * u * u[:, None])), EnKF(), ETKF(), LETKF(half_width=3.0)
         found += [m.analyse(x * u, o, forecast=None, generator=stream(1)) for m in methods for o in select]
@@ -294,7 +282,9 @@ def test_that_points_that_never_change_are_named_left_out_and_kept(settings, mem
     found = trained(background, analysis, LAYOUT, settings, memory=memory)
     unit = found.prior.attached["increment"]
     assert (unit == 0).nonzero().flatten().tolist() == [0, 1, 2]
-    assert "3 points never change (sst[0,0], sst[0,1], sst[0,2]): left out of training and scores, kept in the output." in verdict(found.calibration)
+    assert "3 points never change (sst[0,0], sst[0,1], sst[0,2]): left out of training and scores, kept in the output." in verdict(
+        found.calibration
+    )
     assert "1 point does not change in the pairs of the test (sst[0,3]): left out of its scores." in verdict(found.calibration)
     table = found.calibration.trial.set_index("analysis")
     assert table.error[["background", "3D-Var", "regression + Kalman step"]].between(0.3, 1.5).all() and (table.error < 1e3).all()
@@ -363,7 +353,10 @@ def test_that_a_prior_says_between_which_values_its_fields_were():
 @pytest.mark.parametrize("together", [True, False])
 def test_that_training_alone_refuses_what_never_changes_by_name(together):
     background, analysis = with_ice()
-    for target, message in (("increment", "analysis: a variable differs from the background's by a constant in all pairs: 2 of 12, first number 0"), ("state", "analysis: a variable is constant over all pairs and cannot be standardised: 1 of 12, first number 2")):
+    for target, message in (
+        ("increment", "analysis: a variable differs from the background's by a constant in all pairs: 2 of 12, first number 0"),
+        ("state", "analysis: a variable is constant over all pairs and cannot be standardised: 1 of 12, first number 2"),
+    ):
         settings = dataclasses.replace(QUICK, source="white", target=target, standardise=target == "state")
         some = source(*((x[:, [0, 1, *range(3, DIM), 3]] if target == "increment" else x) for x in (background, analysis)))
         with pytest.raises(ValueError, match=re.escape(message)):
@@ -424,7 +417,14 @@ def test_that_a_regression_is_least_squares_where_pairs_are_many_and_the_mean_in
     exact = torch.cat((background, ones), 1) @ torch.linalg.lstsq(torch.cat((background, ones), 1), analysis).solution
     assert ((regression(pairs)(background) - exact).square().mean() / (exact - background).square().mean()) < 1e-3
     noise = 5 + standard_normal((400, 60), stream(3))
-    nothing = regression(TensorPairs(background[:400, :1].expand(-1, 60) + standard_normal((400, 60), stream(2)), background[:400, :1].expand(-1, 60) + noise, "n", 16))
+    nothing = regression(
+        TensorPairs(
+            background[:400, :1].expand(-1, 60) + standard_normal((400, 60), stream(2)),
+            background[:400, :1].expand(-1, 60) + noise,
+            "n",
+            16,
+        )
+    )
     new = standard_normal((50, 60), stream(4))
     assert (nothing(new) - new - 5).abs().mean() < 1.0 and math.isclose(float((nothing(new) - new).mean()), 5, abs_tol=0.4)
 
@@ -448,7 +448,10 @@ def test_that_a_rival_that_cannot_be_computed_stands_in_the_report_with_its_reas
     row = found.calibration.trial.set_index("analysis").loc["regression + Kalman step"]
     assert math.isnan(row.error) and row.note == "not computed: the equations | have no solution"
     said = verdict(found.calibration)
-    assert "Missing among the others: regression + Kalman step (not computed: the equations | have no solution)." in said and "regression + Kalman step):" not in said
+    assert (
+        "Missing among the others: regression + Kalman step (not computed: the equations | have no solution)." in said
+        and "regression + Kalman step):" not in said
+    )
     assert (found.calibration.means.regression == "not computed").all()
     report = training_report(found, "a")
     assert "not computed: the equations | have no solution" in report.html() and "<td>–</td>" in report.html()
@@ -461,8 +464,15 @@ def test_that_a_verdict_names_what_it_lacks_and_does_not_praise_what_is_not_fini
         return Calibration(pd.DataFrame(), table, np.ones(20), {}, 10)
 
     rows = [("background", 1.0, 0.01, 10, ""), ("3D-Var", 0.8, 0.01, 10, ""), ("PnP-DA, 1 iteration", 0.5, 0.01, 10, "")]
-    assert verdict(calibration(rows)) == "With this prior analyses were better than with the best of the others (3D-Var). Missing among the others: regression + Kalman step (not tried)."
-    lost = [*rows[:2], ("regression + Kalman step", 0.4, 0.01, 10, ""), ("PnP-DA, 1 iteration", math.nan, math.nan, 10, "not finite in 3 of 10 pairs")]
+    assert (
+        verdict(calibration(rows))
+        == "With this prior analyses were better than with the best of the others (3D-Var). Missing among the others: regression + Kalman step (not tried)."
+    )
+    lost = [
+        *rows[:2],
+        ("regression + Kalman step", 0.4, 0.01, 10, ""),
+        ("PnP-DA, 1 iteration", math.nan, math.nan, 10, "not finite in 3 of 10 pairs"),
+    ]
     assert verdict(calibration(lost)).startswith("With this prior there was no finite analysis of every pair")
     single = [(name, error, math.nan, 1, "") for name, error, *_ in lost[:3]] + [("PnP-DA, 1 iteration", 0.1, math.nan, 1, "")]
     assert verdict(calibration(single)).startswith("There are too few pairs to tell")
@@ -531,7 +541,12 @@ def test_that_states_and_observations_that_do_not_fit_are_named(prior):
             assimilate(prior, *changed)
     with pytest.raises(ValueError, match="^values: expected finite numbers, got 24"):
         dataclasses.replace(states, values=states.values / 0)
-    for name, value in (("iterations", torch.tensor(1e30)), ("iterations", torch.zeros(2)), ("increment", torch.ones(3)), ("increment", -torch.ones(DIM))):
+    for name, value in (
+        ("iterations", torch.tensor(1e30)),
+        ("iterations", torch.zeros(2)),
+        ("increment", torch.ones(3)),
+        ("increment", -torch.ones(DIM)),
+    ):
         forged = errors._with(prior, **{name: value.double()})
         with pytest.raises(ValueError, match="^prior: expected"):
             assimilate(forged, states, seen)
@@ -539,7 +554,7 @@ def test_that_states_and_observations_that_do_not_fit_are_named(prior):
 
 # ---------------------------------------------------------------- reports
 
-HOSTILE = "<script>alert(1)</script>|`a`[x](javascript:y)*b*_c_$x_1$\n# d\r\n1. e \u202eevil\ud800 \"><img src=x onerror=z> &amp; ~~f~~ 漢字 \x00"
+HOSTILE = '<script>alert(1)</script>|`a`[x](javascript:y)*b*_c_$x_1$\n# d\r\n1. e \u202eevil\ud800 "><img src=x onerror=z> &amp; ~~f~~ 漢字 \x00'
 
 
 def hostile_report() -> Report:
@@ -556,8 +571,28 @@ def test_that_words_are_words_in_html():
     page = hostile_report().html()
     body = page[page.index("<body>") :]
     elements = set(re.findall(r"<(/?[a-z0-9]+)", body))
-    assert elements <= {e for name in ("body", "h1", "h2", "p", "figure", "figcaption", "div", "table", "thead", "tbody", "tr", "th", "td", "img", "html") for e in (name, f"/{name}")}
-    assert body.count("<img") == 1 and 'onerror=z&gt;' in body and not re.search(r'alt="[^"]*<', body)
+    assert elements <= {
+        e
+        for name in (
+            "body",
+            "h1",
+            "h2",
+            "p",
+            "figure",
+            "figcaption",
+            "div",
+            "table",
+            "thead",
+            "tbody",
+            "tr",
+            "th",
+            "td",
+            "img",
+            "html",
+        )
+        for e in (name, f"/{name}")
+    }
+    assert body.count("<img") == 1 and "onerror=z&gt;" in body and not re.search(r'alt="[^"]*<', body)
     assert "<td>–</td>" in body and "<td>1.23</td>" in body and "\u202e" not in page and page.encode()
 
 
@@ -623,7 +658,11 @@ def test_that_a_report_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_that_any_name_and_unit_can_be_drawn(name, shape):
     dims = tuple(f"{name}{i}" for i in range(len(shape)))
     values = {12: (350.0, 355.0, 0.0), 3: (0.0, 5.0, 4.0)}.get(shape[0], (1.0, math.nan))
-    axes = {dims[0]: Axis((*values, *range(10, 10 + shape[0] - len(values))) if shape[0] > 2 else values, name, 360.0 if shape[0] == 12 else None)}
+    axes = {
+        dims[0]: Axis(
+            (*values, *range(10, 10 + shape[0] - len(values))) if shape[0] > 2 else values, name, 360.0 if shape[0] == 12 else None
+        )
+    }
     layout = Layout((Field(name, shape, dims, name),), axes)
     states = States(torch.zeros(1, 1, DIM, dtype=torch.float64), layout, {}, (), ())
     seen = Sightings(np.ones((1, 1)), np.ones(1), (name,), np.zeros((1, 1), int), np.ones((1, 1)), DIM)
@@ -672,7 +711,10 @@ def test_that_pairs_that_are_none_are_named(prior):
         (lambda: survey(source(background, analysis), 21), "trained: expected 2 to 20 pairs"),
         (lambda: regression(source(background, analysis)), "pairs: expected at least 30"),
         (lambda: GaussianPrior(torch.eye(2) / 0, torch.zeros(2), Covariance(torch.eye(2))), "matrix: expected finite"),
-        (lambda: GaussianPrior(torch.eye(2), torch.zeros(2), Covariance(torch.eye(2))).mean(torch.zeros(3).double()), "background: expected states of size 2"),
+        (
+            lambda: GaussianPrior(torch.eye(2), torch.zeros(2), Covariance(torch.eye(2))).mean(torch.zeros(3).double()),
+            "background: expected states of size 2",
+        ),
     ):
         with pytest.raises(ValueError, match=f"^{message}"):
             call()

@@ -11,13 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pnpda_nb.core import standard_normal, stream
-from pnpda_nb.files import (
-    Axis,
-    open_archive,
-    read_observations,
-    read_states,
-    same_units,
-)
+from pnpda_nb.files import Axis, open_archive, read_observations, read_states, same_units
 from pnpda_nb.files.layout import layout_from_record, layout_record
 from pnpda_nb.files.stations import along_axis
 from pnpda_nb.flow_matching import FlowPrior, TrainingSettings
@@ -37,7 +31,11 @@ def world(samples: int, seed: int = 1) -> xr.Dataset:
     wind = random.standard_normal(samples)
     data = {
         "temperature_analysis": (("time", "lat", "lon"), temperature, {"units": "K"}),
-        "temperature_background": (("time", "lat", "lon"), temperature + 1 + 0.3 * random.standard_normal((samples, 3, 4)), {"units": "K"}),
+        "temperature_background": (
+            ("time", "lat", "lon"),
+            temperature + 1 + 0.3 * random.standard_normal((samples, 3, 4)),
+            {"units": "K"},
+        ),
         "wind_analysis": (("time",), wind, {"units": "m/s"}),
         "wind_background": (("time",), wind + 0.2 * random.standard_normal(samples), {"units": "m s-1"}),
     }
@@ -82,7 +80,20 @@ def states(files):
 # ---------------------------------------------------------------- files
 
 
-@pytest.mark.parametrize("one, other, same", [("m/s", "m s-1", True), ("kg m-2", "kg/m^2", True), ("", "1", True), ("K", "degC", False), ("m", "km", False), ("s-1", "s", False), ("100 Pa", "Pa", False), ("kg/m s", "kg/m/s", False), ("W/m2 sr", "W m-2 sr", True)])
+@pytest.mark.parametrize(
+    "one, other, same",
+    [
+        ("m/s", "m s-1", True),
+        ("kg m-2", "kg/m^2", True),
+        ("", "1", True),
+        ("K", "degC", False),
+        ("m", "km", False),
+        ("s-1", "s", False),
+        ("100 Pa", "Pa", False),
+        ("kg/m s", "kg/m/s", False),
+        ("W/m2 sr", "W m-2 sr", True),
+    ],
+)
 def test_that_units_are_compared_as_products_of_powers(one, other, same):
     assert same_units(one, other) == same == same_units(other, one)
 
@@ -178,7 +189,13 @@ def test_that_an_archive_that_does_not_fit_is_one_clear_line(tmp_path, change, m
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("place, message", [((7, 0, 0), "got nan in the analysis of temperature of pair 7"), ((9, 1, 2), "to be missing always, got values in the analysis of pair 9")])
+@pytest.mark.parametrize(
+    "place, message",
+    [
+        ((7, 0, 0), "got nan in the analysis of temperature of pair 7"),
+        ((9, 1, 2), "to be missing always, got values in the analysis of pair 9"),
+    ],
+)
 def test_that_gaps_and_values_where_there_should_be_none_are_found_when_read(tmp_path, place, message):
     pairs = world(30)
     pairs.temperature_analysis[place] = np.nan if place[0] == 7 else 280.0
@@ -209,8 +226,12 @@ def test_that_stations_see_what_xarray_interpolates(states, tmp_path, files):
     count = len(lat)
     assert count > 5
     listed = stations(
-        value=("station", np.zeros(count)), error=("station", np.ones(count)), variable=None, units=None,
-        lat=("station", lat), lon=("station", lon),
+        value=("station", np.zeros(count)),
+        error=("station", np.ones(count)),
+        variable=None,
+        units=None,
+        lat=("station", lat),
+        lon=("station", lon),
     ).rename(value="temperature", error="temperature_error")
     listed.temperature.attrs["units"] = "K"
     listed.to_netcdf(tmp_path / "s.nc")
@@ -272,7 +293,10 @@ def test_that_what_is_seen_twice_counts_twice(states, tmp_path):
         ({"error": ("station", [0.1, -0.2, 0.1])}, "expected positive standard deviations of errors, got -0.2 for station 1"),
         ({"lat": ("station", [50.0, 70.0, 0.0])}, "expected stations between 40 and 60, got 70 for station 1"),
         ({"lat": None}, "expected where stations are along lat"),
-        ({"lat": ("station", [50.0, 50.0, 0.0]), "lon": ("station", [90.0, 180.0, 0.0])}, "station 1 at points that the archive leaves out"),
+        (
+            {"lat": ("station", [50.0, 50.0, 0.0]), "lon": ("station", [90.0, 180.0, 0.0])},
+            "station 1 at points that the archive leaves out",
+        ),
         ({"value": ("station", [np.inf, 279.0, 0.5])}, "1 infinite"),
         ({"value": ("station", [np.nan, np.nan, np.nan])}, "at least one value"),
         ({"value": None}, "expected a variable 'value' or one named as a field"),
@@ -302,8 +326,14 @@ def test_that_members_of_one_time_stay_together_whatever_the_order_in_the_file(t
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("value, error, variable, units, lat, lon, time\n281, 0.1, temperature, K, 50, 90, 1999-09-09\n", "expected the background's time"),
-        ("value,error,variable,units,lat,lon\nwarm,0.1,temperature,K,50,90\n2,0.1,temperature,K,50,90\n", "expected numbers in column 'value', got 'warm' in row 1"),
+        (
+            "value, error, variable, units, lat, lon, time\n281, 0.1, temperature, K, 50, 90, 1999-09-09\n",
+            "expected the background's time",
+        ),
+        (
+            "value,error,variable,units,lat,lon\nwarm,0.1,temperature,K,50,90\n2,0.1,temperature,K,50,90\n",
+            "expected numbers in column 'value', got 'warm' in row 1",
+        ),
         ("value;error;variable\n281;0.1;temperature\n", "separated by commas, got semicolons"),
         ("value,error,variable,lat,lon\n281,0.1,temperature,50,90\n", "got none (an attribute `units`, or a column of a table)"),
         ("value,error,time\n1,2,2020-01-01\n3,4,2021-01-01\n", "expected one time, got 2"),
@@ -320,7 +350,9 @@ def test_that_a_table_that_does_not_fit_is_one_clear_line(files, tmp_path, text,
 
 
 def test_that_a_table_with_blanks_and_gaps_is_read(states, tmp_path):
-    (tmp_path / "s.csv").write_text("value, error, variable, units, lat, lon\n281, 0.1, temperature, K, 50, 90\n , 0.1, wind, m s-1, , \n0.5, 0.1, wind, m s-1, , \n")
+    (tmp_path / "s.csv").write_text(
+        "value, error, variable, units, lat, lon\n281, 0.1, temperature, K, 50, 90\n , 0.1, wind, m s-1, , \n0.5, 0.1, wind, m s-1, , \n"
+    )
     sightings = read_observations(tmp_path / "s.csv", states)
     assert sightings.values.shape == (1, 3) and np.isnan(sightings.values).sum() == 1
 
@@ -394,10 +426,22 @@ def test_that_the_shell_trains_and_assimilates_as_python_does(files, tmp_path, f
     assert (tmp_path / "p.md").read_text().count("![") == 2 and len(list((tmp_path / "p_files").glob("*.png"))) == 2
     assert FlowPrior.load(tmp_path / "p.safetensors").layout["variables"][0]["units"] == "K"
     for name in ("a", "b"):
-        line = ["assimilate", "--prior", "p.safetensors", "--background", files / "today.nc", "--observations", files / "stations.nc"]
+        line = [
+            "assimilate",
+            "--prior",
+            "p.safetensors",
+            "--background",
+            files / "today.nc",
+            "--observations",
+            files / "stations.nc",
+        ]
         done = forked(*line, "--out", f"{name}.nc", folder=tmp_path)
         assert done.returncode == 0, done.stderr
-    with xr.open_dataset(tmp_path / "a.nc") as a, xr.open_dataset(tmp_path / "b.nc") as b, xr.open_dataset(files / "today.nc") as today:
+    with (
+        xr.open_dataset(tmp_path / "a.nc") as a,
+        xr.open_dataset(tmp_path / "b.nc") as b,
+        xr.open_dataset(files / "today.nc") as today,
+    ):
         assert a.equals(b) and a.sizes == today.sizes and a.temperature.attrs["units"] == "K"
         assert np.isnan(a.temperature[0, 1, 2]) and not a.equals(today)
         assert abs(float(a.wind[0]) - 0.5) < abs(float(today.wind[0]) - 0.5)
@@ -409,7 +453,11 @@ def test_that_describe_says_what_a_file_is(files, forked):
     prior = forked("describe", files / "prior.safetensors")
     assert prior.returncode == 0 and "temperature" in prior.stdout and "FlowPrior" in prior.stdout
     archive = forked("describe", files / "pairs.nc")
-    assert archive.returncode == 0 and "400 pairs of states of 12 numbers" in archive.stdout and "1 points are missing" in archive.stdout
+    assert (
+        archive.returncode == 0
+        and "400 pairs of states of 12 numbers" in archive.stdout
+        and "1 points are missing" in archive.stdout
+    )
 
 
 @pytest.mark.parametrize(
@@ -423,13 +471,31 @@ def test_that_describe_says_what_a_file_is(files, forked):
         ("train {}/pairs.nc --out n.safetensors --names forecast", "expected two names"),
         ("train {}/pairs.nc --out n.safetensors --epochs 0", "epochs: expected at least 1, got 0"),
         ("train {}/pairs.nc --out .", "expected a file to write, got the folder ."),
-        ("assimilate --prior {}/prior.safetensors --background {}/today.nc --observations {}/stations.nc --out n.csv", "ends in .nc"),
-        ("assimilate --prior {}/prior.safetensors --background {}/today.nc --observations {}/stations.nc --out n.nc --answers 0", "answers: expected at least 1"),
+        (
+            "assimilate --prior {}/prior.safetensors --background {}/today.nc --observations {}/stations.nc --out n.csv",
+            "ends in .nc",
+        ),
+        (
+            "assimilate --prior {}/prior.safetensors --background {}/today.nc --observations {}/stations.nc --out n.nc --answers 0",
+            "answers: expected at least 1",
+        ),
         ("assimilate --prior {}/pairs.nc --background {}/today.nc --observations {}/stations.nc --out n.nc", "prior: "),
-        ("assimilate --prior {}/prior.safetensors --background {}/stations.nc --observations {}/stations.nc --out n.nc", "expected a variable 'temperature'"),
-        ("assimilate --prior {}/prior.safetensors --background {}/today.nc --observations {}/today.nc --out n.nc", "standard deviations"),
-        ("assimilate --prior {}/prior.safetensors --background {}/today.nc --observations {}/stations.nc --out {}/today.nc", "which is read"),
-        ("assimilate --prior {}/prior.safetensors --background {}/today.nc --observations {}/stations.nc --out n.nc --iterations 0", "iterations: expected"),
+        (
+            "assimilate --prior {}/prior.safetensors --background {}/stations.nc --observations {}/stations.nc --out n.nc",
+            "expected a variable 'temperature'",
+        ),
+        (
+            "assimilate --prior {}/prior.safetensors --background {}/today.nc --observations {}/today.nc --out n.nc",
+            "standard deviations",
+        ),
+        (
+            "assimilate --prior {}/prior.safetensors --background {}/today.nc --observations {}/stations.nc --out {}/today.nc",
+            "which is read",
+        ),
+        (
+            "assimilate --prior {}/prior.safetensors --background {}/today.nc --observations {}/stations.nc --out n.nc --iterations 0",
+            "iterations: expected",
+        ),
     ],
 )
 def test_that_a_wrong_command_is_one_line_and_writes_nothing(files, tmp_path, forked, words, message):
@@ -439,16 +505,29 @@ def test_that_a_wrong_command_is_one_line_and_writes_nothing(files, tmp_path, fo
     assert not list(tmp_path.iterdir()) and {p.name: p.stat().st_mtime_ns for p in files.iterdir()} == before
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda t: t.isel(lat=slice(2)), "with 3 points along lat, got 2"),
-    (lambda t: t.assign(wind=t.wind.assign_attrs(units="K")), "expected units"),
-    (lambda t: t.assign(temperature=t.temperature.isel(lon=0, drop=True)), "expected 'temperature' with dimensions (lat, lon)"),
-    (lambda t: t.assign(temperature=t.temperature.where(t.lat < 60)), "expected finite values"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.isel(lat=slice(2)), "with 3 points along lat, got 2"),
+        (lambda t: t.assign(wind=t.wind.assign_attrs(units="K")), "expected units"),
+        (lambda t: t.assign(temperature=t.temperature.isel(lon=0, drop=True)), "expected 'temperature' with dimensions (lat, lon)"),
+        (lambda t: t.assign(temperature=t.temperature.where(t.lat < 60)), "expected finite values"),
+    ],
+)
 def test_that_a_background_of_another_kind_is_refused_by_the_shell(files, tmp_path, forked, change, message):
     with xr.open_dataset(files / "today.nc") as today:
         change(today.load()).to_netcdf(tmp_path / "other.nc")
-    line = ["assimilate", "--prior", files / "prior.safetensors", "--background", "other.nc", "--observations", files / "stations.nc", "--out", "new.nc"]
+    line = [
+        "assimilate",
+        "--prior",
+        files / "prior.safetensors",
+        "--background",
+        "other.nc",
+        "--observations",
+        files / "stations.nc",
+        "--out",
+        "new.nc",
+    ]
     answer = forked(*line, folder=tmp_path)
     assert answer.returncode == 2 and message in answer.stderr and [p.name for p in tmp_path.iterdir()] == ["other.nc"]
 

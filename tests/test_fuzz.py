@@ -24,40 +24,12 @@ import pytest
 import torch
 import xarray as xr
 
-from pnpda_nb.classical import (
-    EnFF,
-    EnKF,
-    EnRDA,
-    EnSF,
-    FourDVar,
-    ThreeDVar,
-    WeakFourDVar,
-)
+from pnpda_nb.classical import EnFF, EnKF, EnRDA, EnSF, FourDVar, ThreeDVar, WeakFourDVar
 from pnpda_nb.core import RunNoise, guarded, stream, write_netcdf, write_record
-from pnpda_nb.core.disk import (
-    BLANK,
-    netcdf_bytes,
-    record_bytes,
-    sealed,
-    with_tail,
-    write_checkpoint,
-)
-from pnpda_nb.dynamics import (
-    AdditiveModelError,
-    Forecast,
-    KuramotoSivashinsky,
-    Lorenz63,
-    Lorenz96,
-    TwoScaleLorenz96,
-)
+from pnpda_nb.core.disk import BLANK, netcdf_bytes, record_bytes, sealed, with_tail, write_checkpoint
+from pnpda_nb.dynamics import AdditiveModelError, Forecast, KuramotoSivashinsky, Lorenz63, Lorenz96, TwoScaleLorenz96
 from pnpda_nb.dynamics.kuramoto_sivashinsky import etdrk4_weights  # fmt: skip
-from pnpda_nb.flow_matching import (
-    FlowPrior,
-    GaussianPrior,
-    TensorPairs,
-    TrainingSettings,
-    VelocityMLP,
-)
+from pnpda_nb.flow_matching import FlowPrior, GaussianPrior, TensorPairs, TrainingSettings, VelocityMLP
 from pnpda_nb.interop import UserModel
 from pnpda_nb.learned import (
     AmortisedAnalysis,
@@ -99,14 +71,7 @@ from pnpda_nb.pnp import (  # fmt: skip
 )
 from pnpda_nb.studies import Study, SweepSettings
 from pnpda_nb.sweep import Store, Task
-from pnpda_nb.twin import (
-    FreeRun,
-    TwinExperiment,
-    cycle,
-    make_archive,
-    nature_run,
-    summary,
-)
+from pnpda_nb.twin import FreeRun, TwinExperiment, cycle, make_archive, nature_run, summary
 from pnpda_nb.windows import (
     BandedCholesky,
     BandedPrecision,
@@ -151,7 +116,9 @@ def seen(of=network):
 
 @cache
 def experiment():
-    return TwinExperiment("tiny", Lorenz63(), Lorenz63(rho=27.0), network(), 2, 3, (1.0, 1.0, 20.0), spin_up=3, background_variance=0.1)
+    return TwinExperiment(
+        "tiny", Lorenz63(), Lorenz63(rho=27.0), network(), 2, 3, (1.0, 1.0, 20.0), spin_up=3, background_variance=0.1
+    )
 
 
 @cache
@@ -201,7 +168,9 @@ def information():
 
 @cache
 def weak():
-    return WindowFourDVar(Forecast(Lorenz63(), 2), torch.zeros(3, dtype=DOUBLE), Covariance(spd(3)), Covariance(spd(3)), iterations=3)
+    return WindowFourDVar(
+        Forecast(Lorenz63(), 2), torch.zeros(3, dtype=DOUBLE), Covariance(spd(3)), Covariance(spd(3)), iterations=3
+    )
 
 
 @cache
@@ -458,8 +427,18 @@ SELF = {  # objects whose methods are called; without an entry they are made fro
     "windows.NeuralIncremental": lambda: NeuralIncremental(incremental(), Covariance(spd(2)), window=1), "windows.RandomSets": lambda: RandomSets(3, 2, 2), "interop.UserModel": lambda: UserModel(lambda x: 0.9 * x, 3),
     "studies.Study": study, "sweep.Store": lambda: Store(folder()), "studies.SweepSettings": SweepSettings, "methods.ToldOtherwise": lambda: ToldOtherwise(EnKF(), 0.5),
 }  # fmt: skip
-OWN |= {"dynamics.TwoScaleLorenz96": {"state": A(2, 8)}, "dynamics.Lorenz96": {"state": A(2, 5)}, "dynamics.KuramotoSivashinsky": {"state": A(2, 8)}, "dynamics.DoubleWell": {"state": A(2, 1)}, "dynamics.Pendulum": {"state": A(2, 2)}}
-OWN |= {"observing.Nonlinear.__init__": {"function": lambda: lambda x: x[..., :2] ** 2}, "observing.Observations": {"state": ENSEMBLE}, "windows.BandedCholesky": {"bands": lambda: information().bands}}
+OWN |= {
+    "dynamics.TwoScaleLorenz96": {"state": A(2, 8)},
+    "dynamics.Lorenz96": {"state": A(2, 5)},
+    "dynamics.KuramotoSivashinsky": {"state": A(2, 8)},
+    "dynamics.DoubleWell": {"state": A(2, 1)},
+    "dynamics.Pendulum": {"state": A(2, 2)},
+}
+OWN |= {
+    "observing.Nonlinear.__init__": {"function": lambda: lambda x: x[..., :2] ** 2},
+    "observing.Observations": {"state": ENSEMBLE},
+    "windows.BandedCholesky": {"bands": lambda: information().bands},
+}
 
 # What is left out: trainings with a memory of their own, programs and clusters, other libraries, and reports of whole studies
 LEFT_OUT = re.compile(
@@ -479,7 +458,15 @@ def modules():
     for name in ROOMS:
         room = importlib.import_module(f"pnpda_nb.{name}")
         inside = [m.name for m in pkgutil.iter_modules(getattr(room, "__path__", []))]
-        yield from ((sys.modules[f"pnpda_nb.{name}.{m}"] if f"pnpda_nb.{name}.{m}" in sys.modules else importlib.import_module(f"pnpda_nb.{name}.{m}"), room) for m in inside)
+        yield from (
+            (
+                sys.modules[f"pnpda_nb.{name}.{m}"]
+                if f"pnpda_nb.{name}.{m}" in sys.modules
+                else importlib.import_module(f"pnpda_nb.{name}.{m}"),
+                room,
+            )
+            for m in inside
+        )
         if not inside:
             yield room, room
 
@@ -499,7 +486,9 @@ def homes():
             elif not issubclass(thing, (torch.nn.Module, tuple)) and not getattr(thing, "_is_protocol", False):
                 for member in dir(thing):
                     kept = inspect.getattr_static(thing, member)
-                    if (not member.startswith("_") or member in ("__init__", "__call__")) and isinstance(getattr(kept, "__func__", kept), types.FunctionType):
+                    if (not member.startswith("_") or member in ("__init__", "__call__")) and isinstance(
+                        getattr(kept, "__func__", kept), types.FunctionType
+                    ):
                         found[f"{key}.{member}"] = home, name, member
             elif issubclass(thing, torch.nn.Module):
                 found[f"{key}.__init__"] = home, name, "__init__"
@@ -607,7 +596,12 @@ def lost(value, depth=3, inside=False):
     elif isinstance(value, dict):
         parts = value.values()
     elif type(value).__module__.startswith("pnpda_nb.") and hasattr(value, "__dict__"):
-        gappy = {name for kind in type(value).__mro__ for name, hint in vars(kind).get("__annotations__", {}).items() if "Gappy" in str(hint) or "Converted" in str(hint)}
+        gappy = {
+            name
+            for kind in type(value).__mro__
+            for name, hint in vars(kind).get("__annotations__", {}).items()
+            if "Gappy" in str(hint) or "Converted" in str(hint)
+        }
         parts, inside = [v for k, v in vars(value).items() if k not in gappy], True
     else:
         return None
@@ -626,7 +620,11 @@ def verdict(name, function, arguments, target):
             result = [x for x, _ in zip(result, range(3))]
     except (ValueError, TypeError, OSError) as error:
         said = str(error)
-        named = getattr(error, "filename", None) is not None or re.match(r"[^\s:]+(, [^\s:]+)*: ", said) or any(re.search(rf"\b{re.escape(n)}\b", said) for n in names)
+        named = (
+            getattr(error, "filename", None) is not None
+            or re.match(r"[^\s:]+(, [^\s:]+)*: ", said)
+            or any(re.search(rf"\b{re.escape(n)}\b", said) for n in names)
+        )
         return None if named and "\n" not in said else f"{type(error).__name__} names nothing: {said!r}"
     except Exception as error:
         return f"{type(error).__name__}: {error}"

@@ -33,14 +33,20 @@ def inputs(tmp_path_factory):
     with contextlib.suppress(ImportError):
         pairs.to_zarr(folder / "pairs.zarr", zarr_format=2, consolidated=False)
     (folder / "seen.csv").write_text("value,error,x_index\n0.5,0.1,1\n")
-    status, said = in_process(["train", str(folder / "pairs.nc"), "--out", str(folder / "prior.safetensors"), "--epochs", "1", "--paper"], folder)
+    status, said = in_process(
+        ["train", str(folder / "pairs.nc"), "--out", str(folder / "prior.safetensors"), "--epochs", "1", "--paper"], folder
+    )
     assert status == 0, said
     (folder / "prior.html").unlink()
     content = (folder / "prior.safetensors").read_bytes()
     (folder / "half.safetensors").write_bytes(content[: len(content) // 2])
     (folder / "half.nc").write_bytes((folder / "pairs.nc").read_bytes()[:3000])
     (folder / "empty.nc").touch(), (folder / "text.csv").write_text("no table\n\x00\xff"), (folder / "folder").mkdir()
-    (folder / "link.nc").symlink_to("pairs.nc"), (folder / "loop.nc").symlink_to("loop.nc"), (folder / "nowhere.nc").symlink_to("gone/there.nc")
+    (
+        (folder / "link.nc").symlink_to("pairs.nc"),
+        (folder / "loop.nc").symlink_to("loop.nc"),
+        (folder / "nowhere.nc").symlink_to("gone/there.nc"),
+    )
     os.link(folder / "today.nc", folder / "hard.nc")
     return folder
 
@@ -50,7 +56,13 @@ def contents(folder: Path) -> dict[str, str]:
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        found[name] = f"to {os.readlink(path)}" if path.is_symlink() else hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        found[name] = (
+            f"to {os.readlink(path)}"
+            if path.is_symlink()
+            else hashlib.sha256(path.read_bytes()).hexdigest()
+            if path.is_file()
+            else "folder"
+        )
     return found
 
 
@@ -74,7 +86,12 @@ def in_process(words: list[str], folder: Path) -> tuple[int, str]:
 
 
 def by_subprocess(words: list[str], folder: Path) -> tuple[int, str]:
-    done = subprocess.run([sys.executable, "-m", "pnpda_nb", *words], cwd=folder, capture_output=True, env=os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])})
+    done = subprocess.run(
+        [sys.executable, "-m", "pnpda_nb", *words],
+        cwd=folder,
+        capture_output=True,
+        env=os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])},
+    )
     return done.returncode, done.stderr.decode("utf-8", "surrogateescape")
 
 
@@ -100,7 +117,26 @@ def complaint(status: int | None, said: str, before: dict, after: dict) -> str:
 
 ODD = ["", " ", ".", "..", "/", "~", "-", "--", "=", ",", ",,", "a,,b", "nan", "inf", "-1", "0", "1e3", "1e400", "0x10", "9" * 20, "9" * 5000, "-" + "9" * 20, "None", "true", "é ü ±", "\u202e", "\x1b]0;x\x07",
        "a\nb", "a\rb", "a\tb", "\x00", "a\x00b", "\udcff", "\ud800", "*", "*.nc", "[", "[!", "?", "x" * 255, "x" * 300 + ".nc", "d/" * 2000 + "x.nc", "/dev/null", "/dev/zero", "/dev/full", "/proc/nowhere/x.nc", "{}", "%s", "$HOME", "🌍.nc"]  # fmt: skip
-NUMBERS = ["-5", "0", "-1", "1.5", "1e3", "nan", "inf", "", "many", "0x10", "١", str(2**63), str(2**70), "-" + str(2**70), "9" * 5000, "1_0", " 3", "--5"]
+NUMBERS = [
+    "-5",
+    "0",
+    "-1",
+    "1.5",
+    "1e3",
+    "nan",
+    "inf",
+    "",
+    "many",
+    "0x10",
+    "١",
+    str(2**63),
+    str(2**70),
+    "-" + str(2**70),
+    "9" * 5000,
+    "1_0",
+    " 3",
+    "--5",
+]
 FILES = ["pairs.nc", "part_*.nc", "part_?.nc", "today.nc", "hard.nc", "link.nc", "loop.nc", "nowhere.nc", "pairs.zarr", "pairs.zarr/", "seen.csv", "text.csv", "prior.safetensors", "half.safetensors", "half.nc", "empty.nc", "folder", "gone.nc", "*.nc", "../*/pairs.nc"]  # fmt: skip
 OUTS = ["new.nc", "new.html", "new.md", "new.safetensors", "new", "deep/er/new.nc", "d/../pairs.nc", "pairs.nc", "./today.nc", "link.nc", "hard.nc", "loop.nc", "pairs.zarr/new.nc", "pairs.zarr/.zattrs", "folder", "folder/", "seen.csv", "seen.csv/new.nc", "prior.safetensors", "x" * 240 + ".nc", "new.NC", "new.nc/"]  # fmt: skip
 COMMANDS = {
@@ -113,7 +149,13 @@ COMMANDS = {
     "list": ([], {}, []),
 }  # fmt: skip
 NEEDED = {"train": ["--out"], "assimilate": ["--prior", "--background", "--observations", "--out"]}
-RIGHT = {"--prior": "prior.safetensors", "--background": "today.nc", "--observations": "seen.csv", "ARCHIVE": "pairs.nc", "FILE": "pairs.nc"}
+RIGHT = {
+    "--prior": "prior.safetensors",
+    "--background": "today.nc",
+    "--observations": "seen.csv",
+    "ARCHIVE": "pairs.nc",
+    "FILE": "pairs.nc",
+}
 
 
 def value_for(kind: str, r: random.Random, inputs: Path, scratch: Path) -> str:
@@ -129,7 +171,13 @@ def value_for(kind: str, r: random.Random, inputs: Path, scratch: Path) -> str:
         settings = vars(next(iter(r.choice(list(STUDIES.values())).presets.values())))
         name = r.choice([*settings, "speed", "archive", "prior"])
         return f"{name}={r.choice([*ODD, *NUMBERS, '1e300', '1e-300', '1000000', '1,,2', ',', '0,0', '1,x', 'nan,1', f'{inputs}/half.nc', f'{inputs}/half.safetensors'])}"
-    return r.choice({"preset": ["smoke", "paper", "huge"], "method": ["free_run", "enkf", "pnpda", "var3d_gc", "4dvar", "free_run,free_run"], "word": ["T", "time", "background,analysis", "analysis,background", "T,T", "x", "enkf,nothing", "tcp://", "host:0"]}[kind])
+    return r.choice(
+        {
+            "preset": ["smoke", "paper", "huge"],
+            "method": ["free_run", "enkf", "pnpda", "var3d_gc", "4dvar", "free_run,free_run"],
+            "word": ["T", "time", "background,analysis", "analysis,background", "T,T", "x", "enkf,nothing", "tcp://", "host:0"],
+        }[kind]
+    )
 
 
 def command_line(r: random.Random, inputs: Path, scratch: Path) -> list[str]:
@@ -161,28 +209,50 @@ def command_line(r: random.Random, inputs: Path, scratch: Path) -> list[str]:
 
 def may_replace(words: list[str], inputs: Path) -> set[str]:
     """Names below `inputs` that a command line says are to be written, and does not read."""
-    after = {option: word for option, word in zip(words, words[1:]) if option in ("--out", "--report", "--prior", "--background", "--observations")}
+    after = {
+        option: word
+        for option, word in zip(words, words[1:])
+        if option in ("--out", "--report", "--prior", "--background", "--observations")
+    }
     read = [*words[1:2], *(after.get(option, "") for option in ("--prior", "--background", "--observations"))]
     read = {os.path.realpath(path) for text in read for path in (text, *glob.glob(text))} if "\x00" not in "".join(read) else set()
-    written = {str(path) for option in ("--out", "--report") if option in after for path in (Path(after[option]), Path(after[option]).with_suffix(".html"))}
-    return {os.path.relpath(path, inputs) for path in written if not any(f"{os.path.realpath(path)}/".startswith(f"{other}/") for other in read)}
+    written = {
+        str(path)
+        for option in ("--out", "--report")
+        if option in after
+        for path in (Path(after[option]), Path(after[option]).with_suffix(".html"))
+    }
+    return {
+        os.path.relpath(path, inputs)
+        for path in written
+        if not any(f"{os.path.realpath(path)}/".startswith(f"{other}/") for other in read)
+    }
 
 
 def try_out(count: int, seed: int, run, inputs: Path, scratch: Path) -> tuple[list[str], dict[int, int]]:
     """The complaints about `count` command lines, and how often each status came."""
     r, wrong, statuses, before = random.Random(seed), [], {}, contents(inputs)
-    original = {name: (inputs / name).read_bytes() for name in before if (inputs / name).is_file() and not (inputs / name).is_symlink()}
+    original = {
+        name: (inputs / name).read_bytes() for name in before if (inputs / name).is_file() and not (inputs / name).is_symlink()
+    }
     for _ in range(count):
         words = command_line(r, inputs, scratch)
         if run is by_subprocess:  # which the system would not start
-            words = [w.replace("\x00", "0").encode("utf-8", "surrogatepass" if "\ud800" in w else "surrogateescape").decode("utf-8", "surrogateescape") for w in words]
+            words = [
+                w.replace("\x00", "0")
+                .encode("utf-8", "surrogatepass" if "\ud800" in w else "surrogateescape")
+                .decode("utf-8", "surrogateescape")
+                for w in words
+            ]
         status, said = run(words, scratch)
         statuses[status] = statuses.get(status, 0) + 1
         after = contents(inputs)
         if status == 0:
             for name in may_replace(words, inputs) & {name for name in before if before[name] != after.get(name)}:
                 (inputs / name).unlink()
-                (inputs / name).write_bytes(original[name]) if name in original else (inputs / name).symlink_to(before[name].removeprefix("to "))
+                (inputs / name).write_bytes(original[name]) if name in original else (inputs / name).symlink_to(
+                    before[name].removeprefix("to ")
+                )
                 after[name] = before[name]
         if problem := complaint(status, said, before, after | {f"new/{name}": what for name, what in contents(scratch).items()}):
             wrong.append(f"{problem}: {words!r} said {said[-300:]!r}")

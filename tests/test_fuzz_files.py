@@ -23,7 +23,10 @@ def world(times: int = 60) -> xr.Dataset:
     random = np.random.default_rng(5)
     t, u = 280 + random.standard_normal((times, 3, 4)), random.standard_normal((times, 4))
     data = {"t_background": (("time", "lat", "lon"), t, {"units": "K"}), "u_background": (("time", "lon"), u, {"units": "m s-1"})}
-    data |= {"t_analysis": (("time", "lat", "lon"), t + 0.1, {"units": "K"}), "u_analysis": (("time", "lon"), u + 0.1, {"units": "m s-1"})}
+    data |= {
+        "t_analysis": (("time", "lat", "lon"), t + 0.1, {"units": "K"}),
+        "u_analysis": (("time", "lon"), u + 0.1, {"units": "m s-1"}),
+    }
     lat, lon = ("lat", [60.0, 50.0, 40.0], {"units": "degrees_north"}), ("lon", [350.0, 355, 0, 5], {"units": "degrees_east"})
     time = np.datetime64("2020-01-01", "ns") + np.arange(times) * np.timedelta64(6, "h")
     return xr.Dataset(data, coords={"time": time, "lat": lat, "lon": lon})
@@ -45,10 +48,24 @@ def originals(tmp_path_factory):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         data.to_netcdf(folder / "archive.nc", engine="h5netcdf")
-        data.to_netcdf(folder / "packed.nc", engine="h5netcdf", encoding={n: packed | {"chunksizes": (20, *data[n].shape[1:])} for n in data.data_vars})
+        data.to_netcdf(
+            folder / "packed.nc",
+            engine="h5netcdf",
+            encoding={n: packed | {"chunksizes": (20, *data[n].shape[1:])} for n in data.data_vars},
+        )
         data.to_netcdf(folder / "classic.nc", engine="scipy")
-        data.to_zarr(folder / "two.zarr", zarr_format=2, encoding={n: {"chunks": (20, *data[n].shape[1:])} for n in data.data_vars}, consolidated=True)
-        data.to_zarr(folder / "three.zarr", zarr_format=3, encoding={n: {"chunks": (20, *data[n].shape[1:])} for n in data.data_vars}, consolidated=False)
+        data.to_zarr(
+            folder / "two.zarr",
+            zarr_format=2,
+            encoding={n: {"chunks": (20, *data[n].shape[1:])} for n in data.data_vars},
+            consolidated=True,
+        )
+        data.to_zarr(
+            folder / "three.zarr",
+            zarr_format=3,
+            encoding={n: {"chunks": (20, *data[n].shape[1:])} for n in data.data_vars},
+            consolidated=False,
+        )
         today.to_netcdf(folder / "today.nc", engine="h5netcdf")
         today.to_zarr(folder / "today.zarr", zarr_format=3, consolidated=False)
         xr.Dataset(STATIONS).to_netcdf(folder / "stations.nc", engine="h5netcdf")
@@ -83,7 +100,11 @@ def damage(path, random: np.random.Generator) -> str:
     file = files[random.integers(len(files))]
     content = file.read_bytes()
     texts = (".zarray", ".zattrs", ".zgroup", ".zmetadata", "zarr.json")
-    how = random.choice(["flip", "flips", "cut", "zeros", "double", "gone", "swap", "odd"] if path.is_dir() else ["flip", "flips", "cut", "zeros", "double", "insert", "odd"])
+    how = random.choice(
+        ["flip", "flips", "cut", "zeros", "double", "gone", "swap", "odd"]
+        if path.is_dir()
+        else ["flip", "flips", "cut", "zeros", "double", "insert", "odd"]
+    )
     changed = bytearray(content)
     if how == "gone":
         file.unlink()

@@ -13,15 +13,7 @@ from safetensors.torch import save_file
 
 from pnpda_nb.core import standard_normal, stream, unchecked
 from pnpda_nb.dynamics import Lorenz63
-from pnpda_nb.observing import (
-    Covariance,
-    DiagonalCovariance,
-    Linear,
-    Nonlinear,
-    Observations,
-    ObservingNetwork,
-    Select,
-)
+from pnpda_nb.observing import Covariance, DiagonalCovariance, Linear, Nonlinear, Observations, ObservingNetwork, Select
 from pnpda_nb.twin import TwinExperiment, cycle
 from pnpda_nb.windows import (
     BandedPrecision,
@@ -75,7 +67,9 @@ QUICK = IncrementalSettings(iterations=25, processes=2, windows=3, checks=3, bac
 
 def make(climate=CLIMATE, shake=0.1, **settings):
     """A prior whose weights are shaken as training would."""
-    size = {"dense": {"width": 8}, "convolution": {"width": 6, "dilations": (1,)}, "constant": {}}.get(settings.get("network", "dense"), {})
+    size = {"dense": {"width": 8}, "convolution": {"width": 6, "dilations": (1,)}, "constant": {}}.get(
+        settings.get("network", "dense"), {}
+    )
     prior = IncrementalPrior.make(climate, **{"levels": 2} | size | settings)
     with torch.no_grad():
         for parameter in prior.networks.parameters():
@@ -88,7 +82,9 @@ def weights(prior):
 
 
 @given(
-    d=st.integers(1, 8), part=st.floats(0, 1), data=st.sampled_from([((), ()), ((3,), (3,)), ((1,), (3,)), ((2, 1), (1, 3)), ((2, 2), (2,)), ((2, 1), ())])
+    d=st.integers(1, 8),
+    part=st.floats(0, 1),
+    data=st.sampled_from([((), ()), ((3,), (3,)), ((1,), (3,)), ((2, 1), (1, 3)), ((2, 2), (2,)), ((2, 1), ())]),
 )
 def test_that_the_implicit_gradient_is_that_of_a_dense_solve(d, part, data):
     """Bands and right side broadcast against one another."""
@@ -122,7 +118,9 @@ def test_that_a_banded_solve_takes_none_and_single_precision_and_more_bands_than
     torch.testing.assert_close(found, banded_solve(bands, side).float(), rtol=1e-4, atol=1e-5)
     wide = torch.cat((bands, torch.zeros(6, 4, 5))).requires_grad_()
     banded_solve(wide, side).sum().backward()
-    torch.testing.assert_close(wide.grad[:2], torch.autograd.grad(banded_solve(leaf := bands.clone().requires_grad_(), side).sum(), leaf)[0])
+    torch.testing.assert_close(
+        wide.grad[:2], torch.autograd.grad(banded_solve(leaf := bands.clone().requires_grad_(), side).sum(), leaf)[0]
+    )
 
 
 def test_that_a_broken_matrix_spoils_only_its_own_gradient():
@@ -179,7 +177,10 @@ def test_that_nothing_known_leaves_the_mean_and_gradients_reach_it(kind):
     assert torch.equal(found, mean)
     known = Information(torch.ones(1, 1, 12, dtype=torch.float64), normal((3, 12), "j"))  # bands alike for all
     found, _ = most_probable(mean, prior, known)
-    torch.testing.assert_close(torch.autograd.grad(found.sum(), mean)[0], column(matrix @ torch.linalg.inv(matrix + torch.eye(12)), torch.ones(12).double()).expand(3, 12))
+    torch.testing.assert_close(
+        torch.autograd.grad(found.sum(), mean)[0],
+        column(matrix @ torch.linalg.inv(matrix + torch.eye(12)), torch.ones(12).double()).expand(3, 12),
+    )
 
 
 @pytest.mark.parametrize("kind", PRECISIONS)
@@ -189,8 +190,6 @@ def test_that_samples_have_the_covariance(kind):
     if kind == "low_rank":
         draws, matrix = column(torch.linalg.cholesky(matrix).mT, draws), torch.eye(12, dtype=torch.float64)
     assert (torch.cov(draws.T) @ matrix - torch.eye(12)).abs().max() < 0.25
-
-
 
 
 @pytest.mark.parametrize("kind", ["banded", "dense", "low_rank"])
@@ -224,7 +223,9 @@ def test_that_a_constant_network_is_a_gaussian_prior_in_the_windows_units(kind, 
     known = SEEN + background_information(WINDOWS[:3, 0] + 0.3, Covariance([[1.0, 0.4], [0.4, 0.5]]), 6)
     law = prior.analyse(known)
     A = matrix + band_dense(known.bands)
-    torch.testing.assert_close(law.mean.flatten(1), torch.linalg.solve(A, column(matrix, mean) + known.vector), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        law.mean.flatten(1), torch.linalg.solve(A, column(matrix, mean) + known.vector), rtol=1e-4, atol=1e-4
+    )
     torch.testing.assert_close(law.variance.flatten(1), torch.linalg.inv(A).diagonal(0, -2, -1), rtol=1e-4, atol=1e-5)
     assert not law.mean.is_inference() and not law.mean.requires_grad and law.mean.dtype == torch.float64
 
@@ -303,7 +304,15 @@ def test_that_windows_may_be_as_small_as_they_like(steps, dim):
 
 
 def test_that_settings_out_of_range_are_named():
-    for wrong in ({"network": "x"}, {"precision": "x"}, {"update": "x"}, {"levels": 0}, {"rank": 0}, {"half_band": 12}, {"floor": 0.0}):
+    for wrong in (
+        {"network": "x"},
+        {"precision": "x"},
+        {"update": "x"},
+        {"levels": 0},
+        {"rank": 0},
+        {"half_band": 12},
+        {"floor": 0.0},
+    ):
         with pytest.raises(ValueError, match=f"^{next(iter(wrong))}: expected"):
             make(**wrong)
     for wrong in (
@@ -312,12 +321,21 @@ def test_that_settings_out_of_range_are_named():
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"^{next(iter(wrong))}: expected"):
             IncrementalSettings(**wrong)
-    for wrong in ({"variables": (2,)}, {"variables": ()}, {"count": 0}, {"count": 7}, {"near_regular": 2.0}, {"near_regular": 0.5, "count": 4}):
+    for wrong in (
+        {"variables": (2,)},
+        {"variables": ()},
+        {"count": 0},
+        {"count": 7},
+        {"near_regular": 2.0},
+        {"near_regular": 0.5, "count": 4},
+    ):
         with pytest.raises(ValueError, match=f"^{next(iter(wrong))}: expected"):
             RandomSets(**{"steps": 6, "dim": 2, "count": 2} | wrong)
 
 
-@pytest.mark.parametrize("wrong", [{"background_deviation": (0.0, 1.0)}, {"background_deviation": (1.0, 0.1)}, {"variables": (0, 0)}, {"jitter": -1}])
+@pytest.mark.parametrize(
+    "wrong", [{"background_deviation": (0.0, 1.0)}, {"background_deviation": (1.0, 0.1)}, {"variables": (0, 0)}, {"jitter": -1}]
+)
 def test_that_more_settings_out_of_range_are_named(wrong):
     with pytest.raises(ValueError, match=f"^{next(iter(wrong))}: expected"):
         IncrementalSettings(**wrong) if "background_deviation" in wrong else RandomSets(6, 2, 2, **wrong)
@@ -370,7 +388,10 @@ def test_that_a_rollout_gives_levels_their_own_estimates_and_an_interpolation_th
     interpolated = incremental_loss(prior, z, info, replace(settings, mode="interpolated"), stream(3))
     torch.testing.assert_close(interpolated, (one + error((first + z) / 2, 1)[1]) / 2)
     parameters = list(prior.networks[0].parameters())
-    alone, passed = torch.autograd.grad(one, parameters, retain_graph=True), torch.autograd.grad(rollout, parameters, retain_graph=True)
+    alone, passed = (
+        torch.autograd.grad(one, parameters, retain_graph=True),
+        torch.autograd.grad(rollout, parameters, retain_graph=True),
+    )
     apart = torch.autograd.grad(interpolated, parameters)
     assert all(torch.allclose(a, b / 2, atol=1e-6) for a, b in zip(apart, alone))  # the second level has no part in it
     assert not all(torch.allclose(a, 0.3 * b, atol=1e-6) for a, b in zip(passed, alone))
@@ -385,19 +406,28 @@ def test_that_with_one_level_both_modes_are_one(mode):
 
 
 def train(prior=None, windows=WINDOWS, settings=QUICK, seed=1, **options):
-    return train_incremental(make(shake=0.0) if prior is None else prior, windows, SETS, settings, validation=WINDOWS[:5], seed=seed, **options)
+    return train_incremental(
+        make(shake=0.0) if prior is None else prior, windows, SETS, settings, validation=WINDOWS[:5], seed=seed, **options
+    )
 
 
 def test_that_one_seed_gives_one_prior_and_the_global_stream_is_left_alone():
     def train(prior, seed=1):
         return train_incremental(prior, WINDOWS, SETS, replace(QUICK, iterations=10), validation=WINDOWS[:5], seed=seed)
+
     untrained, before = make(shake=0.0), torch.random.get_rng_state()
     start = weights(untrained)
     (a, history), (b, _), (c, _) = train(untrained), train(untrained), train(untrained, seed=2)
     assert torch.equal(weights(a), weights(b)) and not torch.equal(weights(a), weights(c)) and not torch.equal(weights(a), start)
     assert torch.equal(weights(untrained), start) and torch.equal(torch.random.get_rng_state(), before)
-    assert history.columns.tolist() == ["iteration", "loss", "validation", "seconds"] and history.iteration.iloc[-1] == 10 and len(history) == 3
-    assert torch.equal(weights(make(seed=3)), weights(make(seed=3))) and not torch.equal(weights(make(seed=3)), weights(make(seed=4)))
+    assert (
+        history.columns.tolist() == ["iteration", "loss", "validation", "seconds"]
+        and history.iteration.iloc[-1] == 10
+        and len(history) == 3
+    )
+    assert torch.equal(weights(make(seed=3)), weights(make(seed=3))) and not torch.equal(
+        weights(make(seed=3)), weights(make(seed=4))
+    )
 
 
 @pytest.mark.parametrize("kind", PRECISIONS)
@@ -426,8 +456,6 @@ class Interrupted:
         if stops:
             raise KeyboardInterrupt
         return WINDOWS[chosen]
-
-
 
 
 @pytest.mark.parametrize("after", [False, True])
@@ -523,7 +551,9 @@ def with_architecture(path, **changes):
     return altered(path, path, architecture=json.dumps({k: v for k, v in architecture.items() if v is not None}))
 
 
-@pytest.mark.parametrize("changes", [{"levels": 3}, {"levels": 1}, {"precision": "dense"}, {"precision": "x"}, {"size": {"width": 9}}, {"shared": True}])
+@pytest.mark.parametrize(
+    "changes", [{"levels": 3}, {"levels": 1}, {"precision": "dense"}, {"precision": "x"}, {"size": {"width": 9}}, {"shared": True}]
+)
 def test_that_a_header_that_does_not_fit_its_contents_is_refused(changes, tmp_path):
     with pytest.raises(ValueError, match="^prior: .* a header that does not fit"):
         IncrementalPrior.load(with_architecture(make().save(tmp_path / "prior"), **changes))
@@ -545,12 +575,17 @@ def test_that_calibrated_intervals_cover_what_they_should_wide_and_narrow_ones_a
     inside = error[20_000:].abs() < quantile * wide
     for part in deviation[20_000:].argsort().tensor_split(5):
         assert inside[part].double().mean() == pytest.approx(coverage, abs=0.025)
-    torch.testing.assert_close(calibration(torch.tensor([1e-3, 1e3]).double()) / torch.tensor([1e-3, 1e3]).double(), torch.tensor(calibration.factors).double()[[0, -1]].exp())
+    torch.testing.assert_close(
+        calibration(torch.tensor([1e-3, 1e3]).double()) / torch.tensor([1e-3, 1e3]).double(),
+        torch.tensor(calibration.factors).double()[[0, -1]].exp(),
+    )
 
 
 def test_that_a_calibrated_prior_covers_the_truth():
     prior, truth = make(), process(400, seed=9)
-    law = prior.analyse(pointwise(truth + 0.5 * normal(truth.shape, "errors"), 0.5, torch.rand(truth.shape, generator=stream(2)) < 0.3))
+    law = prior.analyse(
+        pointwise(truth + 0.5 * normal(truth.shape, "errors"), 0.5, torch.rand(truth.shape, generator=stream(2)) < 0.3)
+    )
     fitted = prior.calibrated(law, truth)
     assert prior.calibration is None and torch.equal(prior.deviation(law), law.deviation)
     inside = ((law.mean - truth).abs() < 1.6449 * fitted.deviation(law)).double().mean()
@@ -612,7 +647,14 @@ def test_that_runs_members_and_nonlinear_operators_go_their_own_ways():
     background, seen = WINDOWS[:3, None, 0] + normal((3, 4, 2), "b"), reports(bent)
     whole = analyse(method, background, seen)
     assert whole.isfinite().all()
-    single = [Observations(torch.where(o.missing[1], torch.nan, o.values[1]) if o.missing is not None else o.values[1], bent.operator, bent.covariance) for o in seen]
+    single = [
+        Observations(
+            torch.where(o.missing[1], torch.nan, o.values[1]) if o.missing is not None else o.values[1],
+            bent.operator,
+            bent.covariance,
+        )
+        for o in seen
+    ]
     torch.testing.assert_close(analyse(method, background[1, 2:3], single), whole[:, 1, 2:3], rtol=1e-4, atol=1e-4)
     lost = background.clone()
     lost[1] = torch.nan

@@ -83,7 +83,9 @@ def test_that_a_prior_trained_on_gaussian_pairs_knows_their_law():
     assert float((torch.cov(samples.T) - exact.covariance.matrix).norm() / exact.covariance.matrix.norm()) < 0.05
 
 
-@pytest.mark.parametrize("settings", [QUICK, dataclasses.replace(PAPER_TRAINING, epochs=4), dataclasses.replace(QUICK, standardise=True, average=0.0)])
+@pytest.mark.parametrize(
+    "settings", [QUICK, dataclasses.replace(PAPER_TRAINING, epochs=4), dataclasses.replace(QUICK, standardise=True, average=0.0)]
+)
 def test_that_an_interrupted_training_ends_with_the_same_weights(settings, tmp_path):
     _, background, analysis = gaussian_pairs(1, 300)
 
@@ -137,7 +139,9 @@ def test_that_wrong_prior_files_are_one_clear_error(tmp_path, untrained_prior):
     (tmp_path / "empty").write_bytes(b"")
     (tmp_path / "text").write_text("this is no prior")
     save_file({"a": torch.zeros(2)}, tmp_path / "foreign")
-    save_file({"a": torch.zeros(2)}, tmp_path / "header", metadata={"format": "pnpda_nb.prior/1", "architecture": "{}", "training": "{}"})
+    save_file(
+        {"a": torch.zeros(2)}, tmp_path / "header", metadata={"format": "pnpda_nb.prior/1", "architecture": "{}", "training": "{}"}
+    )
     save_file({"a": torch.zeros(2)}, tmp_path / "newer", metadata={"format": "pnpda_nb.prior/2"})
     for name in ("truncated", "empty", "text", "foreign", "header", "newer"):
         with pytest.raises(ValueError, match="^prior: ") as caught:
@@ -161,7 +165,16 @@ def test_that_wrong_pairs_are_refused():
 
 
 @pytest.mark.parametrize(
-    "change", [{"batch": 0}, {"epochs": 0}, {"learning_rate": 0.0}, {"beta": -1.0}, {"hidden": ()}, {"average": 1.0}, {"embedding_scale": 0.0}]
+    "change",
+    [
+        {"batch": 0},
+        {"epochs": 0},
+        {"learning_rate": 0.0},
+        {"beta": -1.0},
+        {"hidden": ()},
+        {"average": 1.0},
+        {"embedding_scale": 0.0},
+    ],
 )
 def test_that_training_settings_out_of_range_are_refused(change):
     with pytest.raises(ValueError, match=f"^{next(iter(change))}"):
@@ -173,7 +186,12 @@ def test_that_archives_are_checked_when_read(tmp_path):
     assert read_archive(write_netcdf(good, tmp_path / "good.nc")).equals(good)
     nan = good.copy(deep=True)
     nan["background"][2, 1] = np.nan
-    cases = {"nan.nc": nan, "missing.nc": good.drop_vars("background"), "dims.nc": good.rename(sample="time"), "one.nc": good.isel(sample=[0])}
+    cases = {
+        "nan.nc": nan,
+        "missing.nc": good.drop_vars("background"),
+        "dims.nc": good.rename(sample="time"),
+        "one.nc": good.isel(sample=[0]),
+    }
     for name, dataset in cases.items():
         with pytest.raises(ValueError, match=name):
             read_archive(write_netcdf(dataset, tmp_path / name))

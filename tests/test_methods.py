@@ -6,29 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from pnpda_nb.classical import (
-    EnKF,
-    EnRDA,
-    ThreeDVar,
-    climatological_background,
-    gaspari_cohn_background,
-)
+from pnpda_nb.classical import EnKF, EnRDA, ThreeDVar, climatological_background, gaspari_cohn_background
 from pnpda_nb.core import standard_normal, stream, unchecked
 from pnpda_nb.dynamics import FunctionModel, Lorenz63
 from pnpda_nb.flow_matching import GaussianPrior
 from pnpda_nb.observing import Covariance, ObservingNetwork, Select, kalman_gain
 from pnpda_nb.pnp import PnPDA
-from pnpda_nb.twin import (
-    FreeRun,
-    Method,
-    TwinExperiment,
-    cycle,
-    lorenz63,
-    nature_run,
-    score_table,
-    scores,
-    tune,
-)
+from pnpda_nb.twin import FreeRun, Method, TwinExperiment, cycle, lorenz63, nature_run, score_table, scores, tune
 
 SHORT = lorenz63(observed=(0, 1, 2), cycles=3)
 B = gaspari_cohn_background(3, 20.0, 2.0)
@@ -127,7 +111,9 @@ def test_that_a_run_of_absurd_size_does_not_spoil_the_others(method):
 
 def test_that_every_method_survives_a_forecast_model_that_explodes(method):
     explodes = FunctionModel(lambda x: torch.where(x.abs() > 6, 1e308 * 10 * x, 1.02 * x), dim=3)
-    experiment = replace(SHORT, forecast_model=explodes, nature=FunctionModel(lambda x: x, 3), start=(1.0, 1.0, 1.0), spin_up=0, interval=5)
+    experiment = replace(
+        SHORT, forecast_model=explodes, nature=FunctionModel(lambda x: x, 3), start=(1.0, 1.0, 1.0), spin_up=0, interval=5
+    )
     with pytest.warns(UserWarning, match="runs became non-finite"):
         result = cycle(experiment, method, members=6, runs=30, seed=1)
     failed = int((result.failed >= 0).sum())
@@ -216,7 +202,9 @@ def test_that_bad_settings_are_one_clear_error(make, words):
 
 def linear_experiment(cycles=40):
     angle = torch.tensor(0.4, dtype=torch.float64)
-    M = 1.03 * torch.tensor([[angle.cos(), -angle.sin(), 0.1], [angle.sin(), angle.cos(), 0.0], [0.0, 0.05, 1.02]], dtype=torch.float64)
+    M = 1.03 * torch.tensor(
+        [[angle.cos(), -angle.sin(), 0.1], [angle.sin(), angle.cos(), 0.0], [0.0, 0.05, 1.02]], dtype=torch.float64
+    )
     model = FunctionModel(lambda x: x @ M.T, dim=3)
     network = ObservingNetwork(Select((0, 2), 3), Covariance([[0.5, 0.1], [0.1, 0.8]]))
     return M, TwinExperiment("linear", model, model, network, 1, cycles, (1.0, 0.0, 0.5), spin_up=0)
@@ -306,7 +294,11 @@ def test_that_pnpda_refuses_settings_out_of_range(change, untrained_prior):
 def test_that_pnpda_refuses_a_prior_of_another_size(untrained_prior):
     network = ObservingNetwork(Select((0,), 4), Covariance([[1.0]]))
     with pytest.raises(ValueError, match="background: expected states of size 3"):
-        analyse(PnPDA(untrained_prior), torch.zeros(1, 1, 4, dtype=torch.float64), network.report(torch.zeros(1, 1, dtype=torch.float64)))
+        analyse(
+            PnPDA(untrained_prior),
+            torch.zeros(1, 1, 4, dtype=torch.float64),
+            network.report(torch.zeros(1, 1, dtype=torch.float64)),
+        )
 
 
 def test_that_a_perfect_forecast_has_no_error_in_any_score():

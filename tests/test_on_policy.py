@@ -59,14 +59,22 @@ def test_that_random_networks_respect_their_counts_and_errors():
     assert torch.equal(error > 0, mask) and ((error == deviation[:, None]) | ~mask).all()
     assert (deviation[counts == 2] == 2).all() and (deviation[counts == 3] == 3).all()
     free = counts > 3
-    assert 0.4 < free.double().mean() < 0.6 and counts.max() == 7 and (deviation[free] <= 1).all() and (deviation[free] >= 0.1).all()
+    assert (
+        0.4 < free.double().mean() < 0.6 and counts.max() == 7 and (deviation[free] <= 1).all() and (deviation[free] >= 0.1).all()
+    )
     assert torch.equal(mask, RandomNetworks(20, usual, 0.5, (4, 7), (0.1, 1.0)).draw(400, stream(1))[0])
     full = RandomNetworks(20, (), 0.0, (20, 20)).draw(50, stream(1))[0]
     assert full.all()
 
 
 @pytest.mark.parametrize(
-    "settings, name", [({"counts": (0, 4)}, "counts"), ({"counts": (4, 21)}, "counts"), ({"errors": (1.0, 0.1)}, "errors"), ({"often": 0.5}, "often")]
+    "settings, name",
+    [
+        ({"counts": (0, 4)}, "counts"),
+        ({"counts": (4, 21)}, "counts"),
+        ({"errors": (1.0, 0.1)}, "errors"),
+        ({"often": 0.5}, "often"),
+    ],
 )
 def test_that_networks_that_cannot_be_are_named(settings, name):
     with pytest.raises(ValueError, match=f"^{name}: expected"):
@@ -172,7 +180,9 @@ def test_that_the_same_seed_gives_the_same_weights_and_another_one_others(nature
 @pytest.mark.parametrize("kind", ["nature", "observed", "ensemble", "plain"])
 def test_that_a_resumed_training_is_the_uninterrupted_one(kind, stop, nature, data, tmp_path, monkeypatch):
     record = ObservedRecord(EXPERIMENT, data) if kind == "observed" else nature
-    settings = replace(SETTINGS, cycles=5, foresight=0 if kind in ("ensemble", "plain") else 2, foresight_cycles=5, patience_points=5)
+    settings = replace(
+        SETTINGS, cycles=5, foresight=0 if kind in ("ensemble", "plain") else 2, foresight_cycles=5, patience_points=5
+    )
     options, prior = {"settings": settings, "seed": 1}, make()
     if kind == "ensemble":
         prior = make(extra=ENSEMBLE_FIELDS)
@@ -234,7 +244,9 @@ def test_that_the_best_of_the_validated_priors_is_returned(nature):
 
 
 def test_that_training_helps(nature):
-    prior = AnalysisPrior.make(nature.targets.mean((0, 1)), nature.targets.std((0, 1)), 0.2 * nature.targets.std((0, 1)), dim=3, rank=1, width=16)
+    prior = AnalysisPrior.make(
+        nature.targets.mean((0, 1)), nature.targets.std((0, 1)), 0.2 * nature.targets.std((0, 1)), dim=3, rank=1, width=16
+    )
     settings = replace(SETTINGS, trajectories=16, cycles=40, batch=64, memory=20, average=0.9)
     trained, _ = train_on_policy(prior, nature, settings=settings, seed=1)
     before, after = (cycle(EXPERIMENT, AmortisedAnalysis(p), runs=20, seed=2) for p in (prior, trained))

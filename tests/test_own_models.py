@@ -10,35 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from pnpda_nb.classical import (
-    ETKF,
-    LETKF,
-    EnKF,
-    EnKS,
-    FourDVar,
-    ParticleFilter,
-    ThreeDVar,
-)
+from pnpda_nb.classical import ETKF, LETKF, EnKF, EnKS, FourDVar, ParticleFilter, ThreeDVar
 from pnpda_nb.core import standard_normal, stream, unchecked
 from pnpda_nb.dynamics import AdditiveModelError, Lorenz63, jacobian, trajectory
 from pnpda_nb.files import Field, Layout
 from pnpda_nb.flow_matching import GaussianPrior
-from pnpda_nb.interop import (
-    ManySteps,
-    ProgramModel,
-    UserModel,
-    from_tendency,
-    per_state,
-)
-from pnpda_nb.observing import (
-    Covariance,
-    DiagonalCovariance,
-    Linear,
-    NumpyOperator,
-    ObservingNetwork,
-    Select,
-    operator_from,
-)
+from pnpda_nb.interop import ManySteps, ProgramModel, UserModel, from_tendency, per_state
+from pnpda_nb.observing import Covariance, DiagonalCovariance, Linear, NumpyOperator, ObservingNetwork, Select, operator_from
 from pnpda_nb.pnp import PnPDA, PnPDA4D
 from pnpda_nb.twin import FreeRun, TwinExperiment, cycle, make_archive, scores, tune
 
@@ -96,7 +74,10 @@ def test_that_a_tendency_is_stepped_like_the_book_s_own_models(numpy):
         (lambda x: 1 / 0, "mine: raised ZeroDivisionError: division by zero"),
         (lambda x: x[..., :2], r"mine: expected states of shape \(4, 5, 3\), got \(4, 5, 2\)"),
         (lambda x: None, "mine: expected an array of real numbers, got NoneType$"),
-        (lambda x: x / np.where(x == x.max(), 0, 1), "mine: 1 of 20 states became non-finite in a step of 1; the first of them was"),
+        (
+            lambda x: x / np.where(x == x.max(), 0, 1),
+            "mine: 1 of 20 states became non-finite in a step of 1; the first of them was",
+        ),
         (lambda x: "warm", "mine: expected an array of real numbers, got str$"),
         (lambda x: x + 1j, "mine: expected an array of real numbers, got ndarray of complex128"),
         (lambda x: x.astype(object), "mine: expected an array of real numbers, got ndarray of object"),
@@ -198,7 +179,10 @@ def test_that_a_function_on_arrays_that_is_taken_for_one_on_tensors_is_told_so()
         (lambda: ProgramModel("model {input} {output}", 4, layout=LAYOUT), "layout: expected 4 numbers, got 3"),
         (lambda: ProgramModel("model {input} {output}", 3, timeout=0), "timeout: expected a positive number of seconds, got 0"),
         (lambda: Layout((Field("a"), Field("a"))), r"fields: expected distinct names, got \['a', 'a'\]"),
-        (lambda: Layout((Field("a", (2,), ("x",)), Field("b", (3,), ("x",)))), "fields: expected one size for dimension 'x', got 2 and 3"),
+        (
+            lambda: Layout((Field("a", (2,), ("x",)), Field("b", (3,), ("x",)))),
+            "fields: expected one size for dimension 'x', got 2 and 3",
+        ),
         (lambda: Field("a", (2,), ("x", "y")), "dims: expected 1, one a size of a"),
         (lambda: LAYOUT.join({"wind": STATES[..., :2]}), "fields: expected wind, heat, got none called heat"),
         (lambda: UserModel(torch.sin, 3).step(STATES[..., :2]), r"state: expected states of size 3, got shape \(4, 5, 2\)"),
@@ -314,7 +298,10 @@ def test_that_a_program_moves_a_whole_batch_in_one_call(layout, tmp_path):
     "lines, said",
     [
         ("out = out.rename(state='answer')", "theirs: expected 'state' in its output, got answer"),
-        ("out = out.isel(variable=slice(2))", r"theirs: expected 'state' to be numbers of shape \(20, 3\), got float64 of \(20, 2\)"),
+        (
+            "out = out.isel(variable=slice(2))",
+            r"theirs: expected 'state' to be numbers of shape \(20, 3\), got float64 of \(20, 2\)",
+        ),
         ("out = out.rename_dims(variable='column')", r"theirs: expected 'state' with dimensions \('member', 'variable'\), got"),
         ("out['state'][3, 1] = float('nan')", "theirs: 1 of 20 states became non-finite in a step of 1"),
         ("out['state'] = out['state'].astype(str)", r"theirs: expected 'state' to be numbers of shape \(20, 3\), got "),
@@ -394,8 +381,10 @@ def test_that_what_an_operator_s_function_does_wrong_is_one_line(function, said)
 @pytest.mark.parametrize("unit", [1e-15, 1e-6, 1.0, 1e9])
 def test_that_an_operator_is_recognised_and_differentiated_in_any_unit(unit):
     scale = unit * np.array([1.0, 1e-7, 1e8])
+
     def curved(x):
         return (x / scale) ** 3 + np.roll(x / scale, 1, -1)
+
     operator = operator_from(curved, 3, 3)
     assert isinstance(operator, NumpyOperator)
     z = STATES.clone()

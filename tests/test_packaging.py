@@ -57,7 +57,10 @@ def test_that_setup_says_what_settings_say_and_ships_types():
     meta = meta_of_setup()
     assert meta["version"] == SETTINGS["version"] and meta["python_requires"] == f">={SETTINGS['min_python']}"
     assert "py.typed" in meta["package_data"]["pnpda_nb"] and (PACKAGE / "py.typed").exists()
-    assert "Typing :: Typed" in meta["classifiers"] and f"Programming Language :: Python :: {SETTINGS['max_python']}" in meta["classifiers"]
+    assert (
+        "Typing :: Typed" in meta["classifiers"]
+        and f"Programming Language :: Python :: {SETTINGS['max_python']}" in meta["classifiers"]
+    )
     assert {"Documentation", "Source", "Issues", "Changelog"} <= set(meta["project_urls"])
     assert all(url.startswith("https://") for url in meta["project_urls"].values())
     extras = {key.removesuffix("_requirements") for key in SETTINGS if key.endswith("_requirements")}
@@ -69,11 +72,22 @@ def test_that_what_is_imported_is_required():
     wanted = {re.split(r"[<>=\[]", word)[0].lower() for word in SETTINGS["requirements"].split()}
     # distributed under another name, or by something that is required
     names = {"ot": "pot", "PIL": "matplotlib", "IPython": "ipywidgets", "annotated_types": "annotated-types"}
-    optional = {re.split(r"[<>=\[]", word)[0] for key in SETTINGS if key.endswith("_requirements") and key != "dev_requirements" for word in SETTINGS[key].split()}
+    optional = {
+        re.split(r"[<>=\[]", word)[0]
+        for key in SETTINGS
+        if key.endswith("_requirements") and key != "dev_requirements"
+        for word in SETTINGS[key].split()
+    }
     imported = set()
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            modules = (
+                [a.name for a in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module]
+                if isinstance(node, ast.ImportFrom) and not node.level
+                else []
+            )
             imported |= {m.split(".")[0] for m in modules}
     others = imported - set(sys.stdlib_module_names) - {"pnpda_nb"} - optional
     assert {names.get(name, name) for name in others} <= wanted
@@ -99,7 +113,9 @@ def test_that_no_public_name_disappears_without_having_been_deprecated():
 def test_that_every_public_name_is_in_the_list():
     before, now = listing.listed(), listing.present()
     new = [name for name, since in now.items() if before.get(name) != since]
-    assert not new, f"{', '.join(new[:10])}: new or newly deprecated; run `python tools/public_api.py` and commit tests/public_api.txt"
+    assert not new, (
+        f"{', '.join(new[:10])}: new or newly deprecated; run `python tools/public_api.py` and commit tests/public_api.txt"
+    )
 
 
 def test_that_a_name_may_go_only_in_a_minor_version_after_its_deprecation():

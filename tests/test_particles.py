@@ -10,24 +10,8 @@ from scoringrules import crps_ensemble
 from pnpda_nb.classical import ParticleFilter, systematic_resampling
 from pnpda_nb.core import RunStreams, standard_normal, stream
 from pnpda_nb.dynamics import AdditiveModelError, FunctionModel, Lorenz96
-from pnpda_nb.observing import (
-    Covariance,
-    DiagonalCovariance,
-    Nonlinear,
-    ObservingNetwork,
-    Select,
-)
-from pnpda_nb.twin import (
-    FreeRun,
-    TwinExperiment,
-    bocquet2010,
-    cycle,
-    make_archive,
-    rank_histogram,
-    scores,
-    spread_skill,
-    summary,
-)
+from pnpda_nb.observing import Covariance, DiagonalCovariance, Nonlinear, ObservingNetwork, Select
+from pnpda_nb.twin import FreeRun, TwinExperiment, bocquet2010, cycle, make_archive, rank_histogram, scores, spread_skill, summary
 
 STILL = FunctionModel(lambda x: x, 6)
 R = Covariance([[0.5]])
@@ -113,7 +97,9 @@ def drawn_by(method: ParticleFilter, cloud: torch.Tensor, seen) -> tuple[torch.T
 @pytest.mark.parametrize("kernel, kurtosis", [("gaussian", 3.0), ("student", 6.0)])
 def test_that_copies_are_moved_by_the_kernel_and_first_ones_not_at_all(kernel, kurtosis, unit):
     cloud = unit * standard_normal((1, 20_000, 1), stream(1, "cloud"))
-    seen = ObservingNetwork(Select((0,), 1), Covariance([[0.1 * unit**2]])).report(torch.tensor([[2.0 * unit]], dtype=torch.float64))
+    seen = ObservingNetwork(Select((0,), 1), Covariance([[0.1 * unit**2]])).report(
+        torch.tensor([[2.0 * unit]], dtype=torch.float64)
+    )
     shift, weights, first = drawn_by(ParticleFilter(0.5, kernel=kernel), cloud, seen)
     count = 1 / weights.square().sum() if kernel == "student" else 20_000
     variance = 0.1 / 1.1 * unit**2  # of the posterior
@@ -125,7 +111,9 @@ def test_that_copies_are_moved_by_the_kernel_and_first_ones_not_at_all(kernel, k
 
 def test_that_a_cloud_of_one_particle_is_spread_out_like_the_forecasts():
     cloud = standard_normal((1, 500, 3), stream(1, "cloud")) * torch.tensor([1.0, 1e-6, 1e6])
-    seen = ObservingNetwork(Select((0, 1, 2), 3), DiagonalCovariance([1e-6, 1e-18, 1e6])).report(4 * torch.tensor([[1.0, 1e-6, 1e6]]).double())
+    seen = ObservingNetwork(Select((0, 1, 2), 3), DiagonalCovariance([1e-6, 1e-18, 1e6])).report(
+        4 * torch.tensor([[1.0, 1e-6, 1e6]]).double()
+    )
     shift, weights, _ = drawn_by(ParticleFilter(1.0), cloud, seen)
     count = 1 / weights.square().sum()
     assert count < 3 and len(shift) > 490
@@ -156,7 +144,9 @@ def test_that_equal_weights_give_every_score_that_no_weights_give():
     assert set(weighed) - set(plain) == {"concentration"} and np.allclose(weighed.concentration, 1 / 9)
     for name in plain:
         assert np.allclose(plain[name], weighed[name], rtol=1e-9, atol=1e-12), name
-    assert np.allclose(spread_skill(plain), spread_skill(weighed)) and np.array_equal(rank_histogram(plain), rank_histogram(weighed))
+    assert np.allclose(spread_skill(plain), spread_skill(weighed)) and np.array_equal(
+        rank_histogram(plain), rank_histogram(weighed)
+    )
 
 
 def test_that_members_of_no_weight_count_for_nothing():
@@ -169,7 +159,9 @@ def test_that_members_of_no_weight_count_for_nothing():
     assert np.array_equal(result["rank"], 2 * (eight < truth[:, :, None]).sum(2)) and np.allclose(result.concentration, 1 / 8)
     # the first background has equal weights; later ones, and what is between analyses, have those of the analysis before
     sixteen = result.background_members.values
-    assert np.allclose(result.background[:, 0], sixteen[:, 0].mean(1)) and np.allclose(result.background[:, 1:], sixteen[:, 1:, :8].mean(2))
+    assert np.allclose(result.background[:, 0], sixteen[:, 0].mean(1)) and np.allclose(
+        result.background[:, 1:], sixteen[:, 1:, :8].mean(2)
+    )
     between = CHAOTIC.nature.step(torch.from_numpy(eight.copy())).numpy()[:, :-1].mean(2)
     assert np.allclose(result.estimate.values[:, 2::2], between, rtol=1e-12)
 
@@ -237,7 +229,9 @@ def test_that_particles_that_see_nothing_finite_are_set_aside():
 def test_that_nothing_seen_changes_neither_particles_nor_weights():
     gone = ObservingNetwork(Select((0, 2, 4), 6), Covariance(np.eye(3)), missing=1.0)
     result = cycle(CHAOTIC.with_network(gone), ParticleFilter(), members=10, runs=2, seed=1, keep_members=True)
-    assert np.array_equal(result.analysis_members, result.background_members) and np.allclose(result.analysis_weights, 0.1, rtol=1e-12)
+    assert np.array_equal(result.analysis_members, result.background_members) and np.allclose(
+        result.analysis_weights, 0.1, rtol=1e-12
+    )
 
 
 def test_that_a_weighted_method_must_return_a_pair_and_cannot_look_back():
@@ -291,10 +285,16 @@ def test_that_weights_need_not_add_up_to_one_on_the_way_in_and_do_on_the_way_out
     cloud = standard_normal((2, 6, 6), stream(1, "cloud"))
     seen = CHAOTIC.network.report(cloud[:, 0, [0, 2, 4]])
     one, ten = (
-        ParticleFilter().analyse(cloud, seen, forecast=None, generator=stream(1, "method"), weights=w * torch.ones(2, 6, dtype=torch.float64))
+        ParticleFilter().analyse(
+            cloud, seen, forecast=None, generator=stream(1, "method"), weights=w * torch.ones(2, 6, dtype=torch.float64)
+        )
         for w in (1.0, 10.0)
     )
-    assert torch.equal(one[0], ten[0]) and torch.allclose(one[1], ten[1]) and torch.allclose(one[1].sum(-1), torch.ones(2, dtype=torch.float64))
+    assert (
+        torch.equal(one[0], ten[0])
+        and torch.allclose(one[1], ten[1])
+        and torch.allclose(one[1].sum(-1), torch.ones(2, dtype=torch.float64))
+    )
 
 
 def test_that_an_archive_of_members_is_not_made_of_members_that_count_differently():
@@ -302,7 +302,10 @@ def test_that_an_archive_of_members_is_not_made_of_members_that_count_differentl
         make_archive(CHAOTIC, ParticleFilter(), members=10, runs=2, seed=1, pairs="members")
     means = make_archive(CHAOTIC, ParticleFilter(), members=10, runs=2, seed=1)
     assert means.sizes["sample"] == 2 * (12 - 5)
-    assert make_archive(CHAOTIC, ParticleFilter(resample_below=1.0), members=10, runs=2, seed=1, pairs="members").sizes["sample"] == 20 * 7
+    assert (
+        make_archive(CHAOTIC, ParticleFilter(resample_below=1.0), members=10, runs=2, seed=1, pairs="members").sizes["sample"]
+        == 20 * 7
+    )
 
 
 @pytest.mark.slow

@@ -12,14 +12,7 @@ from pnpda_nb.dynamics import Forecast, FunctionModel, Lorenz63
 from pnpda_nb.flow_matching import GaussianPrior
 from pnpda_nb.observing import Covariance, Nonlinear, ObservingNetwork, Select
 from pnpda_nb.pnp import PnPDA, PnPDA4D, WindowMisfit, analysis_ensemble, convergence
-from pnpda_nb.twin import (
-    cycle,
-    ensemble_scores,
-    lorenz63,
-    rank_histogram,
-    scores,
-    spread_skill,
-)
+from pnpda_nb.twin import cycle, ensemble_scores, lorenz63, rank_histogram, scores, spread_skill
 
 EYE = torch.eye(3, dtype=torch.float64)
 Q = Covariance([[0.3, 0.1, 0.0], [0.1, 0.2, 0.0], [0.0, 0.0, 0.1]])
@@ -103,7 +96,9 @@ def test_that_a_missing_observation_in_a_window_is_as_good_as_one_that_was_never
     values = [o.values.clone() for o in seen]
     values[0][:, 1] = values[1][:, 0] = torch.nan
     holes = answer(method, [NETWORK.report(v) for v in values], LINEAR)
-    parts = [ObservingNetwork(Select((i,), 3), Covariance(NETWORK.covariance.matrix[j : j + 1, j : j + 1])) for i, j in ((0, 0), (2, 1))]
+    parts = [
+        ObservingNetwork(Select((i,), 3), Covariance(NETWORK.covariance.matrix[j : j + 1, j : j + 1])) for i, j in ((0, 0), (2, 1))
+    ]
     cut = answer(method, [p.report(o.values[:, j : j + 1]) for p, o, j in zip(parts, seen, (0, 1))], LINEAR)
     assert torch.isfinite(holes).all() and (holes - cut).abs().max() < 1e-10
 
@@ -158,7 +153,9 @@ class Fragile:
 
 def test_that_a_cycle_sets_diverging_runs_aside():
     experiment = lorenz63(cycles=4)
-    method = PnPDA4D(GaussianPrior(EYE, torch.zeros(3, dtype=torch.float64), Covariance(4 * EYE)), 5, model_error=Covariance(4 * EYE))
+    method = PnPDA4D(
+        GaussianPrior(EYE, torch.zeros(3, dtype=torch.float64), Covariance(4 * EYE)), 5, model_error=Covariance(4 * EYE)
+    )
     whole = cycle(experiment, method, runs=8, seed=3)
     experiment = replace(experiment, forecast_model=Fragile())
     with warnings.catch_warnings():
@@ -185,9 +182,7 @@ def test_that_an_ensemble_is_the_mean_of_independent_answers():
     assert several.shape == (4, 4, 3) and torch.allclose(several.mean(-2, keepdim=True), mean)
     one = analysis_ensemble(PnPDA(PRIOR, 10), start, seen, size=1, generator=RunStreams(2, "method", runs=4))
     assert torch.equal(one, answer(PnPDA(PRIOR, 10), seen, None, start))
-    windows = analysis_ensemble(
-        PnPDA4D(PRIOR, 4), start, watch(LINEAR, 2), size=5, generator=stream(1), forecast=LINEAR
-    )
+    windows = analysis_ensemble(PnPDA4D(PRIOR, 4), start, watch(LINEAR, 2), size=5, generator=stream(1), forecast=LINEAR)
     assert windows.shape == (3, 4, 5, 3)
     for wrong, size, name in ((START, 2, "background"), (start, 0, "size")):
         with pytest.raises(ValueError, match=f"^{name}"):
@@ -203,7 +198,9 @@ def test_that_scores_of_an_ensemble_are_those_of_a_cycle():
     assert np.allclose(ours["ranks"], rank_histogram(result))
     one = cycle(lorenz63(cycles=3), PnPDA(PRIOR, 5), members=6, runs=1, seed=1, keep_members=True)
     truth = torch.tensor(one.truth.sel(time=one.cycle_time, method="nearest").values)
-    assert np.isclose(ensemble_scores(truth, torch.tensor(one.analysis_members.values))["spread_skill"], float(spread_skill(one)[0]))
+    assert np.isclose(
+        ensemble_scores(truth, torch.tensor(one.analysis_members.values))["spread_skill"], float(spread_skill(one)[0])
+    )
 
 
 def test_that_convergence_says_what_the_iterations_do():

@@ -14,15 +14,7 @@ from safetensors.torch import save_file
 
 from pnpda_nb import __version__
 from pnpda_nb.core import standard_normal, stream
-from pnpda_nb.flow_matching import (
-    FlowPrior,
-    PairSource,
-    TensorPairs,
-    TrainingSettings,
-    describe_prior,
-    train_from,
-    train_prior,
-)
+from pnpda_nb.flow_matching import FlowPrior, PairSource, TensorPairs, TrainingSettings, describe_prior, train_from, train_prior
 from pnpda_nb.flow_matching.store import PRIOR_KINDS, prior_bytes, read_prior_bytes
 from pnpda_nb.learned import AnalysisPrior
 from pnpda_nb.windows import Climate, IncrementalPrior
@@ -128,8 +120,12 @@ def test_that_a_prior_of_another_kind_is_named_with_the_class_that_reads_it(kind
 
 @pytest.mark.parametrize("kind", CLASSES)
 def test_that_a_file_of_a_newer_library_says_so(kind, files, tmp_path):
-    newer = altered(files[kind], tmp_path / "new", format=f"{PRIOR_KINDS[kind]}9", written_by="pnpda_nb 7.1", architecture="unknown")
-    with pytest.raises(ValueError, match=rf"^prior: .* version 9, written by pnpda_nb 7\.1; this is pnpda_nb {__version__}, which reads"):
+    newer = altered(
+        files[kind], tmp_path / "new", format=f"{PRIOR_KINDS[kind]}9", written_by="pnpda_nb 7.1", architecture="unknown"
+    )
+    with pytest.raises(
+        ValueError, match=rf"^prior: .* version 9, written by pnpda_nb 7\.1; this is pnpda_nb {__version__}, which reads"
+    ):
         CLASSES[kind].load(newer)
 
 
@@ -143,7 +139,13 @@ def test_that_broken_files_are_one_clear_line(kind, files, tmp_path):
     def lost(tensors):
         del tensors[next(k for k in tensors if k.startswith("network") and k.endswith("weight"))]
 
-    cases = {"cut": "not a readable", "head": "not a readable", "empty": "not a readable", "text": "not a readable", "foreign": "expected format"}
+    cases = {
+        "cut": "not a readable",
+        "head": "not a readable",
+        "empty": "not a readable",
+        "text": "not a readable",
+        "foreign": "expected format",
+    }
     (tmp_path / "cut").write_bytes(whole[:-100])
     (tmp_path / "head").write_bytes(whole[:20])
     (tmp_path / "empty").write_bytes(b"")
@@ -219,7 +221,11 @@ def test_that_a_description_needs_no_weights(kind, files, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize(
     "variables, expected",
-    [(LAYOUT["variables"], {"temperature": "K", "wind": "m s-1"}), ({"u": {"units": "m/s"}, "v": {}}, {"u": "m/s", "v": None}), (["u"], {"u": None})],
+    [
+        (LAYOUT["variables"], {"temperature": "K", "wind": "m s-1"}),
+        ({"u": {"units": "m/s"}, "v": {}}, {"u": "m/s", "v": None}),
+        (["u"], {"u": None}),
+    ],
 )
 def test_that_a_description_names_variables_with_their_units(variables, expected, tmp_path):
     prior = one_of("FlowPrior")
@@ -230,7 +236,9 @@ def test_that_a_description_names_variables_with_their_units(variables, expected
 # --- pairs that are read
 
 
-@pytest.mark.parametrize("settings", [QUICK, dataclasses.replace(AROUND, source="covariance"), dataclasses.replace(QUICK, beta=1.0, coupling_batch=128)])
+@pytest.mark.parametrize(
+    "settings", [QUICK, dataclasses.replace(AROUND, source="covariance"), dataclasses.replace(QUICK, beta=1.0, coupling_batch=128)]
+)
 def test_that_pairs_that_fit_into_memory_are_trained_on_as_tensors(settings):
     straight, history = train_prior(*pairs(), settings, seed=2)
     streamed, same_history = train_from(source(block=333, layout=LAYOUT), settings, seed=2)
@@ -316,7 +324,9 @@ def test_that_a_part_of_the_pairs_teaches_as_much_as_all_of_them():
     # an epoch is a quarter of the pairs: four times as many
     part, _ = train_from(source(8000), dataclasses.replace(settings, epochs=24), memory=80_000)
     background, analysis = pairs(9000)
-    errors = [float((p(background).conditional_mean(stream(3), 8) - 0.9 * background).square().mean().sqrt()) for p in (whole, part)]
+    errors = [
+        float((p(background).conditional_mean(stream(3), 8) - 0.9 * background).square().mean().sqrt()) for p in (whole, part)
+    ]
     assert errors[1] < max(1.5 * errors[0], 0.05)
 
 
@@ -390,6 +400,8 @@ print(first - before, peak() - first)
 @pytest.mark.slow
 def test_that_memory_does_not_grow_with_the_number_of_pairs():
     memory = 16_000_000
-    run = subprocess.run([sys.executable, "-c", MEASURED, "20000", "80000", str(memory)], capture_output=True, text=True, check=True)  # 32 and 128 MB
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURED, "20000", "80000", str(memory)], capture_output=True, text=True, check=True
+    )  # 32 and 128 MB
     needed, more = map(int, run.stdout.split())
     assert needed < 4 * memory and more < memory

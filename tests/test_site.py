@@ -83,7 +83,9 @@ def whole_book():
 @pytest.fixture
 def book(tmp_path, library):
     """Two small chapters, and the pages of the toy library."""
-    book = book_site.Book({}, {}, [], [("Part", ["05_filters.ipynb", "06_more.ipynb"])], "https://site.org", tmp_path / "out", library)
+    book = book_site.Book(
+        {}, {}, [], [("Part", ["05_filters.ipynb", "06_more.ipynb"])], "https://site.org", tmp_path / "out", library
+    )
     for number, title in (("05_filters", "Filters"), ("06_more", "More"), ("index", "Overview")):
         book.pages[f"{number}.ipynb"] = book_site.Page(Path(f"{number}.ipynb"), title)
     book.order = ["05_filters.ipynb", "06_more.ipynb"]
@@ -118,12 +120,20 @@ def test_that_a_page_of_the_reference_is_plain_text_code_and_links(library, book
     assert "<code>inflation</code>." in page  # a parameter, not a link
     assert 'href="filters.html#filter"' in page and 'href="filters.html"' in page  # an entry in the chapter; none
     assert f'href="source_filters.html#L{library.modules["filters"].entries["Filter"].line}"' in page
-    assert re.search(r"<td[^>]*><code>rotate</code></td>\s*<td[^>]*><code>bool &#124; None</code></td>\s*<td[^>]*><code>False</code>", page)
+    assert re.search(
+        r"<td[^>]*><code>rotate</code></td>\s*<td[^>]*><code>bool &#124; None</code></td>\s*<td[^>]*><code>False</code>", page
+    )
 
 
 def test_that_pages_of_the_reference_are_written_with_every_link_leading_somewhere(book):
     book.made = book_site.reference_pages(book)
-    assert [page.name for page in book.made] == ["reference.html", "api_filters.html", "source_filters.html", "api_deep.html", "source_deep.html"]
+    assert [page.name for page in book.made] == [
+        "reference.html",
+        "api_filters.html",
+        "source_filters.html",
+        "api_deep.html",
+        "source_deep.html",
+    ]
     for page in book.made:
         book_site.render(book, page)
     book_site.check_links(book, book.made)
@@ -143,7 +153,10 @@ def test_that_every_public_name_of_the_library_has_an_entry(whole_book):
     entry = library.entry("EnKF", "ensemble")
     assert "class EnKF" in (ROOT / "pnpda_nb" / "classical" / "ensemble.py").read_text().splitlines()[entry.line - 1]
     assert entry.source == f"source_classical_ensemble.html#L{entry.line}"
-    assert {"reference.html"} | {module.page for module in library.modules.values()} > {"api_classical_ensemble.html", "api_experiments_lorenz63.html"}
+    assert {"reference.html"} | {module.page for module in library.modules.values()} > {
+        "api_classical_ensemble.html",
+        "api_experiments_lorenz63.html",
+    }
 
 
 PAGE = """<main id="main"><h1 class="title">Observing</h1><p class="subtitle">What is seen</p>

@@ -9,18 +9,22 @@ import torch
 from safetensors import safe_open
 
 from pnpda_nb.core import standard_normal, stream
-from pnpda_nb.flow_matching import (
-    PAPER_TRAINING,
-    FlowPrior,
-    GaussianPrior,
-    TrainingSettings,
-    train_prior,
-)
+from pnpda_nb.flow_matching import PAPER_TRAINING, FlowPrior, GaussianPrior, TrainingSettings, train_prior
 from pnpda_nb.observing import Covariance
 
 QUICK = TrainingSettings(hidden=(16, 16), epochs=4, batch=64)
-SOURCES = [("white", "increment"), ("background", "state"), ("background", "increment"), ("covariance", "state"), ("covariance", "increment")]
-STORED = sorted(p for p in (Path(__file__).parent.parent / "nbs" / "results").glob("*/prior*.safetensors") if not p.parent.name.startswith("beyond_"))
+SOURCES = [
+    ("white", "increment"),
+    ("background", "state"),
+    ("background", "increment"),
+    ("covariance", "state"),
+    ("covariance", "increment"),
+]
+STORED = sorted(
+    p
+    for p in (Path(__file__).parent.parent / "nbs" / "results").glob("*/prior*.safetensors")
+    if not p.parent.name.startswith("beyond_")
+)
 
 
 def pairs_nearby(seed: int, samples: int, size: float = 0.1):
@@ -56,7 +60,9 @@ def test_that_a_prior_with_a_source_survives_a_round_trip_through_its_file(sourc
 def test_that_the_source_has_the_covariance_it_is_said_to_have(source, target):
     _, background, analysis = pairs_nearby(1, 500)
     scale = 1.0 if source == "white" else 0.5
-    prior, _ = train_prior(background, analysis, dataclasses.replace(QUICK, epochs=1, source=source, target=target, source_scale=scale))
+    prior, _ = train_prior(
+        background, analysis, dataclasses.replace(QUICK, epochs=1, source=source, target=target, source_scale=scale)
+    )
     wanted = scale**2 * torch.cov((analysis - background).T)
     if source != "covariance":
         wanted = wanted.diagonal().diag()
@@ -80,7 +86,14 @@ def test_that_samples_are_the_background_if_analyses_are(source, target):
 def test_that_the_law_of_gaussian_increments_is_learned(source):
     exact, background, analysis = pairs_nearby(7, 8000)
     settings = TrainingSettings(
-        hidden=(32, 32), batch=500, learning_rate=6e-3, epochs=40, average=0.99, plateau_patience=4, source=source, target="increment"
+        hidden=(32, 32),
+        batch=500,
+        learning_rate=6e-3,
+        epochs=40,
+        average=0.99,
+        plateau_patience=4,
+        source=source,
+        target="increment",
     )
     learned, _ = train_prior(background, analysis, settings, seed=7)
     fresh = standard_normal((2000, 2), stream(7, "fresh"))
@@ -92,13 +105,18 @@ def test_that_the_law_of_gaussian_increments_is_learned(source):
 
 def test_that_white_noise_in_units_of_increments_is_the_source_at_the_background():
     _, background, analysis = pairs_nearby(1, 300)
-    white, around = (train_prior(background, analysis, dataclasses.replace(QUICK, source=s, target="increment"))[0] for s in ("white", "background"))
+    white, around = (
+        train_prior(background, analysis, dataclasses.replace(QUICK, source=s, target="increment"))[0]
+        for s in ("white", "background")
+    )
     assert same(white, around) and torch.equal(white.factor, around.factor)
 
 
 def test_that_a_flow_in_increments_moves_along_with_the_background():
     _, background, analysis = pairs_nearby(1, 300)
-    prior, _ = train_prior(background, analysis, dataclasses.replace(QUICK, source="background", target="increment", standardise=False))
+    prior, _ = train_prior(
+        background, analysis, dataclasses.replace(QUICK, source="background", target="increment", standardise=False)
+    )
     b, c = background[:5], torch.tensor([3.0, -1.0], dtype=torch.float64)
     shifted = FlowPrior(prior.network, prior.location + c, prior.scale, prior.architecture, factor=prior.factor, units=prior.units)
     # the network sees the same background and the same increments: states move along with the background
@@ -117,7 +135,10 @@ def test_that_beta_is_found_that_lets_the_wanted_share_change_partners(change):
 
 def test_that_more_backgrounds_at_once_let_more_analyses_change_partners():
     _, background, analysis = pairs_nearby(1, 1200)
-    repaired = [train_prior(background, analysis, dataclasses.replace(QUICK, epochs=2, beta=100.0, coupling_batch=n))[1].repaired.mean() for n in (64, 512)]
+    repaired = [
+        train_prior(background, analysis, dataclasses.replace(QUICK, epochs=2, beta=100.0, coupling_batch=n))[1].repaired.mean()
+        for n in (64, 512)
+    ]
     assert repaired[1] > 1.5 * repaired[0] > 0
 
 
@@ -157,7 +178,13 @@ def test_that_there_are_prior_files_of_earlier_versions():
 
 def test_that_settings_which_change_nothing_leave_no_trace(tmp_path):
     """Records, and with them checkpoints and files, are those of versions that did not know the settings."""
-    known = {f.name for f in dataclasses.fields(TrainingSettings)} - {"source", "source_scale", "target", "coupling_batch", "repaired_target"}
+    known = {f.name for f in dataclasses.fields(TrainingSettings)} - {
+        "source",
+        "source_scale",
+        "target",
+        "coupling_batch",
+        "repaired_target",
+    }
     assert set(PAPER_TRAINING.record()) == known
     assert set(TrainingSettings(source="background").record()) == known | {"source"}
     _, background, analysis = pairs_nearby(1, 300)
@@ -193,4 +220,10 @@ def test_that_increments_without_a_covariance_are_refused():
     with pytest.raises(ValueError, match="full rank"):
         train_prior(whole, along, dataclasses.replace(QUICK, source="covariance"))
     with pytest.raises(ValueError, match="^units: "):
-        FlowPrior(train_prior(background, background + 0.1 * background, QUICK)[0].network, torch.zeros(2), torch.ones(2), {}, units=torch.ones(2))
+        FlowPrior(
+            train_prior(background, background + 0.1 * background, QUICK)[0].network,
+            torch.zeros(2),
+            torch.ones(2),
+            {},
+            units=torch.ones(2),
+        )

@@ -115,7 +115,10 @@ def test_that_a_killed_sweep_goes_on_where_it_was(tmp_path, workers, how):
     environment = os.environ | {"PNPDA_TEST_LOG": str(log), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(script), str(tmp_path / "out"), str(workers)]
     process = subprocess.Popen(
-        command, env=environment, stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
+        command,
+        env=environment,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     until = time.monotonic() + 60
     while not log.exists() or len(log.read_text().split()) < 4:
@@ -146,10 +149,7 @@ def die(settings: dict) -> dict:
 
 @pytest.mark.parametrize(
     "options, message",
-    [
-        ({"workers": 0}, "workers: expected at least 1"),
-        ({"scheduler": "nowhere"}, "scheduler: expected an address"),
-    ],
+    [({"workers": 0}, "workers: expected at least 1"), ({"scheduler": "nowhere"}, "scheduler: expected an address")],
 )
 def test_that_a_workplace_that_does_not_exist_is_one_clear_error(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):

@@ -6,22 +6,9 @@ import pytest
 import torch
 
 from pnpda_nb.classical import EnFF, EnSF
-from pnpda_nb.classical.training_free import (
-    ensemble_score,
-    ensemble_velocity,
-    member_weights,
-    standardise,
-    towards_observations,
-)
+from pnpda_nb.classical.training_free import ensemble_score, ensemble_velocity, member_weights, standardise, towards_observations
 from pnpda_nb.core import standard_normal, stream
-from pnpda_nb.observing import (
-    Covariance,
-    DiagonalCovariance,
-    Linear,
-    Nonlinear,
-    ObservingNetwork,
-    Select,
-)
+from pnpda_nb.observing import Covariance, DiagonalCovariance, Linear, Nonlinear, ObservingNetwork, Select
 from pnpda_nb.twin import FreeRun, cycle, lorenz96, mean_and_error
 
 ALL = [EnSF(steps=20), EnSF(steps=20, score="own"), EnFF(), EnFF(guidance="gaussian"), EnFF(path="background")]

@@ -26,13 +26,7 @@ from pnpda_nb.dynamics import (
     tangent_linear,
     trajectory,
 )
-from pnpda_nb.observing import (
-    Covariance,
-    DiagonalCovariance,
-    ObservingNetwork,
-    Select,
-    kalman_gain,
-)
+from pnpda_nb.observing import Covariance, DiagonalCovariance, ObservingNetwork, Select, kalman_gain
 from pnpda_nb.studies import PUBLISHED, Published
 from pnpda_nb.twin import TESTBEDS, FreeRun, cycle, lorenz96, mean_and_error
 
@@ -77,14 +71,19 @@ def name_of(row) -> str:
 
 @pytest.mark.parametrize(
     ("row", "rerun"),
-    [pytest.param(*pair, id=name_of(pair[0]), marks=[pytest.mark.slow] * is_slow(pair[0])) for pair in zip(PUBLISHED, RERUN, strict=True)],
+    [
+        pytest.param(*pair, id=name_of(pair[0]), marks=[pytest.mark.slow] * is_slow(pair[0]))
+        for pair in zip(PUBLISHED, RERUN, strict=True)
+    ],
 )
 def test_that_a_published_score_is_met(row, rerun):
     check(row, rerun, *QUICK.get(row.testbed, QUICK[row.method]))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("row", "rerun"), [pytest.param(*pair, id=name_of(pair[0])) for pair in zip(PUBLISHED, RERUN, strict=True)])
+@pytest.mark.parametrize(
+    ("row", "rerun"), [pytest.param(*pair, id=name_of(pair[0])) for pair in zip(PUBLISHED, RERUN, strict=True)]
+)
 def test_that_a_published_score_is_met_at_full_length(row, rerun):
     check(row, rerun, 5 if row.method == "particle_filter" else 20, row.cycles)
 
@@ -187,6 +186,7 @@ def test_that_lyapunov_exponents_are_the_published_ones(model, least, published)
 
 def order_of(step, x, time, counts):
     """Observed order of convergence of `step(x, dt)` between two numbers of steps, against four times as many."""
+
     def run(n):
         state = x
         for _ in range(n):

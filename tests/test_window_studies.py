@@ -9,20 +9,9 @@ import torch
 import xarray as xr
 
 from pnpda_nb.experiments import STUDIES
-from pnpda_nb.experiments.trajectories.answers import (
-    best_of,
-    four_dvar,
-    importance,
-    interpolation,
-    measured,
-)
+from pnpda_nb.experiments.trajectories.answers import best_of, four_dvar, importance, interpolation, measured
 from pnpda_nb.experiments.trajectories.parts import window_pairs
-from pnpda_nb.experiments.trajectories.scenes import (
-    held_out_sets,
-    scene,
-    training_windows,
-    window_testbed,
-)
+from pnpda_nb.experiments.trajectories.scenes import held_out_sets, scene, training_windows, window_testbed
 from pnpda_nb.experiments.trajectories.study import WINDOW_PRESETS, WindowSettings
 from pnpda_nb.experiments.trajectories.tables import window_scores
 from pnpda_nb.windows import normalised_mse
@@ -56,7 +45,9 @@ def test_that_windows_for_tests_validation_and_training_are_all_different():
     assert len(starts.unique()) == len(starts)
 
 
-@pytest.mark.parametrize("condition", ["regular", "random", "points=2", "points=9", "noise=0.3", "clustered", "variable=2", "arctan"])
+@pytest.mark.parametrize(
+    "condition", ["regular", "random", "points=2", "points=9", "noise=0.3", "clustered", "variable=2", "arctan"]
+)
 def test_that_every_condition_shows_what_it_says(condition):
     here = scene("lorenz63", condition, 200, 400, 1)
     count = int(condition.split("=")[1]) if condition.startswith("points") else 4
@@ -101,10 +92,17 @@ def test_that_pairs_for_flow_priors_are_optimal_interpolations_of_their_windows(
 
 def test_that_scores_are_those_of_windows_with_processes_averaged_first():
     mse = np.random.default_rng(0).gamma(1.0, 0.1, (8, 50))
-    result = xr.Dataset({"mse": (("process", "window"), mse), "seconds": 0.01, "iterations": (("process", "window"), 10 * mse)}, attrs={"experiment": "e"})
+    result = xr.Dataset(
+        {"mse": (("process", "window"), mse), "seconds": 0.01, "iterations": (("process", "window"), 10 * mse)},
+        attrs={"experiment": "e"},
+    )
     table = window_scores({("regular", "m"): result}).set_index("metric")
-    assert np.isclose(table.loc["mse_mean", "mean"], mse.mean()) and np.isclose(table.loc["mse_mean", "std"], mse.mean(0).std(ddof=1))
-    assert np.isclose(table.loc["stuck", "mean"], (mse > 0.1).mean()) and np.isclose(table.loc["mse_median", "mean"], np.median(mse))
+    assert np.isclose(table.loc["mse_mean", "mean"], mse.mean()) and np.isclose(
+        table.loc["mse_mean", "std"], mse.mean(0).std(ddof=1)
+    )
+    assert np.isclose(table.loc["stuck", "mean"], (mse > 0.1).mean()) and np.isclose(
+        table.loc["mse_median", "mean"], np.median(mse)
+    )
     assert (table.runs == 50).all() and np.isclose(table.loc["iterations", "mean"], 10 * mse.mean())
 
 
@@ -142,11 +140,15 @@ def test_that_the_command_writes_scores_levels_times_and_a_prior(forked, tmp_pat
     assert {"mse_mean", "mse_median", "coverage", "coverage_low", "seconds"} <= set(table.metric)
     assert ({"stuck", "iterations"} <= set(table.metric)) == ("hybrid" in methods)
     assert np.isfinite(table["mean"]).all()
-    assert {"levels.nc", "timing.json", "scaling.json", "prior.safetensors", "cycles.nc", "manifest.json"} <= {p.name for p in tmp_path.iterdir()}
+    assert {"levels.nc", "timing.json", "scaling.json", "prior.safetensors", "cycles.nc", "manifest.json"} <= {
+        p.name for p in tmp_path.iterdir()
+    }
     assert [row["steps"] for row in json.loads((tmp_path / "scaling.json").read_text())["rows"]] == [32]
     assert ("hybrid: 4D-Var from the large network" in done.stdout) == ("hybrid" in methods)
     again = forked("run", "incremental_lorenz63", *SMALL, "--workers", 2, "--methods", methods, "--out", tmp_path)
-    assert again.returncode == 0 and pd.read_csv(tmp_path / "scores.csv", dtype={"condition": str}).equals(table)  # nothing is done twice
+    assert again.returncode == 0 and pd.read_csv(tmp_path / "scores.csv", dtype={"condition": str}).equals(
+        table
+    )  # nothing is done twice
 
 
 def test_that_members_of_a_study_without_them_and_unknown_settings_are_one_line(forked):

@@ -9,15 +9,7 @@ from hypothesis import strategies as st
 
 from pnpda_nb.core import standard_normal, stream
 from pnpda_nb.dynamics import AdditiveModelError, Forecast, FunctionModel, Lorenz63
-from pnpda_nb.observing import (
-    Covariance,
-    DiagonalCovariance,
-    Linear,
-    Nonlinear,
-    Observations,
-    ObservingNetwork,
-    Select,
-)
+from pnpda_nb.observing import Covariance, DiagonalCovariance, Linear, Nonlinear, Observations, ObservingNetwork, Select
 from pnpda_nb.twin import TwinExperiment
 from pnpda_nb.windows import (
     BandedCholesky,
@@ -32,14 +24,7 @@ from pnpda_nb.windows import (
     normalised_mse,
     window_four_dvar,
 )
-from pnpda_nb.windows.banded import (
-    add_bands,
-    band_dense,
-    band_gram,
-    band_product,
-    block_bands,
-    dense_band,
-)
+from pnpda_nb.windows.banded import add_bands, band_dense, band_gram, band_product, block_bands, dense_band
 from pnpda_nb.windows.laws import pointwise
 
 TURN = torch.tensor([[0.9, 0.4], [-0.4, 0.9]], dtype=torch.float64)
@@ -74,7 +59,11 @@ def process(count=3000, steps=6):
 
 
 WINDOWS = process()
-CLIMATES = {"full": Climate.of(WINDOWS), "order": Climate.of(WINDOWS, order=1), "second": Climate.of(WINDOWS, order=2, stationary=True)}
+CLIMATES = {
+    "full": Climate.of(WINDOWS),
+    "order": Climate.of(WINDOWS, order=1),
+    "second": Climate.of(WINDOWS, order=2, stationary=True),
+}
 MASK = torch.rand(3, 6, 2, generator=stream(1, "mask")) < 0.4
 SEEN = pointwise(WINDOWS[:3], 0.5, MASK)
 BLOCKS = Information(band_gram(0.7 * normal((2, 3, 12), "J")), normal((3, 12), "j"))
@@ -214,7 +203,9 @@ def test_that_information_moves_with_the_units():
 def test_that_observations_with_correlated_errors_and_gaps_are_written_out(batch):
     H, R = normal((2, 2), "H"), Covariance([[0.4, 0.1], [0.1, 0.2]])
     values = normal((*batch, 2), "values")
-    values[..., 1] = torch.where(torch.arange(values[..., 1].numel()).reshape(values[..., 1].shape) % 2 == 0, torch.nan, values[..., 1])
+    values[..., 1] = torch.where(
+        torch.arange(values[..., 1].numel()).reshape(values[..., 1].shape) % 2 == 0, torch.nan, values[..., 1]
+    )
     info = linearised([None, Observations(values, Linear(H), R), None], normal((*batch, 1, 3, 2), "x"))
     for y, J, j in zip(values.reshape(-1, 2), band_dense(info.bands).reshape(-1, 6, 6), info.vector.reshape(-1, 6)):
         there = y.isfinite()
@@ -280,7 +271,9 @@ def test_that_bands_without_a_batch_broadcast_in_a_climate_of_an_order():
 def test_that_a_law_of_the_highest_order_is_the_full_covariance():
     full, markov = CLIMATES["full"], Climate.of(WINDOWS, order=5)
     count = len(WINDOWS)  # one divides by N, the other by N − 1
-    torch.testing.assert_close(torch.linalg.inv(band_dense(markov.precision)), full.covariance * (count - 1) / count, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(
+        torch.linalg.inv(band_dense(markov.precision)), full.covariance * (count - 1) / count, rtol=1e-6, atol=1e-8
+    )
 
 
 def test_that_a_stationary_law_says_the_same_of_every_next_state_whatever_the_length():
@@ -291,7 +284,9 @@ def test_that_a_stationary_law_says_the_same_of_every_next_state_whatever_the_le
         assert climate.mean.shape == (steps, 2)
         laws[steps] = GaussianWindow(torch.zeros(steps, 2, dtype=torch.float64), climate.precision).log_density(long[10 - steps :])
         if steps in (5, 8):
-            laws[steps] = GaussianWindow(torch.zeros(steps, 2, dtype=torch.float64), climate.precision).log_density(long[9 - steps : 9])
+            laws[steps] = GaussianWindow(torch.zeros(steps, 2, dtype=torch.float64), climate.precision).log_density(
+                long[9 - steps : 9]
+            )
     torch.testing.assert_close(laws[6] - laws[5], laws[9] - laws[8])
     again = CLIMATES["second"].on(9).on(6)
     torch.testing.assert_close(again.precision, CLIMATES["second"].precision)
@@ -388,8 +383,10 @@ def test_that_nothing_is_worse_than_its_start_and_more_iterations_are_no_worse(s
 
 def test_that_what_is_stuck_on_a_slope_has_not_converged():
     wall = torch.tensor(torch.inf, dtype=torch.float64)
+
     def cost(x, which):
         return torch.where(x[:, 0] >= 2, x[:, 0] ** 2 / 2, wall)
+
     found = levenberg_marquardt(cost, lambda x, which: (torch.ones_like(x)[None], -x), torch.full((1, 1), 2.0, dtype=torch.float64))
     assert found.x.item() == 2 and not found.converged.any()
 
@@ -413,7 +410,9 @@ def test_that_strong_4d_var_of_a_linear_model_is_exact_too():
     path = torch.cat([torch.linalg.matrix_power(TURN, t) for t in range(6)])
     info = SEEN + BLOCKS
     A = linear.covariance.inverse + path.T @ band_dense(info.bands) @ path
-    torch.testing.assert_close(law.mean.flatten(1), column(path, torch.linalg.solve(A, column(path.T, info.vector))), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        law.mean.flatten(1), column(path, torch.linalg.solve(A, column(path.T, info.vector))), rtol=0, atol=1e-6
+    )
     torch.testing.assert_close(law.variance.flatten(1), (path @ torch.linalg.inv(A) @ path.T).diagonal(0, -2, -1))
 
 
@@ -447,7 +446,9 @@ def test_that_information_without_a_batch_is_about_all_windows():
 
 def test_that_a_first_guess_may_be_of_single_precision():
     first = normal((3, 6, 2), "first")
-    torch.testing.assert_close(method().minimise(first.float(), SEEN)[0].mean.double(), method().minimise(first, SEEN)[0].mean, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        method().minimise(first.float(), SEEN)[0].mean.double(), method().minimise(first, SEEN)[0].mean, rtol=1e-3, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("strong", [False, True])

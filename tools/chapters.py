@@ -29,7 +29,19 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS, TEXT = ROOT / "nbs", ROOT / "nbs_py"
 SLOW_FLAGS = {"slow", "gpu"}  # as tst_flags in settings.ini
 # what chapters import of others: seconds for every one of them, if each process began with nothing
-LIBRARIES = ["torch", "torch.func", "xarray", "pandas", "scipy.stats", "ot", "h5netcdf", "matplotlib.pyplot", "safetensors.torch", "execnb.shell", "nbdev.process"]
+LIBRARIES = [
+    "torch",
+    "torch.func",
+    "xarray",
+    "pandas",
+    "scipy.stats",
+    "ot",
+    "h5netcdf",
+    "matplotlib.pyplot",
+    "safetensors.torch",
+    "execnb.shell",
+    "nbdev.process",
+]
 
 
 def sh(*command: str, **options) -> subprocess.CompletedProcess:
@@ -134,7 +146,9 @@ def smaller_png(picture: str | list[str]) -> str:
 
     picture = "".join(picture)
     small = io.BytesIO()
-    Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, "png", optimize=True)
+    Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(
+        small, "png", optimize=True
+    )
     shorter = base64.b64encode(small.getvalue()).decode()
     return min(picture, shorter, key=len)
 
@@ -183,12 +197,16 @@ def export(root: Path = ROOT) -> None:
                 listed = found.in_all[name]
                 name = found.default_exp if name == "#" else name
                 if name in modules:
-                    sys.exit(f"chapters: both {modules[name][0].name} and {path.name} export {name}; a module comes from one notebook")
+                    sys.exit(
+                        f"chapters: both {modules[name][0].name} and {path.name} export {name}; a module comes from one notebook"
+                    )
                 modules[name] = path, cells, listed
         faces = {name: set() for name in modules if name.endswith(".__init__")}
         for name, names in faces.items():
             for cell in modules[name][1]:
-                names |= {a.asname or a.name for node in cell.parsed_() or () if isinstance(node, ast.ImportFrom) for a in node.names}
+                names |= {
+                    a.asname or a.name for node in cell.parsed_() or () if isinstance(node, ast.ImportFrom) for a in node.names
+                }
         for name, (path, cells, listed) in modules.items():
             Maker(package, name, path).make(cells, listed, lib_path=package)
             _relative_imports(package, name)
@@ -199,6 +217,7 @@ def export(root: Path = ROOT) -> None:
         add_init(package)
         update_version(package)
         _build_modidx()
+        sh("ruff", "format", "--quiet", str(package))  # what nbdev adds between cells; the cells are formatted in the notebooks
 
 
 def _relative_imports(package: Path, name: str) -> None:
@@ -215,6 +234,8 @@ def _relative_imports(package: Path, name: str) -> None:
 
 
 def clean_and_export() -> None:
+    sh("ruff", "format", "--quiet", "nbs")
+    sh("ruff", "check", "--quiet", "--select", "I", "--fix", "nbs")
     sh("nbdev_clean")
     export()
 

@@ -156,7 +156,10 @@ class Checker:
         page.on("console", lambda m: m.type in ("error", "warning") and self.say(name, f"console {m.type}: {m.text[:200]}"))
         page.on("pageerror", lambda error: self.say(name, f"script error: {str(error)[:200]}"))
         page.on("requestfailed", lambda r: self.say(name, f"failed: {r.url[:120]}"))
-        page.on("request", lambda r: r.url.startswith(("file:", "data:", "blob:")) or self.say(name, f"asks the network for {r.url[:120]}"))
+        page.on(
+            "request",
+            lambda r: r.url.startswith(("file:", "data:", "blob:")) or self.say(name, f"asks the network for {r.url[:120]}"),
+        )
         await page.goto((self.site / name).as_uri(), wait_until="load", timeout=90_000)
         await page.evaluate(SETTLE)
         return page
@@ -189,7 +192,10 @@ class Checker:
             await page.keyboard.press("Tab")
             focus = await page.evaluate(FOCUS)
             if focus["body"] or not (focus["ring"] and focus["seen"]):
-                self.say(name, f"the keyboard's focus is not seen on {focus['name'] if not focus['body'] else 'its way through the page'}")
+                self.say(
+                    name,
+                    f"the keyboard's focus is not seen on {focus['name'] if not focus['body'] else 'its way through the page'}",
+                )
             if number == 0 and not focus["skip"]:
                 self.say(name, "the first Tab does not lead to the link that skips to the text")
         await page.emulate_media(color_scheme="dark")
@@ -214,9 +220,7 @@ class Checker:
         """Dark from the first paint, a button that changes it, and a memory of it."""
         context = await self.browser.new_context(viewport=WIDE, offline=True, color_scheme="dark")
         theme = "document.documentElement.dataset.bsTheme"
-        await context.add_init_script(
-            f"addEventListener('DOMContentLoaded', () => {{ window.firstTheme = {theme}; }})"
-        )
+        await context.add_init_script(f"addEventListener('DOMContentLoaded', () => {{ window.firstTheme = {theme}; }})")
         page = await self.open(context, name)
         if await page.locator("#theme").count():
             if await page.evaluate("window.firstTheme") != "dark":

@@ -47,7 +47,9 @@ def expect(truth: bool, sentence: str) -> None:
 
 def copy_of_the_tree(folder: Path) -> Path:
     """What git has or would add: neither build/ nor egg-info is left behind, and none is picked up."""
-    names = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True)
+    names = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     for name in names.stdout.splitlines():
         if (ROOT / name).is_file() and not name.startswith("nbs/"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -81,9 +81,7 @@ def make() -> tuple[str, dict[Path, bytes]]:
     bibliography = config.get("bibliography")
     if bibliography and (NBS / bibliography).exists():
         command += ["--citeproc", f"--bibliography={bibliography}"]
-    done = subprocess.run(
-        command, input="\n\n".join(parts) + "\n", capture_output=True, encoding="utf-8", cwd=NBS, check=False
-    )
+    done = subprocess.run(command, input="\n\n".join(parts) + "\n", capture_output=True, encoding="utf-8", cwd=NBS, check=False)
     if done.returncode or done.stderr.strip():
         raise RuntimeError(" ".join(done.stderr.split()))
     text = re.sub(r"^(`{3,}) (\w+)$", r"\1\2", done.stdout, flags=re.MULTILINE)  # pandoc writes "``` sh"
@@ -103,9 +101,7 @@ def main() -> int:
         return 1
     wanted = {README: text.encode(), **files}
     left_over = set((NBS / PICTURES).glob("*")) - files.keys()
-    stale = [path for path, content in wanted.items() if not path.exists() or path.read_bytes() != content] + sorted(
-        left_over
-    )
+    stale = [path for path, content in wanted.items() if not path.exists() or path.read_bytes() != content] + sorted(left_over)
     if check:
         if stale:
             names = ", ".join(str(path.relative_to(ROOT)) for path in stale)

@@ -43,7 +43,11 @@ import site_search as search  # noqa: E402
 NBS = ROOT / "nbs"
 ASSETS = ROOT / "tools" / "site_assets"
 CACHE = ROOT / ".cache" / "site"
-PACKAGES = ("mathjax@3.2.2", "bootswatch@5.3.8", "minisearch@7.2.0")  # MathJax 4 fetches its fonts while a page is shown; 3 carries them
+PACKAGES = (
+    "mathjax@3.2.2",
+    "bootswatch@5.3.8",
+    "minisearch@7.2.0",
+)  # MathJax 4 fetches its fonts while a page is shown; 3 carries them
 MATHJAX = "mathjax-3.2.2/package/es5/tex-svg-full.js"  # SVG: browsers refuse web fonts to pages opened as files
 MINISEARCH = "minisearch-7.2.0/package/dist/umd/index.js"
 KINDS = {"fig": "Figure", "tbl": "Table", "eq": "Equation", "sec": "Section"}
@@ -199,7 +203,9 @@ def process(book: Book, only: str | None, fresh: bool) -> None:
             continue
         try:  # all of them; then one by one those that were left because another one failed
             skip = rf"^(?!{re.escape(name)}$)" if name else None
-            proc_nbs(n_workers=1 if name else min(4, os.cpu_count() or 1), force=fresh and (not name or name == only), skip_file_re=skip)
+            proc_nbs(
+                n_workers=1 if name else min(4, os.cpu_count() or 1), force=fresh and (not name or name == only), skip_file_re=skip
+            )
         except Exception as error:
             # from another process the cause comes as the text of a traceback, whose first error line says what happened
             cause = re.search(r"^\w*(?:Error|Exception)\b.*", str(error.__cause__), re.MULTILINE)
@@ -334,7 +340,9 @@ def module_of(page: Page) -> str:
 def library_entry(book: Book, page: Page, text: str) -> str:
     """nbdev's entry for a name, with the signature as Python writes it, and links to our reference and source."""
     match = re.match(
-        rf"-+\s+\[source\]\(\S*/{book.library.package}/([\w/]+)\.py#L\d+\)\{{.*?\}}\s+(#+) (\S+)\s+```python\n.*?\n```\n", text, re.DOTALL
+        rf"-+\s+\[source\]\(\S*/{book.library.package}/([\w/]+)\.py#L\d+\)\{{.*?\}}\s+(#+) (\S+)\s+```python\n.*?\n```\n",
+        text,
+        re.DOTALL,
     )
     if not match:
         return text

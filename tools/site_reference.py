@@ -273,6 +273,7 @@ def docstring(entry: Entry, library: Library) -> str:
 
 def hint_code(hint: str, library: Library, module: str) -> str:
     """A type in a table, its names linked."""
+
     def link(match: re.Match[str]) -> str:
         entry = library.entry(match[0], module)
         return f'<a href="{entry.target}">{match[0]}</a>' if entry and entry.kind != "constant" else match[0]
@@ -341,7 +342,9 @@ def source_markdown(module: Module, library: Library) -> str:
     """A module's source, every line with a number that can be linked to."""
     ticks = "`" * max([3, *(len(run) + 1 for run in re.findall(r"`{3,}", module.text))])
     title = f"Source of {library.package}.{module.name}"
-    line = f"::: {{.origin}}\n[Reference]({module.page})" + (f" · made from {code('nbs/' + module.notebook)}" if module.notebook else "")
+    line = f"::: {{.origin}}\n[Reference]({module.page})" + (
+        f" · made from {code('nbs/' + module.notebook)}" if module.notebook else ""
+    )
     return f"{front(title, module.doc)}\n{line}\n:::\n\n{ticks} {{#L .python .numberLines .lineAnchors}}\n{module.text}\n{ticks}\n"
 
 
@@ -349,7 +352,10 @@ def index_markdown(library: Library) -> str:
     """All modules, and all names by the alphabet."""
     parts = [front("Reference", "Every module and every public name, with signatures, docstrings and sources"), "## Modules"]
     rows = ["| module | what it is about |", "|:----|:----------|"]
-    rows += [f"| [{code(module.name)}]({module.page}) | {inline(module.doc, library, name)} |" for name, module in library.modules.items()]
+    rows += [
+        f"| [{code(module.name)}]({module.page}) | {inline(module.doc, library, name)} |"
+        for name, module in library.modules.items()
+    ]
     parts += ["::: {.names}\n" + "\n".join(rows) + "\n:::", "## All names"]
     letters: dict[str, list[Entry]] = {}
     for name in sorted(library.by_name, key=lambda name: (name.lower(), name)):

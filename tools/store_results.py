@@ -57,7 +57,9 @@ def store(study: str) -> None:
         experiment, preset = "beyond", "paper"
     for seed in (SEEDS | BEYOND | WINDOWS)[study]:
         folder = WORK / study / str(seed)
-        subprocess.run([PNPDA, "run", experiment, "--preset", preset, "--seed", str(seed), "--out", str(folder)], cwd=ROOT, check=True)
+        subprocess.run(
+            [PNPDA, "run", experiment, "--preset", preset, "--seed", str(seed), "--out", str(folder)], cwd=ROOT, check=True
+        )
         tables.append(pd.read_csv(folder / "scores.csv").assign(seed=seed))
     keep(study, WORK / study / str((SEEDS | BEYOND | WINDOWS)[study][0]))
     if len(tables) > 1:

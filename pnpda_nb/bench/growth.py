@@ -31,11 +31,13 @@ from ..twin.experiment import TwinExperiment, forget_nature_runs
 # %% auto #0
 __all__ = []
 
+
 # %% ../../nbs/97_bench.ipynb #20f86c93
 def ensemble_workload(members: int, cycles: int = 20) -> Callable[[], object]:
     """An EnKF with `members` on 10 runs of Lorenz-96 (40 variables, every second one observed)."""
     experiment = _lorenz96(40, cycles)
     return lambda: cycle(experiment, EnKF(inflation=1.05), members=members, runs=10, keep="scores")
+
 
 # %% ../../nbs/97_bench.ipynb #c6e1c93d
 def state_workload(dim: int, cycles: int = 4) -> Callable[[], object]:
@@ -43,16 +45,19 @@ def state_workload(dim: int, cycles: int = 4) -> Callable[[], object]:
     experiment, method = _lorenz96(dim, cycles), LETKF(inflation=1.05, half_width=4.0)
     return lambda: cycle(experiment, method, members=7, runs=1, keep="scores")
 
+
 # %% ../../nbs/97_bench.ipynb #e6820428
 def scores_workload(cycles: int, keep: str = "scores") -> Callable[[], object]:
     """`cycles` of an EnKF with 10 members on 20 runs of Lorenz-63 (5 steps each), of which only scores are kept."""
     experiment = replace(sakov2012(cycles), interval=5)
     return lambda: cycle(experiment, EnKF(inflation=1.04), members=10, runs=20, keep=keep)
 
+
 # %% ../../nbs/97_bench.ipynb #9dce5f47
 def everything_workload(cycles: int) -> Callable[[], object]:
     """The same, but everything is kept."""
     return scores_workload(cycles, keep="all")
+
 
 # %% ../../nbs/97_bench.ipynb #9c454014
 def pnpda_workload(dim: int, step_rule: str = "lipschitz") -> Callable[[], object]:
@@ -60,10 +65,12 @@ def pnpda_workload(dim: int, step_rule: str = "lipschitz") -> Callable[[], objec
     method = PnPDA(untrained_prior(dim, NETWORKS["Lorenz-96"][1]), step_rule=step_rule)
     return one_analysis(method, 1)
 
+
 # %% ../../nbs/97_bench.ipynb #76fa0edb
 def scaled_workload(dim: int) -> Callable[[], object]:
     """The same with the step rule "scaled"."""
     return pnpda_workload(dim, "scaled")
+
 
 # %% ../../nbs/97_bench.ipynb #a5034d20
 def _lorenz96(dim: int, cycles: int) -> TwinExperiment:
@@ -73,6 +80,7 @@ def _lorenz96(dim: int, cycles: int) -> TwinExperiment:
         "lorenz96", Lorenz96(dim=dim), Lorenz96(dim=dim), network, interval=1, cycles=cycles,
         start=tuple(8.0 + 0.1 * (i % 7) for i in range(dim)), spin_up=0,
     )  # fmt: skip
+
 
 # %% ../../nbs/97_bench.ipynb #a969d7da
 # name: (workload, a size to warm up with, whether it is done a second time, to be timed)
@@ -104,6 +112,7 @@ def _answer(name: str, sizes: Sequence[int]) -> None:
             print(answer.read(), flush=True)
         os.waitpid(child, 0)
 
+
 # %% ../../nbs/97_bench.ipynb #78acfe0d
 def _needed(name: str, size: int) -> tuple[float, float]:
     """Seconds and MiB (the rise of the peak) that a workload needs."""
@@ -119,6 +128,7 @@ def _needed(name: str, size: int) -> tuple[float, float]:
     work()
     seconds, rise = time.process_time() - start, peak() - before
     return seconds_of(work) if again else seconds, rise
+
 
 # %% ../../nbs/97_bench.ipynb #a8cbbd8b
 def needs(name: str, sizes: Sequence[int]) -> Iterator[tuple[int, float, float]]:
@@ -143,15 +153,18 @@ def needs(name: str, sizes: Sequence[int]) -> Iterator[tuple[int, float, float]]
         finally:
             process.kill()
 
+
 # %% ../../nbs/97_bench.ipynb #26e0c315
 def members(sizes: Sizes) -> Iterator[dict]:
     """Time and peak memory of a cycle of the EnKF as the ensemble grows."""
     yield from _scaling("members", "members", sizes.ensembles, cycles=20)
 
+
 # %% ../../nbs/97_bench.ipynb #433b5e57
 def state(sizes: Sizes) -> Iterator[dict]:
     """Time and peak memory of a cycle of the LETKF as the state grows."""
     yield from _scaling("state", "variables", sizes.dimensions, cycles=4)
+
 
 # %% ../../nbs/97_bench.ipynb #5dbacc8d
 def memory(sizes: Sizes) -> Iterator[dict]:
@@ -171,12 +184,14 @@ def memory(sizes: Sizes) -> Iterator[dict]:
         peer=everything[longest] - everything[before],
     )  # fmt: skip
 
+
 # %% ../../nbs/97_bench.ipynb #8d8da239
 def pnpda_state(sizes: Sizes) -> Iterator[dict]:
     """Time and peak memory of a PnP-DA analysis as the state grows, with and without the curvature of the misfit."""
     yield from _scaling("pnpda_state", "variables", sizes.fields, of="an analysis")
     for row in _scaling("pnpda_scaled", "variables", sizes.fields, of="an analysis"):
         yield row | {"part": "pnpda_state", "case": f"scaled: {row['case']}"}
+
 
 # %% ../../nbs/97_bench.ipynb #5fe46b7c
 def _scaling(part: str, what: str, sizes: Sequence[int], cycles: int = 1, of: str = "a cycle") -> Iterator[dict]:

@@ -25,7 +25,7 @@ from ..core.random import standard_normal, stream
 from ..twin.experiment import forget_nature_runs
 
 # %% auto #0
-__all__ = ['QUICK', 'Sizes']
+__all__ = ["QUICK", "Sizes"]
 
 # %% ../../nbs/97_bench.ipynb #67c25ab8
 COLUMNS = ("part", "case", "size", "ours", "peer", "ratio", "low", "high", "unit", "note")
@@ -34,6 +34,7 @@ COLUMNS = ("part", "case", "size", "ours", "peer", "ratio", "low", "high", "unit
 def _row(part: str, case: str, ours: float = nan, unit: str = "", note: str = "", **others) -> dict:
     row = dict.fromkeys(COLUMNS, nan) | {"part": part, "case": case, "ours": ours, "unit": unit, "note": note}
     return row | others
+
 
 # %% ../../nbs/97_bench.ipynb #8dd6a6c4
 def seconds_of(work: Callable[[], object]) -> float:
@@ -49,6 +50,7 @@ def speed_ratio(ours: Sequence[float], peer: Sequence[float]) -> dict[str, float
     ratios = [theirs / mine for mine, theirs in zip(ours, peer, strict=True)]
     medians = {"ours": statistics.median(ours), "peer": statistics.median(peer)}
     return medians | {"ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
+
 
 # %% ../../nbs/97_bench.ipynb #34cce853
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ QUICK = Sizes(
     repeats=2, arithmetic=0.01,
 )  # fmt: skip
 
+
 # %% ../../nbs/97_bench.ipynb #8bd4ee6c
 def arithmetic_limits(seconds: float = 0.2) -> dict[str, float]:
     """Double-precision operations per second of one thread: `elementwise` (a + 2 b and a + b · c, the best of three lengths that stay in
@@ -105,6 +108,7 @@ def arithmetic_limits(seconds: float = 0.2) -> dict[str, float]:
     matmul = 2 * 512**3 * _rate(partial(torch.mm, square, square, out=product), seconds)
     return {"elementwise": max(elementwise), "matmul": matmul}
 
+
 # %% ../../nbs/97_bench.ipynb #acbab249
 def _rate(work: Callable[[], object], seconds: float, repeats: int = 3) -> float:
     """Calls of `work` per second: the best of `repeats` stretches of at least `seconds`."""
@@ -120,6 +124,7 @@ def _rate(work: Callable[[], object], seconds: float, repeats: int = 3) -> float
     while stretch(calls) < seconds:
         calls *= 2
     return calls / min(stretch(calls) for _ in range(repeats))
+
 
 # %% ../../nbs/97_bench.ipynb #b7f1bd09
 class OperationCount(TorchDispatchMode):
@@ -162,6 +167,7 @@ class OperationCount(TorchDispatchMode):
         scaled = name in ("addcmul", "addcdiv") or kwargs.get("alpha", 1) != 1
         return float(result.numel() * (each + scaled))
 
+
 # %% ../../nbs/97_bench.ipynb #7cea7e23
 def operations_of(work: Callable[[], object]) -> OperationCount:
     """The floating-point operations that `work()` performs on tensors."""
@@ -169,12 +175,14 @@ def operations_of(work: Callable[[], object]) -> OperationCount:
         work()
     return count
 
+
 # %% ../../nbs/97_bench.ipynb #02e336d3
 def growth_exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
     """The slope of log(values) over log(sizes) by least squares; nan for fewer than two positive values."""
     x, y = np.asarray(sizes, float), np.asarray(values, float)
     fine = y > 0
     return float(np.polyfit(np.log(x[fine]), np.log(y[fine]), 1)[0]) if fine.sum() > 1 else nan
+
 
 # %% ../../nbs/97_bench.ipynb #ac1e8ff9
 def machine() -> dict[str, object]:

@@ -18,25 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .measure import (
-    Sizes,
-    _rate,
-    _row,
-    arithmetic_limits,
-    operations_of,
-    seconds_of,
-    speed_ratio,
-)
+from .measure import Sizes, _rate, _row, arithmetic_limits, operations_of, seconds_of, speed_ratio
 from ..classical.ensemble import EnKF
 from ..core.random import RunStreams, standard_normal, stream
 from ..dynamics.base import Lorenz63, Model
 from ..dynamics.kuramoto_sivashinsky import KuramotoSivashinsky
 from ..dynamics.models import Lorenz96
-from ..flow_matching.flow import (
-    FlowPrior,
-    conditional_coupling,
-    flow_matching_loss,
-)
+from ..flow_matching.flow import FlowPrior, conditional_coupling, flow_matching_loss
 from ..flow_matching.networks import VelocityMLP
 from ..interop.dapper import import_dapper
 from ..observing.covariance import Covariance, DiagonalCovariance
@@ -49,6 +37,7 @@ from ..twin.scores import scores
 
 # %% auto #0
 __all__ = []
+
 
 # %% ../../nbs/97_bench.ipynb #36005c19
 def sakov2012(cycles: int = 250) -> TwinExperiment:
@@ -68,6 +57,7 @@ def sakov2012(cycles: int = 250) -> TwinExperiment:
         spin_up=0,
         first_ensemble="same_law",
     )
+
 
 # %% ../../nbs/97_bench.ipynb #5a78ec2f
 DAPPER_MISSING = "skipped: DAPPER is not installed (pip install 'pnpda_nb[dapper]'; it brings an older Jupyter along)"
@@ -97,6 +87,7 @@ def dapper_run(experiment: TwinExperiment, members: int, inflation: float, seed:
     end = time.process_time()
     errors = np.asarray(method.stats.err.rms.a)[experiment.burn_in :]
     return middle - start, end - middle, float(errors.mean())
+
 
 # %% ../../nbs/97_bench.ipynb #3895b328
 def enkf(sizes: Sizes) -> Iterator[dict]:
@@ -132,6 +123,7 @@ def enkf(sizes: Sizes) -> Iterator[dict]:
         "enkf", "analysis RMSE", scored.mean(), size=sizes.runs, peer=theirs.mean(), note=f"ours {off[0]}, DAPPER {off[1]}"
     )  # fmt: skip
 
+
 # %% ../../nbs/97_bench.ipynb #21b1b7f8
 def steps(sizes: Sizes) -> Iterator[dict]:
     """Model steps per second for batches of states; as the peer, what they would be at the core's arithmetic limits."""
@@ -151,6 +143,7 @@ def steps(sizes: Sizes) -> Iterator[dict]:
                 size=batch, peer=batch / least, ratio=rate * least,
             )  # fmt: skip
 
+
 # %% ../../nbs/97_bench.ipynb #9bb6e12c
 def _models() -> dict[str, Model]:
     return {"Lorenz-63": Lorenz63(), "Lorenz-96 (40)": Lorenz96(), "Kuramoto-Sivashinsky": KuramotoSivashinsky()}
@@ -164,10 +157,9 @@ def _states(model: Model, batch: int) -> Tensor:
     """Harmless states `(batch, dim)`; what the numbers are does not matter for the time that they take."""
     return 0.1 * standard_normal((batch, model.dim), stream(0, "states", model.dim))
 
+
 # %% ../../nbs/97_bench.ipynb #352546ac
-def lsoda(
-    model: KuramotoSivashinsky, state: np.ndarray, steps: int, tolerance: float, banded: bool = True
-) -> np.ndarray:
+def lsoda(model: KuramotoSivashinsky, state: np.ndarray, steps: int, tolerance: float, banded: bool = True) -> np.ndarray:
     """`state` `(dim,)` after `steps` of a clamped Kuramoto-Sivashinsky `model` by LSODA (scipy's `odeint`), with relative and absolute
     `tolerance`; `banded` tells it the structure of the Jacobian.
     """
@@ -180,15 +172,12 @@ def lsoda(
         wide[2:-2], wide[0], wide[-1] = u, u[0], u[-1]
         left, right = wide[1:-3], wide[3:-1]
         near = left + right
-        return (
-            flux * (left * left - right * right)
-            + second * (2 * u - near)
-            - fourth * (wide[4:] + wide[:-4] - 4 * near + 6 * u)
-        )
+        return flux * (left * left - right * right) + second * (2 * u - near) - fourth * (wide[4:] + wide[:-4] - 4 * near + 6 * u)
 
     times = np.array([0.0, model.dt * steps])
     band = {"ml": 2, "mu": 2} if banded else {}
     return odeint(tendency, state, times, rtol=tolerance, atol=tolerance, mxstep=100_000, **band)[-1]
+
 
 # %% ../../nbs/97_bench.ipynb #4ed12464
 def etdrk4(sizes: Sizes) -> Iterator[dict]:
@@ -219,6 +208,7 @@ def etdrk4(sizes: Sizes) -> Iterator[dict]:
                 case = f"{f'one of {len(batch)}' if len(batch) > 1 else 'one alone'}, {against}"
                 yield _row("etdrk4", case, unit="s", note=note, size=len(batch)) | speed_ratio(mine, theirs)
 
+
 # %% ../../nbs/97_bench.ipynb #1daea883
 def _etdrk4(substeps: int, states: Tensor, steps: int) -> Tensor:
     model = KuramotoSivashinsky(substeps=substeps)
@@ -230,6 +220,7 @@ def _etdrk4(substeps: int, states: Tensor, steps: int) -> Tensor:
 def _lsoda_ends(states: Tensor, steps: int, tolerance: float, banded: bool) -> list[np.ndarray]:
     return [lsoda(KuramotoSivashinsky(), one, steps, tolerance, banded) for one in states.numpy()]
 
+
 # %% ../../nbs/97_bench.ipynb #529f0329
 def _on_attractor(count: int) -> Tensor:
     """States `(count, 127)` of the paper's Kuramoto-Sivashinsky model after a spin-up of 50 time units."""
@@ -238,6 +229,7 @@ def _on_attractor(count: int) -> Tensor:
     for _ in range(200):
         states = model.step(states)
     return states
+
 
 # %% ../../nbs/97_bench.ipynb #10124a15
 NETWORKS: Mapping[str, tuple[int, tuple[int, ...]]] = {
@@ -253,6 +245,7 @@ def untrained_prior(dim: int, hidden: tuple[int, ...]) -> FlowPrior:
     zero, one = torch.zeros(dim, dtype=torch.float64), torch.ones(dim, dtype=torch.float64)
     return FlowPrior(network, zero, one, {"hidden": list(hidden)})
 
+
 # %% ../../nbs/97_bench.ipynb #86e8173a
 def one_analysis(method: PnPDA, runs: int) -> Callable[[], Tensor]:
     """One analysis of `runs` runs with one member each by `method`, as `cycle` asks for it: every second variable is observed with
@@ -265,6 +258,7 @@ def one_analysis(method: PnPDA, runs: int) -> Callable[[], Tensor]:
     observations = Observations(values, seen, DiagonalCovariance(torch.ones(seen.size)))
     streams = RunStreams(0, "test", "method", runs=runs)
     return lambda: method.analyse(background, observations, forecast=None, generator=streams)
+
 
 # %% ../../nbs/97_bench.ipynb #f6a5f24a
 def forward_passes(method: PnPDA, runs: int) -> Callable[[], None]:
@@ -280,6 +274,7 @@ def forward_passes(method: PnPDA, runs: int) -> Callable[[], None]:
                     network(states, tau, backgrounds)
 
     return passes
+
 
 # %% ../../nbs/97_bench.ipynb #133c4081
 def pnpda(sizes: Sizes) -> Iterator[dict]:
@@ -298,8 +293,10 @@ def pnpda(sizes: Sizes) -> Iterator[dict]:
             low=costs.min(), high=costs.max(),
         )  # fmt: skip
 
+
 # %% ../../nbs/97_bench.ipynb #5b7ecccc
 TORCHCFM_MISSING = "skipped: torchcfm is not installed (pip install 'pnpda_nb[torchcfm]')"
+
 
 # %% ../../nbs/97_bench.ipynb #ba6d21e7
 def our_pairing(beta: float) -> Callable:
@@ -324,6 +321,7 @@ def torchcfm_pairing(beta: float, replace: bool = True) -> Callable:
 
     return pair
 
+
 # %% ../../nbs/97_bench.ipynb #3887cd4b
 def training_steps(
     pair: Callable, minibatches: Sequence[tuple[Tensor, ...]], until: str = "step", fused: bool = True
@@ -346,6 +344,7 @@ def training_steps(
         losses.append(loss.item())
     return losses
 
+
 # %% ../../nbs/97_bench.ipynb #b4061368
 def _minibatches(batch: int, count: int) -> list[tuple[Tensor, ...]]:
     """Noise, analysis, background and pseudo-time of `count` minibatches: analyses follow from backgrounds with some noise."""
@@ -357,6 +356,7 @@ def _minibatches(batch: int, count: int) -> list[tuple[Tensor, ...]]:
 
     return [one() for _ in range(count)]
 
+
 # %% ../../nbs/97_bench.ipynb #1564e1dc
 @contextlib.contextmanager
 def _numpy_seed(seed: int) -> Iterator[None]:
@@ -367,6 +367,7 @@ def _numpy_seed(seed: int) -> Iterator[None]:
         yield
     finally:
         np.random.set_state(before)
+
 
 # %% ../../nbs/97_bench.ipynb #3beb7506
 def training(sizes: Sizes) -> Iterator[dict]:
@@ -387,7 +388,10 @@ def training(sizes: Sizes) -> Iterator[dict]:
                 ("coupling alone", "coupling", True),
                 ("whole step, peer with the default AdamW", "step", False),
             ):
-                mine, theirs = partial(training_steps, ours, minibatches, until), partial(training_steps, peer, minibatches, until, fused)
+                mine, theirs = (
+                    partial(training_steps, ours, minibatches, until),
+                    partial(training_steps, peer, minibatches, until, fused),
+                )
                 turns = np.array([(seconds_of(mine), seconds_of(theirs)) for _ in range(1 + sizes.repeats)])[1:].T / steps
                 yield _row("training", f"batch {batch}, {case}", unit="s", size=batch, note=note) | speed_ratio(*turns)
         batch, last = min(sizes.minibatches), sizes.learning // 3

@@ -22,7 +22,7 @@ from ..core.disk import read_record, record_bytes, writable, write_whole
 from ..sweep import code_version
 
 # %% auto #0
-__all__ = ['bench', 'report']
+__all__ = ["bench", "report"]
 
 # %% ../../nbs/97_bench.ipynb #9d7aff82
 PARTS: Mapping[str, Callable[[Sizes], Iterator[dict]]] = {
@@ -45,12 +45,10 @@ def choose_parts(names: Sequence[str] | None) -> tuple[str, ...]:
             raise ValueError(f"only: unknown part {name!r}; known: {', '.join(PARTS)}")
     return tuple(name for name in PARTS if name in (names or PARTS))
 
+
 # %% ../../nbs/97_bench.ipynb #03585e96
 def bench(
-    names: Sequence[str] | None = None,
-    sizes: Sizes = Sizes(),
-    out: str | os.PathLike | None = None,
-    progress: bool = False,
+    names: Sequence[str] | None = None, sizes: Sizes = Sizes(), out: str | os.PathLike | None = None, progress: bool = False
 ) -> pd.DataFrame:
     """Run the parts `names` of the benchmark (all of them for none) on one thread; one row per measurement.
 
@@ -77,6 +75,7 @@ def bench(
         torch.set_num_threads(threads)
     return pd.DataFrame(rows, columns=COLUMNS)
 
+
 # %% ../../nbs/97_bench.ipynb #43642fe3
 def _earlier(folder: Path) -> tuple[pd.DataFrame, list[dict]]:
     """The table and the sessions that a folder holds already."""
@@ -88,10 +87,9 @@ def _earlier(folder: Path) -> tuple[pd.DataFrame, list[dict]]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"out: {folder} holds a table that this one cannot be added to ({type(error).__name__})") from error
 
+
 # %% ../../nbs/97_bench.ipynb #55a44ffc
-def _write(
-    folder: Path, table: pd.DataFrame, sizes: Sizes, seconds: float, earlier: pd.DataFrame, sessions: list[dict]
-) -> None:
+def _write(folder: Path, table: pd.DataFrame, sizes: Sizes, seconds: float, earlier: pd.DataFrame, sessions: list[dict]) -> None:
     """Write `table`, measured in this session, over the same parts of an `earlier` one."""
     done = [name for name in PARTS if name in set(table.part)]
     kept = [dict(s, parts=[name for name in s["parts"] if name not in done]) for s in sessions]
@@ -109,6 +107,7 @@ def _write(
     whole = whole.sort_values("part", key=lambda column: column.map(order.index), kind="stable")
     texts = whole.to_csv(index=False, float_format="%.6g"), record_bytes({"sessions": [*kept[1], session]})
     write_whole({folder / "bench.csv": texts[0], folder / "manifest.json": texts[1]})
+
 
 # %% ../../nbs/97_bench.ipynb #d53963b2
 def report(table: pd.DataFrame) -> str:

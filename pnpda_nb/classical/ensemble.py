@@ -18,12 +18,11 @@ from ..observing.observations import Observations
 from ..observing.update import anomalies
 
 # %% auto #0
-__all__ = ['inflate', 'EnsembleFilter', 'EnKF', 'ETKF', 'LETKF', 'LocalEnKF', 'EnKS']
+__all__ = ["inflate", "EnsembleFilter", "EnKF", "ETKF", "LETKF", "LocalEnKF", "EnKS"]
+
 
 # %% ../../nbs/06_ensembles.ipynb #0b22eb8f
-def perturbed_observations(
-    observations: Observations, members: int, generator: torch.Generator, centred: bool = True
-) -> Tensor:
+def perturbed_observations(observations: Observations, members: int, generator: torch.Generator, centred: bool = True) -> Tensor:
     """`members` perturbed copies `(..., member, size)` of the observed values; centred
     perturbations have mean exactly zero.
     """
@@ -34,6 +33,7 @@ def perturbed_observations(
     if observations.missing is not None:  # nothing was seen, and nothing is perturbed
         delta = delta.masked_fill(observations.missing.unsqueeze(-2), 0.0)
     return values + delta
+
 
 # %% ../../nbs/06_ensembles.ipynb #741436a2
 def inflate(
@@ -60,6 +60,7 @@ def inflate(
         noise = (members / (members - 1)) ** 0.5 * (noise - noise.mean(-2, keepdim=True))
         anomalies = anomalies + additive * noise
     return mean + anomalies
+
 
 # %% ../../nbs/06_ensembles.ipynb #a3710bd4
 @dataclass(frozen=True)
@@ -91,9 +92,8 @@ class EnsembleFilter:
 
     def inflated(self, analysis: Tensor, background: Tensor, generator: torch.Generator | None) -> Tensor:
         """The `analysis` `(..., member, dim)`, widened as the settings say."""
-        return inflate(
-            analysis, background, generator, self.inflation, self.relaxation, self.additive
-        )
+        return inflate(analysis, background, generator, self.inflation, self.relaxation, self.additive)
+
 
 # %% ../../nbs/06_ensembles.ipynb #71b98a87
 @dataclass(frozen=True)
@@ -119,6 +119,7 @@ class EnKF(EnsembleFilter):
         analysis = self.update(background, observations, generator)(background)
         return self.inflated(analysis, background, generator)
 
+
 # %% ../../nbs/06_ensembles.ipynb #0e6e83d0
 def ensemble_weights(information: Gappy, pull: Gappy) -> tuple[Gappy, Gappy]:
     """The weights of the mean `(..., member)` and the transform `(..., member, member)` of the ETKF, from
@@ -135,6 +136,7 @@ def ensemble_weights(information: Gappy, pull: Gappy) -> tuple[Gappy, Gappy]:
     transform = (vectors * ((members - 1) / values).sqrt().unsqueeze(-2)) @ vectors.mT
     return mean.masked_fill(broken[..., 0], torch.nan), transform.masked_fill(broken, torch.nan)
 
+
 # %% ../../nbs/06_ensembles.ipynb #970e4eb0
 def random_rotation(batch: tuple[int, ...], members: int, generator: torch.Generator) -> Tensor:
     """Random orthogonal matrices `(*batch, member, member)` that keep the mean: uniform among those with
@@ -142,11 +144,10 @@ def random_rotation(batch: tuple[int, ...], members: int, generator: torch.Gener
     """
     q, r = torch.linalg.qr(standard_normal((*batch, members - 1, members - 1), generator))
     q = q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)  # makes the law uniform
-    basis, _ = torch.linalg.qr(
-        torch.cat((torch.ones(members, 1), torch.eye(members)[:, 1:]), 1).to(torch.float64)
-    )
+    basis, _ = torch.linalg.qr(torch.cat((torch.ones(members, 1), torch.eye(members)[:, 1:]), 1).to(torch.float64))
     rest = basis[:, 1:]  # an orthonormal basis of everything that adds up to zero
     return rest @ q @ rest.T + torch.full((members, members), 1 / members, dtype=torch.float64)
+
 
 # %% ../../nbs/06_ensembles.ipynb #29b08a7c
 @dataclass(frozen=True)
@@ -164,14 +165,13 @@ class ETKF(EnKF):
         shown, centre = anomalies(seen), seen.mean(-2, keepdim=True)
         weighed = observations.covariance.solve(shown)
         innovation = observations.values.unsqueeze(-2) - centre
-        mean, transform = ensemble_weights(
-            weighed @ shown.mT, (weighed @ innovation.mT).squeeze(-1)
-        )
+        mean, transform = ensemble_weights(weighed @ shown.mT, (weighed @ innovation.mT).squeeze(-1))
         if self.rotate:
             batch, members = tuple(background.shape[:-2]), background.shape[-2]
             transform = random_rotation(batch, members, generator).to(transform) @ transform
         weights = mean.unsqueeze(-2) + transform
         return lambda states: states.mean(-2, keepdim=True) + weights @ anomalies(states)
+
 
 # %% ../../nbs/06_ensembles.ipynb #9c702f99
 @dataclass(frozen=True)
@@ -246,11 +246,13 @@ class LETKF(EnsembleFilter):
             weighed = torch.linalg.solve(blocks, near.mT).mT
         return weighed @ near.mT, (weighed @ miss.unsqueeze(-1)).squeeze(-1)
 
+
 # %% ../../nbs/06_ensembles.ipynb #acab3fe4
 def _per_run(values: Tensor, batch: int, own: int = 1) -> Tensor:
     """`values` `(..., *own)`, common or one for each of `batch` runs, with one leading dimension."""
     leading = batch if values.ndim > own else 1
     return values.reshape(leading, *values.shape[values.ndim - own :])
+
 
 # %% ../../nbs/06_ensembles.ipynb #8051f53f
 @dataclass(frozen=True)
@@ -285,6 +287,7 @@ class LocalEnKF(EnKF):
         weights = torch.linalg.solve_ex(covariance, innovations.mT).result  # (..., size, member)
         return lambda states: states + ((between * (anomalies(states).mT @ shown)) @ weights).mT
 
+
 # %% ../../nbs/06_ensembles.ipynb #8ff30dc8
 @dataclass(frozen=True)
 class EnKS(EnsembleFilter):
@@ -314,6 +317,7 @@ class EnKS(EnsembleFilter):
         update = method.update(background, observations, generator)
         analysis = self.inflated(update(background), background, generator)
         return analysis if past is None else torch.cat((update(past), analysis.unsqueeze(0)))
+
 
 # %% ../../nbs/06_ensembles.ipynb #2c4197a8
 guard(globals())

@@ -11,19 +11,14 @@ from typing import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .variational import (
-    _apply,
-    _check_scale,
-    _check_size,
-    _for_members,
-    gauss_newton,
-)
+from .variational import _apply, _check_scale, _check_size, _for_members, gauss_newton
 from ..core.checks import Gappy, guard
 from ..observing.covariance import Covariance
 from ..observing.observations import Observations
 
 # %% auto #0
-__all__ = ['FourDVar', 'WeakFourDVar']
+__all__ = ["FourDVar", "WeakFourDVar"]
+
 
 # %% ../../nbs/05_four_dvar.ipynb #7202c622
 @dataclass(frozen=True, eq=False)
@@ -79,6 +74,7 @@ class FourDVar:
 
         return gauss_newton(cost, direction, background, self.iterations)
 
+
 # %% ../../nbs/05_four_dvar.ipynb #c1193c70
 def _misfit(seen: Observations, x: Tensor, sensitivity: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Gauss-Newton curvature and downhill slope of the misfit at `x`, towards what `x` is sensitive to."""
@@ -93,6 +89,7 @@ def _solve(matrix: Tensor, vector: Tensor) -> Tensor:
     factor, failed = torch.linalg.cholesky_ex(matrix)
     solution = torch.cholesky_solve(vector.unsqueeze(-1), factor).squeeze(-1)
     return solution.masked_fill((failed != 0).unsqueeze(-1), torch.nan)
+
 
 # %% ../../nbs/05_four_dvar.ipynb #d3c1b481
 def solve_block_tridiagonal(diagonal: Gappy, below: Gappy, right: Gappy) -> Gappy:
@@ -117,6 +114,7 @@ def solve_block_tridiagonal(diagonal: Gappy, below: Gappy, right: Gappy) -> Gapp
         side = sides[k] - _apply(below[k].mT, solution[-1])
         solution.append(torch.cholesky_solve(side.unsqueeze(-1), factors[k]).squeeze(-1))
     return torch.stack(solution[::-1]).masked_fill(broken.unsqueeze(-1), torch.nan)
+
 
 # %% ../../nbs/05_four_dvar.ipynb #d41f6eb0
 @dataclass(frozen=True, eq=False)
@@ -182,6 +180,7 @@ class WeakFourDVar:
         for _ in observations:
             guess.append(forecast(guess[-1]))
         return unstack(gauss_newton(cost, direction, stack(torch.stack(guess)), self.iterations))
+
 
 # %% ../../nbs/05_four_dvar.ipynb #c49b0b28
 guard(globals())

@@ -18,7 +18,8 @@ from ..observing.covariance import Covariance
 from ..observing.observations import Observations
 
 # %% auto #0
-__all__ = ['systematic_resampling', 'ParticleFilter', 'entropic_plan', 'EnRDA']
+__all__ = ["systematic_resampling", "ParticleFilter", "entropic_plan", "EnRDA"]
+
 
 # %% ../../nbs/06_ensembles.ipynb #29177d97
 def systematic_resampling(weights: Tensor, generator: torch.Generator) -> Index:
@@ -30,6 +31,7 @@ def systematic_resampling(weights: Tensor, generator: torch.Generator) -> Index:
     start = torch.special.ndtr(standard_normal((*weights.shape[:-1], 1), generator)).to(weights)
     comb = (start + torch.arange(members, device=weights.device)) / members
     return torch.searchsorted(weights.cumsum(-1).contiguous(), comb).clamp_max(members - 1)
+
 
 # %% ../../nbs/06_ensembles.ipynb #5ba1e24e
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ class ParticleFilter:
             noise = noise * (4 / chi).sqrt().clamp_max(5.0)
         return particles + self.jitter * count ** (-1 / (dim + 4)) * copy * noise
 
+
 # %% ../../nbs/06_ensembles.ipynb #9805a75c
 def _require_weights(weights: Tensor, background: Tensor) -> None:
     if weights.shape != background.shape[:-1]:
@@ -112,23 +115,18 @@ def _require_weights(weights: Tensor, background: Tensor) -> None:
     if not ((weights >= 0) & torch.isfinite(weights)).all() or not (weights.sum(-1) > 0).all():
         raise ValueError("weights: expected finite numbers of at least 0, some of them above it in every run")
 
+
 # %% ../../nbs/06_ensembles.ipynb #4cc99c94
-def entropic_plan(
-    source: Tensor, target: Tensor, regularisation: float = 10.0, iterations: int = 300
-) -> Tensor:
+def entropic_plan(source: Tensor, target: Tensor, regularisation: float = 10.0, iterations: int = 300) -> Tensor:
     """Entropic optimal-transport plans `(batch, n, m)` between uniform clouds `(batch, n, dim)` and
     `(batch, m, dim)`, squared Euclidean cost, by POT's log-domain Sinkhorn; `regularisation` is the
     γ of the entropy in the cost's units.
     """
-    from ot.batch import (  # takes half a second, and only EnRDA needs it
-        dist_batch,
-        solve_batch,
-    )
+    from ot.batch import dist_batch, solve_batch  # takes half a second, and only EnRDA needs it
 
     cost = dist_batch(source, target, metric="sqeuclidean")
-    return solve_batch(
-        cost, reg=regularisation, max_iter=iterations, tol=1e-10, method="log_sinkhorn", grad="detach"
-    ).plan
+    return solve_batch(cost, reg=regularisation, max_iter=iterations, tol=1e-10, method="log_sinkhorn", grad="detach").plan
+
 
 # %% ../../nbs/06_ensembles.ipynb #bb853392
 @dataclass(frozen=True)
@@ -158,26 +156,21 @@ class EnRDA:
         if members < 2:
             raise ValueError(f"members: EnRDA needs an ensemble of at least 2, got {members}")
         if observations.missing is not None:
-            raise ValueError(
-                "observations: EnRDA needs every component of the state observed, got missing values"
-            )
+            raise ValueError("observations: EnRDA needs every component of the state observed, got missing values")
         operator = observations.operator
         if not (
             operator.linear
             and operator.size == dim
             and torch.equal(
-                operator.jacobian(background[..., 0, :]).reshape(-1, dim, dim)[0],
-                torch.eye(dim, dtype=background.dtype),
+                operator.jacobian(background[..., 0, :]).reshape(-1, dim, dim)[0], torch.eye(dim, dtype=background.dtype)
             )
         ):
-            raise ValueError(
-                "observations: EnRDA needs every component of the state observed, in order"
-            )
+            raise ValueError("observations: EnRDA needs every component of the state observed, in order")
         # not centred, as in the paper's appendix
         copies = perturbed_observations(observations, members, generator, centred=False)
         clouds = (background.reshape(-1, members, dim), copies.reshape(-1, members, dim))
         plan = entropic_plan(*clouds, self.regularisation, self.iterations).flatten(1)
-        lost = ~(torch.isfinite(plan).all(1) & (plan.sum(1) > 0))   # clouds too far apart for numbers
+        lost = ~(torch.isfinite(plan).all(1) & (plan.sum(1) > 0))  # clouds too far apart for numbers
         plan = plan.masked_fill(lost[:, None], 1.0).clamp_min(0)
         # uniform numbers from every run's own stream
         chance = torch.special.ndtr(standard_normal((*batch, members), generator)).to(plan).reshape(-1, members)
@@ -197,6 +190,7 @@ class EnRDA:
             return self.weight
         trace = covariance.matrix.trace()
         return (trace / (trace + background.var(1, unbiased=True).sum(-1)))[:, None, None]
+
 
 # %% ../../nbs/06_ensembles.ipynb #1ae740b0
 guard(globals())

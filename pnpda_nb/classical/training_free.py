@@ -19,7 +19,8 @@ from ..core.random import standard_normal
 from ..observing.observations import Observations
 
 # %% auto #0
-__all__ = ['EnSF', 'EnFF']
+__all__ = ["EnSF", "EnFF"]
+
 
 # %% ../../nbs/06_ensembles.ipynb #8d361e12
 def member_weights(states: Tensor, members: Tensor, alpha: float, variance: float) -> Tensor:
@@ -36,6 +37,7 @@ def ensemble_score(states: Tensor, members: Tensor, alpha: float, variance: floa
     """
     return (alpha * (member_weights(states, members, alpha, variance) @ members) - states) / variance
 
+
 # %% ../../nbs/06_ensembles.ipynb #0322937d
 def standardise(background: Tensor, scale: float | None = None, bandwidth: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     """Centre and spread `(..., 1, dim)` of an ensemble, and its members `(..., member, dim)` in units of them, shrunk by
@@ -45,6 +47,7 @@ def standardise(background: Tensor, scale: float | None = None, bandwidth: float
     spread = background.std(-2, keepdim=True) if scale is None else torch.full_like(centre, scale)
     units = (background - centre) / spread.where(spread > 0, 1.0)
     return centre, spread, math.sqrt(1 - bandwidth**2) * units
+
 
 # %% ../../nbs/06_ensembles.ipynb #2139ab7b
 def towards_observations(states: Tensor, observations: Observations, spread: Tensor, length: float) -> Tensor:
@@ -61,6 +64,7 @@ def towards_observations(states: Tensor, observations: Observations, spread: Ten
     R = R if R.ndim == 2 else R.unsqueeze(-3)
     weights = torch.linalg.solve_ex(R + length * J @ J.mT, innovation.unsqueeze(-1)).result
     return length * (weights.mT @ J).squeeze(-2)
+
 
 # %% ../../nbs/06_ensembles.ipynb #e46393d0
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ class _Generative(EnsembleFilter):
     def _one_of(self, name: str, *known: str) -> None:
         if getattr(self, name) not in known:
             raise ValueError(f"{name}: expected {' or '.join(map(repr, known))}, got {getattr(self, name)!r}")
+
 
 # %% ../../nbs/06_ensembles.ipynb #556290c0
 @dataclass(frozen=True)
@@ -137,6 +142,7 @@ class EnSF(_Generative):
         mean = ratio * after / before * x + self.alpha(s) * between / before * expected
         return mean + math.sqrt(between * after / before) * noise
 
+
 # %% ../../nbs/06_ensembles.ipynb #2bf0c5ce
 def ensemble_velocity(states: Tensor, members: Tensor, tau: float, bandwidth: float = 0.0) -> Tensor:
     """The Monte-Carlo velocity `(..., m, dim)` of EnFF's OT path at `states` `(..., m, dim)` and pseudo-time `tau` < 1, from
@@ -145,6 +151,7 @@ def ensemble_velocity(states: Tensor, members: Tensor, tau: float, bandwidth: fl
     sigma = 1 - (1 - bandwidth) * tau
     expected = member_weights(states, members, tau, sigma**2) @ members
     return expected - (1 - bandwidth) / sigma * (states - tau * expected)
+
 
 # %% ../../nbs/06_ensembles.ipynb #4b95f2f1
 @dataclass(frozen=True)
@@ -191,6 +198,7 @@ class EnFF(_Generative):
         sigma = 1 - (1 - self.bandwidth) * tau
         variance = (1 - tau) ** 2 / (sigma**2 + tau**2)
         return self.strength * step / (1 - tau) * towards_observations(end, observations, spread, variance)
+
 
 # %% ../../nbs/06_ensembles.ipynb #d857fba0
 guard(globals())

@@ -18,8 +18,17 @@ from ..observing.observations import Observations
 from ..observing.update import kalman_gain
 
 # %% auto #0
-__all__ = ['gauss_newton', 'ThreeDVar', 'gaspari_cohn_background', 'climatological_background', 'archive_background',
-           'nmc_background', 'OptimalInterpolation', 'Climatology']
+__all__ = [
+    "gauss_newton",
+    "ThreeDVar",
+    "gaspari_cohn_background",
+    "climatological_background",
+    "archive_background",
+    "nmc_background",
+    "OptimalInterpolation",
+    "Climatology",
+]
+
 
 # %% ../../nbs/04_variational.ipynb #3027a9fd
 def gauss_newton(
@@ -50,6 +59,7 @@ def gauss_newton(
         if done.all():
             break
     return x
+
 
 # %% ../../nbs/04_variational.ipynb #2db52850
 @dataclass(frozen=True, eq=False)
@@ -91,6 +101,7 @@ class ThreeDVar:
 
         return gauss_newton(cost, direction, background, self.iterations)
 
+
 # %% ../../nbs/04_variational.ipynb #e0a21f85
 def _apply(matrix: Tensor, vector: Tensor) -> Tensor:
     return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
@@ -108,29 +119,24 @@ def _check_scale(scale: float) -> None:
 
 def _check_size(covariance: Covariance, background: Tensor) -> None:
     if covariance.size != background.shape[-1]:
-        raise ValueError(
-            f"covariance: expected size {background.shape[-1]} as the state's, got {covariance.size}"
-        )
+        raise ValueError(f"covariance: expected size {background.shape[-1]} as the state's, got {covariance.size}")
+
 
 # %% ../../nbs/04_variational.ipynb #66c6b34f
-def gaspari_cohn_background(
-    dim: int, variance: float, half_width: float, periodic: bool = False
-) -> Covariance:
+def gaspari_cohn_background(dim: int, variance: float, half_width: float, periodic: bool = False) -> Covariance:
     """B = `variance` × Gaspari-Cohn correlations of `half_width` grid intervals, as in PnP-DA's
     3D-Var.
     """
     if not variance > 0:
         raise ValueError(f"variance: expected a positive number, got {variance}")
-    return Covariance(
-        variance * gaspari_cohn_matrix(dim, half_width, periodic), name="Gaspari-Cohn background"
-    )
+    return Covariance(variance * gaspari_cohn_matrix(dim, half_width, periodic), name="Gaspari-Cohn background")
+
 
 # %% ../../nbs/04_variational.ipynb #dc898b38
 def climatological_background(states: Tensor) -> Covariance:
     """B = covariance of `states` `(..., dim)`, taken over all leading dimensions."""
-    return Covariance(
-        torch.atleast_2d(torch.cov(states.reshape(-1, states.shape[-1]).T)), name="climatological background"
-    )
+    return Covariance(torch.atleast_2d(torch.cov(states.reshape(-1, states.shape[-1]).T)), name="climatological background")
+
 
 # %% ../../nbs/04_variational.ipynb #bee4b500
 def archive_background(background: Tensor, analysis: Tensor) -> Covariance:
@@ -138,11 +144,10 @@ def archive_background(background: Tensor, analysis: Tensor) -> Covariance:
     leading dimensions.
     """
     if background.shape != analysis.shape:
-        raise ValueError(
-            f"analysis: expected shape {tuple(background.shape)} as the background's, got {tuple(analysis.shape)}"
-        )
+        raise ValueError(f"analysis: expected shape {tuple(background.shape)} as the background's, got {tuple(analysis.shape)}")
     difference = (background - analysis).reshape(-1, background.shape[-1])
     return Covariance(torch.atleast_2d(torch.cov(difference.T)), name="archive background")
+
 
 # %% ../../nbs/04_variational.ipynb #e1b905a8
 def nmc_background(longer: Tensor, shorter: Tensor) -> Covariance:
@@ -150,6 +155,7 @@ def nmc_background(longer: Tensor, shorter: Tensor) -> Covariance:
     times, both `(..., dim)` (Parrish and Derber 1992).
     """
     return Covariance(archive_background(longer, shorter).matrix / 2, name="NMC background")
+
 
 # %% ../../nbs/04_variational.ipynb #a1a88b45
 @dataclass(frozen=True, eq=False)
@@ -171,6 +177,7 @@ class OptimalInterpolation:
             self.mean.to(background).expand(background.shape), observations, forecast=forecast, generator=generator
         )
 
+
 # %% ../../nbs/04_variational.ipynb #5efbb81b
 @dataclass(frozen=True, eq=False)
 class Climatology:
@@ -183,6 +190,7 @@ class Climatology:
         self, background: Tensor, observations: Observations, *, forecast: Callable | None, generator: torch.Generator | None
     ) -> Tensor:
         return self.mean.to(background).expand(background.shape).clone()
+
 
 # %% ../../nbs/04_variational.ipynb #19fff0ef
 guard(globals())

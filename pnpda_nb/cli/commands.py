@@ -23,32 +23,12 @@ from typing import Annotated, Optional
 
 import typer
 
-from .output import (
-    _FOR_PROGRAMMERS,
-    _line,
-    _occupy,
-    _Outlet,
-    _say,
-    _short,
-    _silence,
-    _table,
-    _told,
-    _visible,
-)
-from .places import (
-    _check_free,
-    _check_places,
-    _Place,
-    _read,
-    _report_path,
-    _room,
-    _with_report,
-    _write,
-)
+from .output import _FOR_PROGRAMMERS, _line, _occupy, _Outlet, _say, _short, _silence, _table, _told, _visible
+from .places import _check_free, _check_places, _Place, _read, _report_path, _room, _with_report, _write
 from .words import _name, _path, _roles, _seed, _whole, _words
 
 # %% auto #0
-__all__ = ['app', 'main']
+__all__ = ["app", "main"]
 
 # %% ../../nbs/96_command_line.ipynb #d9b03bd7
 app = typer.Typer(
@@ -74,6 +54,7 @@ def options(
 ) -> None:
     """Data assimilation with learned priors."""
 
+
 # %% ../../nbs/96_command_line.ipynb #dc58c518
 @app.command("list")
 def list_studies() -> None:
@@ -92,6 +73,7 @@ def list_studies() -> None:
     _say(f"  testbeds {', '.join(TESTBEDS)}")
     _say(f"  methods  {', '.join(METHODS)}")
 
+
 # %% ../../nbs/96_command_line.ipynb #bf1533f7
 @app.command()
 def run(
@@ -100,15 +82,13 @@ def run(
         str, typer.Option(help="smoke (about a minute), paper (the paper's size) or another of `pnpda list`")
     ] = "smoke",
     methods: Annotated[
-        Optional[str],
-        typer.Option(help="comma-separated names; default: all of the paper and its baselines"),
+        Optional[str], typer.Option(help="comma-separated names; default: all of the paper and its baselines")
     ] = None,
     runs: Annotated[Optional[int], typer.Option(help="independent runs per method")] = None,
     members: Annotated[Optional[int], typer.Option(help="members of the ensemble methods")] = None,
     seed: Annotated[Optional[int], typer.Option(help="seed of every random stream")] = None,
     set_: Annotated[
-        Optional[list[str]],
-        typer.Option("--set", help="key=value; a setting of the experiment, may be repeated"),
+        Optional[list[str]], typer.Option("--set", help="key=value; a setting of the experiment, may be repeated")
     ] = None,
     out: Annotated[
         Optional[Path], typer.Option(help="folder for the results; default: runs/EXPERIMENT_PRESET", parser=_path, metavar="FOLDER")
@@ -143,7 +123,14 @@ def run(
     _check_counts({name: getattr(settings, name) for name in changes})
     chosen = study.choose(names or None)
     folder = out or Path("runs") / f"{experiment}_{preset}"
-    _check_folder(folder, "scores.csv", "cycles.nc", "manifest.json", *study.kept(settings, chosen), given=_read("set", *filter(None, changes.values())))
+    _check_folder(
+        folder,
+        "scores.csv",
+        "cycles.nc",
+        "manifest.json",
+        *study.kept(settings, chosen),
+        given=_read("set", *filter(None, changes.values())),
+    )
     workers = min(os.cpu_count() or 1, 4) if workers is None else workers
     with _room(out=folder / "parts"):
         results = study.run(settings, chosen, Store(folder), workers=workers, scheduler=scheduler, progress=True)
@@ -167,12 +154,14 @@ def run(
     figures = sum(path.suffix == ".png" for path in files)
     _say(f"\nIn {folder}: scores.csv, cycles.nc, manifest.json and {figures} figures, in {about['wall_seconds']:.0f} s")
 
+
 # %% ../../nbs/96_command_line.ipynb #6c3e9243
 def _key_value(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not (key.strip() and equals):
         raise ValueError(f"set: expected key=value, got {text!r}")
     return key.strip(), value.strip()
+
 
 # %% ../../nbs/96_command_line.ipynb #bef7dadf
 def _check_size(name: str, text: str) -> None:
@@ -193,6 +182,7 @@ def _check_counts(changes: Mapping[str, object]) -> None:
             if isinstance(number, int) and name != "seed" and abs(number) > 1_000_000:
                 raise ValueError(f"set: expected {name} to be at most 1000000, got {number}")
 
+
 # %% ../../nbs/96_command_line.ipynb #073f56e4
 def _check_folder(folder: Path, *names: str, given: Iterable[_Place] = ()) -> None:
     """Raise `ValueError` for a folder that `names` cannot be written in, or that is or holds what is `given`."""
@@ -204,6 +194,7 @@ def _check_folder(folder: Path, *names: str, given: Iterable[_Place] = ()) -> No
 
 def _case(condition: str, method: str) -> str:
     return f"{condition} {method}".strip()
+
 
 # %% ../../nbs/96_command_line.ipynb #ab151022
 def _contents(study, results, table) -> dict[str, bytes]:
@@ -231,6 +222,7 @@ def _contents(study, results, table) -> dict[str, bytes]:
         files[f"{name}.png"] = image.getvalue()
     return files
 
+
 # %% ../../nbs/96_command_line.ipynb #b3bf24a0
 def _about(files: Mapping[Path, bytes], kept: Iterable[Path] = (), **facts: object) -> dict:
     """The `facts` for a manifest, with versions and the checksums of `files` and of what is `kept` on the disk beside them."""
@@ -241,7 +233,11 @@ def _about(files: Mapping[Path, bytes], kept: Iterable[Path] = (), **facts: obje
         with open(path, "rb") as file:
             sums[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     versions = {name: installed_version(name) for name in ("pnpda_nb", "torch", "numpy", "scipy", "pot", "xarray")}
-    about = {"versions": {"python": platform.python_version()} | versions, "settings_hash": digest_of(facts["settings"]), "code": code_version()}
+    about = {
+        "versions": {"python": platform.python_version()} | versions,
+        "settings_hash": digest_of(facts["settings"]),
+        "code": code_version(),
+    }
     return facts | about | {"files": sums}
 
 
@@ -250,21 +246,32 @@ def _manifest(folder: Path, about: dict) -> dict[Path, bytes]:
 
     return {folder / "manifest.json": record_bytes(about)}
 
+
 # %% ../../nbs/96_command_line.ipynb #753a93bd
 @app.command()
 def train(
-    archive: Annotated[str, typer.Argument(help="NetCDF file or Zarr store of backgrounds and analyses, or a quoted pattern of several", parser=_name, metavar="ARCHIVE")],
+    archive: Annotated[
+        str,
+        typer.Argument(
+            help="NetCDF file or Zarr store of backgrounds and analyses, or a quoted pattern of several",
+            parser=_name,
+            metavar="ARCHIVE",
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="where to write the prior (safetensors)", parser=_path, metavar="FILE")],
     seed: Annotated[int, typer.Option(help="seed of the training")] = 0,
-    epochs: Annotated[
-        Optional[int], typer.Option(help="epochs at the most; default: as many as make about 20000 steps")
-    ] = None,
+    epochs: Annotated[Optional[int], typer.Option(help="epochs at the most; default: as many as make about 20000 steps")] = None,
     paper: Annotated[bool, typer.Option("--paper", help="train exactly as the paper does")] = False,
     memory: Annotated[int, typer.Option(help="megabytes of pairs to hold at a time")] = 256,
-    names: Annotated[Optional[str], typer.Option(help="what backgrounds and analyses are called in the archive; default: background,analysis")] = None,
-    samples: Annotated[Optional[str], typer.Option(help="comma-separated dimensions that count pairs, besides the usual ones")] = None,
+    names: Annotated[
+        Optional[str], typer.Option(help="what backgrounds and analyses are called in the archive; default: background,analysis")
+    ] = None,
+    samples: Annotated[
+        Optional[str], typer.Option(help="comma-separated dimensions that count pairs, besides the usual ones")
+    ] = None,
     report: Annotated[
-        Optional[Path], typer.Option(help="where to write the report (.html or .md); default: beside the prior", parser=_path, metavar="FILE")
+        Optional[Path],
+        typer.Option(help="where to write the report (.html or .md); default: beside the prior", parser=_path, metavar="FILE"),
     ] = None,
 ) -> None:
     """Train a prior on an archive of backgrounds and analyses, of any size, and report how good it is."""
@@ -296,7 +303,9 @@ def train(
     checkpoint.unlink(missing_ok=True)  # only now
     calibration = trained.calibration
     _say(f"\n{_line(trained.prior)}")
-    _say(f"\nDistance from the analyses of {calibration.pairs} pairs that were set aside (± standard error, as if they were independent):")
+    _say(
+        f"\nDistance from the analyses of {calibration.pairs} pairs that were set aside (± standard error, as if they were independent):"
+    )
     _say(_table(calibration.means))
     _say("\nError of analyses when a quarter of the points is seen, in standard deviations of the increments:")
     _say(_table(calibration.trial.round(3)))
@@ -305,20 +314,35 @@ def train(
         _say(f"{width:.0%} intervals of the prior's samples hold {covered:.1%} ± {bar:.1%}")
     _say(f"\nIn {out} and {report}, after {len(trained.history)} epochs")
 
+
 # %% ../../nbs/96_command_line.ipynb #a311b02e
 @app.command()
 def assimilate(
     prior: Annotated[Path, typer.Option(help="a prior that `pnpda train` made", parser=_path, metavar="FILE")],
-    background: Annotated[Path, typer.Option(help="NetCDF file or Zarr store with the forecast, with the archive's variables", parser=_path, metavar="FILE")],
-    observations: Annotated[Path, typer.Option(help="NetCDF or CSV file of stations, or fields with gaps", parser=_path, metavar="FILE")],
+    background: Annotated[
+        Path,
+        typer.Option(
+            help="NetCDF file or Zarr store with the forecast, with the archive's variables", parser=_path, metavar="FILE"
+        ),
+    ],
+    observations: Annotated[
+        Path, typer.Option(help="NetCDF or CSV file of stations, or fields with gaps", parser=_path, metavar="FILE")
+    ],
     out: Annotated[Path, typer.Option(help="where to write the analysis (NetCDF)", parser=_path, metavar="FILE")],
     iterations: Annotated[Optional[int], typer.Option(help="of plug-and-play; default: what was best in training")] = None,
     answers: Annotated[int, typer.Option(help="answers with noise of their own, of which the mean is taken")] = 1,
     seed: Annotated[int, typer.Option(help="seed of the noise")] = 0,
-    names: Annotated[Optional[str], typer.Option(help="what backgrounds and analyses are called in files; default: as in the archive of the prior")] = None,
-    samples: Annotated[Optional[str], typer.Option(help="comma-separated dimensions that count states, besides the usual ones; default: as in the archive")] = None,
+    names: Annotated[
+        Optional[str],
+        typer.Option(help="what backgrounds and analyses are called in files; default: as in the archive of the prior"),
+    ] = None,
+    samples: Annotated[
+        Optional[str],
+        typer.Option(help="comma-separated dimensions that count states, besides the usual ones; default: as in the archive"),
+    ] = None,
     report: Annotated[
-        Optional[Path], typer.Option(help="where to write the report (.html or .md); default: beside the analysis", parser=_path, metavar="FILE")
+        Optional[Path],
+        typer.Option(help="where to write the report (.html or .md); default: beside the analysis", parser=_path, metavar="FILE"),
     ] = None,
 ) -> None:
     """Assimilate observations into a background, each of its times and members by itself, with a trained prior, and report the increments."""
@@ -327,7 +351,9 @@ def assimilate(
         raise ValueError(f"out: expected a file that ends in .nc, got {out}")
     _whole("iterations", iterations), _whole("answers", answers), _seed(seed)
     given = {"prior": prior, "background": background, "observations": observations}
-    _check_places([_Place("out", out), *_with_report(report)], [place for name, path in given.items() for place in _read(name, path)])
+    _check_places(
+        [_Place("out", out), *_with_report(report)], [place for name, path in given.items() for place in _read(name, path)]
+    )
 
     import torch
 
@@ -365,6 +391,7 @@ def assimilate(
     _say(_table(departures, float_format="{:.3g}".format))
     _say(f"\nIn {out} and {report}")
 
+
 # %% ../../nbs/96_command_line.ipynb #b77ab04c
 def _attributes(prior: object, given: Mapping[str, Path], how: Mapping[str, object]) -> dict[str, str]:
     """What an analysis says about itself."""
@@ -378,12 +405,19 @@ def _attributes(prior: object, given: Mapping[str, Path], how: Mapping[str, obje
         "Conventions": "CF-1.11",
     }
 
+
 # %% ../../nbs/96_command_line.ipynb #fd84fe8c
 @app.command()
 def describe(
-    file: Annotated[str, typer.Argument(help="a prior, an archive of pairs, or a quoted pattern of several files", parser=_name, metavar="FILE")],
-    names: Annotated[Optional[str], typer.Option(help="what backgrounds and analyses are called in the archive; default: background,analysis")] = None,
-    samples: Annotated[Optional[str], typer.Option(help="comma-separated dimensions that count pairs, besides the usual ones")] = None,
+    file: Annotated[
+        str, typer.Argument(help="a prior, an archive of pairs, or a quoted pattern of several files", parser=_name, metavar="FILE")
+    ],
+    names: Annotated[
+        Optional[str], typer.Option(help="what backgrounds and analyses are called in the archive; default: background,analysis")
+    ] = None,
+    samples: Annotated[
+        Optional[str], typer.Option(help="comma-separated dimensions that count pairs, besides the usual ones")
+    ] = None,
 ) -> None:
     """Say what a file is: a prior or an archive. Nothing in it is executed, and no more of it is read than that takes."""
     roles, dims = _roles(names), _words("samples", samples)
@@ -406,6 +440,7 @@ def describe(
         if archive.state.left_out is not None:
             _say(f"  {len(archive.state.left_out)} points are missing always")
 
+
 # %% ../../nbs/96_command_line.ipynb #6d48d817
 def _is_prior(path: Path) -> bool:
     """Whether a file is, or claims to be, of safetensors: the length of a header, and then the header."""
@@ -415,20 +450,23 @@ def _is_prior(path: Path) -> bool:
         head = file.read(9)
     return path.suffix == ".safetensors" or (head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size)
 
+
 # %% ../../nbs/96_command_line.ipynb #f8345d50
 @app.command()
 def bench(
     only: Annotated[
         Optional[str],
-        typer.Option(
-            help="comma-separated parts: enkf, steps, etdrk4, members, state, memory, pnpda, training, pnpda_state"
-        ),
+        typer.Option(help="comma-separated parts: enkf, steps, etdrk4, members, state, memory, pnpda, training, pnpda_state"),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="a small version, in seconds")] = False,
     full: Annotated[bool, typer.Option("--full", help="no run of a peer is saved by scaling")] = False,
     out: Annotated[
         Optional[Path],
-        typer.Option(help="folder for bench.csv and manifest.json, where parts that are measured replace their old rows", parser=_path, metavar="FOLDER"),
+        typer.Option(
+            help="folder for bench.csv and manifest.json, where parts that are measured replace their old rows",
+            parser=_path,
+            metavar="FOLDER",
+        ),
     ] = None,
 ) -> None:
     """Measure speed and memory on one core, against DAPPER, LSODA and the core itself."""
@@ -456,6 +494,7 @@ def bench(
     if out:
         _say(f"\nIn {out}: bench.csv and manifest.json")
 
+
 # %% ../../nbs/96_command_line.ipynb #4d878b04
 @app.command()
 def published(
@@ -480,11 +519,14 @@ def published(
         table = published_scores(runs, seed, quick, progress=True)
         if out:
             files = {out / "scores.csv": table.to_csv(index=False, float_format="%.6g").encode()}
-            about = _about(files, settings={"runs": runs, "seed": seed, "quick": quick}, wall_seconds=round(time.perf_counter() - start, 1))
+            about = _about(
+                files, settings={"runs": runs, "seed": seed, "quick": quick}, wall_seconds=round(time.perf_counter() - start, 1)
+            )
             _write(files | _manifest(out, about))
     _say(_table(table.drop(columns="source").round(3)))
     if out:
         _say(f"\nIn {out}: scores.csv and manifest.json")
+
 
 # %% ../../nbs/96_command_line.ipynb #c8a87504
 def _attempt() -> tuple[int, str]:
@@ -504,8 +546,12 @@ def _attempt() -> tuple[int, str]:
         return 2, _told(error)
     if status == 130:  # the option parser turns Ctrl-C into this
         resumes = sys.argv[1:2] in (["run"], ["train"])
-        return 130, f"interrupted; {'what was finished is on disk, and the same command goes on from there' if resumes else 'nothing was written'}"
+        return (
+            130,
+            f"interrupted; {'what was finished is on disk, and the same command goes on from there' if resumes else 'nothing was written'}",
+        )
     return 0, ""
+
 
 # %% ../../nbs/96_command_line.ipynb #7dbc9715
 def main() -> None:

@@ -11,6 +11,7 @@ from contextlib import suppress
 # %% auto #0
 __all__ = []
 
+
 # %% ../../nbs/96_command_line.ipynb #41b4080d
 def _told(error: BaseException) -> str:
     """An error in words."""
@@ -24,6 +25,7 @@ def _told(error: BaseException) -> str:
     if isinstance(error, (ValueError, OSError)) and ": " in said:  # as our own do: what it is about, and what was wrong
         return " ".join([said, *(f"({note})" for note in getattr(error, "__notes__", ()))])
     return f"unexpected error ({type(error).__name__}: {said}); with PNPDA_TRACEBACK=1 in the environment it says where"
+
 
 # %% ../../nbs/96_command_line.ipynb #02b6f22c
 class _Outlet:
@@ -53,6 +55,7 @@ class _Outlet:
     def flush(self) -> None:
         self._try("flush")
 
+
 # %% ../../nbs/96_command_line.ipynb #fcfb6a87
 def _visible(text: str) -> str:
     """The text with everything but lines of printable characters as escapes."""
@@ -77,7 +80,13 @@ def _say(text: str) -> None:
 assert _visible("T\x1b]0;gone\x07 \u202e") == r"T\x1b]0;gone\x07 \u202e" and _line("a\nb") == r"a\nb"
 
 # %% ../../nbs/96_command_line.ipynb #ddbef2fd
-_FOR_PROGRAMMERS = (DeprecationWarning, PendingDeprecationWarning, ResourceWarning, ImportWarning)  # no matter for who uses a command
+_FOR_PROGRAMMERS = (
+    DeprecationWarning,
+    PendingDeprecationWarning,
+    ResourceWarning,
+    ImportWarning,
+)  # no matter for who uses a command
+
 
 # %% ../../nbs/96_command_line.ipynb #80aeeee2
 def _short(message: str) -> str:

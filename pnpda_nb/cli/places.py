@@ -18,6 +18,7 @@ from typing import NamedTuple, Optional
 # %% auto #0
 __all__ = []
 
+
 # %% ../../nbs/96_command_line.ipynb #19660dee
 class _Place(NamedTuple):
     """Where something is or will be: the option's `name`, the `path`, and whether everything below it counts."""
@@ -25,6 +26,7 @@ class _Place(NamedTuple):
     name: str
     path: Path
     folder: bool = False
+
 
 # %% ../../nbs/96_command_line.ipynb #e40a067d
 def _same(one: Path, other: Path) -> bool:
@@ -34,14 +36,22 @@ def _same(one: Path, other: Path) -> bool:
         return os.path.samefile(one, other)
     if one.exists() or other.exists():
         return False
-    name, also = (unicodedata.normalize("NFC", str(path)).casefold() for path in (one, other))  # some file systems know only one of Ä and ä
+    name, also = (
+        unicodedata.normalize("NFC", str(path)).casefold() for path in (one, other)
+    )  # some file systems know only one of Ä and ä
     return name == also
 
 
 def _touch(one: _Place, other: _Place) -> bool:
     """Whether two places are the same, or one is inside the other."""
-    inside = any(_same(above, b.path) for a, b in ((one, other), (other, one)) if b.folder for above in Path(os.path.realpath(a.path)).parents)
+    inside = any(
+        _same(above, b.path)
+        for a, b in ((one, other), (other, one))
+        if b.folder
+        for above in Path(os.path.realpath(a.path)).parents
+    )
     return inside or _same(one.path, other.path)
+
 
 # %% ../../nbs/96_command_line.ipynb #51b5277d
 def _check_places(outputs: Iterable[_Place], inputs: Iterable[_Place] = ()) -> None:
@@ -54,10 +64,15 @@ def _check_places(outputs: Iterable[_Place], inputs: Iterable[_Place] = ()) -> N
         _check_free(place)
         for given in inputs:
             if _touch(place, given):
-                raise ValueError(f"{place.name}: expected another place than {given.path}, which is read ({given.name}), got {place.path}")
+                raise ValueError(
+                    f"{place.name}: expected another place than {given.path}, which is read ({given.name}), got {place.path}"
+                )
         for other in outputs[:number]:
             if _touch(place, other):
-                raise ValueError(f"{place.name}: expected another place than {other.path}, where {other.name} is written, got {place.path}")
+                raise ValueError(
+                    f"{place.name}: expected another place than {other.path}, where {other.name} is written, got {place.path}"
+                )
+
 
 # %% ../../nbs/96_command_line.ipynb #239d4ff7
 def _check_free(place: _Place) -> None:
@@ -70,10 +85,12 @@ def _check_free(place: _Place) -> None:
     with suppress(FileNotFoundError, NotADirectoryError):
         os.lstat(_beside(path))  # a name may be too long with a few characters more
 
+
 # %% ../../nbs/96_command_line.ipynb #08363bd4
 def _beside(path: Path) -> Path:
     """A name that is used while `path` is written; longer than all the others."""
     return path.with_name(f".{os.getpid():07}.part.training.{path.name}")
+
 
 # %% ../../nbs/96_command_line.ipynb #0c10a99f
 def _read(name: str, *texts: object) -> list[_Place]:
@@ -83,6 +100,7 @@ def _read(name: str, *texts: object) -> list[_Place]:
         matched = glob.glob(text) if any(c in text for c in "*?[") else []
         found += [_Place(name, path, path.is_dir()) for path in map(Path, dict.fromkeys([text, *matched]))]
     return found
+
 
 # %% ../../nbs/96_command_line.ipynb #ed828618
 def _report_path(report: Optional[Path], out: Path) -> Path:
@@ -98,6 +116,7 @@ def _with_report(report: Path) -> list[_Place]:
     """A report's places; in Markdown its figures are in a folder beside it."""
     figures = [_Place("report", report.with_name(f"{report.stem}_files"), True)] if report.suffix.lower() == ".md" else []
     return [_Place("report", report), *figures]
+
 
 # %% ../../nbs/96_command_line.ipynb #1d1985a8
 @contextmanager
@@ -120,6 +139,7 @@ def _room(**folders: Path) -> Iterator[None]:
                 path.rmdir()
         raise
 
+
 # %% ../../nbs/96_command_line.ipynb #d2d575fb
 def _write(files: Mapping[Path, bytes]) -> None:
     """Write all of the files, or none."""
@@ -138,6 +158,7 @@ def _tidy(path: Path) -> None:
         with suppress(OSError):  # it may be somebody else's to remove
             if number and not _alive(int(number[1])) and time.time() - left.stat().st_mtime > 3600:
                 left.unlink()
+
 
 # %% ../../nbs/96_command_line.ipynb #7b944467
 def _alive(number: int) -> bool:

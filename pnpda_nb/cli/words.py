@@ -12,6 +12,7 @@ import typer
 # %% auto #0
 __all__ = []
 
+
 # %% ../../nbs/96_command_line.ipynb #dfa8397c
 def _name(text: str) -> str:
     """A name that a file could have."""
@@ -22,7 +23,9 @@ def _name(text: str) -> str:
     except (FileNotFoundError, NotADirectoryError):
         pass
     except (OSError, ValueError) as error:  # too long, a null character, half a character, no permission
-        raise typer.BadParameter(f"expected the name of a file or folder, got {text!r} ({getattr(error, 'strerror', None) or error})") from error
+        raise typer.BadParameter(
+            f"expected the name of a file or folder, got {text!r} ({getattr(error, 'strerror', None) or error})"
+        ) from error
     return text
 
 
@@ -34,6 +37,7 @@ def _whole(name: str, value: Optional[int], most: int = 1_000_000) -> None:
     """Raise `ValueError` for a number below 1 or above what makes sense."""
     if value is not None and not 1 <= value <= most:
         raise ValueError(f"{name}: expected at {'least 1' if value < 1 else f'most {most}'}, got {value}")
+
 
 # %% ../../nbs/96_command_line.ipynb #82c79c2b
 def _seed(seed: int) -> None:

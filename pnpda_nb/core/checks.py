@@ -24,8 +24,19 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['Gappy', 'GappyArray', 'GappyFloat', 'Mask', 'Index', 'Complex', 'Converted', 'Positive', 'guarded', 'unchecked',
-           'guard']
+__all__ = [
+    "Gappy",
+    "GappyArray",
+    "GappyFloat",
+    "Mask",
+    "Index",
+    "Complex",
+    "Converted",
+    "Positive",
+    "guarded",
+    "unchecked",
+    "guard",
+]
 
 # %% ../../nbs/92_engine.ipynb #28e5b075
 GAPS = "may hold nan where something is missing, or inf where nothing is near"
@@ -47,6 +58,7 @@ def _number(value: object) -> str | None:
     except OverflowError:
         return "a number that fits into 64 bits"
 
+
 # %% ../../nbs/92_engine.ipynb #123c265d
 def _count(value: object) -> str | None:
     if not isinstance(value, Integral) or isinstance(value, (bool, np.bool_)):
@@ -58,8 +70,13 @@ def _tensor(value: object, of: str = "floating-point numbers") -> str | None:
     if not isinstance(value, Tensor):
         return f"a tensor of {of}"
     whole = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
-    kinds = {"floating-point numbers": value.is_floating_point(), "whole numbers": whole, "True and False": value.dtype == torch.bool}
+    kinds = {
+        "floating-point numbers": value.is_floating_point(),
+        "whole numbers": whole,
+        "True and False": value.dtype == torch.bool,
+    }
     return None if kinds.get(of, True) else f"a tensor of {of}"
+
 
 # %% ../../nbs/92_engine.ipynb #6fb1dd2b
 def _finite(value: object) -> str | None:
@@ -77,6 +94,7 @@ def _finite(value: object) -> str | None:
     except RuntimeError:  # inside a transform of torch.func there are no values to look at
         return None
 
+
 # %% ../../nbs/92_engine.ipynb #f2634f57
 _SIMPLE: dict[Any, Rule] = {
     int: _count,
@@ -88,8 +106,14 @@ _SIMPLE: dict[Any, Rule] = {
     os.PathLike: lambda v: None if isinstance(v, os.PathLike) else "a path",
 }
 _SEQUENCES = (tuple, list, collections.abc.Sequence)
-_RANGES = {annotated_types.Ge: (">=", "at least"), annotated_types.Gt: (">", "more than"), annotated_types.Le: ("<=", "at most"), annotated_types.Lt: ("<", "less than")}
+_RANGES = {
+    annotated_types.Ge: (">=", "at least"),
+    annotated_types.Gt: (">", "more than"),
+    annotated_types.Le: ("<=", "at most"),
+    annotated_types.Lt: ("<", "less than"),
+}
 _COMPARE = {">=": lambda a, b: a >= b, ">": lambda a, b: a > b, "<=": lambda a, b: a <= b, "<": lambda a, b: a < b}
+
 
 # %% ../../nbs/92_engine.ipynb #2e5263f3
 @cache
@@ -119,10 +143,12 @@ def rule_of(annotation: Any) -> Rule | None:
     called = "a mapping" if kind is Mapping else f"{'an' if kind.__name__[0] in 'AEIOU' else 'a'} {kind.__name__}"
     return lambda v: None if isinstance(v, kind) or _made_anew(v, kind) else called
 
+
 # %% ../../nbs/92_engine.ipynb #0dbf3b69
 def _made_anew(value: object, kind: type) -> bool:
     """Whether `value` is of a class that whoever runs a chapter has just defined again."""
     return any(k.__module__ == "__main__" and k.__qualname__ == kind.__qualname__ for k in type(value).__mro__)
+
 
 # %% ../../nbs/92_engine.ipynb #8b8771ff
 def _range(bound: Any) -> Rule | None:
@@ -143,6 +169,7 @@ def _range(bound: Any) -> Rule | None:
 def _all_of(rules: list[Rule]) -> Rule:
     return lambda v: next((wanted for rule in rules if (wanted := rule(v))), None)
 
+
 # %% ../../nbs/92_engine.ipynb #3e707f5b
 def _one_of(rules: list[Rule | None]) -> Rule | None:
     if None in rules:
@@ -154,6 +181,7 @@ def _one_of(rules: list[Rule | None]) -> Rule | None:
 
     return rule
 
+
 # %% ../../nbs/92_engine.ipynb #c6056bff
 def _sequence(parts: tuple) -> Rule:
     """Anything with an order: tuples and lists, arrays and tensors of one dimension, ranges; each entry by its own rule."""
@@ -162,7 +190,11 @@ def _sequence(parts: tuple) -> Rule:
 
     def rule(value: object) -> str | None:
         array = hasattr(value, "__array__") and hasattr(value, "ndim")  # of numpy, torch, pandas or xarray
-        if isinstance(value, (str, bytes)) or not (array or isinstance(value, collections.abc.Sequence)) or (array and parts and value.ndim != 1):
+        if (
+            isinstance(value, (str, bytes))
+            or not (array or isinstance(value, collections.abc.Sequence))
+            or (array and parts and value.ndim != 1)
+        ):
             return "a sequence"
         if not parts:
             return None
@@ -176,6 +208,7 @@ def _sequence(parts: tuple) -> Rule:
         return f"a sequence, each {wanted}" if wrong else None
 
     return rule
+
 
 # %% ../../nbs/92_engine.ipynb #11c42801
 _inside: ContextVar[bool] = ContextVar("inside the library", default=False)
@@ -195,6 +228,7 @@ def shown(value: object) -> str:
         text = type(value).__name__
     return text if len(text) <= 80 else f"{text[:77]}..."
 
+
 # %% ../../nbs/92_engine.ipynb #1d2dc47d
 def _not_finite(value: Tensor | np.ndarray | float) -> str:
     """How many numbers are not finite, in words."""
@@ -202,6 +236,7 @@ def _not_finite(value: Tensor | np.ndarray | float) -> str:
         return str(value)
     lost = int((~torch.isfinite(value)).sum()) if isinstance(value, Tensor) else int((~np.isfinite(value)).sum())
     return f"{lost} of {math.prod(value.shape)} that are not"
+
 
 # %% ../../nbs/92_engine.ipynb #7e348c7b
 def _in_double(value: object) -> object:
@@ -220,6 +255,7 @@ def _in_double(value: object) -> object:
 def _may_miss(hint: Any) -> bool:
     return GAPS in getattr(hint, "__metadata__", ()) or any(map(_may_miss, get_args(hint)))
 
+
 # %% ../../nbs/92_engine.ipynb #9f4ad451
 class _Rules:
     """What the annotations of one function ask of its arguments, and whether its result may hold nan."""
@@ -234,9 +270,14 @@ class _Rules:
         for name, parameter in self.signature.parameters.items():
             if name in hints and (rule := rule_of(hints[name])):
                 self.of[name] = (rule, not _may_miss(hints[name]), parameter)
-        self.gaps, self.alone = _may_miss(hints.get("return", None)), ALONE in getattr(hints.get("return", None), "__metadata__", ())
+        self.gaps, self.alone = (
+            _may_miss(hints.get("return", None)),
+            ALONE in getattr(hints.get("return", None), "__metadata__", ()),
+        )
         self.analyses = plain.__name__ == "analyse" and owner is not None and "background" in self.of
-        self.converts = [name for name, hint in hints.items() if name in self.of and "made float64" in getattr(hint, "__metadata__", ())]
+        self.converts = [
+            name for name, hint in hints.items() if name in self.of and "made float64" in getattr(hint, "__metadata__", ())
+        ]
         if self.analyses:
             self.converts += [name for name in ("background", "past") if name in self.of]
 
@@ -248,7 +289,9 @@ class _Rules:
             if name not in given:
                 continue
             several = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-            values = [given[name]] if not several else given[name].values() if parameter.kind is parameter.VAR_KEYWORD else given[name]
+            values = (
+                [given[name]] if not several else given[name].values() if parameter.kind is parameter.VAR_KEYWORD else given[name]
+            )
             for value in values:
                 if wanted := rule(value):
                     raise ValueError(f"{name}: expected {wanted}, got {shown(value)}")
@@ -257,15 +300,18 @@ class _Rules:
         if self.analyses and given["background"].ndim < 2:
             raise ValueError(f"background: expected an ensemble (..., member, dim), got {shown(given['background'])}")
 
+
 # %% ../../nbs/92_engine.ipynb #f6bce6ff
 def _named(given: dict[str, Any]) -> str:
     """All that was given, in words."""
     return ", ".join(f"{name} {shown(value)}" for name, value in given.items() if name not in ("self", "cls")) or "nothing"
 
+
 # %% ../../nbs/92_engine.ipynb #2943d134
 @cache
 def _gappy_fields(kind: type) -> frozenset[str]:
     return frozenset(name for name, hint in typing.get_type_hints(kind, include_extras=True).items() if _may_miss(hint))
+
 
 # %% ../../nbs/92_engine.ipynb #3143d924
 def _lost(result: object, depth: int = 3, outside: bool = True, strict: bool = False) -> Tensor | np.ndarray | float | None:
@@ -288,13 +334,29 @@ def _lost(result: object, depth: int = 3, outside: bool = True, strict: bool = F
         return None
     return next((lost for part in parts if (lost := _lost(part, depth - 1, outside, strict)) is not None), None)
 
+
 # %% ../../nbs/92_engine.ipynb #d36ff8c4
 _OURS = re.compile(r"[^\s:]+(, [^\s:]+)*( \S*[./\\].*)?: ")  # arguments, or what a file was to be and its path
-_FOREIGN = (RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError, MemoryError, ValueError, NameError, AssertionError, EOFError, BufferError, SystemError, StopIteration)
+_FOREIGN = (
+    RuntimeError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    MemoryError,
+    ValueError,
+    NameError,
+    AssertionError,
+    EOFError,
+    BufferError,
+    SystemError,
+    StopIteration,
+)
 
 
 def _called(function: Callable) -> str:
     return function.__qualname__.removesuffix(".__init__")
+
 
 # %% ../../nbs/92_engine.ipynb #a05fd599
 @contextmanager
@@ -315,6 +377,7 @@ def _behind_border(function: Callable, given: dict[str, Any]) -> Iterator[None]:
     finally:
         _inside.reset(before)
 
+
 # %% ../../nbs/92_engine.ipynb #e70a187b
 def _whole(function: Callable, asked: _Rules, result: object, given: dict[str, Any]) -> None:
     """Refuse a result that is not finite and should be."""
@@ -322,6 +385,7 @@ def _whole(function: Callable, asked: _Rules, result: object, given: dict[str, A
         return
     if (lost := _lost(result, strict=asked.alone)) is not None:
         raise ValueError(f"{_called(function)}: expected a finite result, got {_not_finite(lost)}, from {_named(given)}")
+
 
 # %% ../../nbs/92_engine.ipynb #95ef78c9
 def guarded(function: Callable, owner: type | None = None) -> Callable:
@@ -370,6 +434,7 @@ def guarded(function: Callable, owner: type | None = None) -> Callable:
             setattr(call, extra, getattr(function, extra))
     return call
 
+
 # %% ../../nbs/92_engine.ipynb #af84a598
 def _step_by_step(function: Callable, asked: _Rules, bound: inspect.BoundArguments) -> Iterator:
     """The steps of a generator, each of them taken behind the border."""
@@ -382,6 +447,7 @@ def _step_by_step(function: Callable, asked: _Rules, bound: inspect.BoundArgumen
         _whole(function, asked, value, bound.arguments)
         yield value
 
+
 # %% ../../nbs/92_engine.ipynb #332e5551
 @contextmanager
 def unchecked() -> Iterator[None]:
@@ -391,6 +457,7 @@ def unchecked() -> Iterator[None]:
         yield
     finally:
         _inside.reset(before)
+
 
 # %% ../../nbs/92_engine.ipynb #09452c8a
 def _analysis(result: object, given: dict[str, Any], args: tuple, kwargs: dict) -> object:
@@ -404,6 +471,7 @@ def _analysis(result: object, given: dict[str, Any], args: tuple, kwargs: dict) 
         raise ValueError(_why(type(given["self"]).__name__, result, background, given.get("observations")))
     came = kwargs["background"] if "background" in kwargs else args[1]
     return result.float() if getattr(came, "dtype", None) in (torch.float32, np.float32) else result
+
 
 # %% ../../nbs/92_engine.ipynb #a5cf1cf1
 def _why(name: str, result: Tensor, background: Tensor, observations: object) -> str:
@@ -424,6 +492,7 @@ def _why(name: str, result: Tensor, background: Tensor, observations: object) ->
     kind = "runs" if background.ndim > 2 else "members"
     return f"{name}: expected a finite analysis, got one that is not in {kind} {which} of {math.prod(rows)}; {cause}"
 
+
 # %% ../../nbs/92_engine.ipynb #7aea8288
 def guard(names: dict[str, Any]) -> None:
     """Put the public functions and classes of a module, whose `globals()` are `names`, behind the border."""
@@ -436,6 +505,7 @@ def guard(names: dict[str, Any]) -> None:
                     _guard_class(kind)
         elif isinstance(thing, types.FunctionType) or hasattr(thing, "cache_clear"):
             names[name] = guarded(thing)
+
 
 # %% ../../nbs/92_engine.ipynb #6fabd7fc
 def _guard_class(kind: type) -> None:
@@ -450,7 +520,13 @@ def _guard_class(kind: type) -> None:
             setattr(kind, name, guarded(member, kind))
         elif isinstance(member, (classmethod, staticmethod)):
             setattr(kind, name, type(member)(guarded(member.__func__, kind)))
-        elif isinstance(member, property) and member.fget.__annotations__.get("return") in ("Tensor", "float", "Gappy", Tensor, float):
+        elif isinstance(member, property) and member.fget.__annotations__.get("return") in (
+            "Tensor",
+            "float",
+            "Gappy",
+            Tensor,
+            float,
+        ):
             setattr(kind, name, property(guarded(member.fget, kind), doc=member.__doc__))
         elif isinstance(member, cached_property):
             setattr(kind, name, again := cached_property(guarded(member.func, kind)))

@@ -17,7 +17,8 @@ from torch import Tensor
 from .checks import Gappy, Index, guard
 
 # %% auto #0
-__all__ = ['Distance', 'gaspari_cohn', 'gaspari_cohn_matrix', 'neighbours', 'tapers']
+__all__ = ["Distance", "gaspari_cohn", "gaspari_cohn_matrix", "neighbours", "tapers"]
+
 
 # %% ../../nbs/92_engine.ipynb #cdda6a74
 def gaspari_cohn(distance: Gappy | float, half_width: float) -> Tensor:
@@ -32,6 +33,7 @@ def gaspari_cohn(distance: Gappy | float, half_width: float) -> Tensor:
     far = 4 - 5 * r + 5 / 3 * r**2 + 5 / 8 * r**3 - r**4 / 2 + r**5 / 12 - 2 / (3 * r.clamp_min(1e-300))
     return torch.where(r <= 1, near, torch.where(r < 2, far, torch.zeros_like(r)))
 
+
 # %% ../../nbs/92_engine.ipynb #039ced53
 def gaspari_cohn_matrix(dim: int, half_width: float, periodic: bool = False) -> Tensor:
     """Correlations `(dim, dim)` between grid points; `half_width` in grid intervals. Positive definite on a
@@ -41,14 +43,13 @@ def gaspari_cohn_matrix(dim: int, half_width: float, periodic: bool = False) -> 
     distance = (index[:, None] - index[None, :]).abs()
     return gaspari_cohn(torch.minimum(distance, dim - distance) if periodic else distance, half_width)
 
+
 # %% ../../nbs/92_engine.ipynb #71291891
 Distance = Literal["ring", "line"] | Callable[[Tensor, Tensor], Tensor]
 
 
 @lru_cache(maxsize=8)
-def neighbours(
-    dim: int, sites: tuple[int, ...], reach: float, distance: Distance = "ring"
-) -> tuple[Index, Gappy]:
+def neighbours(dim: int, sites: tuple[int, ...], reach: float, distance: Distance = "ring") -> tuple[Index, Gappy]:
     """For every state variable the observations within `reach`: their numbers and distances, both
     `(dim, most)`, padded with number 0 at infinite distance.
 
@@ -80,6 +81,7 @@ def neighbours(
     number[row, place], apart[row, place] = column, length
     return torch.from_numpy(number), torch.from_numpy(apart)
 
+
 # %% ../../nbs/92_engine.ipynb #8051f53f
 @lru_cache(maxsize=8)
 def tapers(dim: int, sites: tuple[int, ...], half_width: float, distance: Distance = "ring") -> tuple[Tensor, Tensor]:
@@ -108,12 +110,14 @@ def tapers(dim: int, sites: tuple[int, ...], half_width: float, distance: Distan
         raise ValueError("distance: no correlation function of these distances is positive definite; try a smaller half_width")
     return between, among
 
+
 # %% ../../nbs/92_engine.ipynb #2ea823e1
 def _taper(dim: int, half_width: float, distance: Distance) -> Tensor:
     """Gaspari-Cohn correlations `(dim, dim)` among all variables."""
     if not half_width > 0:
         raise ValueError(f"half_width: expected a positive length, got {half_width}")
     return tapers(dim, tuple(range(dim)), half_width, distance)[1]
+
 
 # %% ../../nbs/92_engine.ipynb #b224cb95
 #| eval: false

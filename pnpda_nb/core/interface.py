@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, Callable, TypeVar
 
 # %% auto #0
-__all__ = ['deprecated']
+__all__ = ["deprecated"]
 
 # %% ../../nbs/99_public.ipynb #c8b376ea
 _Decorated = TypeVar("_Decorated", bound=Callable)
+
 
 # %% ../../nbs/99_public.ipynb #62a166b8
 def public_api(package: str = "pnpda_nb") -> dict[str, tuple[str, ...]]:
@@ -24,7 +25,11 @@ def public_api(package: str = "pnpda_nb") -> dict[str, tuple[str, ...]]:
     Raises `ModuleNotFoundError` if there is no such package.
     """
     modules = _modules(package)
-    return {name: names for name, (names, _, front) in modules.items() if not any(name.startswith(f"{room}.") for room, m in modules.items() if m[2])}
+    return {
+        name: names
+        for name, (names, _, front) in modules.items()
+        if not any(name.startswith(f"{room}.") for room, m in modules.items() if m[2])
+    }
 
 
 def deprecations(package: str = "pnpda_nb") -> dict[str, str]:
@@ -37,6 +42,7 @@ def deprecations(package: str = "pnpda_nb") -> dict[str, str]:
             for since in _since(node) if getattr(node, "name", None) in names else ():
                 found[f"{module}.{node.name}"] = since
     return found
+
 
 # %% ../../nbs/99_public.ipynb #8a3e116e
 def _modules(package: str) -> dict[str, tuple[tuple[str, ...], ast.Module, bool]]:
@@ -55,6 +61,7 @@ def _modules(package: str) -> dict[str, tuple[tuple[str, ...], ast.Module, bool]
             found[".".join((package, *parts))] = tuple(ast.literal_eval(lists[-1])), tree, path.name == "__init__.py"
     return found
 
+
 # %% ../../nbs/99_public.ipynb #ba53818e
 def _since(node: ast.stmt) -> list[str]:
     """The version in a decorator `@deprecated(since, instead)` of a definition, if it has one."""
@@ -64,6 +71,7 @@ def _since(node: ast.stmt) -> list[str]:
             given = dict(zip(("since", "instead"), call.args)) | {k.arg: k.value for k in call.keywords}
             found += [ast.literal_eval(given["since"])] if "instead" in given else []
     return found
+
 
 # %% ../../nbs/99_public.ipynb #5119207c
 def deprecated(since: str, instead: str | None = None, **renamed: str) -> Callable[[_Decorated], _Decorated]:
@@ -100,6 +108,7 @@ def deprecated(since: str, instead: str | None = None, **renamed: str) -> Callab
         return told
 
     return decorate
+
 
 # %% ../../nbs/99_public.ipynb #5a468249
 def _warn(message: str) -> None:

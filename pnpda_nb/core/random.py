@@ -14,7 +14,8 @@ from .checks import guard
 from .settings import _require
 
 # %% auto #0
-__all__ = ['stream', 'RunStreams', 'standard_normal', 'RunNoise']
+__all__ = ["stream", "RunStreams", "standard_normal", "RunNoise"]
+
 
 # %% ../../nbs/92_engine.ipynb #41fb2385
 def stream(seed: int, *names: str | int) -> torch.Generator:
@@ -23,6 +24,7 @@ def stream(seed: int, *names: str | int) -> torch.Generator:
     """
     digest = hashlib.sha256(repr((int(seed), *names)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
 
 # %% ../../nbs/92_engine.ipynb #e096c2dc
 class RunStreams(torch.Generator):
@@ -43,6 +45,7 @@ class RunStreams(torch.Generator):
         self.manual_seed(stream(seed, *names).initial_seed())
         self.runs = [stream(seed, *names, run) for run in range(runs)]
 
+
 # %% ../../nbs/92_engine.ipynb #e7c3b140
 def standard_normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Independent N(0, 1) draws in double precision, on the generator's device.
@@ -57,6 +60,7 @@ def standard_normal(shape: tuple[int, ...], generator: torch.Generator) -> Tenso
         return out
     return out.normal_(generator=generator)
 
+
 # %% ../../nbs/92_engine.ipynb #189cfb48
 class RunNoise:
     """Draws for `runs` runs, each from its own two streams: one for the first member, one for all
@@ -70,16 +74,11 @@ class RunNoise:
     def draw(self, steps: int, members: int, dim: int) -> Tensor:
         """Independent N(0, 1) draws `(steps, run, member, dim)`."""
         blocks = [
-            torch.cat(
-                (
-                    standard_normal((steps, 1, dim), first),
-                    standard_normal((steps, members - 1, dim), others),
-                ),
-                dim=1,
-            )
+            torch.cat((standard_normal((steps, 1, dim), first), standard_normal((steps, members - 1, dim), others)), dim=1)
             for first, others in zip(self.first, self.others)
         ]
         return torch.stack(blocks, dim=1)
+
 
 # %% ../../nbs/92_engine.ipynb #ddc7f948
 #| eval: false

@@ -13,13 +13,15 @@ from typing import Any
 from .checks import guard
 
 # %% auto #0
-__all__ = ['Settings', 'parse_as']
+__all__ = ["Settings", "parse_as"]
+
 
 # %% ../../nbs/92_engine.ipynb #3b50dcb3
 def _require(holds: bool, argument: str, expected: str, got: object) -> None:
     """Raise a `ValueError` that names the argument, unless what is asked of it holds."""
     if not holds:
         raise ValueError(f"{argument}: expected {expected}, got {got}")
+
 
 # %% ../../nbs/92_engine.ipynb #e7a1df68
 def _require_numbers(record: object, *arguments: str, positive: bool = True) -> None:
@@ -30,16 +32,13 @@ def _require_numbers(record: object, *arguments: str, positive: bool = True) -> 
         holds = isinstance(value, Real) and math.isfinite(value) and (value > 0 or not positive)
         _require(holds, argument, expected, value)
 
+
 # %% ../../nbs/92_engine.ipynb #373331dc
 def _require_size(record: object, argument: str, least: int) -> None:
     """Ask that this field of a record is a whole number, `least` or more."""
     value = getattr(record, argument)
-    _require(
-        isinstance(value, Integral) and value >= least,
-        argument,
-        f"a whole number of {least} or more",
-        value,
-    )
+    _require(isinstance(value, Integral) and value >= least, argument, f"a whole number of {least} or more", value)
+
 
 # %% ../../nbs/92_engine.ipynb #cf0d14c8
 def _require_count(name: str, value: object, least: int) -> None:
@@ -47,6 +46,7 @@ def _require_count(name: str, value: object, least: int) -> None:
         raise ValueError(f"{name}: expected a whole number, got {value!r}")
     if value < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
+
 
 # %% ../../nbs/92_engine.ipynb #e2fa0f2d
 @dataclass(frozen=True)
@@ -60,14 +60,13 @@ class Settings:
             if not labels or len(set(labels)) < len(labels):
                 raise ValueError(f"{name}: expected values that differ, got {getattr(self, name)}")
 
+
 # %% ../../nbs/92_engine.ipynb #03afecae
 def parse_as(name: str, text: str, like: Any) -> Any:
     """`text` as a value of the type of `like`; raises `ValueError` that names the setting."""
     try:
         if isinstance(like, bool):
-            return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[
-                text.lower()
-            ]
+            return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[text.lower()]
         if isinstance(like, (int, float)):
             return type(like)(text)
         if isinstance(like, tuple):
@@ -75,6 +74,7 @@ def parse_as(name: str, text: str, like: Any) -> Any:
         return text
     except (ValueError, KeyError):
         raise ValueError(f"set: expected {name} to be like {like!r}, got {text!r}") from None
+
 
 # %% ../../nbs/92_engine.ipynb #31d0e3b5
 #| eval: false

@@ -18,7 +18,8 @@ from ..core.random import standard_normal
 from ..core.settings import _require, _require_numbers, _require_size
 
 # %% auto #0
-__all__ = ['Model', 'rk4', 'Lorenz63', 'FunctionModel', 'trajectory', 'AdditiveModelError']
+__all__ = ["Model", "rk4", "Lorenz63", "FunctionModel", "trajectory", "AdditiveModelError"]
+
 
 # %% ../../nbs/01_dynamics.ipynb #e446c603
 @runtime_checkable
@@ -37,6 +38,7 @@ class Model(Protocol):
 
     def step(self, state: Tensor) -> Tensor: ...
 
+
 # %% ../../nbs/01_dynamics.ipynb #9654aba7
 def rk4(tendency: Callable[[Tensor], Tensor], state: Tensor, dt: float) -> Tensor:
     """One classical fourth-order Runge-Kutta step of length `dt` from `state` `(..., dim)`."""
@@ -46,12 +48,12 @@ def rk4(tendency: Callable[[Tensor], Tensor], state: Tensor, dt: float) -> Tenso
     k4 = tendency(torch.add(state, k3, alpha=dt))
     return torch.add(state, torch.add(k1 + k4, k2 + k3, alpha=2), alpha=dt / 6)
 
+
 # %% ../../nbs/01_dynamics.ipynb #3b50dcb3
 def _require_states(model: Model, argument: str, states: Tensor) -> None:
     """Ask that the last dimension of a tensor is the model's."""
-    _require(
-        states.shape[-1:] == (model.dim,), argument, f"states of size {model.dim}", tuple(states.shape)
-    )
+    _require(states.shape[-1:] == (model.dim,), argument, f"states of size {model.dim}", tuple(states.shape))
+
 
 # %% ../../nbs/01_dynamics.ipynb #5e0a6a1b
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Lorenz63:
     def step(self, state: Tensor) -> Tensor:
         return rk4(self.tendency, state, self.dt)
 
+
 # %% ../../nbs/01_dynamics.ipynb #ad7265ea
 @dataclass(frozen=True)
 class FunctionModel:
@@ -97,9 +100,7 @@ class FunctionModel:
     def __post_init__(self):
         _require_size(self, "dim", 1)
         _require_numbers(self, "dt")
-        _require(
-            len(self.names) in (0, self.dim), "names", f"{self.dim} variable names", len(self.names)
-        )
+        _require(len(self.names) in (0, self.dim), "names", f"{self.dim} variable names", len(self.names))
 
     @property
     def differentiable(self) -> bool:
@@ -113,10 +114,9 @@ class FunctionModel:
         else:
             moved = self.function(state)
         shape = tuple(state.shape)
-        _require(
-            tuple(moved.shape) == shape, "function", f"a state of shape {shape}", tuple(moved.shape)
-        )
+        _require(tuple(moved.shape) == shape, "function", f"a state of shape {shape}", tuple(moved.shape))
         return moved
+
 
 # %% ../../nbs/01_dynamics.ipynb #9796cb3b
 def trajectory(model: Model, initial: Tensor, steps: int, error: Tensor | None = None) -> Tensor:
@@ -135,6 +135,7 @@ def trajectory(model: Model, initial: Tensor, steps: int, error: Tensor | None =
         states.append(state if error is None else state + error[t])
     return torch.stack(states)
 
+
 # %% ../../nbs/01_dynamics.ipynb #a05fc542
 @dataclass(frozen=True)
 class AdditiveModelError:
@@ -150,6 +151,7 @@ class AdditiveModelError:
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         return self.variance**0.5 * standard_normal(shape, generator)
+
 
 # %% ../../nbs/01_dynamics.ipynb #af8c3a35
 guard(globals())

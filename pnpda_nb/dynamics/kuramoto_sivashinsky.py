@@ -21,7 +21,8 @@ from ..core.settings import _require, _require_numbers, _require_size
 from .base import _require_states
 
 # %% auto #0
-__all__ = ['etdrk4', 'KuramotoSivashinsky']
+__all__ = ["etdrk4", "KuramotoSivashinsky"]
+
 
 # %% ../../nbs/91_models.ipynb #c53dfc81
 class ETDRK4Weights(NamedTuple):
@@ -33,6 +34,7 @@ class ETDRK4Weights(NamedTuple):
     first: Tensor
     middle: Tensor
     last: Tensor
+
 
 # %% ../../nbs/91_models.ipynb #304e9cd1
 def etdrk4_weights(rates: Tensor, dt: float) -> ETDRK4Weights:
@@ -50,6 +52,7 @@ def etdrk4_weights(rates: Tensor, dt: float) -> ETDRK4Weights:
     ]
     return ETDRK4Weights(z.exp(), (z / 2).exp(), *(dt * values.real.mean(-1) for values in around))
 
+
 # %% ../../nbs/91_models.ipynb #8a6decb6
 def etdrk4(nonlinear: Callable[[Complex], Complex], modes: Complex, weights: ETDRK4Weights) -> Complex:
     """One exponential Runge-Kutta step of order four for dv/dt = λv + N(v) (Cox and Matthews 2002, eqs. 26-29;
@@ -64,6 +67,7 @@ def etdrk4(nonlinear: Callable[[Complex], Complex], modes: Complex, weights: ETD
     n4 = nonlinear(c)
     return w.full * modes + w.first * n1 + 2 * w.middle * (n2 + n3) + w.last * n4
 
+
 # %% ../../nbs/91_models.ipynb #69a351d1
 def _ks_linear(u: Tensor, dx: float, viscosity: float, boundary: str) -> Tensor:
     """-u_xx - ν u_xxxx by central differences of second order, between clamped or hinged walls."""
@@ -73,26 +77,21 @@ def _ks_linear(u: Tensor, dx: float, viscosity: float, boundary: str) -> Tensor:
     near, far = wide[..., 3:-1] + wide[..., 1:-3], wide[..., 4:] + wide[..., :-4]
     return (2 * u - near) / dx**2 - viscosity * (far - 4 * near + 6 * u) / dx**4
 
+
 # %% ../../nbs/91_models.ipynb #f6042cc1
 @lru_cache(maxsize=64)
-def _ks_spectrum(
-    model: KuramotoSivashinsky, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor, ETDRK4Weights]:
+def _ks_spectrum(model: KuramotoSivashinsky, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, ETDRK4Weights]:
     """Growth rates, their eigenvectors (between walls) or i k (periodic), and the weights of one substep."""
 
     def build() -> tuple[Tensor, Tensor, ETDRK4Weights]:
         if model.boundary == "periodic":
             k = 2 * math.pi * torch.fft.rfftfreq(model.dim, model.dx, dtype=torch.float64)
             rates = k**2 - model.viscosity * k**4
-            k[2 * torch.arange(len(k)) == model.dim] = (
-                0  # the sawtooth has no derivative on its own points
-            )
+            k[2 * torch.arange(len(k)) == model.dim] = 0  # the sawtooth has no derivative on its own points
             basis = torch.complex(torch.zeros_like(k), k).to(device, dtype.to_complex())
         else:
             unit = torch.eye(model.dim, dtype=torch.float64)
-            rates, basis = torch.linalg.eigh(
-                _ks_linear(unit, model.dx, model.viscosity, model.boundary)
-            )
+            rates, basis = torch.linalg.eigh(_ks_linear(unit, model.dx, model.viscosity, model.boundary))
             basis = basis.to(device, dtype)
         weights = etdrk4_weights(rates, model.dt / model.substeps)
         return rates.to(device, dtype), basis, ETDRK4Weights(*(w.to(device, dtype) for w in weights))
@@ -101,6 +100,7 @@ def _ks_spectrum(
     # and both of those are local to a thread
     with ThreadPoolExecutor(1) as apart:
         return apart.submit(build).result()
+
 
 # %% ../../nbs/91_models.ipynb #872da50e
 @dataclass(frozen=True)
@@ -171,7 +171,11 @@ class KuramotoSivashinsky:
         return self._to_field(modes, basis)
 
     def reference(
-        self, state: Tensor, steps: Annotated[int, Ge(1)], rtol: Annotated[float, Gt(0), Lt(math.inf)] = 1.49e-8, atol: Annotated[float, Gt(0), Lt(math.inf)] = 1.49e-8
+        self,
+        state: Tensor,
+        steps: Annotated[int, Ge(1)],
+        rtol: Annotated[float, Gt(0), Lt(math.inf)] = 1.49e-8,
+        atol: Annotated[float, Gt(0), Lt(math.inf)] = 1.49e-8,
     ) -> Tensor:
         """What `trajectory(self, state, steps)` should be, by the paper's solver: LSODA (scipy's `odeint`, with its
         default tolerances), one state after the other. Raises `RuntimeError` where LSODA gives up.
@@ -191,6 +195,7 @@ class KuramotoSivashinsky:
                 raise RuntimeError(f"reference: LSODA stopped with {report['message']!r}")
             runs.append(torch.from_numpy(states))
         return torch.stack(runs, dim=1).reshape(steps + 1, *state.shape).to(state)
+
 
 # %% ../../nbs/91_models.ipynb #755757d2
 guard(globals())

@@ -13,7 +13,8 @@ from ..core.settings import _require, _require_numbers, _require_size
 from .base import _require_states, rk4
 
 # %% auto #0
-__all__ = ['Lorenz96', 'TwoScaleLorenz96', 'DoubleWell', 'Pendulum']
+__all__ = ["Lorenz96", "TwoScaleLorenz96", "DoubleWell", "Pendulum"]
+
 
 # %% ../../nbs/91_models.ipynb #98ec047b
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Lorenz96:
     def step(self, state: Tensor) -> Tensor:
         _require_states(self, "state", state)
         return rk4(self.tendency, state, self.dt)
+
 
 # %% ../../nbs/91_models.ipynb #712d43b6
 @dataclass(frozen=True)
@@ -77,11 +79,7 @@ class TwoScaleLorenz96:
         return state[..., : self.slow]
 
     def tendency(self, state: Tensor) -> Tensor:
-        b, c, link = (
-            self.amplitude_ratio,
-            self.time_ratio,
-            self.coupling * self.time_ratio / self.amplitude_ratio,
-        )
+        b, c, link = (self.amplitude_ratio, self.time_ratio, self.coupling * self.time_ratio / self.amplitude_ratio)
         x, y = state[..., : self.slow], state[..., self.slow :]
         xs = torch.cat((x[..., -2:], x, x[..., :1]), dim=-1)
         ys = torch.cat((y[..., -1:], y, y[..., :2]), dim=-1)
@@ -93,6 +91,7 @@ class TwoScaleLorenz96:
     def step(self, state: Tensor) -> Tensor:
         _require_states(self, "state", state)
         return rk4(self.tendency, state, self.dt)
+
 
 # %% ../../nbs/91_models.ipynb #1c443f68
 @dataclass(frozen=True)
@@ -114,6 +113,7 @@ class DoubleWell:
     def step(self, state: Tensor) -> Tensor:
         _require_states(self, "state", state)
         return rk4(self.tendency, state, self.dt)
+
 
 # %% ../../nbs/91_models.ipynb #ac539729
 @dataclass(frozen=True)
@@ -139,6 +139,7 @@ class Pendulum:
     def step(self, state: Tensor) -> Tensor:
         _require_states(self, "state", state)
         return rk4(self.tendency, state, self.dt)
+
 
 # %% ../../nbs/91_models.ipynb #c13816dc
 guard(globals())

@@ -17,7 +17,8 @@ from .trajectories.study import INCREMENTAL_STUDIES
 from ..studies.study import Study
 
 # %% auto #0
-__all__ = ['STUDIES', 'find_study']
+__all__ = ["STUDIES", "find_study"]
+
 
 # %% ../../nbs/95_studies.ipynb #cb2554ae
 def _with_beyond(study: Study) -> Study:
@@ -31,6 +32,7 @@ STUDIES: dict[str, Study] = {
     PARTS_STUDY.name: PARTS_STUDY,
     **{study.name: study for study in INCREMENTAL_STUDIES},
 }
+
 
 # %% ../../nbs/95_studies.ipynb #3b25afe6
 def find_study(name: str) -> Study:

@@ -15,10 +15,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 
 from ..core.settings import Settings
-from .kuramoto_sivashinsky import (
-    KuramotoSivashinskySettings,
-    ks_prior,
-)
+from .kuramoto_sivashinsky import KuramotoSivashinskySettings, ks_prior
 from .lorenz63 import Lorenz63Settings, lorenz63_prior
 from .lorenz96 import Lorenz96Settings
 from ..plotting.style import book_style
@@ -28,7 +25,8 @@ from ..studies.tables import along, conditional_scores, table_along
 from ..sweep import Task
 
 # %% auto #0
-__all__ = ['ABLATION_STUDY']
+__all__ = ["ABLATION_STUDY"]
+
 
 # %% ../../nbs/15_ablations.ipynb #18851055
 @dataclass(frozen=True)
@@ -86,6 +84,7 @@ class AblationSettings(Settings):
         base = {"seed": self.seed, "runs": self.runs, "epochs": self.epochs, "patience": self.patience}
         return dataclasses.replace(Lorenz96Settings(), **(base | changes))
 
+
 # %% ../../nbs/15_ablations.ipynb #21e20e0a
 Plan = dict[tuple[str, str], Task]
 
@@ -99,6 +98,7 @@ def _lorenz63_cycle(settings: AblationSettings, label: str, prior: Task | None =
     testbed = {"name": "lorenz63"} | study.world()
     return cycle_task(testbed, method, prior=prior, runs=settings.runs, seed=settings.seed, name=label, cost=cost)
 
+
 # %% ../../nbs/15_ablations.ipynb #62a034d1
 def vary_iterations(settings: AblationSettings) -> Plan:
     """Figure 7 of the paper: the number of iterations, for the paper's α and for a small one."""
@@ -108,10 +108,12 @@ def vary_iterations(settings: AblationSettings) -> Plan:
         for a in (0.5, 0.05)
     }
 
+
 # %% ../../nbs/15_ablations.ipynb #7cbe4aca
 def vary_alpha(settings: AblationSettings) -> Plan:
     """Figure 8 of the paper: the exponent of the step size."""
     return {(f"alpha={a:g}", "pnpda"): _lorenz63_cycle(settings, f"alpha {a:g}", alpha=a) for a in settings.alphas}
+
 
 # %% ../../nbs/15_ablations.ipynb #38dbbcdb
 def vary_step_rule(settings: AblationSettings) -> Plan:
@@ -122,15 +124,18 @@ def vary_step_rule(settings: AblationSettings) -> Plan:
         for a in (0.5, 0.05)
     }
 
+
 # %% ../../nbs/15_ablations.ipynb #1ce0fbc7
 def vary_draws(settings: AblationSettings) -> Plan:
     """Draws of noise that are averaged in every iteration."""
     return {(f"draws={n}", "pnpda"): _lorenz63_cycle(settings, f"draws {n}", draws=n) for n in settings.draws}
 
+
 # %% ../../nbs/15_ablations.ipynb #942e649a
 def vary_ensemble(settings: AblationSettings) -> Plan:
     """Answers whose mean is the analysis."""
     return {(f"ensemble={n}", "pnpda"): _lorenz63_cycle(settings, f"ensemble {n}", ensemble=n) for n in settings.ensembles}
+
 
 # %% ../../nbs/15_ablations.ipynb #720d4500
 def vary_coupling(settings: AblationSettings) -> Plan:
@@ -141,6 +146,7 @@ def vary_coupling(settings: AblationSettings) -> Plan:
             prior = lorenz63_prior(settings.lorenz63(beta=beta, batch=batch))
             plan[f"beta={beta:g}", f"batch_{batch}"] = _lorenz63_cycle(settings, f"beta {beta:g} batch {batch}", prior)
     return plan
+
 
 # %% ../../nbs/15_ablations.ipynb #eb7b2ef3
 def _lorenz96_prior(settings: AblationSettings, *, label: str, enkf: dict, members: int = 20, targets: str = "analysis",
@@ -154,6 +160,7 @@ def _lorenz96_prior(settings: AblationSettings, *, label: str, enkf: dict, membe
     archive = archive_task(testbed, enkf, name=f"archive {label}", **some)
     return prior_task(archive, training, seed=settings.seed, pairs=pairs, name=f"prior {label}", cost=40)
 
+
 # %% ../../nbs/15_ablations.ipynb #1a3b1e95
 INFLATED = {"name": "enkf", "inflation": 1.3, "additive": 1.0}
 
@@ -162,6 +169,7 @@ def _lorenz96_cycle(settings: AblationSettings, prior: Task, label: str, sigma: 
     study = settings.lorenz96()
     testbed = study.testbed(sigma=sigma) | {"forcing": forcing}
     return cycle_task(testbed, study.pnpda(), prior=prior, runs=settings.runs, seed=settings.seed, name=label, cost=9)
+
 
 # %% ../../nbs/15_ablations.ipynb #49b3c57c
 def vary_archive_size(settings: AblationSettings) -> Plan:
@@ -172,6 +180,7 @@ def vary_archive_size(settings: AblationSettings) -> Plan:
         prior = _lorenz96_prior(settings, label=f"size {size}", enkf=INFLATED, runs=most, pairs=size)
         plan[f"size={size}", "pnpda"] = _lorenz96_cycle(settings, prior, f"size {size}")
     return plan
+
 
 # %% ../../nbs/15_ablations.ipynb #8d870fe7
 def vary_archive_quality(settings: AblationSettings) -> Plan:
@@ -186,11 +195,10 @@ def vary_archive_quality(settings: AblationSettings) -> Plan:
         "nature_run": {"enkf": INFLATED, "targets": "truth"},
     }
     return {
-        (f"archive={name}", "pnpda"): _lorenz96_cycle(
-            settings, _lorenz96_prior(settings, label=name, **archive), f"archive {name}"
-        )
+        (f"archive={name}", "pnpda"): _lorenz96_cycle(settings, _lorenz96_prior(settings, label=name, **archive), f"archive {name}")
         for name, archive in archives.items()
     }
+
 
 # %% ../../nbs/15_ablations.ipynb #f476e573
 def vary_normalisation(settings: AblationSettings) -> Plan:
@@ -210,6 +218,7 @@ def vary_normalisation(settings: AblationSettings) -> Plan:
             plan[label, name] = cycle_task(study.testbed(), study.pnpda(), name=f"field {name}", **task)
     return plan
 
+
 # %% ../../nbs/15_ablations.ipynb #8835fa00
 def shift_sigma(settings: AblationSettings) -> Plan:
     """A prior trained at σ = 0.5 used at other σ, beside priors trained where they are used."""
@@ -220,6 +229,7 @@ def shift_sigma(settings: AblationSettings) -> Plan:
         plan[f"sigma={sigma:g}", "trained_at_0.5"] = _lorenz96_cycle(settings, at_home, f"σ {sigma:g} shifted", sigma)
         plan[f"sigma={sigma:g}", "trained_there"] = _lorenz96_cycle(settings, own, f"σ {sigma:g} own", sigma)
     return plan
+
 
 # %% ../../nbs/15_ablations.ipynb #1b5a163d
 def shift_forcing(settings: AblationSettings) -> Plan:
@@ -236,6 +246,7 @@ def shift_forcing(settings: AblationSettings) -> Plan:
         some = {"members": settings.members, "runs": settings.runs, "seed": settings.seed}
         plan[label, "enkf_inflated"] = cycle_task(testbed, INFLATED, name=f"{label} enkf", **some)
     return plan
+
 
 # %% ../../nbs/15_ablations.ipynb #c751e26f
 ABLATIONS = {
@@ -267,6 +278,7 @@ def plan_ablations(settings: AblationSettings, ablations: tuple[str, ...]) -> Pl
         plan |= ABLATIONS[name](settings)
     return plan
 
+
 # %% ../../nbs/15_ablations.ipynb #02e7a580
 PUBLISHED_ABLATIONS = pd.DataFrame(
     [
@@ -278,7 +290,9 @@ PUBLISHED_ABLATIONS = pd.DataFrame(
 )
 
 
-def figure_variants(scores: pd.DataFrame, axis: str, label: str = "", published: pd.DataFrame | None = None, ax: Axes | None = None) -> Axes:
+def figure_variants(
+    scores: pd.DataFrame, axis: str, label: str = "", published: pd.DataFrame | None = None, ax: Axes | None = None
+) -> Axes:
     """Score against the values of an ablation's `axis`, one line per variant; bars stand for words. Returns the axes."""
     import matplotlib.pyplot as plt
 
@@ -308,6 +322,7 @@ def figure_variants(scores: pd.DataFrame, axis: str, label: str = "", published:
     ax.set(xlabel=label or axis, ylabel="step RMSE", ylim=(0, None))
     return ax
 
+
 # %% ../../nbs/15_ablations.ipynb #7e2d4102
 def figures_ablations(results: dict[tuple[str, str], xr.Dataset]) -> dict:
     """One figure for every ablation that was run."""
@@ -320,6 +335,7 @@ def figures_ablations(results: dict[tuple[str, str], xr.Dataset]) -> dict:
         if axis in there
     }
 
+
 # %% ../../nbs/15_ablations.ipynb #f685a53d
 def report_ablations(scores: pd.DataFrame) -> str:
     """A table for every ablation as text for a terminal."""
@@ -330,6 +346,7 @@ def report_ablations(scores: pd.DataFrame) -> str:
             lines += ["", f"{name}:", table_along(scores, axis).to_string()]
     return "\n".join(lines)
 
+
 # %% ../../nbs/15_ablations.ipynb #439d7b0a
 PAPER_ABLATIONS = AblationSettings()
 ABLATION_STUDY = Study(
@@ -337,8 +354,19 @@ ABLATION_STUDY = Study(
     description="one setting of PnP-DA changed at a time: Figures 7 and 8 of PnP-DA, and nine more",
     presets={
         "smoke": dataclasses.replace(
-            PAPER_ABLATIONS, runs=8, epochs=12, patience=12, iterations=(10, 100), alphas=(0.05, 0.5), draws=(1, 5),
-            ensembles=(1, 5), betas=(0.0, 1000.0), batches=(32,), sizes=(100, 1600), sigmas=(0.5, 1.5), forcings=(18.0, 20.0),
+            PAPER_ABLATIONS,
+            runs=8,
+            epochs=12,
+            patience=12,
+            iterations=(10, 100),
+            alphas=(0.05, 0.5),
+            draws=(1, 5),
+            ensembles=(1, 5),
+            betas=(0.0, 1000.0),
+            batches=(32,),
+            sizes=(100, 1600),
+            sigmas=(0.5, 1.5),
+            forcings=(18.0, 20.0),
             field=False,
         ),  # fmt: skip
         "paper": PAPER_ABLATIONS,

@@ -16,19 +16,14 @@ from ..core.settings import Settings
 from ..learned.on_policy import OnPolicySettings
 from ..methods import experiment_of
 from ..plotting.style import LABELS, book_style, line_style
-from ..studies.parts import (
-    archive_task,
-    costed_task,
-    learning_task,
-    record_task,
-    tuning_task,
-)
+from ..studies.parts import archive_task, costed_task, learning_task, record_task, tuning_task
 from ..studies.study import Study
 from ..studies.tables import conditional_scores
 from ..sweep import Task
 
 # %% auto #0
-__all__ = ['beyond_study']
+__all__ = ["beyond_study"]
+
 
 # %% ../../nbs/20_one_forecast.ipynb #4214e065
 @dataclass(frozen=True)
@@ -75,7 +70,15 @@ class BeyondSettings(Settings):
         if self.testbed not in _TESTBEDS:
             raise ValueError(f"testbed: expected one of {', '.join(_TESTBEDS)}, got {self.testbed!r}")
         for field in dataclasses.fields(self):
-            least = {"seed": None, "foresight": 0, "foresight_cycles": 0, "follow": None, "follow_blind": None, "follow_ensemble": None, "record_share": None}.get(field.name, 1)
+            least = {
+                "seed": None,
+                "foresight": 0,
+                "foresight_cycles": 0,
+                "follow": None,
+                "follow_blind": None,
+                "follow_ensemble": None,
+                "record_share": None,
+            }.get(field.name, 1)
             value = getattr(self, field.name)
             if isinstance(value, int) and not isinstance(value, bool) and least is not None and value < least:
                 raise ValueError(f"{field.name}: expected at least {least}, got {value}")
@@ -94,7 +97,9 @@ class BeyondSettings(Settings):
 
     def following(self, **changes: Any) -> OnPolicySettings:
         """The training of a prior that starts from another."""
-        return self.training(**({"cycles": max(1, round(self.follow * self.learning_cycles)), "learning_rate": self.learning_rate / 2} | changes))
+        return self.training(
+            **({"cycles": max(1, round(self.follow * self.learning_cycles)), "learning_rate": self.learning_rate / 2} | changes)
+        )
 
     def conditions(self) -> dict[str, dict]:
         """The testbed of every condition."""
@@ -102,6 +107,7 @@ class BeyondSettings(Settings):
         if self.testbed != "kuramoto_sivashinsky":
             return {"": testbed}
         return {f"points={n}, sigma={sigma:g}": testbed | {"points": n, "variance": sigma**2} for n, sigma in _KS_NETWORKS}
+
 
 # %% ../../nbs/20_one_forecast.ipynb #d806556f
 # what a testbed is like: its network, its score, its filters and what to try for them
@@ -169,7 +175,9 @@ def beyond_priors(settings: BeyondSettings) -> dict[str, Task]:
             cost=seconds, **source, **seen_by,
         )  # fmt: skip
         one = {**source, "start": amortised, "cost": seconds * settings.follow * 1.5}
-        first = one | ({"records": source["records"][:1]} if "records" in source else {})  # plug-and-play has one network in training
+        first = one | (
+            {"records": source["records"][:1]} if "records" in source else {}
+        )  # plug-and-play has one network in training
         cycles = max(1, round(share * settings.follow_blind * settings.learning_cycles))
         blind = settings.training(cycles=cycles, start_fraction=0.3, hidden=1.0, likelihood=0.2)
         policy = {"name": "pnpda", "blind": True} | here["pnpda"]
@@ -178,9 +186,7 @@ def beyond_priors(settings: BeyondSettings) -> dict[str, Task]:
             f"pnpda_blind{tag}": learning_task(testbeds[:1], policy, blind, name=f"pnpda_blind{tag}", **first),
         }
         if settings.foresight:
-            training = settings.training(
-                cycles=0, foresight=settings.foresight, foresight_cycles=settings.foresight_cycles,
-            )
+            training = settings.training(cycles=0, foresight=settings.foresight, foresight_cycles=settings.foresight_cycles)
             found[f"foresight{tag}"] = learning_task(testbeds, {"name": "amortised"}, training, name=f"foresight{tag}", **one)
         return found
 
@@ -199,6 +205,7 @@ def beyond_priors(settings: BeyondSettings) -> dict[str, Task]:
         )
     return priors
 
+
 # %% ../../nbs/20_one_forecast.ipynb #320fcc88
 def beyond_record(settings: BeyondSettings, condition: str) -> Task:
     """The record of observations of a condition, reanalysed by a large ensemble that was tuned for it."""
@@ -214,6 +221,7 @@ def beyond_record(settings: BeyondSettings, condition: str) -> Task:
         smoothed=here["smoother"], tuned=tuned, name=f"record {condition}".strip(), cost=60,
     )  # fmt: skip
 
+
 # %% ../../nbs/20_one_forecast.ipynb #74a4f7f3
 def beyond_archive(settings: BeyondSettings) -> Task:
     """The archive of pairs whose covariance is the B of a 3D-Var."""
@@ -221,11 +229,17 @@ def beyond_archive(settings: BeyondSettings) -> Task:
     method = _TESTBEDS[settings.testbed]["filter"] | {"inflation": 1.2}
     return archive_task(testbed, method, members=settings.members, runs=25, seed=settings.seed)
 
+
 # %% ../../nbs/20_one_forecast.ipynb #74bd5fc1
 def beyond_tuning(settings: BeyondSettings, condition: str, name: str) -> Task | None:
     """What is chosen on training truths for a method under a condition; None where there is nothing to choose."""
     here, testbed = _TESTBEDS[settings.testbed], settings.conditions()[condition]
-    options = {"runs": settings.tuning_runs, "seed": settings.seed, "name": f"tuning {name} {condition}".strip(), "metric": here["metric"]}
+    options = {
+        "runs": settings.tuning_runs,
+        "seed": settings.seed,
+        "name": f"tuning {name} {condition}".strip(),
+        "metric": here["metric"],
+    }
     size = {"enkf_40": 40, "enkf_100": 100}.get(name, settings.members)
     match name:
         case "var3d":
@@ -241,6 +255,7 @@ def beyond_tuning(settings: BeyondSettings, condition: str, name: str) -> Task |
         case "ensf" | "enff":
             return tuning_task(testbed, {"name": name}, _FREE_GRIDS[settings.testbed][name], members=size, cost=40, **options)
     return None
+
 
 # %% ../../nbs/20_one_forecast.ipynb #866d850e
 def plan_beyond(settings: BeyondSettings, methods: tuple[str, ...]) -> dict[tuple[str, str], Task]:
@@ -295,7 +310,9 @@ def plan_beyond(settings: BeyondSettings, methods: tuple[str, ...]) -> dict[tupl
                     testbed, {"name": "amortised"}, {"spread": [0.4, 0.55, 0.7, 0.85, 1.0, 1.25]}, members=settings.members, runs=settings.tuning_runs,
                     seed=settings.seed, metric="crps", needs={"prior": prior}, name=f"tuning {options['name']}",
                 )  # fmt: skip
-                return costed_task(testbed, {"name": "amortised"}, members=settings.members, prior=prior, tuned=tuned, cost=15, **options)
+                return costed_task(
+                    testbed, {"name": "amortised"}, members=settings.members, prior=prior, tuned=tuned, cost=15, **options
+                )
             case "learned_mean" | "learned_mean_obs":
                 if condition != first:
                     return None  # it is trained for one network
@@ -313,6 +330,7 @@ def plan_beyond(settings: BeyondSettings, methods: tuple[str, ...]) -> dict[tupl
         raise ValueError(f"methods: {', '.join(methods)} is not planned for {settings.testbed}")
     return found
 
+
 # %% ../../nbs/20_one_forecast.ipynb #0b0d4518
 _FREE_GRIDS: dict[str, dict] = {
     "lorenz63": {
@@ -328,6 +346,7 @@ _FREE_GRIDS: dict[str, dict] = {
         "enff": {"relaxation": [0.3, 0.5], "bandwidth": [0.5], "steps": [10]},
     },
 }
+
 
 # %% ../../nbs/20_one_forecast.ipynb #06136a86
 def table_beyond(scores: pd.DataFrame, condition: str, metric: str) -> pd.DataFrame:
@@ -354,15 +373,19 @@ def table_beyond(scores: pd.DataFrame, condition: str, metric: str) -> pd.DataFr
     }  # fmt: skip
     return pd.DataFrame.from_dict(rows, orient="index")
 
+
 # %% ../../nbs/20_one_forecast.ipynb #5599ac92
 def report_beyond(scores: pd.DataFrame) -> str:
     """The tables of all conditions as text for a terminal."""
     name = scores.experiment.iloc[0]
     metric = _TESTBEDS[name]["metric"]
-    lines = [f"\n{name}, {int(scores.runs.max())} runs: mean ± standard error; forecasts and network passes per cycle, seconds in all"]
+    lines = [
+        f"\n{name}, {int(scores.runs.max())} runs: mean ± standard error; forecasts and network passes per cycle, seconds in all"
+    ]
     for condition in scores.condition.fillna("").unique():
         lines += ["", condition, table_beyond(scores, condition, metric).to_string()]
     return "\n".join(lines)
+
 
 # %% ../../nbs/20_one_forecast.ipynb #f5ed4b59
 def figure_beyond(scores: pd.DataFrame, metric: str) -> Figure:
@@ -370,7 +393,9 @@ def figure_beyond(scores: pd.DataFrame, metric: str) -> Figure:
     import matplotlib.pyplot as plt
 
     conditions = list(scores.condition.fillna("").unique())
-    figure, axes = plt.subplots(1, len(conditions), figsize=(4.2 * len(conditions) + 2.5, 4.6), squeeze=False, sharey=len(conditions) == 1)
+    figure, axes = plt.subplots(
+        1, len(conditions), figsize=(4.2 * len(conditions) + 2.5, 4.6), squeeze=False, sharey=len(conditions) == 1
+    )
     for ax, condition in zip(axes[0], conditions):
         here = scores[(scores.condition.fillna("") == condition) & (scores.variable == "all")]
         wide = here.pivot_table(index="method", columns="metric", values="mean", sort=False)
@@ -379,11 +404,28 @@ def figure_beyond(scores: pd.DataFrame, metric: str) -> Figure:
             if method == "free_run" or not np.isfinite(row[metric]):
                 continue
             style = line_style(method)
-            ax.errorbar(row.forecasts, row[metric], yerr=error["std"][method] / error["runs"][method] ** 0.5, marker="o", ls="none", ms=6, mfc="white" if method.endswith("_obs") else style["color"], color=style["color"], label=style["label"])
-        ax.set(xscale="log", xlabel="forecasts per cycle", ylabel=metric.replace("_", " ").replace("rmse", "RMSE"), title=condition, ylim=(0, None))
+            ax.errorbar(
+                row.forecasts,
+                row[metric],
+                yerr=error["std"][method] / error["runs"][method] ** 0.5,
+                marker="o",
+                ls="none",
+                ms=6,
+                mfc="white" if method.endswith("_obs") else style["color"],
+                color=style["color"],
+                label=style["label"],
+            )
+        ax.set(
+            xscale="log",
+            xlabel="forecasts per cycle",
+            ylabel=metric.replace("_", " ").replace("rmse", "RMSE"),
+            title=condition,
+            ylim=(0, None),
+        )
     shown = {label: handle for ax in axes[0] for handle, label in zip(*ax.get_legend_handles_labels())}
     axes[0, -1].legend(shown.values(), shown, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
+
 
 # %% ../../nbs/20_one_forecast.ipynb #343981af
 def figures_beyond(results: dict[tuple[str, str], xr.Dataset]) -> dict:
@@ -392,11 +434,13 @@ def figures_beyond(results: dict[tuple[str, str], xr.Dataset]) -> dict:
     scores = conditional_scores(results)
     return {"forecasts": figure_beyond(scores, _TESTBEDS[scores.experiment.iloc[0]]["metric"])}
 
+
 # %% ../../nbs/20_one_forecast.ipynb #caf32eac
 def kept_beyond(settings: BeyondSettings, methods: tuple[str, ...]) -> dict[str, Task]:
     """The priors of the `methods`."""
     wanted = {m.replace("one_step", "pnpda_blind").replace("_ensemble", "") for m in methods}
     return {f"prior_{name}.safetensors": task for name, task in beyond_priors(settings).items() if name in wanted}
+
 
 # %% ../../nbs/20_one_forecast.ipynb #1feb5c60
 BEYOND_PRESETS: dict[str, BeyondSettings] = {

@@ -19,7 +19,8 @@ from ..studies.tables import conditional_scores, figure_along, table_along
 from ..sweep import Task
 
 # %% auto #0
-__all__ = ['KURAMOTO_SIVASHINSKY']
+__all__ = ["KURAMOTO_SIVASHINSKY"]
+
 
 # %% ../../nbs/14_kuramoto_sivashinsky.ipynb #fdc17933
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class KuramotoSivashinskySettings(SweepSettings):
         by_points = {f"points={n}": self.testbed(points=n) for n in self.points}
         return by_points | {f"sigma={sigma:g}": self.testbed(sigma=sigma) for sigma in self.sigmas}
 
+
 # %% ../../nbs/14_kuramoto_sivashinsky.ipynb #ff036a87
 KS_METHODS = (
     "free_run", "var3d_gc", "var3d", "enkf", "conditional_mean", "pnpda_printed", "pnpda", "pnpda_small_alpha",
@@ -82,10 +84,9 @@ def ks_prior(settings: KuramotoSivashinskySettings) -> Task:
     archive = archive_task(testbed, {"name": "enkf"}, cost=25, **some)
     return prior_task(archive, settings.training(), seed=settings.seed, cost=160)
 
+
 # %% ../../nbs/14_kuramoto_sivashinsky.ipynb #4f40d435
-def plan_kuramoto_sivashinsky(
-    settings: KuramotoSivashinskySettings, methods: tuple[str, ...]
-) -> dict[tuple[str, str], Task]:
+def plan_kuramoto_sivashinsky(settings: KuramotoSivashinskySettings, methods: tuple[str, ...]) -> dict[tuple[str, str], Task]:
     """The task of every condition and method: all methods meet the same truths, observations and model noise."""
     trial = {"runs": settings.runs, "seed": settings.seed}
     training = {"runs": settings.tuning_runs, "seed": settings.seed}
@@ -105,9 +106,7 @@ def plan_kuramoto_sivashinsky(
                 return cycle_task(testbed, method, tuned=tuned, name=label, cost=2, **trial)
             case "enkf":
                 method, members = {"name": "local_enkf"}, settings.members
-                tuned = tuning_task(
-                    testbed, method, KS_ENKF_GRID, members=members, name=f"tuning {label}", cost=24, **training
-                )
+                tuned = tuning_task(testbed, method, KS_ENKF_GRID, members=members, name=f"tuning {label}", cost=24, **training)
                 return cycle_task(testbed, method, members=members, tuned=tuned, name=label, cost=18, **trial)
             case "conditional_mean":
                 method = settings.pnpda(iterations=1, draws=20)
@@ -123,11 +122,13 @@ def plan_kuramoto_sivashinsky(
 
     return {(c, name): task(c, testbed, name) for c, testbed in settings.conditions().items() for name in methods}
 
+
 # %% ../../nbs/14_kuramoto_sivashinsky.ipynb #aed51ace
 def kept_kuramoto_sivashinsky(settings: KuramotoSivashinskySettings, methods: tuple[str, ...]) -> dict[str, Task]:
     """The prior, if one of the `methods` has one."""
     learned = {"conditional_mean", "pnpda_printed", "pnpda", "pnpda_small_alpha"} & set(methods)
     return {"prior.safetensors": ks_prior(settings)} if learned else {}
+
 
 # %% ../../nbs/14_kuramoto_sivashinsky.ipynb #501822a9
 def figures_kuramoto_sivashinsky(results: dict[tuple[str, str], xr.Dataset]) -> dict:
@@ -142,6 +143,7 @@ def figures_kuramoto_sivashinsky(results: dict[tuple[str, str], xr.Dataset]) -> 
         figures["figure_5_points"].axes[0].set_xscale("log", base=2)
     return figures
 
+
 # %% ../../nbs/14_kuramoto_sivashinsky.ipynb #2b46bcb5
 def report_kuramoto_sivashinsky(scores: pd.DataFrame) -> str:
     """The tables of the two figures as text for a terminal."""
@@ -151,6 +153,7 @@ def report_kuramoto_sivashinsky(scores: pd.DataFrame) -> str:
             lines += ["", table_along(scores, axis).to_string()]
     return "\n".join(lines)
 
+
 # %% ../../nbs/14_kuramoto_sivashinsky.ipynb #26a9b4de
 PAPER_KS = KuramotoSivashinskySettings()
 KURAMOTO_SIVASHINSKY = Study(
@@ -158,8 +161,16 @@ KURAMOTO_SIVASHINSKY = Study(
     description="Kuramoto-Sivashinsky between walls with a noisy forecast: Figures 5 and 6 of PnP-DA",
     presets={
         "smoke": dataclasses.replace(
-            PAPER_KS, runs=6, members=20, tuning_runs=2, cycles=16, points=(16, 32), sigmas=(0.1, 1.0), archive_runs=10,
-            epochs=40, patience=10,
+            PAPER_KS,
+            runs=6,
+            members=20,
+            tuning_runs=2,
+            cycles=16,
+            points=(16, 32),
+            sigmas=(0.1, 1.0),
+            archive_runs=10,
+            epochs=40,
+            patience=10,
         ),  # fmt: skip
         "paper": PAPER_KS,
     },

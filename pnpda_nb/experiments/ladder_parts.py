@@ -12,14 +12,7 @@ import pandas as pd
 import xarray as xr
 
 from ..core.settings import Settings
-from .beyond import (
-    _TESTBEDS,
-    BEYOND_PRESETS,
-    BeyondSettings,
-    beyond_priors,
-    beyond_study,
-    beyond_tuning,
-)
+from .beyond import _TESTBEDS, BEYOND_PRESETS, BeyondSettings, beyond_priors, beyond_study, beyond_tuning
 from ..plotting.style import book_style
 from ..studies.parts import costed_task, tuning_task
 from ..studies.study import Study
@@ -27,7 +20,8 @@ from ..studies.tables import conditional_scores, figure_along, table_along
 from ..sweep import Task
 
 # %% auto #0
-__all__ = ['PARTS_STUDY']
+__all__ = ["PARTS_STUDY"]
+
 
 # %% ../../nbs/20_one_forecast.ipynb #960ace75
 @dataclass(frozen=True)
@@ -64,6 +58,7 @@ class PartsSettings(Settings):
         some = {"runs": self.runs, "seed": self.seed, "members": self.members}
         return dataclasses.replace(preset, learning_cycles=cycles, **some)
 
+
 # %% ../../nbs/20_one_forecast.ipynb #8be4aac8
 PARTS_METHODS = (
     "amortised", "foresight", "off_policy", "dense", "amortised_obs", "pnpda_blind", "one_draw", "one_step", "gradient_step", "enkf",
@@ -74,17 +69,24 @@ def off_policy_prior(settings: BeyondSettings) -> Task:
     """A prior that learns from the backgrounds of an ensemble filter, in place of its own; fewer trajectories cycle."""
     return _varied(settings, policy=_TESTBEDS[settings.testbed]["hybrid"], members=settings.members, name="off_policy")
 
+
 # %% ../../nbs/20_one_forecast.ipynb #e6d158c2
 def dense_prior(settings: BeyondSettings) -> Task:
     """A prior with a perceptron, in place of a network that knows the geometry."""
     network = {"geometry": "none", "width": 128 if settings.testbed != "kuramoto_sivashinsky" else 384}
-    same = {k: _TESTBEDS[settings.testbed]["network"][k] for k in ("rank", "half_width", "increment") if k in _TESTBEDS[settings.testbed]["network"]}
+    same = {
+        k: _TESTBEDS[settings.testbed]["network"][k]
+        for k in ("rank", "half_width", "increment")
+        if k in _TESTBEDS[settings.testbed]["network"]
+    }
     return _varied(settings, network=network | same, name="dense")
+
 
 # %% ../../nbs/20_one_forecast.ipynb #ec991377
 def small_archive_prior(settings: BeyondSettings, runs: int) -> Task:
     """A prior that learns from `runs` truths of a hundred observation times only."""
     return _varied(settings, truth={"runs": runs, "cycles": 100}, name=f"archive of {runs}")
+
 
 # %% ../../nbs/20_one_forecast.ipynb #f4f138cb
 def _varied(settings: BeyondSettings, **changes) -> Task:
@@ -97,6 +99,7 @@ def _varied(settings: BeyondSettings, **changes) -> Task:
         kept["training"] = kept["training"] | {"trajectories": settings.ensemble_trajectories}
     name = changes.pop("name")
     return dataclasses.replace(whole, name=name, settings=kept | changes)
+
 
 # %% ../../nbs/20_one_forecast.ipynb #a80ecac7
 def plan_parts(settings: PartsSettings, methods: tuple[str, ...]) -> dict[tuple[str, str], Task]:
@@ -146,6 +149,7 @@ def plan_parts(settings: PartsSettings, methods: tuple[str, ...]) -> dict[tuple[
     testbed = next(iter(of.conditions().values()))
     return plan | {(f"points={n}", m): task(of, testbed | {"points": n}, m) for n in settings.counts for m in shifted}
 
+
 # %% ../../nbs/20_one_forecast.ipynb #1f8ebfaf
 def figures_parts(results: dict[tuple[str, str], xr.Dataset]) -> dict:
     """The limits: forcing, number of observations, size of the archive."""
@@ -158,6 +162,7 @@ def figures_parts(results: dict[tuple[str, str], xr.Dataset]) -> dict:
             if axis != "forcing":
                 found[f"limits_{axis}"].axes[0].set_xscale("log", base=2)
     return found
+
 
 # %% ../../nbs/20_one_forecast.ipynb #27cfbcfa
 _LIMITS = {
@@ -180,6 +185,7 @@ def report_parts(scores: pd.DataFrame) -> str:
             lines += ["", table_along(scores, axis, metric).to_string()]
     return "\n".join(lines)
 
+
 # %% ../../nbs/20_one_forecast.ipynb #db7690dc
 PARTS = PartsSettings()
 PARTS_STUDY = Study(
@@ -187,7 +193,15 @@ PARTS_STUDY = Study(
     description="what every part of the learned analyses is worth, and where they end",
     presets={
         "smoke": dataclasses.replace(
-            PARTS, preset="beyond_smoke", runs=4, tuning_runs=2, training=1.0, forcings=(16.0, 18.0), counts=(16, 32), archives=(1, 4), members=5
+            PARTS,
+            preset="beyond_smoke",
+            runs=4,
+            tuning_runs=2,
+            training=1.0,
+            forcings=(16.0, 18.0),
+            counts=(16, 32),
+            archives=(1, 4),
+            members=5,
         ),
         "paper": PARTS,
     },

@@ -16,20 +16,15 @@ from ..classical.variational import gaspari_cohn_background
 from ..flow_matching.pairs import PAPER_TRAINING, TrainingSettings
 from ..plotting.style import LABELS, book_style, line_style, mean_and_band
 from ..pnp.loop import PnPDA
-from ..studies.parts import (
-    archive_task,
-    cycle_task,
-    file_task,
-    prior_task,
-    tuning_task,
-)
+from ..studies.parts import archive_task, cycle_task, file_task, prior_task, tuning_task
 from ..studies.study import Study
 from ..sweep import Task
 from ..twin.experiment import TwinExperiment
 from ..twin.testbeds import lorenz63
 
 # %% auto #0
-__all__ = ['LORENZ63']
+__all__ = ["LORENZ63"]
+
 
 # %% ../../nbs/12_lorenz63.ipynb #530a6c75
 @dataclass(frozen=True)
@@ -102,10 +97,9 @@ class Lorenz63Settings:
         return lorenz63(**self.world(**changes))
 
     def training(self) -> TrainingSettings:
-        names = {f.name for f in dataclasses.fields(TrainingSettings)} & {
-            f.name for f in dataclasses.fields(self)
-        }
+        names = {f.name for f in dataclasses.fields(TrainingSettings)} & {f.name for f in dataclasses.fields(self)}
         return dataclasses.replace(PAPER_TRAINING, **{name: getattr(self, name) for name in names})
+
 
 # %% ../../nbs/12_lorenz63.ipynb #506ab6ec
 def lorenz63_archive(settings: Lorenz63Settings) -> Task:
@@ -129,6 +123,7 @@ def lorenz63_prior(settings: Lorenz63Settings) -> Task:
     if settings.prior:
         return file_task("prior", settings.prior, dim=3)
     return prior_task(lorenz63_archive(settings), settings.training(), seed=settings.seed, cost=20)
+
 
 # %% ../../nbs/12_lorenz63.ipynb #3e6cd260
 LORENZ63_METHODS = ("free_run", "var3d_gc", "var3d", "enkf", "conditional_mean", "pnpda", "pnpda_small_alpha")
@@ -173,11 +168,13 @@ def plan_lorenz63(settings: Lorenz63Settings, methods: tuple[str, ...]) -> dict[
 
     return {("", name): task(name) for name in methods}
 
+
 # %% ../../nbs/12_lorenz63.ipynb #df0659a7
 def kept_lorenz63(settings: Lorenz63Settings, methods: tuple[str, ...]) -> dict[str, Task]:
     """The prior, if one of the `methods` has one."""
     learned = {"conditional_mean", "pnpda", "pnpda_small_alpha"} & set(methods)
     return {"prior.safetensors": lorenz63_prior(settings)} if learned else {}
+
 
 # %% ../../nbs/12_lorenz63.ipynb #eb538a99
 def _published() -> pd.DataFrame:
@@ -186,32 +183,22 @@ def _published() -> pd.DataFrame:
         "var3d_gc": [(4.61, 1.85), (6.74, 2.27), (5.13, 1.36)],
         "pnpda": [(2.54, 0.79), (3.94, 1.18), (3.58, 1.01)],
     }
-    rows = [
-        (method, "mae", variable, *number)
-        for method, numbers in table_1.items()
-        for variable, number in zip("xyz", numbers)
-    ]
-    rows += [
-        ("var3d_gc", "step_rmse", "all", 6.19, np.nan),
-        ("pnpda", "step_rmse", "all", 3.82, np.nan),
-    ]
+    rows = [(method, "mae", variable, *number) for method, numbers in table_1.items() for variable, number in zip("xyz", numbers)]
+    rows += [("var3d_gc", "step_rmse", "all", 6.19, np.nan), ("pnpda", "step_rmse", "all", 3.82, np.nan)]
     return pd.DataFrame(rows, columns=["method", "metric", "variable", "mean", "std"])
 
 
 PUBLISHED = _published()  # Table 1 and the text of appendix C of PnP-DA
 
+
 # %% ../../nbs/12_lorenz63.ipynb #be90f91a
 def table_1(scores: pd.DataFrame) -> pd.DataFrame:
     """Ours and the paper's, side by side: step RMSE and MAE per variable as `mean ± std`."""
     columns = [("step_rmse", "all"), ("mae", "x"), ("mae", "y"), ("mae", "z")]
-    names = {
-        column: "step RMSE" if column[0] == "step_rmse" else f"MAE {column[1]}" for column in columns
-    }
+    names = {column: "step RMSE" if column[0] == "step_rmse" else f"MAE {column[1]}" for column in columns}
 
     def cell(table: pd.DataFrame, method: str, column: tuple[str, str]) -> str:
-        row = table[
-            (table.method == method) & (table.metric == column[0]) & (table.variable == column[1])
-        ]
+        row = table[(table.method == method) & (table.metric == column[0]) & (table.variable == column[1])]
         if row.empty or not np.isfinite(row["mean"].iloc[0]):
             return "–"
         std = row["std"].iloc[0]
@@ -219,12 +206,11 @@ def table_1(scores: pd.DataFrame) -> pd.DataFrame:
 
     methods = list(dict.fromkeys(scores.method))
     ours = pd.DataFrame({("ours", names[c]): [cell(scores, m, c) for m in methods] for c in columns})
-    paper = pd.DataFrame(
-        {("paper", names[c]): [cell(PUBLISHED, m, c) for m in methods] for c in columns}
-    )
+    paper = pd.DataFrame({("paper", names[c]): [cell(PUBLISHED, m, c) for m in methods] for c in columns})
     table = pd.concat([ours, paper], axis=1)
     table.index = pd.Index([LABELS.get(m, m) for m in methods], name="method")
     return table
+
 
 # %% ../../nbs/12_lorenz63.ipynb #16e2f9fb
 def report_lorenz63(scores: pd.DataFrame) -> str:
@@ -243,6 +229,7 @@ def report_lorenz63(scores: pd.DataFrame) -> str:
             lines.append(f"{'  paper':<{width}}" + "".join(f"{v:>14}" for v in row["paper"]))
     return "\n".join(lines)
 
+
 # %% ../../nbs/12_lorenz63.ipynb #6555efb7
 def figure_time(results: dict[str, xr.Dataset]):
     """The lower panel of Figure 2: RMSE against time, the mean over runs and its standard error."""
@@ -251,13 +238,10 @@ def figure_time(results: dict[str, xr.Dataset]):
     figure, ax = plt.subplots(figsize=(8, 3.4))
     for name, result in results.items():
         mean_and_band(ax, result.time.values, result.rmse.values, standard_error=True, **line_style(name))
-    ax.set(
-        xlabel="time (model units)",
-        ylabel=f"RMSE over x, y, z (mean of {result.sizes['run']} runs)",
-        ylim=(0, None),
-    )
+    ax.set(xlabel="time (model units)", ylabel=f"RMSE over x, y, z (mean of {result.sizes['run']} runs)", ylim=(0, None))
     ax.legend(ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
     return figure
+
 
 # %% ../../nbs/12_lorenz63.ipynb #4ee66add
 def figure_phase(results: dict[str, xr.Dataset], bins: int = 40):
@@ -266,27 +250,20 @@ def figure_phase(results: dict[str, xr.Dataset], bins: int = 40):
     """
     import matplotlib.pyplot as plt
 
-    shown = [name for name in ("free_run", "var3d_gc", "var3d", "pnpda") if name in results] or list(
-        results
-    )[:4]
-    figure, axes = plt.subplots(
-        1, len(shown), figsize=(2.6 * len(shown) + 1, 2.8), sharex=True, sharey=True, squeeze=False
-    )
+    shown = [name for name in ("free_run", "var3d_gc", "var3d", "pnpda") if name in results] or list(results)[:4]
+    figure, axes = plt.subplots(1, len(shown), figsize=(2.6 * len(shown) + 1, 2.8), sharex=True, sharey=True, squeeze=False)
     for ax, name in zip(axes[0], shown):
         truth, rmse = results[name].truth.values.reshape(-1, 3), results[name].rmse.values.ravel()
         kept = np.isfinite(rmse)
         visits, x, z = np.histogram2d(truth[kept, 0], truth[kept, 2], bins, range=((-20, 20), (0, 50)))
-        total, _, _ = np.histogram2d(
-            truth[kept, 0], truth[kept, 2], bins, range=((-20, 20), (0, 50)), weights=rmse[kept]
-        )
+        total, _, _ = np.histogram2d(truth[kept, 0], truth[kept, 2], bins, range=((-20, 20), (0, 50)), weights=rmse[kept])
         with np.errstate(invalid="ignore"):
-            mesh = ax.pcolormesh(
-                x, z, (total / visits).T, vmin=0, vmax=14, cmap="cividis_r", rasterized=True
-            )
+            mesh = ax.pcolormesh(x, z, (total / visits).T, vmin=0, vmax=14, cmap="cividis_r", rasterized=True)
         ax.set(title=LABELS.get(name, name), xlabel="x of the truth")
     axes[0, 0].set_ylabel("z of the truth")
     figure.colorbar(mesh, ax=axes, label="mean RMSE", extend="max")
     return figure
+
 
 # %% ../../nbs/12_lorenz63.ipynb #e805b36b
 def figure_trajectories(results: dict[str, xr.Dataset], run: int = 0):
@@ -299,16 +276,12 @@ def figure_trajectories(results: dict[str, xr.Dataset], run: int = 0):
         one = results[shown[0]].isel(run=run)
         ax.plot(one.time, one.truth.sel(variable=variable), color="k", lw=2, alpha=0.7, label="truth")
         for name in shown:
-            ax.plot(
-                one.time,
-                results[name].isel(run=run).estimate.sel(variable=variable),
-                lw=1,
-                **line_style(name),
-            )
+            ax.plot(one.time, results[name].isel(run=run).estimate.sel(variable=variable), lw=1, **line_style(name))
         ax.set_ylabel(variable)
     axes[0].legend(ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
     axes[-1].set_xlabel("time (model units)")
     return figure
+
 
 # %% ../../nbs/12_lorenz63.ipynb #19073b6f
 def figures_lorenz63(results: dict[tuple[str, str], xr.Dataset]) -> dict:

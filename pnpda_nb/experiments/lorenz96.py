@@ -19,7 +19,8 @@ from ..studies.tables import conditional_scores, figure_along, table_along
 from ..sweep import Task
 
 # %% auto #0
-__all__ = ['LORENZ96']
+__all__ = ["LORENZ96"]
+
 
 # %% ../../nbs/13_lorenz96.ipynb #926c2a74
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Lorenz96Settings(SweepSettings):
         by_count = {f"fraction={n / 8:g}": self.testbed(count=n) for n in self.counts}
         return by_count | {f"sigma={sigma:g}": self.testbed(sigma=sigma) for sigma in self.sigmas}
 
+
 # %% ../../nbs/13_lorenz96.ipynb #994a6dce
 LORENZ96_METHODS = (
     "free_run", "var3d_gc", "var3d", "enkf", "enkf_large", "conditional_mean", "pnpda_paper", "pnpda", "var3d_gc_told",
@@ -70,6 +72,7 @@ def lorenz96_priors(settings: Lorenz96Settings, again: int = 0) -> dict[str, Tas
     """The two priors, from the archive as printed and from the inflated one; with other random numbers in archive and
     training for every number of `again`.
     """
+
     def prior(name: str, runs: int, enkf: dict) -> Task:
         testbed, seed = settings.testbed(cycles=settings.archive_cycles + 5), settings.seed + again
         some = {"members": settings.archive_members, "runs": runs, "seed": seed}
@@ -77,10 +80,8 @@ def lorenz96_priors(settings: Lorenz96Settings, again: int = 0) -> dict[str, Tas
         return prior_task(archive, settings.training(), seed=seed, name=f"prior of {name}", cost=25)
 
     inflated = {"inflation": settings.archive_inflation, "additive": settings.archive_additive}
-    return {
-        "pnpda_paper": prior("pnpda_paper", settings.paper_runs, {}),
-        "pnpda": prior("pnpda", settings.archive_runs, inflated),
-    }
+    return {"pnpda_paper": prior("pnpda_paper", settings.paper_runs, {}), "pnpda": prior("pnpda", settings.archive_runs, inflated)}
+
 
 # %% ../../nbs/13_lorenz96.ipynb #fa7531ce
 def plan_lorenz96(settings: Lorenz96Settings, methods: tuple[str, ...]) -> dict[tuple[str, str], Task]:
@@ -137,11 +138,13 @@ def plan_lorenz96(settings: Lorenz96Settings, methods: tuple[str, ...]) -> dict[
                 )
     return plan
 
+
 # %% ../../nbs/13_lorenz96.ipynb #53b0c121
 def kept_lorenz96(settings: Lorenz96Settings, methods: tuple[str, ...]) -> dict[str, Task]:
     """The priors that the `methods` have."""
     wanted = {name.removesuffix("_told") for name in methods} | ({"pnpda"} if "conditional_mean" in methods else set())
     return {f"prior_{name}.safetensors": task for name, task in lorenz96_priors(settings).items() if name in wanted}
+
 
 # %% ../../nbs/13_lorenz96.ipynb #bd77fd79
 PUBLISHED_96 = pd.DataFrame(
@@ -161,6 +164,7 @@ def published_along(published: pd.DataFrame, axis: str) -> list[tuple[str, float
     here = published[published.condition.str.startswith(f"{axis}=")]
     return [(row.method, float(row.condition.split("=")[1]), row["mean"]) for _, row in here.iterrows()]
 
+
 # %% ../../nbs/13_lorenz96.ipynb #68d2d373
 FIGURES_96 = {
     "fraction": ("figure_3_fraction", "fraction of the slow variables that is observed"),
@@ -172,6 +176,7 @@ def figure_lorenz96(scores: pd.DataFrame, axis: str):
     """Figure 3 ("fraction") or 4 ("sigma") of the paper, with every method that is there."""
     return figure_along(scores, axis, label=FIGURES_96[axis][1], published=published_along(PUBLISHED_96, axis))
 
+
 # %% ../../nbs/13_lorenz96.ipynb #5bfd25dc
 def figures_lorenz96(results: dict[tuple[str, str], xr.Dataset]) -> dict:
     """Figures 3 and 4 of the paper by name."""
@@ -179,6 +184,7 @@ def figures_lorenz96(results: dict[tuple[str, str], xr.Dataset]) -> dict:
     scores = conditional_scores(results)
     there = scores.condition.str.split("=").str[0].unique()
     return {name: figure_lorenz96(scores, axis) for axis, (name, _) in FIGURES_96.items() if axis in there}
+
 
 # %% ../../nbs/13_lorenz96.ipynb #06fdfe55
 def report_lorenz96(scores: pd.DataFrame) -> str:
@@ -190,6 +196,7 @@ def report_lorenz96(scores: pd.DataFrame) -> str:
     rows = [f"  {row.condition}, {LABELS.get(row.method, row.method)}: {row['mean']:g}" for _, row in PUBLISHED_96.iterrows()]
     return "\n".join([*lines, "", "the paper's text:", *rows])
 
+
 # %% ../../nbs/13_lorenz96.ipynb #6fb64ae2
 PAPER_96 = Lorenz96Settings()
 LORENZ96 = Study(
@@ -197,8 +204,17 @@ LORENZ96 = Study(
     description="two-scale Lorenz-96, one scale in the forecast: Figures 3 and 4 of PnP-DA",
     presets={
         "smoke": dataclasses.replace(
-            PAPER_96, runs=10, tuning_runs=3, cycles=20, counts=(2, 4), sigmas=(0.5, 2.0), archive_runs=10,
-            paper_runs=4, trainings=1, patience=10, large_members=50,
+            PAPER_96,
+            runs=10,
+            tuning_runs=3,
+            cycles=20,
+            counts=(2, 4),
+            sigmas=(0.5, 2.0),
+            archive_runs=10,
+            paper_runs=4,
+            trainings=1,
+            patience=10,
+            large_members=50,
         ),  # fmt: skip
         "paper": PAPER_96,
     },

@@ -25,32 +25,18 @@ from torch import Tensor
 
 from ..core.checks import guard
 from .contents import _reason, _shown
-from .layout import (
-    ROLES,
-    Layout,
-    _in_units,
-    _plain,
-    check_field,
-    check_units,
-    layout_record,
-)
+from .layout import ROLES, Layout, _in_units, _plain, check_field, check_units, layout_record
 from .opening import _opened, _read
-from .times import (
-    _calendar,
-    _is_time,
-    _same,
-    _time,
-    _time_of_all,
-    _times_along,
-)
+from .times import _calendar, _is_time, _same, _time, _time_of_all, _times_along
 from .units import _units
 
 # %% auto #0
-__all__ = ['Archive', 'open_archive']
+__all__ = ["Archive", "open_archive"]
 
 # %% ../../nbs/93_files.ipynb #c1a5bbe5
 SAMPLES = ("sample", "case", "run", "cycle", "time", "valid_time", "forecast_reference_time", "date")
 MEMBERS = ("member", "realization", "number", "ensemble")
+
 
 # %% ../../nbs/93_files.ipynb #cfadcd3a
 def is_sample(dim: str, data: xr.Dataset, also: Sequence[str] = ()) -> bool:
@@ -74,6 +60,7 @@ def fields_of(data: xr.Dataset, role: str) -> dict[str, xr.DataArray]:
         elif variable.startswith(f"{role}_"):
             found[variable.removeprefix(f"{role}_")] = data[variable]
     return found
+
 
 # %% ../../nbs/93_files.ipynb #e57c3d2e
 class Archive:
@@ -121,7 +108,11 @@ class Archive:
         for first in range(0, self.count, self.block):
             for x in self.read(first, min(first + self.block, self.count)):
                 low, high = np.minimum(low, x.numpy().min(0)), np.maximum(high, x.numpy().max(0))
-        return {name: (float(low[part].min()), float(high[part].max())) for name, part in self.state.parts().items() if part.start < part.stop}
+        return {
+            name: (float(low[part].min()), float(high[part].max()))
+            for name, part in self.state.parts().items()
+            if part.start < part.stop
+        }
 
     def read(self, first: int, last: int) -> tuple[Tensor, Tensor]:
         """Backgrounds and analyses of the pairs `first` to `last` (excluded), each `(last - first, dim)`.
@@ -149,10 +140,15 @@ class Archive:
         if not fine.all():
             pair, position = np.argwhere(~fine)[0]
             field = next(name for name, part in self.state.parts().items() if position < part.stop) or "state"
-            raise ValueError(f"archive: expected finite values in {_shown(self.name)}, got {kept[pair, position]} in the {role} of {field} of pair {first + pair}")
+            raise ValueError(
+                f"archive: expected finite values in {_shown(self.name)}, got {kept[pair, position]} in the {role} of {field} of pair {first + pair}"
+            )
         if self.state.left_out is not None and np.isfinite(flat[:, self.state.left_out]).any():
             pair = np.argwhere(np.isfinite(flat[:, self.state.left_out]))[0, 0]
-            raise ValueError(f"archive: expected the points that the first pair of {_shown(self.name)} misses to be missing always, got values in the {role} of pair {first + pair}")
+            raise ValueError(
+                f"archive: expected the points that the first pair of {_shown(self.name)} misses to be missing always, got values in the {role} of pair {first + pair}"
+            )
+
 
 # %% ../../nbs/93_files.ipynb #23bac61d
 class _Piece:
@@ -190,13 +186,22 @@ class _Piece:
         counting = [str(d) for d in array.dims if is_sample(str(d), self.opened[-1], samples)]
         times = {d: _times_along(array, d, self.where) for d in counting if d not in MEMBERS}
         first = next((d for d in counting if times.get(d) is not None), None)
-        self.samples = tuple(sorted(counting, key=lambda d: (d in MEMBERS, d != first)))  # by time; members of one time stay together
+        self.samples = tuple(
+            sorted(counting, key=lambda d: (d in MEMBERS, d != first))
+        )  # by time; members of one time stay together
         if not self.samples:
-            raise ValueError(f"archive: expected a dimension that counts pairs in {self.shown}, such as sample or time (or one named as `samples`), got ({', '.join(map(str, array.dims))})")
+            raise ValueError(
+                f"archive: expected a dimension that counts pairs in {self.shown}, such as sample or time (or one named as `samples`), got ({', '.join(map(str, array.dims))})"
+            )
         self.times = times[first] if first is not None else _time_of_all(array, self.where)
-        for d in {str(name) for some in fields for a in some.values() for name in a.coords}:  # backgrounds and analyses must be of the same times
+        for d in {
+            str(name) for some in fields for a in some.values() for name in a.coords
+        }:  # backgrounds and analyses must be of the same times
             if d in counting or _is_time(d, next(iter(fields[0].values())).coords.get(d)):
-                mine, theirs = (_plain(_read(some.coords[d], self.where)) if d in some.coords else None for some in (next(iter(f.values())) for f in fields))
+                mine, theirs = (
+                    _plain(_read(some.coords[d], self.where)) if d in some.coords else None
+                    for some in (next(iter(f.values())) for f in fields)
+                )
                 if mine is not None and theirs is not None and (mine.shape != theirs.shape or not _same(mine, theirs)):
                     raise ValueError(f"archive: expected backgrounds and analyses of the same {d} in {self.shown}, got others")
         self.measure()
@@ -223,11 +228,15 @@ class _Piece:
         for contents, (role, fields) in zip(self.contents, self.fields.items()):
             for field in state.fields:
                 if field.name not in fields:
-                    raise ValueError(f"archive: expected {field.title} in {self.shown} as in the first file, got {', '.join(fields)}")
+                    raise ValueError(
+                        f"archive: expected {field.title} in {self.shown} as in the first file, got {', '.join(fields)}"
+                    )
                 array = fields[field.name]
                 sizes = {d: array.sizes.get(d) for d in self.samples}
                 if tuple(sizes.values()) != self.sizes:
-                    raise ValueError(f"archive: expected {array.name!r} in {self.shown} with dimensions {dict(zip(self.samples, self.sizes))}, got {sizes}")
+                    raise ValueError(
+                        f"archive: expected {array.name!r} in {self.shown} with dimensions {dict(zip(self.samples, self.sizes))}, got {sizes}"
+                    )
                 check_field(array, field, state, self.samples, self.where)
                 self.factors[role, field.name] = check_units(_units(array.attrs, self.where), field, self.where)
                 if self.count:
@@ -240,12 +249,17 @@ class _Piece:
         for field in self.state.fields:
             array = self.fields[role][field.name]
             try:
-                self.contents[ROLES.index(role)].check(str(array.name), array.dims.index(self.samples[0]), first // inner, -(-last // inner))
+                self.contents[ROLES.index(role)].check(
+                    str(array.name), array.dims.index(self.samples[0]), first // inner, -(-last // inner)
+                )
             except (OSError, zlib.error) as error:
-                raise ValueError(f"archive {self.shown}: {array.name!r} cannot be read at pair {first} ({_reason(error)}); is the file whole?") from error
+                raise ValueError(
+                    f"archive {self.shown}: {array.name!r} cannot be read at pair {first} ({_reason(error)}); is the file whole?"
+                ) from error
             values = _stretch(array, self.samples, field.dims, first, last, f"archive {self.shown}: pairs from {first}")
             columns.append(_in_units(values, self.factors[role, field.name]))
         return columns[0] if len(columns) == 1 else np.concatenate(columns, axis=1)
+
 
 # %% ../../nbs/93_files.ipynb #8a7d0cd0
 def _stretch(array: xr.DataArray, samples: Sequence[str], dims: Sequence[str], first: int, last: int, where: str) -> np.ndarray:
@@ -267,6 +281,7 @@ def _stretch(array: xr.DataArray, samples: Sequence[str], dims: Sequence[str], f
         parts.append(_stretch(array.isel({outer: end}), rest, dims, 0, last - end * inner, where))
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
+
 # %% ../../nbs/93_files.ipynb #98b7c647
 def _in_order_of_time(pieces: list[_Piece]) -> list[_Piece]:
     """The files of an archive in the order of their times. Raises `ValueError` for those that overlap."""
@@ -278,7 +293,9 @@ def _in_order_of_time(pieces: list[_Piece]) -> list[_Piece]:
         raise ValueError(f"archive: expected times in all files or in none, got none in {lost.shown}")
     kinds = {(_calendar(p.times), p.times.dtype.kind in "iuf") for p in timed}
     if len(kinds) > 1:
-        raise ValueError(f"archive: expected times of one calendar, got {', '.join(sorted(kind or 'numbers' for kind, _ in kinds))}")
+        raise ValueError(
+            f"archive: expected times of one calendar, got {', '.join(sorted(kind or 'numbers' for kind, _ in kinds))}"
+        )
     timed.sort(key=lambda p: p.times[0])
     for one, other in zip(timed, timed[1:]):
         if other.times[0] <= one.times[-1]:
@@ -286,6 +303,7 @@ def _in_order_of_time(pieces: list[_Piece]) -> list[_Piece]:
                 f"archive: expected files of different times, got {_time(one.times[0])} to {_time(one.times[-1])} in {one.shown} and {_time(other.times[0])} to {_time(other.times[-1])} in {other.shown}"
             )
     return timed
+
 
 # %% ../../nbs/93_files.ipynb #a8682192
 def _naturally(path: str) -> list:
@@ -302,6 +320,7 @@ def _files(path: str | os.PathLike) -> list[str]:
     if os.path.lexists(path) or not any(c in str(path) for c in "*?["):
         return [str(path)]
     return sorted(glob.glob(str(path)), key=_naturally)
+
 
 # %% ../../nbs/93_files.ipynb #f5a82869
 def open_archive(path: str | os.PathLike, *, roles: Sequence[str] = ROLES, samples: Sequence[str] = ()) -> Archive:
@@ -329,7 +348,10 @@ def open_archive(path: str | os.PathLike, *, roles: Sequence[str] = ROLES, sampl
                 raise ValueError(f"archive: expected pairs in {piece.shown}, got none")
         pieces = _in_order_of_time(pieces)
         first = pieces[0]
-        known = {n: a if _units(a.attrs, first.where) else a.assign_attrs(units=_units(first.fields[ROLES[1]][n].attrs, first.where)) for n, a in first.fields[ROLES[0]].items()}
+        known = {
+            n: a if _units(a.attrs, first.where) else a.assign_attrs(units=_units(first.fields[ROLES[1]][n].attrs, first.where))
+            for n, a in first.fields[ROLES[0]].items()
+        }
         try:
             state = Layout.of(known, first.samples)
         except ValueError as error:
@@ -348,6 +370,7 @@ def open_archive(path: str | os.PathLike, *, roles: Sequence[str] = ROLES, sampl
         for piece in pieces:
             piece.close()
         raise
+
 
 # %% ../../nbs/93_files.ipynb #8add883f
 guard(globals())

@@ -16,6 +16,7 @@ from .contents import _Contents, _means_missing, _too_much
 # %% auto #0
 __all__ = []
 
+
 # %% ../../nbs/93_files.ipynb #dbefc8bc
 class _HDF5Contents(_Contents):
     """The datasets of an HDF5 file: shapes, chunks, and bytes stored."""
@@ -58,7 +59,10 @@ class _HDF5Contents(_Contents):
                     size = int.from_bytes(content[place + 8 : place + 16], "little")
                     part, last = place + 16, place + size
                     while part + 16 <= last <= whole:
-                        index, length = int.from_bytes(content[part : part + 2], "little"), int.from_bytes(content[part + 8 : part + 16], "little")
+                        index, length = (
+                            int.from_bytes(content[part : part + 2], "little"),
+                            int.from_bytes(content[part + 8 : part + 16], "little"),
+                        )
                         step = 16 + -(-length // 8) * 8 if index else length
                         if step < 16:
                             raise self.refuse(f"a heap of texts at byte {place} is damaged; is it whole?")
@@ -77,9 +81,13 @@ class _HDF5Contents(_Contents):
         if len([f for f in filters if f not in (h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32)]) > 1:
             raise self.refuse(f"expected at most one compression of {variable!r}, got {len(filters)} filters")
         label = found.attrs.get("NAME", b"") if "NAME" in found.attrs and len(found.shape) == 1 else b""
-        empty = (label if isinstance(label, bytes) else str(label).encode()).startswith(b"This is a netCDF dimension but not a netCDF variable")
+        empty = (label if isinstance(label, bytes) else str(label).encode()).startswith(
+            b"This is a netCDF dimension but not a netCDF variable"
+        )
         declared = found.size * item
-        if len(found.shape) == 1 and not empty and _too_much(max(declared, chunk), stored):  # coordinates are read when a file is opened
+        if (
+            len(found.shape) == 1 and not empty and _too_much(max(declared, chunk), stored)
+        ):  # coordinates are read when a file is opened
             raise self.refuse(f"{variable!r} claims {declared:.3g} bytes, of which {stored} are stored")
         self.parts[variable] = (found.shape, found.chunks, declared, stored, chunk)
         if len(found.shape) == 1 and chunk and not empty:
@@ -135,8 +143,13 @@ class _HDF5Contents(_Contents):
             with h5py.File(self.path, "r") as file:
                 found = file[f"{self.group}/{variable}"]
                 there, all_of_it = found.id.get_num_chunks(), math.prod(-(-n // c) for n, c in zip(shape, chunks))
-                if there < all_of_it and not _means_missing(found.fillvalue, found.attrs.get("_FillValue"), found.attrs.get("missing_value")):
-                    raise self.refuse(f"{there} of {all_of_it} chunks of {variable!r} are stored, and {found.fillvalue} in the others would be taken for data")
+                if there < all_of_it and not _means_missing(
+                    found.fillvalue, found.attrs.get("_FillValue"), found.attrs.get("missing_value")
+                ):
+                    raise self.refuse(
+                        f"{there} of {all_of_it} chunks of {variable!r} are stored, and {found.fillvalue} in the others would be taken for data"
+                    )
+
 
 # %% ../../nbs/93_files.ipynb #ea6fc2cf
 guard(globals())

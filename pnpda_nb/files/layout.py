@@ -20,7 +20,7 @@ from ..core.checks import GAPS, Gappy, GappyArray, guard
 from .units import _brief, _units, conversion
 
 # %% auto #0
-__all__ = ['Field', 'Axis', 'Layout']
+__all__ = ["Field", "Axis", "Layout"]
 
 # %% ../../nbs/93_files.ipynb #1525184a
 ROLES = ("background", "analysis")
@@ -49,7 +49,9 @@ class Field:
             raise ValueError(f"dims: expected {len(self.shape)}, one a size of {self.title}, got {self.dims}")
         if len(set(self.dims)) < len(self.dims):
             raise ValueError(f"dims: expected distinct dimensions of {self.title}, got {self.dims}")
-        if self.held is not None and not (len(self.held) == 2 and all(map(math.isfinite, self.held)) and self.held[0] <= self.held[1]):
+        if self.held is not None and not (
+            len(self.held) == 2 and all(map(math.isfinite, self.held)) and self.held[0] <= self.held[1]
+        ):
             raise ValueError(f"held: expected the lowest and the highest value of {self.title}, got {self.held}")
 
     @property
@@ -72,8 +74,16 @@ class Field:
         sizes = ", ".join(f"{dim}: {size}" for dim, size in zip(self.dims, self.shape))
         return f"{self.title} ({sizes}{'; ' * bool(self.dims and self.units)}{self.units})"
 
+
 # %% ../../nbs/93_files.ipynb #368c8965
-LONGITUDES = ("degrees_east", "degree_east", "degrees_E", "degree_E", "degreesE", "degreeE")  # as the CF conventions spell their units
+LONGITUDES = (
+    "degrees_east",
+    "degree_east",
+    "degrees_E",
+    "degree_E",
+    "degreesE",
+    "degreeE",
+)  # as the CF conventions spell their units
 
 
 @dataclass(frozen=True)
@@ -160,6 +170,7 @@ class Axis:
         ends = (f"{v:g}" if self.numeric else v for v in (self.values[0], self.values[-1]))
         return f"{len(self.values)} from {' to '.join(ends)} {self.units}".strip()
 
+
 # %% ../../nbs/93_files.ipynb #3b5daf72
 def _slack(values: np.ndarray, share: float) -> float:
     """How far from its place a coordinate may be: a `share` of the smallest spacing, or what single precision cuts off, but
@@ -176,6 +187,7 @@ def _is_longitude(coordinate: xr.DataArray, units: str) -> bool:
         return True
     return str(coordinate.name).lower() in ("lon", "longitude") and units in ("", "degrees", "degree")
 
+
 # %% ../../nbs/93_files.ipynb #48271fde
 def _plain(values: np.ndarray) -> np.ndarray:
     """Text as text, whatever it was stored as: bytes, characters, padded with blanks or zeros."""
@@ -186,6 +198,7 @@ def _plain(values: np.ndarray) -> np.ndarray:
         stripped = [v.rstrip(" \0") if isinstance(v, str) else v for v in values.flat]
         return np.array(stripped, dtype=object).reshape(values.shape)
     return values
+
 
 # %% ../../nbs/93_files.ipynb #029c5e57
 @dataclass(frozen=True, eq=False)
@@ -229,7 +242,9 @@ class Layout:
 
     def with_held(self, held: Mapping[str, tuple[float, float]]) -> "Layout":
         """The same layout that knows the lowest and highest value that an archive held of each field; see `Archive.held`."""
-        return replace(self, fields=tuple(replace(f, held=tuple(map(float, held[f.name]))) if f.name in held else f for f in self.fields))
+        return replace(
+            self, fields=tuple(replace(f, held=tuple(map(float, held[f.name]))) if f.name in held else f for f in self.fields)
+        )
 
     @classmethod
     def plain(cls, dim: int) -> "Layout":
@@ -275,7 +290,9 @@ class Layout:
     @cached_property
     def names(self) -> tuple[str, ...]:
         """A name for every number of a state: "u" for a single one, "u[3]" or "u[3,4]" on a grid."""
-        every = [f.title + (f"[{','.join(map(str, index))}]" if f.shape else "") for f in self.fields for index in np.ndindex(f.shape)]
+        every = [
+            f.title + (f"[{','.join(map(str, index))}]" if f.shape else "") for f in self.fields for index in np.ndindex(f.shape)
+        ]
         return tuple(every[i] for i in self.kept)
 
     def split(self, states: Gappy | GappyArray) -> dict[str, Gappy | GappyArray]:
@@ -318,6 +335,7 @@ class Layout:
                 return field
         raise ValueError(f"{where}: expected one of {', '.join(f.title for f in self.fields)}, got {name!r}")
 
+
 # %% ../../nbs/93_files.ipynb #35d16599
 def check_field(array: xr.DataArray, field: Field, layout: Layout, samples: Sequence[str], where: str) -> None:
     """Raise `ValueError`, naming `where`, unless `array` holds numbers, with the dimensions of `field` besides `samples`, in any
@@ -325,7 +343,9 @@ def check_field(array: xr.DataArray, field: Field, layout: Layout, samples: Sequ
     """
     dims = [str(d) for d in array.dims if d not in samples]
     if set(dims) != set(field.dims) or len(set(array.dims)) < array.ndim:
-        raise ValueError(f"{where}: expected {array.name!r} with dimensions ({', '.join(field.dims)}), got ({', '.join(map(str, array.dims))})")
+        raise ValueError(
+            f"{where}: expected {array.name!r} with dimensions ({', '.join(field.dims)}), got ({', '.join(map(str, array.dims))})"
+        )
     if array.dtype.kind not in "fiub":
         raise ValueError(f"{where}: expected numbers in {array.name!r}, got {_kind_of(array.dtype)}")
     for dim, size in zip(field.dims, field.shape):
@@ -338,8 +358,11 @@ def check_field(array: xr.DataArray, field: Field, layout: Layout, samples: Sequ
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         if not layout.axes[dim].fits(axis):
-            raise ValueError(f"{where}: expected coordinates {dim} {layout.axes[dim]}, got {axis}{_first_difference(layout.axes[dim], axis)}")
+            raise ValueError(
+                f"{where}: expected coordinates {dim} {layout.axes[dim]}, got {axis}{_first_difference(layout.axes[dim], axis)}"
+            )
     check_units(_units(array.attrs, f"{where}: {array.name!r}"), field, f"{where}: {array.name!r}")
+
 
 # %% ../../nbs/93_files.ipynb #0d777124
 def check_units(found: object, field: Field, where: str) -> tuple[float, float]:
@@ -354,7 +377,16 @@ def check_units(found: object, field: Field, where: str) -> tuple[float, float]:
 
 
 def _kind_of(dtype: np.dtype) -> str:
-    kinds = {"c": "complex numbers", "M": "times", "m": "durations", "S": "text", "U": "text", "T": "text", "O": "text or objects", "V": "records"}
+    kinds = {
+        "c": "complex numbers",
+        "M": "times",
+        "m": "durations",
+        "S": "text",
+        "U": "text",
+        "T": "text",
+        "O": "text or objects",
+        "V": "records",
+    }
     return kinds.get(dtype.kind, str(dtype))
 
 
@@ -365,10 +397,12 @@ def _first_difference(one: Axis, other: Axis) -> str:
     index = int(np.argmax(np.array(one.values) != np.array(other.values)))
     return f" (at {index}: {one.values[index]:g} and {other.values[index]:g})"
 
+
 # %% ../../nbs/93_files.ipynb #068b3d84
 def _in_units(values: np.ndarray, factor: tuple[float, float]) -> np.ndarray:
     """Values in other units; the same bits if the units are the same."""
     return values if factor == (1.0, 0.0) else values * factor[0] + factor[1]
+
 
 # %% ../../nbs/93_files.ipynb #c512350d
 def layout_record(layout: Layout) -> dict:
@@ -376,7 +410,11 @@ def layout_record(layout: Layout) -> dict:
     gone = np.zeros(0, int) if layout.left_out is None else layout.left_out
     starts = np.flatnonzero(np.diff(gone, prepend=-2) != 1)  # runs of positions: where each starts, and how long it is
     lengths = np.diff(starts, append=len(gone))
-    variables = [{"name": f.name, "dims": list(f.dims), "shape": list(f.shape), "units": f.units} | ({"held": list(f.held)} if f.held else {}) for f in layout.fields]
+    variables = [
+        {"name": f.name, "dims": list(f.dims), "shape": list(f.shape), "units": f.units}
+        | ({"held": list(f.held)} if f.held else {})
+        for f in layout.fields
+    ]
     record = {
         "variables": variables,
         "axes": {d: {"values": list(a.values), "units": a.units, "period": a.period} for d, a in layout.axes.items()},
@@ -387,6 +425,7 @@ def layout_record(layout: Layout) -> dict:
     if layout.roles != ROLES:
         record["roles"] = list(layout.roles)
     return record
+
 
 # %% ../../nbs/93_files.ipynb #646ef69a
 def layout_from_record(record: Mapping) -> Layout:
@@ -406,7 +445,9 @@ def layout_from_record(record: Mapping) -> Layout:
         ends = [0, *(edge for start, length in runs for edge in (start, start + length)), size]
         if not all(length > 0 for _, length in runs) or sorted(ends) != ends:
             raise ValueError("positions outside the state")
-        if sum(length for _, length in runs) > 10_000_000 + 1000 * (size - sum(length for _, length in runs)):  # so much would be allocated
+        if sum(length for _, length in runs) > 10_000_000 + 1000 * (
+            size - sum(length for _, length in runs)
+        ):  # so much would be allocated
             raise ValueError("far more positions that are left out than others")
         samples, roles = (tuple(map(str, record.get(key, usual))) for key, usual in (("samples", ()), ("roles", ROLES)))
         if len(roles) != 2:
@@ -414,13 +455,17 @@ def layout_from_record(record: Mapping) -> Layout:
         gone = [np.arange(start, start + length) for start, length in runs]
         return Layout(tuple(fields), axes, np.concatenate(gone) if gone else None, samples, roles)
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
-        raise ValueError(f"layout: expected variables, axes and left_out, got something else ({type(error).__name__}: {error})") from error
+        raise ValueError(
+            f"layout: expected variables, axes and left_out, got something else ({type(error).__name__}: {error})"
+        ) from error
+
 
 # %% ../../nbs/93_files.ipynb #12ab6490
 def _whole(value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{value!r} is not a whole number")
     return value
+
 
 # %% ../../nbs/93_files.ipynb #43fc9626
 guard(globals())

@@ -21,7 +21,8 @@ from .hdf5 import _HDF5Contents
 from .zarr_store import _checked_store, _ZarrContents
 
 # %% auto #0
-__all__ = ['open_dataset']
+__all__ = ["open_dataset"]
+
 
 # %% ../../nbs/93_files.ipynb #0ef6947d
 def open_dataset(path: str | os.PathLike, name: str = "file", group: str | None = None) -> xr.Dataset:
@@ -31,6 +32,7 @@ def open_dataset(path: str | os.PathLike, name: str = "file", group: str | None 
     that are not known, or claims to hold far more than is there.
     """
     return _opened(path, name, group)[0]
+
 
 # %% ../../nbs/93_files.ipynb #116e8127
 def _opened(path: str | os.PathLike, name: str, group: str | None = None) -> tuple[xr.Dataset, "_Contents"]:
@@ -43,7 +45,9 @@ def _opened(path: str | os.PathLike, name: str, group: str | None = None) -> tup
         with warnings.catch_warnings(action="ignore"):  # doubts of the libraries; ours are errors
             if kind == "zarr":
                 contents: _Contents = _ZarrContents(path, name, group)
-                data = xr.open_zarr(_checked_store()(path, contents), consolidated=False, chunks=None, group=group, decode_timedelta=False)
+                data = xr.open_zarr(
+                    _checked_store()(path, contents), consolidated=False, chunks=None, group=group, decode_timedelta=False
+                )
             else:
                 contents = (_HDF5Contents if kind == "h5netcdf" else _Contents)(path, name, group)
                 data = xr.open_dataset(path, engine=kind, group=group, cache=False, decode_timedelta=False)
@@ -51,11 +55,14 @@ def _opened(path: str | os.PathLike, name: str, group: str | None = None) -> tup
     except _Refused:
         raise
     except ImportError as error:
-        raise ValueError(f"{name}: {shown} needs a library that is not installed ({error.name}): pip install 'pnpda_nb[zarr]'") from error
+        raise ValueError(
+            f"{name}: {shown} needs a library that is not installed ({error.name}): pip install 'pnpda_nb[zarr]'"
+        ) from error
     except Exception as error:  # the many errors of HDF5 and Zarr mean one thing here
         if "decode time" in str(error):
             raise ValueError(f"{name}: {shown} has times that cannot be understood ({_reason(error)})") from error
         raise ValueError(f"{name}: {shown} is not a readable NetCDF file or Zarr store ({_reason(error)}); is it whole?") from error
+
 
 # %% ../../nbs/93_files.ipynb #2accc261
 def _format(path: Path, name: str) -> str:
@@ -66,7 +73,9 @@ def _format(path: Path, name: str) -> str:
         if stat.S_ISDIR(found.st_mode):
             if any(os.path.lexists(path / known) for known in _DESCRIPTIONS):
                 return "zarr"
-            raise ValueError(f"{name}: expected a NetCDF file or a Zarr store, got the folder {shown} without a description of arrays")
+            raise ValueError(
+                f"{name}: expected a NetCDF file or a Zarr store, got the folder {shown} without a description of arrays"
+            )
         if not stat.S_ISREG(found.st_mode):
             raise ValueError(f"{name}: expected a file or a folder, got {shown}, which is neither")
         with open(path, "rb") as file:
@@ -86,16 +95,28 @@ def _format(path: Path, name: str) -> str:
         return "h5netcdf"
     if starts[0][:4] in (b"CDF\x01", b"CDF\x02"):
         return "scipy"
-    other = {b"CDF\x05": "CDF-5 (64-bit data); copy it to NetCDF-4 with nccopy -4", b"GRIB": "GRIB; convert it to NetCDF-4", b"PK\x03\x04": "a zip archive; unpack it", b"": "an empty file"}
+    other = {
+        b"CDF\x05": "CDF-5 (64-bit data); copy it to NetCDF-4 with nccopy -4",
+        b"GRIB": "GRIB; convert it to NetCDF-4",
+        b"PK\x03\x04": "a zip archive; unpack it",
+        b"": "an empty file",
+    }
     got = other.get(starts[0][:4], f"something that begins with {starts[0]!r}")
-    raise ValueError(f"{name}: {shown} is not a readable NetCDF file or Zarr store, expected NetCDF-4, classic NetCDF, or Zarr, got {got}")
+    raise ValueError(
+        f"{name}: {shown} is not a readable NetCDF file or Zarr store, expected NetCDF-4, classic NetCDF, or Zarr, got {got}"
+    )
+
 
 # %% ../../nbs/93_files.ipynb #5542b756
 def _read(array: xr.DataArray, where: str) -> np.ndarray:
     """The values of a variable, or one line that says why they cannot be read."""
     try:
         values = array.values
-        if values.dtype.kind == "U" and values.size and np.ascontiguousarray(values).view(f"{values.dtype.byteorder}u4").max() > sys.maxunicode:
+        if (
+            values.dtype.kind == "U"
+            and values.size
+            and np.ascontiguousarray(values).view(f"{values.dtype.byteorder}u4").max() > sys.maxunicode
+        ):
             raise ValueError("text that is none")
         return values
     except _Refused:
@@ -109,6 +130,7 @@ def _loaded(array: xr.DataArray, where: str) -> xr.DataArray:
     for part in (array, *array.coords.values()):
         _read(part, where)
     return array.load()
+
 
 # %% ../../nbs/93_files.ipynb #a44b4265
 guard(globals())

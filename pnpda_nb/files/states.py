@@ -26,7 +26,8 @@ from .times import _is_instants
 from .units import _units
 
 # %% auto #0
-__all__ = ['States', 'read_states']
+__all__ = ["States", "read_states"]
+
 
 # %% ../../nbs/93_files.ipynb #b915fde3
 @dataclass(frozen=True, eq=False)
@@ -60,16 +61,31 @@ class States:
             kind = array.dtype if array.dtype in (np.dtype("float32"), np.dtype("float64")) else np.dtype("float64")
             new = xr.DataArray(block.astype(kind), dims=samples + field.dims).transpose(*array.dims)
             copy = array.copy(data=new.values)
-            copy.encoding = {k: v for k, v in array.encoding.items() if k in ("zlib", "complevel", "chunksizes", "shuffle")}  # not packed
-            out[re.sub(rf"(^|_){re.escape(self.layout.roles[0])}(_|$)|(^|_)background(_|$)", rf"\g<1>\g<3>{role}\g<2>\g<4>", str(array.name))] = copy
+            copy.encoding = {
+                k: v for k, v in array.encoding.items() if k in ("zlib", "complevel", "chunksizes", "shuffle")
+            }  # not packed
+            out[
+                re.sub(
+                    rf"(^|_){re.escape(self.layout.roles[0])}(_|$)|(^|_)background(_|$)",
+                    rf"\g<1>\g<3>{role}\g<2>\g<4>",
+                    str(array.name),
+                )
+            ] = copy
         data = xr.Dataset(out)
-        data = data.assign({name: array for name, array in self.beside.items() if name not in data.variables and all(data.sizes.get(d, n) == n for d, n in array.sizes.items())})
+        data = data.assign(
+            {
+                name: array
+                for name, array in self.beside.items()
+                if name not in data.variables and all(data.sizes.get(d, n) == n for d, n in array.sizes.items())
+            }
+        )
         for name, variable in data.variables.items():
             data[name].attrs = writable_attributes(_present(variable.attrs, data))
             if name in data.coords or name in self.beside:
                 kept = ("units", "calendar", "dtype") if _is_instants(variable.dtype, variable) else ()
                 data[name].encoding = {k: v for k, v in variable.encoding.items() if k in kept} | {"_FillValue": None}
         return data
+
 
 # %% ../../nbs/93_files.ipynb #96ed5142
 def writable_attributes(attributes: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,8 +95,19 @@ def writable_attributes(attributes: Mapping[str, Any]) -> dict[str, Any]:
     kept = ((_clean(str(name)).replace("/", "_"), _writable(value)) for name, value in attributes.items())
     return {name: value for name, value in kept if name and value is not None and name not in _RESERVED}
 
+
 # %% ../../nbs/93_files.ipynb #f92f72a6
-_RESERVED = ("CLASS", "NAME", "DIMENSION_LIST", "DIMENSION_LABELS", "REFERENCE_LIST", "_NCProperties", "_Netcdf4Dimid", "_Netcdf4Coordinates", "_nc3_strict")
+_RESERVED = (
+    "CLASS",
+    "NAME",
+    "DIMENSION_LIST",
+    "DIMENSION_LABELS",
+    "REFERENCE_LIST",
+    "_NCProperties",
+    "_Netcdf4Dimid",
+    "_Netcdf4Coordinates",
+    "_nc3_strict",
+)
 _NAMING = ("ancillary_variables", "bounds", "cell_measures", "climatology", "coordinates", "formula_terms", "grid_mapping", "geometry", "interior_ring", "mesh",
            "node_coordinates", "node_count", "nodes", "part_node_count", "quantization")  # fmt: skip
 
@@ -88,6 +115,7 @@ _NAMING = ("ancillary_variables", "bounds", "cell_measures", "climatology", "coo
 def _clean(text: str) -> str:
     """Text that can be encoded, without the zeros that end it in C."""
     return text.replace("\0", "").encode("utf-8", "replace").decode()
+
 
 # %% ../../nbs/93_files.ipynb #4b7b4343
 def _writable(value: Any) -> Any:
@@ -115,6 +143,7 @@ def _writable(value: Any) -> Any:
         return _clean(str(value) if array.ndim == 0 else json.dumps(array.tolist(), default=str))
     return array[()] if array.ndim == 0 else array.ravel()
 
+
 # %% ../../nbs/93_files.ipynb #ad04aaa7
 def _names_in(value: object) -> list[str]:
     """The variables that an attribute names: "area: cell_area" names cell_area."""
@@ -123,7 +152,12 @@ def _names_in(value: object) -> list[str]:
 
 def _present(attributes: Mapping[str, Any], data: xr.Dataset) -> dict[str, Any]:
     """Attributes without those that name variables that are not there; xarray writes `coordinates` by itself."""
-    return {k: v for k, v in attributes.items() if k not in _NAMING or (k != "coordinates" and all(name in data.variables for name in _names_in(v)))}
+    return {
+        k: v
+        for k, v in attributes.items()
+        if k not in _NAMING or (k != "coordinates" and all(name in data.variables for name in _names_in(v)))
+    }
+
 
 # %% ../../nbs/93_files.ipynb #abe83723
 def read_states(path: str | os.PathLike, layout: Layout, *, name: str = "background", samples: Sequence[str] = ()) -> States:
@@ -138,22 +172,44 @@ def read_states(path: str | os.PathLike, layout: Layout, *, name: str = "backgro
     with opened as data:
         arrays = {field.name: _variable(data, field, (name, layout.roles[0]), where) for field in layout.fields}
         first = next(iter(arrays.values()))
-        dims = [str(d) for d in first.dims if d not in layout.fields[0].dims and is_sample(str(d), data, (*_listing(samples), *layout.samples))]
+        dims = [
+            str(d)
+            for d in first.dims
+            if d not in layout.fields[0].dims and is_sample(str(d), data, (*_listing(samples), *layout.samples))
+        ]
         for field in layout.fields:
             array = arrays[field.name]
             check_field(array, field, layout, dims, where)
             if [array.sizes.get(d) for d in dims] != [first.sizes[d] for d in dims]:
-                raise ValueError(f"{where}: expected {array.name!r} with the dimensions {', '.join(dims)} of {first.name!r}, got {', '.join(map(str, array.dims))}")
+                raise ValueError(
+                    f"{where}: expected {array.name!r} with the dimensions {', '.join(dims)} of {first.name!r}, got {', '.join(map(str, array.dims))}"
+                )
             if not array.size:
-                raise ValueError(f"{where}: expected states in {array.name!r}, got none along {', '.join(d for d in dims if not array.sizes[d])}")
+                raise ValueError(
+                    f"{where}: expected states in {array.name!r}, got none along {', '.join(d for d in dims if not array.sizes[d])}"
+                )
             contents.need(str(array.name), 8 * array.size)
             for part in array.coords.values():
                 contents.claims(str(part.name), part.nbytes)
             contents.check(str(array.name))
         arrays = {n: _loaded(array, where) for n, array in arrays.items()}
-        named = {word for array in arrays.values() for part in (array, *array.coords.values()) for key in _NAMING for word in _names_in((part.attrs | part.encoding).get(key, ""))}
-        beside = {n: data[n].reset_coords(drop=True) for n in sorted(named) if n in data.variables and data[n].size <= 8 * max(array.size for array in arrays.values())}
-        beside = {n: _loaded(array, where) for n, array in beside.items() if array.dtype.kind in "fiubSU" and n not in {array.name for array in arrays.values()}}
+        named = {
+            word
+            for array in arrays.values()
+            for part in (array, *array.coords.values())
+            for key in _NAMING
+            for word in _names_in((part.attrs | part.encoding).get(key, ""))
+        }
+        beside = {
+            n: data[n].reset_coords(drop=True)
+            for n in sorted(named)
+            if n in data.variables and data[n].size <= 8 * max(array.size for array in arrays.values())
+        }
+        beside = {
+            n: _loaded(array, where)
+            for n, array in beside.items()
+            if array.dtype.kind in "fiubSU" and n not in {array.name for array in arrays.values()}
+        }
     runs, members = (tuple(d for d in dims if (d in MEMBERS) == inside) for inside in (False, True))
     shape = [math.prod(first.sizes[d] for d in some) for some in (runs, members)]
     columns = []
@@ -168,12 +224,17 @@ def read_states(path: str | os.PathLike, layout: Layout, *, name: str = "backgro
     for field in layout.fields:
         mine = kept[:, layout.parts()[field.name]]
         if not np.isfinite(mine).all():
-            raise ValueError(f"{where}: expected finite values, got {int((~np.isfinite(mine)).sum())} of {field.title} that are not")
+            raise ValueError(
+                f"{where}: expected finite values, got {int((~np.isfinite(mine)).sum())} of {field.title} that are not"
+            )
         low, high = field.bounds
         wild = (mine < low) | (mine > high)
         if wild.any():
-            raise ValueError(f"{where}: expected {field.title} between {low:.4g} and {high:.4g} {field.units} (the archive held {field.held[0]:.4g} to {field.held[1]:.4g}), got {mine[wild][0]:.6g}")
+            raise ValueError(
+                f"{where}: expected {field.title} between {low:.4g} and {high:.4g} {field.units} (the archive held {field.held[0]:.4g} to {field.held[1]:.4g}), got {mine[wild][0]:.6g}"
+            )
     return States(torch.from_numpy(np.ascontiguousarray(kept)).reshape(*shape, layout.dim), layout, arrays, runs, members, beside)
+
 
 # %% ../../nbs/93_files.ipynb #886b7e74
 def _variable(data: xr.Dataset, field: Field, roles: Sequence[str], where: str) -> xr.DataArray:
@@ -184,7 +245,10 @@ def _variable(data: xr.Dataset, field: Field, roles: Sequence[str], where: str) 
             return data[candidate]
     if not field.name and len(data.data_vars) == 1:
         return next(iter(data.data_vars.values()))
-    raise ValueError(f"{where}: expected a variable {field.name or roles[0]!r}, got {', '.join(map(str, data.data_vars)) or 'none'}")
+    raise ValueError(
+        f"{where}: expected a variable {field.name or roles[0]!r}, got {', '.join(map(str, data.data_vars)) or 'none'}"
+    )
+
 
 # %% ../../nbs/93_files.ipynb #5262602d
 guard(globals())

@@ -20,35 +20,18 @@ import xarray as xr
 from ..core.checks import GappyArray, guard
 from .archive import _listing
 from .contents import _reason, _shown
-from .layout import (
-    Axis,
-    Field,
-    Layout,
-    _in_units,
-    _plain,
-    _slack,
-    check_field,
-    check_units,
-)
+from .layout import Axis, Field, Layout, _in_units, _plain, _slack, check_field, check_units
 from .opening import _opened, _read
 from .states import States
-from .times import (
-    _TIMES,
-    _calendar,
-    _instants,
-    _is_time,
-    _like,
-    _numbers,
-    _same,
-    _time,
-)
+from .times import _TIMES, _calendar, _instants, _is_time, _like, _numbers, _same, _time
 from .units import _brief, _units, conversion
 from ..observing.covariance import DiagonalCovariance
 from ..observing.observations import Observations
 from ..observing.operators import Interpolate, Operator, Select
 
 # %% auto #0
-__all__ = ['read_observations']
+__all__ = ["read_observations"]
+
 
 # %% ../../nbs/93_files.ipynb #c60d5b40
 def along_axis(
@@ -64,7 +47,9 @@ def along_axis(
         raise ValueError(f"{where}: expected an axis of finite coordinates, got {axis}")
     order, rising = axis.line
     if len(rising) > 1 and not (np.diff(rising) > 0).all():
-        raise ValueError(f"{where}: expected an axis of distinct coordinates, got {values[order][1:][np.diff(rising) == 0][0]:g} twice")
+        raise ValueError(
+            f"{where}: expected an axis of distinct coordinates, got {values[order][1:][np.diff(rising) == 0][0]:g} twice"
+        )
     slack, along = _slack(values, 1e-6), positions - values[order[0]]
     if axis.period is not None:
         along = along % axis.period
@@ -74,7 +59,9 @@ def along_axis(
         station = int(np.flatnonzero(outside)[0])
         number = station if numbers is None else numbers[station]
         ends = values[order[[0, -2 if axis.closed else -1]]]
-        raise ValueError(f"{where}: expected stations between {ends[0]:g} and {ends[1]:g}, got {positions[station]:g} for station {number}")
+        raise ValueError(
+            f"{where}: expected stations between {ends[0]:g} and {ends[1]:g}, got {positions[station]:g} for station {number}"
+        )
     if len(rising) == 1:
         here = np.full(len(positions), order[0])
         return here, here, np.zeros(len(positions))
@@ -84,6 +71,7 @@ def along_axis(
     share = np.where(np.abs(share - np.round(share)) * width <= slack, np.round(share), share)
     arrived = share == 1  # on a point
     return order[upper - ~arrived], order[upper], np.where(arrived, 0.0, share)
+
 
 # %% ../../nbs/93_files.ipynb #0d267476
 def locate(stations: xr.Dataset, field: Field, layout: Layout, where: str) -> tuple[np.ndarray, np.ndarray]:
@@ -115,8 +103,11 @@ def locate(stations: xr.Dataset, field: Field, layout: Layout, where: str) -> tu
     if lost.any():
         numbers = np.asarray(stations.get("number", np.arange(count)))[lost]
         which = f"station{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers[:10]))}{', …' * (len(numbers) > 10)}"
-        raise ValueError(f"{where}: expected stations where {field.title} has values, got {which} at points that the archive leaves out")
+        raise ValueError(
+            f"{where}: expected stations where {field.title} has values, got {which} at points that the archive leaves out"
+        )
     return np.maximum(places, 0), weights
+
 
 # %% ../../nbs/93_files.ipynb #998da9df
 def _ends(stations: xr.Dataset, dim: str, size: int, layout: Layout, where: str) -> tuple[np.ndarray, ...]:
@@ -124,7 +115,9 @@ def _ends(stations: xr.Dataset, dim: str, size: int, layout: Layout, where: str)
         index = _indices(stations[f"{dim}_index"], size, where)
         return index, index, np.zeros(len(index))
     if dim not in stations.variables:
-        raise ValueError(f"{where}: expected where stations are along {dim}, as a variable {dim!r}, '{dim}_index' or 'index', got none of them")
+        raise ValueError(
+            f"{where}: expected where stations are along {dim}, as a variable {dim!r}, '{dim}_index' or 'index', got none of them"
+        )
     axis, given = layout.axes.get(dim), stations[dim]
     if axis is None:
         raise ValueError(f"{where}: expected '{dim}_index' or 'index', as the archive has no coordinates along {dim}, got {dim!r}")
@@ -143,6 +136,7 @@ def _ends(stations: xr.Dataset, dim: str, size: int, layout: Layout, where: str)
     numbers = stations["number"].values if "number" in stations else None
     return along_axis(axis, _in_units(_numbers(given, where), factor), f"{where}: {dim}", numbers)
 
+
 # %% ../../nbs/93_files.ipynb #e90e28ee
 def _indices(given: xr.DataArray, size: int, where: str) -> np.ndarray:
     values = _numbers(given, where)
@@ -150,6 +144,7 @@ def _indices(given: xr.DataArray, size: int, where: str) -> np.ndarray:
     if wrong.any():
         raise ValueError(f"{where}: expected {given.name!r} to be whole numbers from 0 to {size - 1}, got {values[wrong][0]:g}")
     return values.astype(int)
+
 
 # %% ../../nbs/93_files.ipynb #c9502649
 @dataclass(frozen=True, eq=False)
@@ -175,7 +170,11 @@ class Sightings:
     def beyond(self) -> str:
         """The values that were refused, in words; "" for none."""
         some = ", ".join(f"{value:.6g} of {field or 'state'} at station {station}" for field, station, value in self.refused[:5])
-        return f"{len(self.refused)} refused as beyond anything that the archive held: {some}{', …' * (len(self.refused) > 5)}" if self.refused else ""
+        return (
+            f"{len(self.refused)} refused as beyond anything that the archive held: {some}{', …' * (len(self.refused) > 5)}"
+            if self.refused
+            else ""
+        )
 
     @property
     def operator(self) -> Operator:
@@ -187,7 +186,10 @@ class Sightings:
 
     def observations(self, runs: slice = slice(None)) -> Observations:
         """Those of some runs as `Observations`, with independent errors."""
-        return Observations(torch.from_numpy(self.values[runs]), self.operator, DiagonalCovariance(torch.from_numpy(self.errors**2)))
+        return Observations(
+            torch.from_numpy(self.values[runs]), self.operator, DiagonalCovariance(torch.from_numpy(self.errors**2))
+        )
+
 
 # %% ../../nbs/93_files.ipynb #3ee5da49
 def read_observations(path: str | os.PathLike, states: States, *, samples: Sequence[str] = ()) -> Sightings:
@@ -206,21 +208,41 @@ def read_observations(path: str | os.PathLike, states: States, *, samples: Seque
         data = _table(path, where)
     else:
         dims = [d for f in layout.fields for d in f.dims]
-        used = {"value", "error", "variable", "units", "index", *names, *(f"{n}_error" for n in names), *dims, *(f"{d}_index" for d in dims), *counting}
+        used = {
+            "value",
+            "error",
+            "variable",
+            "units",
+            "index",
+            *names,
+            *(f"{n}_error" for n in names),
+            *dims,
+            *(f"{d}_index" for d in dims),
+            *counting,
+        }
         opened, contents = _opened(path, "observations")
         with opened as whole:
             data = whole.drop_vars([n for n in whole.variables if str(n) not in used])
             for n, variable in data.variables.items():
                 (contents.need if n == "value" or n in names else contents.claims)(str(n), 8 * variable.size)
                 contents.check(str(n))
-            data = xr.Dataset({n: (v.dims, _plain(_read(data[n], where)), v.attrs) for n, v in data.variables.items()}).set_coords(list(data.coords))
+            data = xr.Dataset({n: (v.dims, _plain(_read(data[n], where)), v.attrs) for n, v in data.variables.items()}).set_coords(
+                list(data.coords)
+            )
     data = _check_times(data, states, counting, where)
-    found = [part for name, field in names.items() if name and name in data.data_vars for part in _named(data, name, field, states, where)]
+    found = [
+        part
+        for name, field in names.items()
+        if name and name in data.data_vars
+        for part in _named(data, name, field, states, where)
+    ]
     if "value" in data:
         found += _listed(data, states, where)
     if not found:
         wanted = ", ".join(f.title for f in layout.fields)
-        raise ValueError(f"{where}: expected a variable 'value' or one named as a field ({wanted}), got {', '.join(map(str, data.data_vars)) or 'none'}")
+        raise ValueError(
+            f"{where}: expected a variable 'value' or one named as a field ({wanted}), got {', '.join(map(str, data.data_vars)) or 'none'}"
+        )
     width = max(part[3].shape[1] for part in found)
 
     def padded(x: np.ndarray) -> np.ndarray:
@@ -236,8 +258,11 @@ def read_observations(path: str | os.PathLike, states: States, *, samples: Seque
         tuple(one for part in found for one in part[5]),
     )
     if np.isnan(sightings.values).all():
-        raise ValueError(f"{where}: expected at least one value, got {sightings.values.size} missing{', of which ' * bool(sightings.refused)}{sightings.beyond}")
+        raise ValueError(
+            f"{where}: expected at least one value, got {sightings.values.size} missing{', of which ' * bool(sightings.refused)}{sightings.beyond}"
+        )
     return sightings
+
 
 # %% ../../nbs/93_files.ipynb #23cedbb9
 def _table(path: str | os.PathLike, where: str) -> xr.Dataset:
@@ -264,6 +289,7 @@ def _table(path: str | os.PathLike, where: str) -> xr.Dataset:
     text = {str(name): np.array([None if v != v else str(v).strip() for v in table[name]], dtype=object) for name in table}
     return xr.Dataset({name: ("station", column, {"table": True}) for name, column in text.items()})
 
+
 # %% ../../nbs/93_files.ipynb #9756470b
 def _check_times(data: xr.Dataset, states: States, counting: Sequence[str], where: str) -> xr.Dataset:
     """The observations without columns that say when they are. Raises `ValueError` if the states say it too, and it is not the same."""
@@ -273,7 +299,13 @@ def _check_times(data: xr.Dataset, states: States, counting: Sequence[str], wher
     for dim in counting:
         if dim not in data.variables:
             continue
-        known = dim if dim in first.coords and first[dim].ndim <= 1 else next(iter(times), None) if dim in ("time", "valid_time") else None
+        known = (
+            dim
+            if dim in first.coords and first[dim].ndim <= 1
+            else next(iter(times), None)
+            if dim in ("time", "valid_time")
+            else None
+        )
         table = bool(data[dim].attrs.get("table"))
         if known is None:
             if table and dim in ("time", "valid_time") and len(several := dict.fromkeys(data[dim].values.tolist())) > 1:
@@ -287,11 +319,18 @@ def _check_times(data: xr.Dataset, states: States, counting: Sequence[str], wher
         if data[dim].ndim > 1 or (data[dim].dims and data[dim].dims != first[known].dims):  # a time for each station
             mine = np.unique(mine)
         if mine.shape != theirs.shape or not _same(mine, theirs):
-            of = [f" of the calendar {_calendar(v)}" if _calendar(mine) != _calendar(theirs) and _calendar(v) else "" for v in (theirs, mine)]
-            ends = (f"{len(v)} from {_time(v[0])} to {_time(v[-1])}{c}" if len(v) > 1 else f"{_time(v[0])}{c}" if len(v) else "none" for v, c in zip((theirs, mine), of))
+            of = [
+                f" of the calendar {_calendar(v)}" if _calendar(mine) != _calendar(theirs) and _calendar(v) else ""
+                for v in (theirs, mine)
+            ]
+            ends = (
+                f"{len(v)} from {_time(v[0])} to {_time(v[-1])}{c}" if len(v) > 1 else f"{_time(v[0])}{c}" if len(v) else "none"
+                for v, c in zip((theirs, mine), of)
+            )
             raise ValueError("{}: expected the background's {} ({}), got {}".format(where, known, *ends))
         data = data.drop_vars(dim) if table else data
     return data
+
 
 # %% ../../nbs/93_files.ipynb #848fc4cd
 def _by_run(array: xr.DataArray, rest: Sequence[str], states: States, where: str) -> np.ndarray:
@@ -300,7 +339,9 @@ def _by_run(array: xr.DataArray, rest: Sequence[str], states: States, where: str
     for dim in states.runs:
         if dim not in array.dims:
             if first.sizes[dim] > 1:
-                raise ValueError(f"{where}: expected {array.name!r} with the dimension {dim} of the background, got ({', '.join(map(str, array.dims))})")
+                raise ValueError(
+                    f"{where}: expected {array.name!r} with the dimension {dim} of the background, got ({', '.join(map(str, array.dims))})"
+                )
             array = array.reset_coords(drop=True).expand_dims(dim)
         elif array.sizes[dim] != first.sizes[dim]:
             raise ValueError(f"{where}: expected {first.sizes[dim]} along {dim} as the background has, got {array.sizes[dim]}")
@@ -308,16 +349,21 @@ def _by_run(array: xr.DataArray, rest: Sequence[str], states: States, where: str
     array = array.isel({d: 0 for d in extra})
     unknown = [str(d) for d in array.dims if d not in (*states.runs, *rest)]
     if unknown:
-        raise ValueError(f"{where}: {unknown[0]} of {array.name!r} is neither a dimension of the background nor that of the stations")
+        raise ValueError(
+            f"{where}: {unknown[0]} of {array.name!r} is neither a dimension of the background nor that of the stations"
+        )
     shape = [math.prod(first.sizes[d] for d in states.runs), *[array.sizes[d] for d in rest]]
     return _numbers(array.transpose(*states.runs, *rest), where).reshape(shape)
+
 
 # %% ../../nbs/93_files.ipynb #7d803d3c
 def _errors(data: xr.Dataset, name: str, like: xr.DataArray, rest: Sequence[str], where: str) -> np.ndarray:
     """The standard deviations of the errors of a variable, in its units, for its dimensions but the runs; flat."""
     given = data.get(name, like.attrs.get("error"))
     if given is None:
-        raise ValueError(f"{where}: expected the errors' standard deviations as a variable {name!r} or an attribute 'error' of {like.name!r}, got neither")
+        raise ValueError(
+            f"{where}: expected the errors' standard deviations as a variable {name!r} or an attribute 'error' of {like.name!r}, got neither"
+        )
     sizes = [like.sizes[d] for d in rest]
     if not isinstance(given, xr.DataArray):
         if not isinstance(given, int | float | np.number) or isinstance(given, bool):
@@ -329,10 +375,17 @@ def _errors(data: xr.Dataset, name: str, like: xr.DataArray, rest: Sequence[str]
         raise ValueError(f"{where}: expected {name!r} in units {other!r} as {like.name!r}, got {units!r}")
     unknown = [str(d) for d in given.dims if d not in rest and given.sizes[d] > 1]
     if unknown:
-        raise ValueError(f"{where}: expected {name!r} to be the same for all {unknown[0]}, got one for each; analyse them one by one")
+        raise ValueError(
+            f"{where}: expected {name!r} to be the same for all {unknown[0]}, got one for each; analyse them one by one"
+        )
     given = given.isel({d: 0 for d in given.dims if d not in rest}).reset_coords(drop=True)
-    numbers = xr.DataArray(_numbers(given, where), dims=given.dims).broadcast_like(xr.DataArray(np.empty(sizes), dims=rest)).transpose(*rest)
+    numbers = (
+        xr.DataArray(_numbers(given, where), dims=given.dims)
+        .broadcast_like(xr.DataArray(np.empty(sizes), dims=rest))
+        .transpose(*rest)
+    )
     return numbers.values.ravel() * factor[0]  # a difference has no offset
+
 
 # %% ../../nbs/93_files.ipynb #7a878c83
 def _positive(errors: np.ndarray, values: np.ndarray, where: str) -> np.ndarray:
@@ -344,12 +397,17 @@ def _positive(errors: np.ndarray, values: np.ndarray, where: str) -> np.ndarray:
         raise ValueError(f"{where}: expected positive standard deviations of errors, got {errors[station]} for station {station}")
     return np.where(there, errors, 1.0)
 
+
 # %% ../../nbs/93_files.ipynb #08613593
 def _believed(values: np.ndarray, of: Sequence[Field], where: str) -> tuple[np.ndarray, list[tuple[str, int, float]]]:
     """Values `(run, station)` where they are within the bounds of their fields and nan elsewhere, and those that are not."""
     if np.isinf(values).any():
         raise ValueError(f"{where}: expected finite values, got {int(np.isinf(values).sum())} infinite")
-    low, high = (np.array(edge) for edge in zip(*((-np.inf, np.inf) if f.held is None else f.bounds for f in of), strict=True)) if len(of) else (np.zeros(0),) * 2
+    low, high = (
+        (np.array(edge) for edge in zip(*((-np.inf, np.inf) if f.held is None else f.bounds for f in of), strict=True))
+        if len(of)
+        else (np.zeros(0),) * 2
+    )
     beyond = (values < low) | (values > high)
     refused = [(of[station].name, int(station), float(values[run, station])) for run, station in np.argwhere(beyond)]
     return np.where(beyond, np.nan, values), refused
@@ -359,8 +417,11 @@ def _station_dim(array: xr.DataArray, states: States, where: str) -> str:
     dims = [str(d) for d in array.dims if d not in states.runs]
     long = [d for d in dims if array.sizes[d] > 1] or dims[-1:]
     if len(long) != 1:
-        raise ValueError(f"{where}: expected {array.name!r} with one dimension of stations besides the background's, got ({', '.join(map(str, array.dims))})")
+        raise ValueError(
+            f"{where}: expected {array.name!r} with one dimension of stations besides the background's, got ({', '.join(map(str, array.dims))})"
+        )
     return long[0]
+
 
 # %% ../../nbs/93_files.ipynb #f977afe8
 def _named(data: xr.Dataset, name: str, field: Field, states: States, where: str) -> list[tuple]:
@@ -375,7 +436,9 @@ def _named(data: xr.Dataset, name: str, field: Field, states: States, where: str
         begin = sum(f.size for f in states.layout.fields[: states.layout.fields.index(field)])
         points, weights = states.layout.place[begin + seen][:, None], np.ones((len(seen), 1))
         if (points < 0).any():
-            raise ValueError(f"{where}: expected {name!r} to be missing at the {int((points < 0).sum())} points that the archive leaves out, got values")
+            raise ValueError(
+                f"{where}: expected {name!r} to be missing at the {int((points < 0).sum())} points that the archive leaves out, got values"
+            )
         errors = _errors(data, f"{name}_error", array, field.dims, where)[seen] * abs(factor[0])
         return [(values[:, seen], _positive(errors, values[:, seen], where), (field.name,) * len(seen), points, weights, refused)]
     dim = _station_dim(array, states, where)
@@ -385,10 +448,12 @@ def _named(data: xr.Dataset, name: str, field: Field, states: States, where: str
     errors = _positive(_errors(data, f"{name}_error", array, [dim], where) * abs(factor[0]), values, where)
     return [(values, errors, (field.name,) * len(errors), points, weights, refused)]
 
+
 # %% ../../nbs/93_files.ipynb #36e89304
 def _stations(data: xr.Dataset, dim: str) -> xr.Dataset:
     """What is known of each station alone."""
     return data.reset_coords()[[str(n) for n, v in data.variables.items() if v.dims == (dim,)]]
+
 
 # %% ../../nbs/93_files.ipynb #80f109e2
 def _listed(data: xr.Dataset, states: States, where: str) -> list[tuple]:
@@ -402,7 +467,9 @@ def _listed(data: xr.Dataset, states: States, where: str) -> list[tuple]:
     elif len(layout.fields) == 1:
         of = [layout.fields[0]] * values.shape[1]
     else:
-        raise ValueError(f"{where}: expected a variable 'variable' that names the field of each station ({', '.join(f.title for f in layout.fields)}), got none")
+        raise ValueError(
+            f"{where}: expected a variable 'variable' that names the field of each station ({', '.join(f.title for f in layout.fields)}), got none"
+        )
     usual = _units(array.attrs, f"{where}: 'value'")
     units = ["" if v is None else str(v) for v in _plain(stations["units"].values)] if "units" in stations else [usual] * len(of)
     factors = np.array([check_units(u, f, f"{where}: 'value'") for u, f in zip(units, of)]).reshape(-1, 2)
@@ -414,8 +481,18 @@ def _listed(data: xr.Dataset, states: States, where: str) -> list[tuple]:
         mine = np.array([f is field for f in of])
         some = stations.assign(number=(dim, np.arange(len(of)))).isel({dim: mine})
         points, weights = locate(some, field, layout, where)
-        parts.append((values[:, mine], errors[mine], (field.name,) * int(mine.sum()), points, weights, [one for one in refused if of[one[1]] is field]))
+        parts.append(
+            (
+                values[:, mine],
+                errors[mine],
+                (field.name,) * int(mine.sum()),
+                points,
+                weights,
+                [one for one in refused if of[one[1]] is field],
+            )
+        )
     return parts
+
 
 # %% ../../nbs/93_files.ipynb #4a414cb7
 guard(globals())

@@ -15,7 +15,8 @@ import numpy as np
 from ..core.checks import guard
 
 # %% auto #0
-__all__ = ['same_units', 'conversion']
+__all__ = ["same_units", "conversion"]
+
 
 # %% ../../nbs/93_files.ipynb #acb01fa6
 def same_units(one: str, other: str) -> bool:
@@ -36,6 +37,7 @@ def same_units(one: str, other: str) -> bool:
 
     return factors(one) == factors(other)
 
+
 # %% ../../nbs/93_files.ipynb #a2487798
 def conversion(one: str, other: str) -> tuple[float, float] | None:
     """Factor and offset that turn a number in units `one` into one in units `other`: (1, 0) where `same_units` says so, None
@@ -43,43 +45,58 @@ def conversion(one: str, other: str) -> tuple[float, float] | None:
     """
     return (1.0, 0.0) if same_units(one, other) else _converted(one.strip(), other.strip())
 
+
 # %% ../../nbs/93_files.ipynb #e02973c0
 @lru_cache(maxsize=1000)
 def _converted(one: str, other: str) -> tuple[float, float] | None:
     if not (_sober(one) and _sober(other)):
         return None
-    from cf_xarray.units import (
-        units as registry,  # half a second, so only when it is needed
-    )
+    from cf_xarray.units import units as registry  # half a second, so only when it is needed
 
     def parsed(text: str) -> tuple[float, Any]:
         text = re.sub(r"(?<=[^\W_])\.(?=[A-Za-z])", " ", text)  # kg.m-2
         if not re.match(r"[\d.]", text):
             return 1.0, registry.parse_units(text)
         quantity = registry.parse_expression(text)  # 100 Pa
-        return (float(quantity), registry.dimensionless) if isinstance(quantity, int | float) else (float(quantity.magnitude), quantity.units)
+        return (
+            (float(quantity), registry.dimensionless)
+            if isinstance(quantity, int | float)
+            else (float(quantity.magnitude), quantity.units)
+        )
 
     try:
         (number, unit), (another, target) = (parsed(text) for text in (one, other))
-        kinds = [{"north": "north" in str(u), "east": "east" in str(u), "salinity": "salinity" in str(u), "angle": bool(re.search("degree(?!_C|_F|_R)|radian|turn|arc", str(u)))} for u in (unit, target)]
+        kinds = [
+            {
+                "north": "north" in str(u),
+                "east": "east" in str(u),
+                "salinity": "salinity" in str(u),
+                "angle": bool(re.search("degree(?!_C|_F|_R)|radian|turn|arc", str(u))),
+            }
+            for u in (unit, target)
+        ]
         if (kinds[0]["north"] and kinds[1]["east"]) or (kinds[0]["east"] and kinds[1]["north"]):
             return None
         if any(kinds[0][k] != kinds[1][k] for k in ("salinity", "angle")) and unit.dimensionless:
             return None
         with np.errstate(all="ignore"):  # what overflows is no factor
             zero, near, far = (float(registry.Quantity(x * number, unit).to(target).magnitude) / another for x in (0.0, 1e6, 2e6))
-    except Exception:  # pint raises what it likes, for text that is no unit and for units of another kind; without a factor they are refused
+    except (
+        Exception
+    ):  # pint raises what it likes, for text that is no unit and for units of another kind; without a factor they are refused
         return None
     factor = float(near - zero) / 1e6
     if not (math.isfinite(factor) and factor) or not math.isclose(far - near, near - zero, rel_tol=1e-9):
         return None  # such as decibels
     return float(f"{factor:.15g}"), float(f"{zero:.13g}")  # what was lost in computing them
 
+
 # %% ../../nbs/93_files.ipynb #8da22885
 def _sober(units: str) -> bool:
     """Whether a text could be a unit: short, and without powers that nobody could compute."""
     powers = re.sub(r"^10(\*\*|\^)(?=[-+]?\d{1,2}(?!\d))", "", units)  # 10**-3 kg is one
     return len(units) <= 80 and not re.search(r"\d{17}|[\d.)]\s*(\*\*|\^)|(\*\*|\^)\s*[-+(]*\d{4}", powers)
+
 
 # %% ../../nbs/93_files.ipynb #13d90b64
 def _units(attributes: Mapping, where: str) -> str:
@@ -100,6 +117,7 @@ def _brief(value: object) -> str:
     """A value in one line of a message."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
 
 # %% ../../nbs/93_files.ipynb #50ac6f20
 guard(globals())

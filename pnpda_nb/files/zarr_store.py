@@ -23,14 +23,7 @@ from typing import Any, Sequence
 import numpy as np
 
 from ..core.checks import guard
-from .contents import (
-    _DESCRIPTIONS,
-    _Contents,
-    _means_missing,
-    _reason,
-    _Refused,
-    _too_much,
-)
+from .contents import _DESCRIPTIONS, _Contents, _means_missing, _reason, _Refused, _too_much
 from .layout import _whole
 from .units import _brief
 
@@ -42,6 +35,7 @@ PACKERS = ("blosc", "bz2", "gzip", "lz4", "lzma", "zlib", "zstd")
 CHECKSUMS = ("adler32", "crc32", "crc32c", "fletcher32", "jenkins_lookup3")
 CODECS = (*PACKERS, *CHECKSUMS, "astype", "base64", "bitround", "bytes", "categorize", "delta", "endian", "fixedscaleoffset", "packbits", "quantize",
           "sharding_indexed", "shuffle", "transpose", "vlen-bytes", "vlen-utf8")  # fmt: skip
+
 
 # %% ../../nbs/93_files.ipynb #e4abe079
 @dataclass(frozen=True)
@@ -58,6 +52,7 @@ class _ZarrArray:
     @property
     def size(self) -> int:
         return math.prod(self.chunks) * (self.item or 8)
+
 
 # %% ../../nbs/93_files.ipynb #dd1828be
 class _ZarrContents(_Contents):
@@ -109,12 +104,17 @@ class _ZarrContents(_Contents):
             try:
                 texts[kind] = json.loads(self.descriptions[key])
             except (ValueError, RecursionError) as error:
-                raise self.refuse(f"{key} is not a description of an array or group ({type(error).__name__}); is it whole?") from error
+                raise self.refuse(
+                    f"{key} is not a description of an array or group ({type(error).__name__}); is it whole?"
+                ) from error
             if not isinstance(texts[kind], dict):
                 raise self.refuse(f"{key} is not a description of an array or group")
         variable = prefix.strip("/")
         both = [texts.get(".zmetadata", {}).get("metadata"), (texts.get("zarr.json", {}).get("consolidated_metadata") or {})]
-        for copies in (both[0], both[1].get("metadata") if isinstance(both[1], dict) else None):  # copies of what is below; they are not used, and may not hide anything
+        for copies in (
+            both[0],
+            both[1].get("metadata") if isinstance(both[1], dict) else None,
+        ):  # copies of what is below; they are not used, and may not hide anything
             for key, copy in copies.items() if isinstance(copies, dict) else ():
                 if isinstance(copy, dict) and ("chunks" in copy or "codecs" in copy):
                     self._array(f"{prefix}{key}", copy, {}, 2 if "chunks" in copy else 3)
@@ -140,26 +140,43 @@ class _ZarrContents(_Contents):
                 if said.get("storage_transformers") or said["chunk_grid"]["name"] != "regular":
                     raise self.refuse(f"expected a regular grid of chunks of {variable!r}, got another")
                 chunks, item = said["chunk_grid"]["configuration"]["chunk_shape"], _zarr_item(said["data_type"])
-                gaps = _means_missing(_zarr_fill(said.get("fill_value")), _zarr_fill(attributes.get("_FillValue")), attributes.get("missing_value"))
+                gaps = _means_missing(
+                    _zarr_fill(said.get("fill_value")), _zarr_fill(attributes.get("_FillValue")), attributes.get("missing_value")
+                )
                 shards = [c[1] for c in codecs if c[0] == "sharding_indexed"]
                 inner = None
                 if shards:
                     setting = shards[0]
                     index = self._codecs(variable, setting.get("index_codecs", [{"name": "bytes"}, {"name": "crc32c"}]), "name")
-                    inner = (tuple(map(_whole, setting["chunk_shape"])), self._codecs(variable, setting["codecs"], "name"), setting.get("index_location", "end"), index)
-                    if len(codecs) != 1 or any(c[0] == "sharding_indexed" for c in inner[1]) or any(c[0] not in ("bytes", "crc32c") for c in index):
+                    inner = (
+                        tuple(map(_whole, setting["chunk_shape"])),
+                        self._codecs(variable, setting["codecs"], "name"),
+                        setting.get("index_location", "end"),
+                        index,
+                    )
+                    if (
+                        len(codecs) != 1
+                        or any(c[0] == "sharding_indexed" for c in inner[1])
+                        or any(c[0] not in ("bytes", "crc32c") for c in index)
+                    ):
                         raise self.refuse(f"expected shards of {variable!r} that are neither in shards nor packed, got others")
                     if len(inner[0]) != len(chunks) or any(c < 1 or n % c for n, c in zip(chunks, inner[0])):
-                        raise self.refuse(f"expected chunks of {variable!r} that fill its shards, got {_brief(inner[0])} in {_brief(chunks)}")
+                        raise self.refuse(
+                            f"expected chunks of {variable!r} that fill its shards, got {_brief(inner[0])} in {_brief(chunks)}"
+                        )
             shape, chunks = (tuple(map(_whole, numbers)) for numbers in (said["shape"], chunks))
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             if isinstance(error, _Refused):
                 raise
-            raise self.refuse(f"the description of {variable!r} lacks something or says what it cannot ({_reason(error)})") from error
+            raise self.refuse(
+                f"the description of {variable!r} lacks something or says what it cannot ({_reason(error)})"
+            ) from error
         if len(shape) != len(chunks) or any(n < 0 for n in shape) or any(c < 1 for c in chunks):
             raise self.refuse(f"expected a shape and chunks of {variable!r}, got {_brief(shape)} and {_brief(chunks)}")
         array = _ZarrArray(shape, chunks, item, codecs, gaps, inner)
-        if len(shape) == 1 and _too_much(shape[0] * (item or 8), stored := self._stored(variable, shape[0] * (item or 8))):  # coordinates are read when it is opened
+        if len(shape) == 1 and _too_much(
+            shape[0] * (item or 8), stored := self._stored(variable, shape[0] * (item or 8))
+        ):  # coordinates are read when it is opened
             raise self.refuse(f"{variable!r} claims {shape[0] * (item or 8):.3g} bytes, of which {stored} are stored")
         return array
 
@@ -170,8 +187,19 @@ class _ZarrContents(_Contents):
             said = codec.get(key) if isinstance(codec, dict) else codec
             known = said.removeprefix("numcodecs.") if isinstance(said, str) else said
             if known not in CODECS:
-                raise _Refused(f"{self.name}: expected codecs that are known not to execute anything in {self.shown}, got the codec {_brief(said)} of {variable!r}")
-            codecs.append((known, (codec.get("configuration") or {}) if key == "name" and isinstance(codec, dict) else codec if isinstance(codec, dict) else {}))
+                raise _Refused(
+                    f"{self.name}: expected codecs that are known not to execute anything in {self.shown}, got the codec {_brief(said)} of {variable!r}"
+                )
+            codecs.append(
+                (
+                    known,
+                    (codec.get("configuration") or {})
+                    if key == "name" and isinstance(codec, dict)
+                    else codec
+                    if isinstance(codec, dict)
+                    else {},
+                )
+            )
         packers = [i for i, (known, _) in enumerate(codecs) if known in PACKERS]
         if len(packers) > 1 or (packers and any(known not in CHECKSUMS for known, _ in codecs[packers[0] + 1 :])):
             raise self.refuse(f"expected {variable!r} to be packed once, got {', '.join(known for known, _ in codecs)}")
@@ -202,7 +230,9 @@ class _ZarrContents(_Contents):
         key = f"{self.group}/{variable}".strip("/")
         self.needed.add(key)
         if math.prod(self.arrays[key].shape) and not self._stored(key, 1):
-            raise self.refuse(f"nothing of {variable!r} is stored (if all of it is the fill value, write it with write_empty_chunks=True)")
+            raise self.refuse(
+                f"nothing of {variable!r} is stored (if all of it is the fill value, write it with write_empty_chunks=True)"
+            )
         self.claims(variable, wanted)
 
     def array_of(self, key: str) -> tuple[str, _ZarrArray] | None:
@@ -221,7 +251,9 @@ class _ZarrContents(_Contents):
         variable, array = of
         if found is None:
             if variable in self.needed and not array.gaps:
-                raise self.refuse(f"the chunk {key} is not stored, and its fill value would be taken for data (if it is data, write the store with write_empty_chunks=True)")
+                raise self.refuse(
+                    f"the chunk {key} is not stored, and its fill value would be taken for data (if it is data, write the store with write_empty_chunks=True)"
+                )
             return
         if _too_much(array.size, found.st_size):
             raise self.refuse(f"the chunk {key} claims {array.size:.3g} bytes, of which {found.st_size} are stored")
@@ -246,7 +278,9 @@ class _ZarrContents(_Contents):
         count = math.prod(n // c for n, c in zip(array.chunks, chunks))
         size = 16 * count + 4 * sum(known == "crc32c" for known, _ in index_codecs)
         if size > found.st_size:
-            raise self.refuse(f"expected an index of {size} bytes in the shard {key}, got {found.st_size} bytes of it; is it whole?")
+            raise self.refuse(
+                f"expected an index of {size} bytes in the shard {key}, got {found.st_size} bytes of it; is it whole?"
+            )
         expected = math.prod(chunks) * array.item if array.item else None
         order = next((setting.get("endian", "little") for known, setting in index_codecs if known == "bytes"), "little")
         with open(self.root / key, "rb") as file:
@@ -278,13 +312,16 @@ class _ZarrContents(_Contents):
             first = setting.get("location", "start" if known in ("adler32", "crc32") else "end") == "start"
             data = data[4:] if first else data[:-4]
         expected = sizes[packer]
-        most = expected if expected is not None else 16 * size + 1_000_000 if size is not None else max(32_000_000, 1000 * len(data))
+        most = (
+            expected if expected is not None else 16 * size + 1_000_000 if size is not None else max(32_000_000, 1000 * len(data))
+        )
         try:
             found = _unpacked_size(codecs[packer][0], codecs[packer][1], data, most)
         except Exception as error:  # whatever a library says of bytes that are not its own
             raise self.refuse(f"{what} cannot be unpacked ({_reason(error)}); is it whole?") from error
         if found > most or (expected is not None and found != expected):
             raise self.refuse(f"expected {most} bytes in {what}, got {'more' if found > most else found}; is it whole?")
+
 
 # %% ../../nbs/93_files.ipynb #bec332d6
 def _zarr_item(kind: str | dict) -> int | None:
@@ -300,6 +337,7 @@ def _zarr_item(kind: str | dict) -> int | None:
         return np.dtype(name).itemsize
     raise ValueError(f"unknown type {name!r}")
 
+
 # %% ../../nbs/93_files.ipynb #772d46e7
 def _zarr_fill(value: object) -> object:
     """A fill value as Zarr writes it, or xarray beside it, as a number if it is one."""
@@ -309,6 +347,7 @@ def _zarr_fill(value: object) -> object:
         except ValueError:
             return None
     return value if isinstance(value, int | float) else None
+
 
 # %% ../../nbs/93_files.ipynb #3615703d
 def _unpacked_size(packer: str, setting: dict, data: bytes, most: int) -> int:
@@ -338,6 +377,7 @@ def _unpacked_size(packer: str, setting: dict, data: bytes, most: int) -> int:
     if size <= most and (not unpack.eof or unpack.unused_data):
         raise ValueError("it ends too early or too late")
     return size
+
 
 # %% ../../nbs/93_files.ipynb #c465f116
 @cache
@@ -384,6 +424,7 @@ def _checked_store() -> type:
             return found
 
     return CheckedStore
+
 
 # %% ../../nbs/93_files.ipynb #92fe71ae
 guard(globals())

@@ -12,7 +12,8 @@ from ..core.checks import guard
 from .networks import FourierEmbedding
 
 # %% auto #0
-__all__ = ['FieldNetwork', 'DenseNetwork', 'ConvolutionNetwork', 'PyramidNetwork']
+__all__ = ["FieldNetwork", "DenseNetwork", "ConvolutionNetwork", "PyramidNetwork"]
+
 
 # %% ../../nbs/17_seeing.ipynb #a1376974
 class FieldNetwork(nn.Module):
@@ -40,6 +41,7 @@ class FieldNetwork(nn.Module):
             for parameter in last.parameters():
                 parameter.zero_()
 
+
 # %% ../../nbs/17_seeing.ipynb #cd45632c
 class DenseNetwork(FieldNetwork):
     """A perceptron with `layers` hidden layers of one `width`, for states of size `dim` without neighbours; arguments as in
@@ -63,6 +65,7 @@ class DenseNetwork(FieldNetwork):
             h = h + nn.functional.silu(layer(h))
         return self.last(h).unflatten(-1, (self.outputs, dim))
 
+
 # %% ../../nbs/17_seeing.ipynb #afe851c8
 Boundary = Literal["ring", "walls"]
 
@@ -71,6 +74,7 @@ def walls(dim: int, length: float) -> Tensor:
     """How near each of `dim` points is to the first and to the last wall: `(2, dim)`."""
     near = torch.exp(-torch.arange(dim, dtype=torch.float32) / length)
     return torch.stack((near, near.flip(0)))
+
 
 # %% ../../nbs/17_seeing.ipynb #ad40ecd8
 class ConvolutionNetwork(FieldNetwork):
@@ -116,6 +120,7 @@ class ConvolutionNetwork(FieldNetwork):
             inside = nn.functional.silu(block(nn.functional.silu(h + time(tau).unsqueeze(-1))))
             h = h + mix(inside)
         return self.last(nn.functional.silu(h)).reshape(*batch, self.outputs, dim)
+
 
 # %% ../../nbs/17_seeing.ipynb #74a7198f
 class PyramidNetwork(FieldNetwork):
@@ -176,6 +181,7 @@ class PyramidNetwork(FieldNetwork):
         for parts, up, fine in zip(reversed(self.after), reversed(self.up), reversed(seen)):
             h = block(fine + up(h).repeat_interleave(2, -1), parts)
         return self.last(nn.functional.silu(h))[..., :dim].reshape(*batch, self.outputs, dim)
+
 
 # %% ../../nbs/17_seeing.ipynb #a9eb6e6a
 guard(globals())

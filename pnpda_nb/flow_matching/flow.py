@@ -21,7 +21,8 @@ from .prior import Denoiser
 from .store import PriorFile, _json, _variables, network_from
 
 # %% auto #0
-__all__ = ['Coupling', 'conditional_coupling', 'FlowPrior', 'flow_matching_loss']
+__all__ = ["Coupling", "conditional_coupling", "FlowPrior", "flow_matching_loss"]
+
 
 # %% ../../nbs/09_flow_matching.ipynb #a5a54ed0
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Coupling:
     index: Index
     repaired: float
     gain: float
+
 
 # %% ../../nbs/09_flow_matching.ipynb #185906b7
 def conditional_coupling(source: Tensor, analysis: Tensor, background: Tensor, beta: float) -> Coupling:
@@ -52,6 +54,7 @@ def conditional_coupling(source: Tensor, analysis: Tensor, background: Tensor, b
     before, after = lengths.diagonal().mean(), lengths[own, index].mean()
     return Coupling(index, float((index != own).double().mean()), float(1 - after / before))
 
+
 # %% ../../nbs/09_flow_matching.ipynb #af3cac8a
 def _assignment(cost: np.ndarray) -> np.ndarray:
     """The cheapest pairing of rows and columns, by the solver that is quicker: from the present pairing, if that is
@@ -63,6 +66,7 @@ def _assignment(cost: np.ndarray) -> np.ndarray:
     import ot  # only where it is needed: it takes a while
 
     return ot.emd([], [], cost - cost.min(), numItermax=10_000_000).argmax(1)
+
 
 # %% ../../nbs/09_flow_matching.ipynb #2a6879c0
 class FlowPrior(PriorFile, kept_as="prior"):
@@ -96,7 +100,9 @@ class FlowPrior(PriorFile, kept_as="prior"):
         self.architecture, self.training = architecture, training or {}
         self.dim, self.factor, self.units = len(location), factor, units
         if not location.shape == scale.shape == (self.dim,):
-            raise ValueError(f"scale: expected one for each of the location's {self.dim} numbers, got shapes {tuple(location.shape)} and {tuple(scale.shape)}")
+            raise ValueError(
+                f"scale: expected one for each of the location's {self.dim} numbers, got shapes {tuple(location.shape)} and {tuple(scale.shape)}"
+            )
         if factor is not None and factor.shape not in ((self.dim,), (self.dim, self.dim)):
             raise ValueError(f"factor: expected a size of {self.dim}, got {tuple(factor.shape)}")
         if units is not None and (factor is None or units.shape != (self.dim,)):
@@ -126,9 +132,7 @@ class FlowPrior(PriorFile, kept_as="prior"):
 
     def __call__(self, background: Tensor) -> Denoiser:
         if background.shape[-1] != self.dim:
-            raise ValueError(
-                f"background: expected states of size {self.dim} as the prior's, got {background.shape[-1]}"
-            )
+            raise ValueError(f"background: expected states of size {self.dim} as the prior's, got {background.shape[-1]}")
         origin, units = (self.location, self.scale) if self.units is None else (background, self.units)
         raw = bool(self.units is None and not self.location.any() and (self.scale == 1).all())
         with torch.no_grad():
@@ -146,7 +150,9 @@ class FlowPrior(PriorFile, kept_as="prior"):
         tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}
         tensors |= {"location": self.location, "scale": self.scale, "factor": self.factor, "units": self.units}
         tensors |= {f"attached.{k}": v for k, v in self.attached.items()}
-        header = {"architecture": self.architecture, "training": self.training} | ({} if self.layout is None else {"layout": self.layout})
+        header = {"architecture": self.architecture, "training": self.training} | (
+            {} if self.layout is None else {"layout": self.layout}
+        )
         version = 1 if self.factor is None else self.newest
         return version, {k: v for k, v in tensors.items() if v is not None}, header
 
@@ -166,10 +172,12 @@ class FlowPrior(PriorFile, kept_as="prior"):
             layout=header.get("layout"), attached=named("attached."),
         )  # fmt: skip
 
+
 # %% ../../nbs/09_flow_matching.ipynb #5bb0ee93
 def _coloured(noise: Tensor, factor: Tensor) -> Tensor:
     """White `noise` `(..., dim)` with the covariance FFᵀ, for a `factor` as that of `FlowPrior`."""
     return noise * factor if factor.ndim == 1 else noise @ factor.T
+
 
 # %% ../../nbs/09_flow_matching.ipynb #68202b45
 def flow_matching_loss(
@@ -180,6 +188,7 @@ def flow_matching_loss(
     """
     target = analysis - source
     return (network(source + tau * target, tau, background) - target).square().sum(-1).mean()
+
 
 # %% ../../nbs/09_flow_matching.ipynb #393eaaf8
 guard(globals())

@@ -14,7 +14,8 @@ from ..core.checks import guard
 from ..core.random import standard_normal
 
 # %% auto #0
-__all__ = ['VelocityMLP']
+__all__ = ["VelocityMLP"]
+
 
 # %% ../../nbs/94_priors.ipynb #44810249
 class FourierEmbedding(nn.Module):
@@ -33,6 +34,7 @@ class FourierEmbedding(nn.Module):
         """`(..., 1)` -> `(..., size)`."""
         angles = 2 * math.pi * tau * self.frequencies
         return torch.cat((angles.sin(), angles.cos()), dim=-1)
+
 
 # %% ../../nbs/94_priors.ipynb #64bad89a
 class VelocityMLP(nn.Module):
@@ -59,9 +61,7 @@ class VelocityMLP(nn.Module):
         self.skip = blank(4 * dim, dim, bias=False) if linear_skip else None
         if generator is None:
             return
-        with (
-            torch.no_grad()
-        ):  # torch's usual uniform law, but from our stream: the global one stays untouched
+        with torch.no_grad():  # torch's usual uniform law, but from our stream: the global one stays untouched
             for layer in (*self.layers, self.last):
                 bound = layer.in_features**-0.5
                 for parameter in (layer.weight, layer.bias):
@@ -104,6 +104,7 @@ class VelocityMLP(nn.Module):
             return self.last(h) + nn.functional.linear(x, skip[0] + tau * skip[2]) + still + tau * moving
 
         return velocity
+
 
 # %% ../../nbs/94_priors.ipynb #3f1f38cc
 guard(globals())

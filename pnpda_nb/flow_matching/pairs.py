@@ -21,7 +21,8 @@ from ..core.random import stream
 from ..observing.covariance import Covariance
 
 # %% auto #0
-__all__ = ['PAPER_TRAINING', 'TrainingSettings', 'PairSource', 'TensorPairs']
+__all__ = ["PAPER_TRAINING", "TrainingSettings", "PairSource", "TensorPairs"]
+
 
 # %% ../../nbs/94_priors.ipynb #ed4b74d3
 @dataclass(frozen=True)
@@ -74,19 +75,10 @@ class TrainingSettings:
         if not 0 <= self.repaired_target < 1:
             raise ValueError(f"repaired_target: expected a share from 0 to less than 1, got {self.repaired_target}")
         if not 0 <= self.start_fraction < 1:
-            raise ValueError(
-                f"start_fraction: expected a share from 0 to less than 1, got {self.start_fraction}"
-            )
+            raise ValueError(f"start_fraction: expected a share from 0 to less than 1, got {self.start_fraction}")
         if not 0 <= self.average < 1:
             raise ValueError(f"average: expected a decay from 0 to less than 1, got {self.average}")
-        for name in (
-            "embedding",
-            "batch",
-            "epochs",
-            "patience",
-            "plateau_patience",
-            "validation_draws",
-        ):
+        for name in ("embedding", "batch", "epochs", "patience", "plateau_patience", "validation_draws"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         for name in ("embedding_scale", "learning_rate", "plateau_factor", "validation_fraction", "source_scale"):
@@ -94,15 +86,11 @@ class TrainingSettings:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
         for name in ("beta", "weight_decay"):
             if not getattr(self, name) >= 0:
-                raise ValueError(
-                    f"{name}: expected zero or a positive number, got {getattr(self, name)}"
-                )
+                raise ValueError(f"{name}: expected zero or a positive number, got {getattr(self, name)}")
         if not self.hidden or min(self.hidden) < 1:
             raise ValueError(f"hidden: expected one or more positive widths, got {self.hidden}")
         if self.coupling_batch < 0 or self.coupling_batch % self.batch:
-            raise ValueError(
-                f"coupling_batch: expected zero or a multiple of {self.batch}, the batch, got {self.coupling_batch}"
-            )
+            raise ValueError(f"coupling_batch: expected zero or a multiple of {self.batch}, the batch, got {self.coupling_batch}")
 
     @classmethod
     def for_dim(cls, dim: int, **changes: Any) -> "TrainingSettings":
@@ -134,6 +122,7 @@ PAPER_TRAINING = TrainingSettings(
     standardise=False,
 )
 
+
 # %% ../../nbs/94_priors.ipynb #cfc512f8
 def _held_out(count: int, settings: TrainingSettings) -> int:
     """How many pairs are for validation."""
@@ -143,6 +132,7 @@ def _held_out(count: int, settings: TrainingSettings) -> int:
             f"analysis: expected at least {settings.batch} pairs to train on besides {held_out} for validation, got {count - held_out}"
         )
     return held_out
+
 
 # %% ../../nbs/94_priors.ipynb #bd131b0e
 class _Sample:
@@ -164,10 +154,12 @@ def _size(*x: Tensor) -> Tensor:
     """The largest absolute value `(dim,)` in rows `(sample, dim)`."""
     return torch.stack([some.abs().amax(0) for some in x]).amax(0).double()
 
+
 # %% ../../nbs/94_priors.ipynb #7ecd933d
 def _varies(low: Tensor, high: Tensor, size: Tensor) -> Tensor:
     """Whether the least and the largest differ by more than the rounding of numbers of that `size`."""
     return high - low > 8 * torch.finfo(torch.float64).eps * size
+
 
 # %% ../../nbs/94_priors.ipynb #47109174
 class _Units:
@@ -182,7 +174,11 @@ class _Units:
         plain = not settings.standardise
         sample = None if plain else states()
         self.location = torch.zeros(self.dim, dtype=torch.float64) if plain else sample.mean
-        self.scale = torch.ones(self.dim, dtype=torch.float64) if plain else self.unit(sample, "is constant over all pairs and cannot be standardised")
+        self.scale = (
+            torch.ones(self.dim, dtype=torch.float64)
+            if plain
+            else self.unit(sample, "is constant over all pairs and cannot be standardised")
+        )
         self.factor = self.units = None
         if settings.source == "white" and settings.target == "state":
             return
@@ -194,7 +190,9 @@ class _Units:
             try:
                 factor = Covariance(sample.covariance[moves][:, moves]).factor
             except ValueError as error:
-                raise ValueError("analysis: expected increments with a covariance of full rank, as for source 'covariance'") from error
+                raise ValueError(
+                    "analysis: expected increments with a covariance of full rank, as for source 'covariance'"
+                ) from error
             self.factor = torch.zeros(self.dim, self.dim, dtype=torch.float64)
             self.factor[moves[:, None] & moves] = (settings.source_scale * factor).flatten()
         else:
@@ -206,9 +204,13 @@ class _Units:
         deviation, still = sample.deviation, ~sample.varies
         lost = still if self.constant is None else still & ~self.constant
         if lost.any():
-            raise ValueError(f"analysis: a variable {wrong}: {int(lost.sum())} of {self.dim}, first number {int(lost.nonzero()[0])}")
+            raise ValueError(
+                f"analysis: a variable {wrong}: {int(lost.sum())} of {self.dim}, first number {int(lost.nonzero()[0])}"
+            )
         if not torch.isfinite(deviation).all() or not (still | (deviation > 0)).all():
-            raise ValueError("background, analysis: expected numbers whose squares are finite and not zero, got larger or smaller ones")
+            raise ValueError(
+                "background, analysis: expected numbers whose squares are finite and not zero, got larger or smaller ones"
+            )
         return deviation.where(~still, sample.size.where(sample.size > 0, 1.0)) if still.any() else deviation
 
     def inside(self, background: Tensor, analysis: Tensor) -> tuple[Tensor, Tensor]:
@@ -220,11 +222,20 @@ class _Units:
             return b, ((analysis.double() - self.location) / self.scale).float()
         return b, ((analysis.double() - background.double()) / self.units).float()
 
+
 # %% ../../nbs/94_priors.ipynb #7e1f7bdf
 class _HeldPairs(_Units):
     """Pairs `(sample, dim)` that are all in memory, `held_out` of them for validation."""
 
-    def __init__(self, background: Tensor, analysis: Tensor, held_out: int, settings: TrainingSettings, seed: int, constant: Tensor | None = None):
+    def __init__(
+        self,
+        background: Tensor,
+        analysis: Tensor,
+        held_out: int,
+        settings: TrainingSettings,
+        seed: int,
+        constant: Tensor | None = None,
+    ):
         (self.count, self.dim), self.constant = analysis.shape, constant
         self.find_units(
             settings,
@@ -249,6 +260,7 @@ class _HeldPairs(_Units):
     def of_epoch(self, epoch: int) -> tuple[Tensor, Tensor]:
         return self.pairs
 
+
 # %% ../../nbs/94_priors.ipynb #0461fcc9
 @runtime_checkable
 class PairSource(Protocol):
@@ -267,6 +279,7 @@ class PairSource(Protocol):
     layout: dict | None
 
     def read(self, first: int, last: int) -> tuple[Tensor, Tensor]: ...
+
 
 # %% ../../nbs/94_priors.ipynb #f89468e1
 @dataclass(frozen=True, eq=False)
@@ -293,6 +306,7 @@ class TensorPairs:
             raise ValueError(f"pairs: expected finite numbers, got others among pairs {first} to {last}")
         return pairs
 
+
 # %% ../../nbs/94_priors.ipynb #0bbfe3f6
 class _RunningSample:
     """As `_Sample`, of rows that come in blocks (@eq-running); with `products` also their covariance."""
@@ -300,7 +314,10 @@ class _RunningSample:
     def __init__(self, dim: int, products: bool = False):
         self.count, self.products, self.first = 0, products, None
         self.low = self.high = self.size = None
-        self.shifted, self.squares = torch.zeros(dim, dtype=torch.float64), torch.zeros((dim, dim) if products else dim, dtype=torch.float64)
+        self.shifted, self.squares = (
+            torch.zeros(dim, dtype=torch.float64),
+            torch.zeros((dim, dim) if products else dim, dtype=torch.float64),
+        )
 
     def add(self, x: Tensor, size: Tensor | None = None) -> None:
         """Rows `(sample, dim)`; `size` as in `_Sample`."""
@@ -333,6 +350,7 @@ class _RunningSample:
     @property
     def varies(self) -> Tensor:
         return _varies(self.low, self.high, self.size)
+
 
 # %% ../../nbs/94_priors.ipynb #6b14d5e2
 class _StreamedPairs(_Units):
@@ -412,6 +430,7 @@ class _StreamedPairs(_Units):
             end += len(some[0])
         return tuple(x[:end] for x in room)
 
+
 # %% ../../nbs/94_priors.ipynb #193bed7b
 def _read(source: PairSource, first: int, last: int) -> tuple[Tensor, Tensor]:
     """Some pairs of a source, which must be what they should be."""
@@ -422,6 +441,7 @@ def _read(source: PairSource, first: int, last: int) -> tuple[Tensor, Tensor]:
         if not torch.isfinite(x).all():
             raise ValueError(f"source: expected finite pairs, got others among those from {first} to {last}")
     return pairs
+
 
 # %% ../../nbs/94_priors.ipynb #f7d3e5bc
 guard(globals())

@@ -13,12 +13,14 @@ from ..core.random import standard_normal
 from ..observing.covariance import Covariance
 
 # %% auto #0
-__all__ = ['denoised_from_velocity', 'velocity_from_denoised', 'Prior', 'Denoiser', 'GaussianPrior']
+__all__ = ["denoised_from_velocity", "velocity_from_denoised", "Prior", "Denoiser", "GaussianPrior"]
+
 
 # %% ../../nbs/09_flow_matching.ipynb #e074b718
 def denoised_from_velocity(x: Tensor, velocity: Tensor, tau: float) -> Tensor:
     """Where the walk from `x` at pseudo-time `tau` is expected to end: eq. 13 of PnP-DA."""
     return torch.add(x, velocity, alpha=1 - tau)
+
 
 # %% ../../nbs/09_flow_matching.ipynb #4be08749
 def velocity_from_denoised(x: Tensor, denoised: Tensor, tau: float) -> Tensor:
@@ -26,6 +28,7 @@ def velocity_from_denoised(x: Tensor, denoised: Tensor, tau: float) -> Tensor:
     if not tau < 1:
         raise ValueError(f"tau: expected less than 1, got {tau}")
     return (denoised - x) / (1 - tau)
+
 
 # %% ../../nbs/09_flow_matching.ipynb #fb9a0e7e
 @runtime_checkable
@@ -37,6 +40,7 @@ class Prior(Protocol):
     def __call__(self, background: Tensor) -> "Denoiser": ...
     def source(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor: ...
 
+
 # %% ../../nbs/09_flow_matching.ipynb #a3494bcd
 class Denoiser:
     """D_τ(x_b, ·) of eq. 13 of PnP-DA for given backgrounds `(..., dim)`; `denoiser(x, tau)` is the
@@ -47,11 +51,7 @@ class Denoiser:
     """
 
     def __init__(
-        self,
-        background: Tensor,
-        velocity: Callable[[Tensor, float], Tensor],
-        source: Callable,
-        centre: Tensor | None = None,
+        self, background: Tensor, velocity: Callable[[Tensor, float], Tensor], source: Callable, centre: Tensor | None = None
     ):
         self.background, self.velocity, self.source, self.centre = background, velocity, source, centre
 
@@ -82,6 +82,7 @@ class Denoiser:
             x = x + h * self.velocity(middle, (n + 0.5) * h)
         return x
 
+
 # %% ../../nbs/09_flow_matching.ipynb #510b9a6a
 class GaussianPrior:
     """The exact prior of x_a = `matrix` x_b + `offset` + N(0, `covariance`), with source N(0, I);
@@ -104,7 +105,9 @@ class GaussianPrior:
         regression. Raises `ValueError` for pairs that do not determine one, in whatever units.
         """
         if background.ndim != 2 or background.shape != analysis.shape or len(analysis) < 2:
-            raise ValueError(f"background, analysis: expected two or more pairs (sample, dim), got {tuple(background.shape)} and {tuple(analysis.shape)}")
+            raise ValueError(
+                f"background, analysis: expected two or more pairs (sample, dim), got {tuple(background.shape)} and {tuple(analysis.shape)}"
+            )
         background, analysis = background.double(), analysis.double()
         joint = torch.cov(torch.cat((background, analysis), -1).T)
         n = background.shape[-1]
@@ -136,6 +139,7 @@ class GaussianPrior:
             return velocity_from_denoised(x, denoised, tau)
 
         return Denoiser(background, velocity, self.source)
+
 
 # %% ../../nbs/09_flow_matching.ipynb #e5b004db
 guard(globals())

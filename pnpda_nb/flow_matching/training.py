@@ -22,25 +22,14 @@ from tqdm.auto import tqdm
 from ..core.checks import guard
 from ..core.disk import fitting_checkpoint, read_checkpoint, write_checkpoint
 from ..core.random import stream
-from .flow import (
-    FlowPrior,
-    _coloured,
-    conditional_coupling,
-    flow_matching_loss,
-)
+from .flow import FlowPrior, _coloured, conditional_coupling, flow_matching_loss
 from .networks import VelocityMLP
-from .pairs import (
-    PairSource,
-    TrainingSettings,
-    _held_out,
-    _HeldPairs,
-    _read,
-    _StreamedPairs,
-)
+from .pairs import PairSource, TrainingSettings, _held_out, _HeldPairs, _read, _StreamedPairs
 from .store import _json
 
 # %% auto #0
-__all__ = ['train_prior', 'train_from']
+__all__ = ["train_prior", "train_from"]
+
 
 # %% ../../nbs/94_priors.ipynb #e2325ec9
 def train_prior(
@@ -69,6 +58,7 @@ def train_prior(
     held_out = _held_out(len(analysis), settings)
     return _train(_HeldPairs(background, analysis, held_out, settings, seed), settings, seed, checkpoint, progress, callback)
 
+
 # %% ../../nbs/94_priors.ipynb #3c187eb9
 def _train(
     pairs, settings: TrainingSettings, seed: int, checkpoint, progress: bool, callback, keep: bool = False
@@ -84,14 +74,9 @@ def _train(
     elif path and pairs.kept():  # what took a pass over all pairs
         state.write(path)
     bar = tqdm(
-        total=settings.epochs,
-        initial=state.epoch,
-        desc="training",
-        unit="epoch",
-        disable=None if progress else True,
-        leave=False,
+        total=settings.epochs, initial=state.epoch, desc="training", unit="epoch", disable=None if progress else True, leave=False
     )
-    saved = -math.inf   # the first epoch is written at once
+    saved = -math.inf  # the first epoch is written at once
     try:
         while not state.finished:
             row = state.run_epoch()
@@ -114,14 +99,14 @@ def _train(
         path.unlink(missing_ok=True)
     return state.prior(), pd.DataFrame(state.history)
 
+
 # %% ../../nbs/94_priors.ipynb #c7fb98e1
 def _read_checkpoint(path: Path, fingerprint: str) -> dict:
     memory = read_checkpoint(path)
     if memory.get("fingerprint") != fingerprint:
-        raise ValueError(
-            f"checkpoint: {path} belongs to a training with other settings, seed or pairs; move it away to start anew"
-        )
+        raise ValueError(f"checkpoint: {path} belongs to a training with other settings, seed or pairs; move it away to start anew")
     return memory
+
 
 # %% ../../nbs/94_priors.ipynb #648def09
 class _Training:
@@ -142,22 +127,14 @@ class _Training:
         if pairs.factor is not None:  # the factor in the network's units
             self.colour = (pairs.factor / (inside if pairs.factor.ndim == 1 else inside[:, None])).float()
         self.network = VelocityMLP(
-            dim,
-            settings.hidden,
-            settings.embedding,
-            stream(seed, "weights"),
-            settings.embedding_scale,
-            settings.linear_skip,
+            dim, settings.hidden, settings.embedding, stream(seed, "weights"), settings.embedding_scale, settings.linear_skip
         )
         self.averaged = copy.deepcopy(self.network).requires_grad_(False)
         self.weights = [list(net.parameters()) for net in (self.averaged, self.network)]
         self.steps = 0
         self.generator = stream(seed, "training noise")
         self.optimiser = torch.optim.AdamW(
-            self.network.parameters(),
-            lr=settings.learning_rate,
-            weight_decay=settings.weight_decay,
-            fused=True,
+            self.network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
         )
         self.schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
             self.optimiser, factor=settings.plateau_factor, patience=settings.plateau_patience
@@ -169,9 +146,7 @@ class _Training:
 
     @property
     def finished(self) -> bool:
-        return (
-            self.epoch >= self.settings.epochs or self.epoch - self.best_epoch >= self.settings.patience
-        )
+        return self.epoch >= self.settings.epochs or self.epoch - self.best_epoch >= self.settings.patience
 
     def start(self, noise: Tensor, background: Tensor) -> Tensor:
         """White noise as draws of the source, for backgrounds beside it; all `(sample, dim)`, in the network's units."""
@@ -187,9 +162,7 @@ class _Training:
             noise = torch.randn(len(portion), a.shape[1], generator=self.generator)
             tau = torch.rand(len(portion), 1, generator=self.generator)
             if settings.start_fraction:
-                tau = tau.masked_fill(
-                    torch.rand(tau.shape, generator=self.generator) < settings.start_fraction, 0.0
-                )
+                tau = tau.masked_fill(torch.rand(tau.shape, generator=self.generator) < settings.start_fraction, 0.0)
             whole = len(portion) // settings.batch * settings.batch
             for first in range(0, whole, together):
                 some = slice(first, min(first + together, whole))
@@ -210,18 +183,12 @@ class _Training:
         validation = self._validation()
         training = float(torch.stack(losses).mean())
         if not (math.isfinite(validation) and math.isfinite(training)):
-            raise ValueError(
-                f"training: the loss became non-finite in epoch {self.epoch + 1}; try a smaller learning rate"
-            )
+            raise ValueError(f"training: the loss became non-finite in epoch {self.epoch + 1}; try a smaller learning rate")
         rate = self.optimiser.param_groups[0]["lr"]
         self.schedule.step(validation)
         self.epoch += 1
         if validation < self.best_loss:
-            self.best_loss, self.best_epoch, self.best = (
-                validation,
-                self.epoch,
-                _copied(self.averaged.state_dict()),
-            )
+            self.best_loss, self.best_epoch, self.best = (validation, self.epoch, _copied(self.averaged.state_dict()))
         repaired, gain = np.mean(coupled, axis=0)
         self.history.append(
             {
@@ -260,9 +227,7 @@ class _Training:
         the start is forgotten.
         """
         self.steps += 1
-        decay = (
-            min(self.settings.average, self.steps / (self.steps + 10)) if self.settings.average else 0.0
-        )
+        decay = min(self.settings.average, self.steps / (self.steps + 10)) if self.settings.average else 0.0
         with torch.no_grad():
             torch._foreach_lerp_(*self.weights, 1 - decay)
 
@@ -276,11 +241,7 @@ class _Training:
         )
         network.load_state_dict(self.best)
         record = {"pairs": self.pairs.count, "epochs": self.epoch, "best_epoch": self.best_epoch}
-        record |= {
-            "validation_loss": self.best_loss,
-            "seed": self.seed,
-            "settings": self.settings.record(),
-        }
+        record |= {"validation_loss": self.best_loss, "seed": self.seed, "settings": self.settings.record()}
         record |= self.pairs.record
         return FlowPrior(
             network,
@@ -321,6 +282,7 @@ class _Training:
         self.beta = memory.get("beta", self.settings.beta)
         self.memory = memory
 
+
 # %% ../../nbs/94_priors.ipynb #5ed4cbc0
 def _copied(tree):
     """A deep copy of a state dictionary, tensors included."""
@@ -331,6 +293,7 @@ def _copied(tree):
     if isinstance(tree, list):
         return [_copied(v) for v in tree]
     return tree
+
 
 # %% ../../nbs/94_priors.ipynb #8fcb56f0
 def train_from(
@@ -357,11 +320,15 @@ def train_from(
     of another shape or type, that are not finite, or that has a layout that no file can hold; and for `source="covariance"` if the covariance does not fit in.
     """
     if min(source.count, source.dim, source.block) < 1:
-        raise ValueError(f"source: expected a count, dim and block of at least 1, got {source.count}, {source.dim} and {source.block}")
+        raise ValueError(
+            f"source: expected a count, dim and block of at least 1, got {source.count}, {source.dim} and {source.block}"
+        )
     _json("layout", source.layout, allow_nan=False)  # before hours of training, not after
     held_out, memory = _held_out(source.count, settings), int(memory)
     if 16 * source.dim * source.count > memory:
-        return _train(_StreamedPairs(source, settings, seed, memory), settings, seed, checkpoint, progress, callback, keep_checkpoint)
+        return _train(
+            _StreamedPairs(source, settings, seed, memory), settings, seed, checkpoint, progress, callback, keep_checkpoint
+        )
     background, analysis = (torch.empty(source.count, source.dim, dtype=torch.float64) for _ in range(2))
     step = source.block * max(1, 4096 // source.block)
     for first in range(0, source.count, step):
@@ -371,6 +338,7 @@ def train_from(
     del background, analysis  # the pairs are in the network's units now
     pairs.layout = source.layout
     return _train(pairs, settings, seed, checkpoint, progress, callback, keep_checkpoint)
+
 
 # %% ../../nbs/94_priors.ipynb #7bb4bb82
 guard(globals())

@@ -36,7 +36,8 @@ from ..twin.cycle import Method, filter_cycle, window_cycle
 from ..twin.experiment import TwinExperiment
 
 # %% auto #0
-__all__ = ['dapper_model', 'dapper_network', 'dapper_experiment', 'for_dapper']
+__all__ = ["dapper_model", "dapper_network", "dapper_experiment", "for_dapper"]
+
 
 # %% ../../nbs/28_your_model.ipynb #3f540f8b
 def import_dapper() -> None:
@@ -58,6 +59,7 @@ def import_dapper() -> None:
     bars.disable_progbar = bars.disable_user_interaction = True
     rc.liveplotting = False
 
+
 # %% ../../nbs/28_your_model.ipynb #1ca2b9d4
 def dapper_model(hmm: Any) -> UserModel:
     """The model of a DAPPER `HiddenMarkovModel`, without its noise, over one step of its time sequence. Raises `ValueError` for a model that
@@ -77,6 +79,7 @@ def dapper_model(hmm: Any) -> UserModel:
         raise ValueError(f"Dyn: expected a model that does not depend on time, got one that does ({_name(hmm)})")
     return UserModel(_DapperStep(dyn, dt), int(dyn.M), dt, numpy=True, name=_name(hmm))
 
+
 # %% ../../nbs/28_your_model.ipynb #625a315d
 def dapper_network(operator: Any, dim: int, gaussian: bool = False) -> ObservingNetwork:
     """A DAPPER observation `operator` of states of size `dim`, with its noise. Raises `ValueError` for noise that has no covariance, or a mean;
@@ -94,6 +97,7 @@ def dapper_network(operator: Any, dim: int, gaussian: bool = False) -> Observing
     diagonal = C.kind == "diag" or np.array_equal(C.full, np.diag(np.diag(C.full)))
     covariance = DiagonalCovariance(np.array(C.diag), "Obs.noise") if diagonal else Covariance(C.full, "Obs.noise")
     return ObservingNetwork(operator_from(operator, int(operator.M), dim), covariance)
+
 
 # %% ../../nbs/28_your_model.ipynb #c7185117
 def dapper_experiment(hmm: Any, cycles: int | None = None) -> TwinExperiment:
@@ -127,6 +131,7 @@ def dapper_experiment(hmm: Any, cycles: int | None = None) -> TwinExperiment:
         first_ensemble="same_law",
     )
 
+
 # %% ../../nbs/28_your_model.ipynb #4315bb98
 @dataclass(frozen=True)
 class _DapperStep:
@@ -148,6 +153,7 @@ def _name(hmm) -> str:
     """The name of an experiment, by default the file that it is from."""
     return str(hmm.name).removesuffix(".py") or "DAPPER"
 
+
 # %% ../../nbs/28_your_model.ipynb #115ea269
 @contextlib.contextmanager
 def _same_luck() -> Iterator[None]:
@@ -159,6 +165,7 @@ def _same_luck() -> Iterator[None]:
         yield
     finally:
         rng.bit_generator.state = state
+
 
 # %% ../../nbs/28_your_model.ipynb #9b61c6c5
 def _isotropic(name: str, variable, dim: int) -> tuple[np.ndarray, float]:
@@ -174,6 +181,7 @@ def _isotropic(name: str, variable, dim: int) -> tuple[np.ndarray, float]:
     if not np.allclose(full, full[0, 0] * np.eye(dim), rtol=1e-10, atol=0):
         raise ValueError(f"{name}: expected a covariance that is a multiple of the identity, got another one")
     return mean, float(full[0, 0])
+
 
 # %% ../../nbs/28_your_model.ipynb #4bc236d8
 def for_dapper(method: Method, members: int = 1, *, seed: int | None = None, name: str | None = None) -> Any:
@@ -208,6 +216,7 @@ def for_dapper(method: Method, members: int = 1, *, seed: int | None = None, nam
             setattr(xp, setting, value)
     return xp
 
+
 # %% ../../nbs/28_your_model.ipynb #eb48ba13
 @lru_cache(maxsize=1)
 def _experiment_class() -> type:
@@ -226,6 +235,7 @@ def _experiment_class() -> type:
             _assimilate(self, HMM, yy)
 
     return PnPDA_nb
+
 
 # %% ../../nbs/28_your_model.ipynb #13da5469
 def _assimilate(xp, hmm, yy) -> None:
@@ -296,9 +306,11 @@ def _assimilate(xp, hmm, yy) -> None:
         if xp.stats.store_s:
             assess(stretch.smoothed[0], k, ko, "s", stretch.weights)
 
+
 # %% ../../nbs/28_your_model.ipynb #73e5b0ae
 def _refuse(error: ValueError, state: Tensor) -> Tensor:
     raise error
+
 
 # %% ../../nbs/28_your_model.ipynb #4080052e
 guard(globals())

@@ -26,7 +26,8 @@ from ..files.layout import Field, Layout
 from ..observing.operators import _last_line, _real_numbers
 
 # %% auto #0
-__all__ = ['per_state', 'UserModel', 'from_tendency', 'ProgramModel', 'ManySteps']
+__all__ = ["per_state", "UserModel", "from_tendency", "ProgramModel", "ManySteps"]
+
 
 # %% ../../nbs/28_your_model.ipynb #5514f189
 def per_state(function: Callable) -> Callable:
@@ -41,6 +42,7 @@ def per_state(function: Callable) -> Callable:
         return np.stack([np.asarray(function(state)) for state in flat]).reshape(*states.shape[:-1], -1)
 
     return batched
+
 
 # %% ../../nbs/28_your_model.ipynb #0b95b68b
 @dataclass(frozen=True)
@@ -86,15 +88,18 @@ class UserModel(FunctionModel):
         moved = moved.to(state)
         return _finite(self, state, moved)
 
+
 # %% ../../nbs/28_your_model.ipynb #4e3b2658
 def _known_choice(on_nonfinite: str) -> None:
     if on_nonfinite not in ("raise", "pass"):
         raise ValueError(f"on_nonfinite: expected 'raise' or 'pass', got {on_nonfinite!r}")
 
+
 # %% ../../nbs/28_your_model.ipynb #31dc1eb3
 def _require_size(model: Model, state: Tensor) -> None:
     if state.shape[-1:] != (model.dim,):
         raise ValueError(f"state: expected states of size {model.dim}, got shape {tuple(state.shape)}")
+
 
 # %% ../../nbs/28_your_model.ipynb #bc3496b9
 def _finite(model, state: Tensor, moved: Tensor) -> Tensor:
@@ -112,6 +117,7 @@ def _finite(model, state: Tensor, moved: Tensor) -> Tensor:
         f"{model.name}: {int(lost.sum())} of {lost.numel()} states became non-finite in a step of {model.dt:g}; "
         f"the first of them was ({first}{', ...' if model.dim > 4 else ''})"
     )
+
 
 # %% ../../nbs/28_your_model.ipynb #15ec9caa
 @dataclass(frozen=True)
@@ -141,6 +147,7 @@ class _RungeKutta:
             state = rk4(checked, state, self.dt / self.substeps)
         return state
 
+
 # %% ../../nbs/28_your_model.ipynb #40770e81
 def from_tendency(tendency: Callable, dim: int, dt: float, substeps: int = 1, **settings: Any) -> UserModel:
     """A model of dx/dt = `tendency(x)`, by `substeps` Runge-Kutta steps of order four in every `dt`; `settings` are those of `UserModel`.
@@ -152,6 +159,7 @@ def from_tendency(tendency: Callable, dim: int, dt: float, substeps: int = 1, **
     if not (isinstance(substeps, Integral) and substeps >= 1):
         raise ValueError(f"substeps: expected a whole number of at least 1, got {substeps!r}")
     return UserModel(_RungeKutta(tendency, dt, int(substeps)), dim, dt, **settings)
+
 
 # %% ../../nbs/28_your_model.ipynb #7ceb55b2
 @dataclass(frozen=True)
@@ -209,7 +217,9 @@ class ProgramModel:
         states = state.detach().cpu().double().reshape(-1, self.dim).numpy()
         with tempfile.TemporaryDirectory(prefix="model_") as folder:
             given, answer = Path(folder) / "input.nc", Path(folder) / "output.nc"
-            content = self._dataset(states).to_netcdf(engine="scipy" if self.classic else "h5netcdf")  # in memory: the disk may be full
+            content = self._dataset(states).to_netcdf(
+                engine="scipy" if self.classic else "h5netcdf"
+            )  # in memory: the disk may be full
             with naming(given, "write"):
                 given.write_bytes(content)
             self._run(given, answer)
@@ -260,14 +270,19 @@ class ProgramModel:
         for f in self._fields.fields:
             dims, shape = ("member", *f.dims), (count, *f.shape)
             if f.title not in data.variables:
-                raise ValueError(f"{self.name}: expected {f.title!r} in its output, got {', '.join(map(str, data.variables)) or 'nothing'}")
+                raise ValueError(
+                    f"{self.name}: expected {f.title!r} in its output, got {', '.join(map(str, data.variables)) or 'nothing'}"
+                )
             if set(data[f.title].dims) != set(dims):
                 raise ValueError(f"{self.name}: expected {f.title!r} with dimensions {dims}, got {data[f.title].dims}")
             values = data[f.title].transpose(*dims).values
             if values.shape != shape or values.dtype.kind not in "iuf":
-                raise ValueError(f"{self.name}: expected {f.title!r} to be numbers of shape {shape}, got {values.dtype} of {values.shape}")
+                raise ValueError(
+                    f"{self.name}: expected {f.title!r} to be numbers of shape {shape}, got {values.dtype} of {values.shape}"
+                )
             fields[f.name] = values
         return self._fields.join(fields)
+
 
 # %% ../../nbs/28_your_model.ipynb #b031bd8f
 def _nothing(state: Tensor) -> Tensor:
@@ -282,6 +297,7 @@ def _end(process: subprocess.Popen) -> None:
         else:
             process.kill()
         process.wait()
+
 
 # %% ../../nbs/28_your_model.ipynb #add794a8
 @dataclass(frozen=True)
@@ -315,6 +331,7 @@ class ManySteps:
         for _ in range(self.steps):
             state = self.model.step(state)
         return state
+
 
 # %% ../../nbs/28_your_model.ipynb #4f340239
 guard(globals())

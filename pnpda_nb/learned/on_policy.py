@@ -33,7 +33,8 @@ from ..observing.update import Residual
 from ..twin.cycle import Method
 
 # %% auto #0
-__all__ = ['Lesson', 'lesson_loss', 'OnPolicySettings', 'OnPolicyTraining', 'train_on_policy']
+__all__ = ["Lesson", "lesson_loss", "OnPolicySettings", "OnPolicyTraining", "train_on_policy"]
+
 
 # %% ../../nbs/18_on_policy.ipynb #603e3bb3
 @dataclass(frozen=True, eq=False)
@@ -44,6 +45,7 @@ class Lesson:
     target: Tensor
     seen: Sightings
     extra: Tensor | None = None
+
 
 # %% ../../nbs/18_on_policy.ipynb #cf60feac
 def lesson_loss(
@@ -71,6 +73,7 @@ def lesson_loss(
         sites = torch.randperm(target.shape[-1], generator=generator)[:scored].sort().values
         loss = loss + likelihood * residual.negative_log_likelihood(error.detach(), sites).mean()
     return loss
+
 
 # %% ../../nbs/18_on_policy.ipynb #24da85d1
 @dataclass(frozen=True)
@@ -120,6 +123,7 @@ class OnPolicySettings:
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected zero or a positive number, got {getattr(self, name)}")
 
+
 # %% ../../nbs/18_on_policy.ipynb #e2c810f1
 class _Schedule:
     """A learning rate that warms up in a tenth of the steps (100 at most) and falls like a cosine."""
@@ -132,6 +136,7 @@ class _Schedule:
         warm = min(1.0, (self.step_number + 1) / min(100, 1 + self.total // 10))
         self.optimiser.param_groups[0]["lr"] = self.rate * (warm * (1 + math.cos(math.pi * share)) / 2 + 1e-3)
         self.step_number += 1
+
 
 # %% ../../nbs/18_on_policy.ipynb #03ca7eab
 class OnPolicyTraining:
@@ -150,7 +155,9 @@ class OnPolicyTraining:
         self.method = policy(self.averaged)
         self.generator = stream(seed, "on-policy training")
         self.weights = [list(p.network.parameters()) for p in (self.averaged, self.prior)]
-        self.optimiser = torch.optim.AdamW(self.weights[1], lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
+        self.optimiser = torch.optim.AdamW(
+            self.weights[1], lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+        )
         self.schedule = _Schedule(self.optimiser, settings.learning_rate, settings.cycles * settings.steps)
         self.forecast_spread = self.experiment.model_error.variance**0.5
         self.times = torch.zeros(settings.trajectories, dtype=torch.long)
@@ -280,7 +287,9 @@ class OnPolicyTraining:
         """From the averaged weights on, with an optimiser of its own."""
         settings = self.settings
         self.prior.network.load_state_dict(self.averaged.network.state_dict())
-        self.optimiser = torch.optim.AdamW(self.weights[1], lr=settings.foresight_rate, weight_decay=settings.weight_decay, fused=True)
+        self.optimiser = torch.optim.AdamW(
+            self.weights[1], lr=settings.foresight_rate, weight_decay=settings.weight_decay, fused=True
+        )
         self.schedule = _Schedule(self.optimiser, settings.foresight_rate, settings.foresight_cycles)
         self.updates = 0
         self.memory.clear()
@@ -335,10 +344,12 @@ class OnPolicyTraining:
         self.generator.set_state(memory["generator"])
         self.times, self.runs, self.state, self.networks = memory["trajectories"]
 
+
 # %% ../../nbs/18_on_policy.ipynb #9697fe9e
 def _trainable(prior: AnalysisPrior, gradient: bool = True) -> AnalysisPrior:
     network = copy.deepcopy(prior.network).requires_grad_(gradient)
     return AnalysisPrior(network, prior.location, prior.scale, prior.increment, prior.architecture, prior.training)
+
 
 # %% ../../nbs/18_on_policy.ipynb #28415319
 def train_on_policy(
@@ -367,7 +378,10 @@ def train_on_policy(
     if len(record.targets) < settings.foresight + 3:
         raise ValueError(f"record: expected at least {settings.foresight + 3} times, got {len(record.targets)}")
     training = OnPolicyTraining(prior, record, policy, settings, members=members, seed=seed)
-    path, fingerprint = Path(checkpoint) if checkpoint else None, _fingerprint(prior, record, training.method, settings, seed, members)
+    path, fingerprint = (
+        Path(checkpoint) if checkpoint else None,
+        _fingerprint(prior, record, training.method, settings, seed, members),
+    )
     best, found = math.inf, None
     if path and path.exists():
         memory = read_checkpoint(path)
@@ -378,7 +392,14 @@ def train_on_policy(
             best, found = memory["best"]
     total = settings.cycles + (settings.foresight_cycles if settings.foresight else 0)
     points = {round(total * (i + 1) / settings.patience_points) for i in range(settings.patience_points)}
-    bar = tqdm(total=total, initial=training.cycle, desc="on-policy training", unit="cycle", disable=None if progress else True, leave=False)
+    bar = tqdm(
+        total=total,
+        initial=training.cycle,
+        desc="on-policy training",
+        unit="cycle",
+        disable=None if progress else True,
+        leave=False,
+    )
     saved = time.monotonic()
 
     def score() -> float:
@@ -411,10 +432,16 @@ def train_on_policy(
         raise ValueError("training: no validation gave a finite score")
     if found is not None:
         trained.network.load_state_dict(found)
-    trained.training = {"settings": dataclasses.asdict(settings), "seed": seed, "cycles": training.cycle, "validation": best if validate else None}
+    trained.training = {
+        "settings": dataclasses.asdict(settings),
+        "seed": seed,
+        "cycles": training.cycle,
+        "validation": best if validate else None,
+    }
     if path:
         path.unlink(missing_ok=True)
     return trained, pd.DataFrame(training.history)
+
 
 # %% ../../nbs/18_on_policy.ipynb #197cfffa
 def _fingerprint(prior: AnalysisPrior, record, method: Method, settings: OnPolicySettings, seed: int, members: int) -> str:
@@ -424,6 +451,7 @@ def _fingerprint(prior: AnalysisPrior, record, method: Method, settings: OnPolic
     for x in (record.targets, prior.location, prior.scale, prior.increment, *prior.network.state_dict().values()):
         digest.update(x.detach().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
 
 # %% ../../nbs/18_on_policy.ipynb #798d7ede
 guard(globals())

@@ -14,22 +14,18 @@ from torch import Tensor
 
 from ..core.checks import Positive, guard
 from ..core.random import standard_normal, stream
-from ..flow_matching.convolutions import (
-    ConvolutionNetwork,
-    DenseNetwork,
-    FieldNetwork,
-    PyramidNetwork,
-)
+from ..flow_matching.convolutions import ConvolutionNetwork, DenseNetwork, FieldNetwork, PyramidNetwork
 from ..flow_matching.prior import Denoiser, velocity_from_denoised
 from ..flow_matching.store import PriorFile, network_from
 from ..observing.observations import Observations, Sightings, on_grid
 from ..observing.update import Residual, _taper
 
 # %% auto #0
-__all__ = ['AnalysisPrior', 'SeeingPrior', 'BlindPrior', 'AmortisedAnalysis']
+__all__ = ["AnalysisPrior", "SeeingPrior", "BlindPrior", "AmortisedAnalysis"]
 
 # %% ../../nbs/17_seeing.ipynb #f7c1f825
 _FIELDS = 6  # background, noisy increment, innovation, value, mask, log error
+
 
 # %% ../../nbs/17_seeing.ipynb #3e7d37a8
 class AnalysisPrior(PriorFile, kept_as="analysis_prior"):
@@ -152,6 +148,7 @@ class AnalysisPrior(PriorFile, kept_as="analysis_prior"):
         units = [tensors[name] for name in ("location", "scale", "increment")]
         return cls(network.eval().requires_grad_(False), *units, architecture, header["training"])
 
+
 # %% ../../nbs/17_seeing.ipynb #aee852f7
 def _network(architecture: dict, generator: torch.Generator | None) -> FieldNetwork:
     channels, outputs = _FIELDS + architecture["extra"], 2 + architecture["rank"]
@@ -160,6 +157,7 @@ def _network(architecture: dict, generator: torch.Generator | None) -> FieldNetw
         return DenseNetwork(channels, outputs, generator, dim=architecture["dim"], **size)
     kind = PyramidNetwork if "levels" in size else ConvolutionNetwork
     return kind(channels, outputs, generator, boundary=architecture["geometry"], **size)
+
 
 # %% ../../nbs/17_seeing.ipynb #01d44745
 class LearnedDenoiser(Denoiser):
@@ -180,6 +178,7 @@ class LearnedDenoiser(Denoiser):
     def velocity(self, x: Tensor, tau: float) -> Tensor:
         return velocity_from_denoised(x, self(x, tau), tau)
 
+
 # %% ../../nbs/17_seeing.ipynb #9f105158
 @dataclass(frozen=True, eq=False)
 class SeeingPrior:
@@ -198,6 +197,7 @@ class SeeingPrior:
 
     def __call__(self, background: Tensor) -> LearnedDenoiser:
         return LearnedDenoiser(self.prior, background, self.seen)
+
 
 # %% ../../nbs/17_seeing.ipynb #3a894f79
 @dataclass(frozen=True, eq=False)
@@ -219,6 +219,7 @@ class BlindPrior:
 
     def __call__(self, background: Tensor) -> LearnedDenoiser:
         return self.prior(background)
+
 
 # %% ../../nbs/17_seeing.ipynb #ec2f92e7
 @dataclass(frozen=True, eq=False)
@@ -243,7 +244,14 @@ class AmortisedAnalysis:
         if self.prior.extra:
             raise ValueError(f"prior: expected one without extra fields, got one with {self.prior.extra}")
 
-    def analyse(self, background: Tensor, observations: Observations | Sightings, *, forecast: Callable | None, generator: torch.Generator | None) -> Tensor:
+    def analyse(
+        self,
+        background: Tensor,
+        observations: Observations | Sightings,
+        *,
+        forecast: Callable | None,
+        generator: torch.Generator | None,
+    ) -> Tensor:
         if background.shape[-1] != self.prior.dim:
             raise ValueError(f"background: expected states of size {self.prior.dim} as the prior's, got {background.shape[-1]}")
         with torch.no_grad():
@@ -253,6 +261,7 @@ class AmortisedAnalysis:
                 known = observations.observations() if isinstance(observations, Sightings) else observations
                 analysis = residual.update(analysis, known)
             return analysis + self.spread * residual.draw(generator) if self.spread else analysis
+
 
 # %% ../../nbs/17_seeing.ipynb #59f25d59
 guard(globals())

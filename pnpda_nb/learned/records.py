@@ -19,7 +19,8 @@ from ..twin.cycle import Method, cycle
 from ..twin.experiment import TwinExperiment, watch_nature
 
 # %% auto #0
-__all__ = ['RandomNetworks', 'TruthRecord', 'ObservedRecord', 'Records']
+__all__ = ["RandomNetworks", "TruthRecord", "ObservedRecord", "Records"]
+
 
 # %% ../../nbs/18_on_policy.ipynb #2a577cf5
 @dataclass(frozen=True, eq=False)
@@ -61,6 +62,7 @@ class RandomNetworks:
             mask[i, torch.as_tensor(sites)], error[i] = True, deviation
         return mask, error.expand(-1, self.dim).where(mask, 0.0)
 
+
 # %% ../../nbs/18_on_policy.ipynb #2d81e791
 class TruthRecord:
     """A nature run of `experiment` to learn from, `cycles` observation times of `runs` truths of their own; seen by the
@@ -76,7 +78,9 @@ class TruthRecord:
         """The network of every trajectory that begins in one of `runs`, or None if there is only one."""
         return self.networks.draw(len(runs), generator) if self.networks else None
 
-    def observe(self, times: Index, runs: Index, networks: tuple[Mask, Tensor] | None, generator: torch.Generator) -> Observations | Sightings:
+    def observe(
+        self, times: Index, runs: Index, networks: tuple[Mask, Tensor] | None, generator: torch.Generator
+    ) -> Observations | Sightings:
         """What is seen of the targets at `times` of `runs`, drawn anew at each call."""
         truth = self.targets[times, runs]
         if networks is None:
@@ -94,9 +98,18 @@ class TruthRecord:
         """How far a forecast `state` turned out to be off, `(trajectory, dim)`."""
         return self.targets[times, runs] - state
 
+
 # %% ../../nbs/18_on_policy.ipynb #0bce784f
 def observed_record(
-    experiment: TwinExperiment, method: Method, *, members: int, runs: int, cycles: int, seed: int, smoothed: bool = False, discard: int = 5
+    experiment: TwinExperiment,
+    method: Method,
+    *,
+    members: int,
+    runs: int,
+    cycles: int,
+    seed: int,
+    smoothed: bool = False,
+    discard: int = 5,
 ) -> xr.Dataset:
     """What `method` makes of observations alone: truths of their own are observed by the network of `experiment`, cycled for `cycles`
     times, and then forgotten.
@@ -112,8 +125,13 @@ def observed_record(
     if not kept.sizes["run"]:
         raise ValueError(f"method: all {runs} runs of {type(method).__name__} became non-finite")
     fields = {"target": kept.smoothed if smoothed else kept.analysis, "analysis": kept.analysis, "observations": kept.observations}
-    dims = {"target": ("cycle", "run", "variable"), "analysis": ("cycle", "run", "variable"), "observations": ("cycle", "run", "seen")}
+    dims = {
+        "target": ("cycle", "run", "variable"),
+        "analysis": ("cycle", "run", "variable"),
+        "observations": ("cycle", "run", "seen"),
+    }
     return xr.Dataset({name: (dims[name], x.transpose("cycle", "run", ...).values) for name, x in fields.items()})
+
 
 # %% ../../nbs/18_on_policy.ipynb #74d7dd0b
 class ObservedRecord:
@@ -140,6 +158,7 @@ class ObservedRecord:
         """What was seen minus what the forecast `state` would have shown, where there was something to see; 0 elsewhere."""
         seen = on_grid(self.observe(times, runs, None, None), state.shape[-1])[:, 0]
         return (seen.value - state).where(seen.mask, 0.0)
+
 
 # %% ../../nbs/18_on_policy.ipynb #1178c8e0
 class Records:
@@ -179,6 +198,7 @@ class Records:
     def miss(self, times: Index, runs: Index, state: Tensor) -> Tensor:
         return self._gather(times, runs, lambda record, t, r, here: record.miss(t, r, state[here]))
 
+
 # %% ../../nbs/18_on_policy.ipynb #b5c3d23f
 def innovation_rms(result: xr.Dataset, sites: Sequence[int]) -> GappyFloat:
     """Root mean square of what was seen at `sites` minus the backgrounds of a cycle there: a score that needs no truth. Infinite if a
@@ -187,6 +207,7 @@ def innovation_rms(result: xr.Dataset, sites: Sequence[int]) -> GappyFloat:
     innovation = result.observations.values - result.background.values[..., list(sites)]
     seen = ~np.isnan(result.observations.values)
     return float(np.sqrt((innovation[seen] ** 2).mean())) if np.isfinite(innovation[seen]).all() else math.inf
+
 
 # %% ../../nbs/18_on_policy.ipynb #50befa59
 guard(globals())

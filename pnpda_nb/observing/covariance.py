@@ -13,7 +13,8 @@ from ..core.checks import Mask, guard
 from ..core.random import standard_normal
 
 # %% auto #0
-__all__ = ['Covariance', 'DiagonalCovariance']
+__all__ = ["Covariance", "DiagonalCovariance"]
+
 
 # %% ../../nbs/02_observing.ipynb #61fef8bf
 class Covariance:
@@ -26,9 +27,7 @@ class Covariance:
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
             raise ValueError(f"{name}: expected a square matrix, got shape {tuple(matrix.shape)}")
         if not torch.isfinite(matrix).all():
-            raise ValueError(
-                f"{name}: expected finite numbers, got {int((~torch.isfinite(matrix)).sum())} that are not"
-            )
+            raise ValueError(f"{name}: expected finite numbers, got {int((~torch.isfinite(matrix)).sum())} that are not")
         _check_variances(matrix.diagonal(), f"{name}: expected a positive definite matrix, got one with the variance")
         deviations = matrix.diagonal().sqrt()
         apart = (matrix - matrix.T) / deviations / deviations[:, None]
@@ -93,6 +92,7 @@ class Covariance:
         cut.__dict__["largest_precision"] = self.largest_precision
         return cut
 
+
 # %% ../../nbs/02_observing.ipynb #c89e2cc0
 def _check_variances(variances: Tensor, message: str) -> None:
     """Raise `ValueError` for variances that are not positive, or so small that their inverse is not finite."""
@@ -101,6 +101,7 @@ def _check_variances(variances: Tensor, message: str) -> None:
         first = int(wrong.nonzero()[0])
         more = f" and {int(wrong.sum()) - 1} more" if wrong.sum() > 1 else ""
         raise ValueError(f"{message} {variances[first].item():.3g} at {first}{more}")
+
 
 # %% ../../nbs/02_observing.ipynb #bbc0eb7c
 class DiagonalCovariance(Covariance):
@@ -157,10 +158,12 @@ class DiagonalCovariance(Covariance):
         cut._variances = variances
         return cut
 
+
 # %% ../../nbs/02_observing.ipynb #f9da56e4
 def _beside(values: Tensor, leading: int) -> Tensor:
     """Batched `values` `(..., size)` with a member axis if what they meet has one."""
     return values.unsqueeze(-2) if 1 < values.ndim == leading else values
+
 
 # %% ../../nbs/02_observing.ipynb #b3463124
 guard(globals())

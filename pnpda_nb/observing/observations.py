@@ -15,7 +15,8 @@ from .covariance import Covariance, DiagonalCovariance
 from .operators import Operator, Present, Select
 
 # %% auto #0
-__all__ = ['Observations', 'ObservingNetwork', 'Sightings', 'on_grid']
+__all__ = ["Observations", "ObservingNetwork", "Sightings", "on_grid"]
+
 
 # %% ../../nbs/02_observing.ipynb #f300329e
 @dataclass(frozen=True, eq=False)
@@ -36,17 +37,11 @@ class Observations:
 
     def __post_init__(self):
         if self.values.shape[-1] != self.operator.size:
-            raise ValueError(
-                f"values: expected {self.operator.size} observations, got {self.values.shape[-1]}"
-            )
+            raise ValueError(f"values: expected {self.operator.size} observations, got {self.values.shape[-1]}")
         if self.covariance.size != self.operator.size:
-            raise ValueError(
-                f"covariance: expected size {self.operator.size}, got {self.covariance.size}"
-            )
+            raise ValueError(f"covariance: expected size {self.operator.size}, got {self.covariance.size}")
         if torch.isinf(self.values).any():
-            raise ValueError(
-                f"values: expected finite observations, got {int(torch.isinf(self.values).sum())} infinite"
-            )
+            raise ValueError(f"values: expected finite observations, got {int(torch.isinf(self.values).sum())} infinite")
         missing = torch.isnan(self.values)
         if missing.any():
             for name, value in (
@@ -69,6 +64,7 @@ class Observations:
         """
         return -self.operator.adjoint(state, self.covariance.solve(self.innovation(state)))
 
+
 # %% ../../nbs/02_observing.ipynb #f01f0330
 @dataclass(frozen=True, eq=False)
 class ObservingNetwork:
@@ -82,9 +78,7 @@ class ObservingNetwork:
 
     def __post_init__(self):
         if self.covariance.size != self.operator.size:
-            raise ValueError(
-                f"covariance: expected size {self.operator.size} as the operator's, got {self.covariance.size}"
-            )
+            raise ValueError(f"covariance: expected size {self.operator.size} as the operator's, got {self.covariance.size}")
         if not 0 <= self.missing <= 1:
             raise ValueError(f"missing: expected a fraction from 0 to 1, got {self.missing}")
 
@@ -104,6 +98,7 @@ class ObservingNetwork:
     def report(self, values: Converted) -> Observations:
         """Given `values` `(..., size)` as this network's observations."""
         return Observations(values, self.operator, self.covariance)
+
 
 # %% ../../nbs/02_observing.ipynb #a5772dae
 @dataclass(frozen=True, eq=False)
@@ -127,6 +122,7 @@ class Sightings:
         variances = error.double().square().masked_fill(~mask, 1.0)
         object.__setattr__(seen, "covariance", DiagonalCovariance._unchecked(variances))
         return seen
+
 
 # %% ../../nbs/02_observing.ipynb #cad817bb
 def on_grid(observations: Observations | Sightings, dim: int) -> Sightings:
@@ -154,6 +150,7 @@ def on_grid(observations: Observations | Sightings, dim: int) -> Sightings:
         blank.index_copy(-1, torch.tensor(sites, dtype=torch.long), x.masked_fill(~there, 0.0)) for x in (values, deviations)
     )
     return Sightings(*(x.unsqueeze(-2) for x in (value, mask, error)))
+
 
 # %% ../../nbs/02_observing.ipynb #2c21f37c
 guard(globals())

@@ -20,7 +20,8 @@ from ..core.random import standard_normal, stream
 from .covariance import _beside
 
 # %% auto #0
-__all__ = ['Operator', 'Select', 'Linear', 'Interpolate', 'Nonlinear', 'Present', 'NumpyOperator', 'operator_from']
+__all__ = ["Operator", "Select", "Linear", "Interpolate", "Nonlinear", "Present", "NumpyOperator", "operator_from"]
+
 
 # %% ../../nbs/02_observing.ipynb #6d36892a
 @runtime_checkable
@@ -39,6 +40,7 @@ class Operator(Protocol):
     def jacobian(self, state: Tensor) -> Tensor: ...
     def adjoint(self, state: Tensor, misfit: Tensor) -> Tensor: ...
 
+
 # %% ../../nbs/02_observing.ipynb #c702c4c9
 @dataclass(frozen=True)
 class Select:
@@ -52,9 +54,7 @@ class Select:
         object.__setattr__(self, "indices", tuple(int(i) for i in self.indices))
         wrong = [i for i in self.indices if not 0 <= i < self.dim]
         if wrong or len(set(self.indices)) != len(self.indices):
-            raise ValueError(
-                f"indices: expected distinct numbers from 0 to {self.dim - 1}, got {self.indices}"
-            )
+            raise ValueError(f"indices: expected distinct numbers from 0 to {self.dim - 1}, got {self.indices}")
 
     @property
     def size(self) -> int:
@@ -78,6 +78,7 @@ class Select:
     def adjoint(self, state: Tensor, misfit: Tensor) -> Tensor:
         return torch.zeros_like(state).index_copy(-1, self._index.to(state.device), misfit)
 
+
 # %% ../../nbs/02_observing.ipynb #3e3f0776
 def _sized(state: Tensor, dim: int) -> Tensor:
     if state.shape[-1] != dim:
@@ -88,6 +89,7 @@ def _sized(state: Tensor, dim: int) -> Tensor:
 def _sited(operator: Operator) -> None:
     if operator.sites is not None and len(operator.sites) != operator.size:
         raise ValueError(f"sites: expected {operator.size}, one an observation, got {len(operator.sites)}")
+
 
 # %% ../../nbs/02_observing.ipynb #0664b7cb
 @dataclass(frozen=True, eq=False)
@@ -100,9 +102,7 @@ class Linear:
 
     def __post_init__(self):
         if self.matrix.ndim != 2:
-            raise ValueError(
-                f"matrix: expected two dimensions (size, dim), got shape {tuple(self.matrix.shape)}"
-            )
+            raise ValueError(f"matrix: expected two dimensions (size, dim), got shape {tuple(self.matrix.shape)}")
         _sited(self)
 
     @property
@@ -117,6 +117,7 @@ class Linear:
 
     def adjoint(self, state: Tensor, misfit: Tensor) -> Tensor:
         return misfit @ self.matrix
+
 
 # %% ../../nbs/02_observing.ipynb #0dfb63eb
 @dataclass(frozen=True, eq=False)
@@ -136,7 +137,9 @@ class Interpolate:
                 f"weights: expected the shape (size, k) of the indices, got {tuple(self.indices.shape)} and {tuple(self.weights.shape)}"
             )
         if self.indices.numel() and not 0 <= int(self.indices.min()) <= int(self.indices.max()) < self.dim:
-            raise ValueError(f"indices: expected numbers from 0 to {self.dim - 1}, got {int(self.indices.min())} to {int(self.indices.max())}")
+            raise ValueError(
+                f"indices: expected numbers from 0 to {self.dim - 1}, got {int(self.indices.min())} to {int(self.indices.max())}"
+            )
 
     @property
     def size(self) -> int:
@@ -159,6 +162,7 @@ class Interpolate:
         parts = (misfit.unsqueeze(-1) * self.weights.to(state)).flatten(-2)
         return torch.zeros_like(state).index_add(-1, self.indices.flatten().to(state.device), parts)
 
+
 # %% ../../nbs/02_observing.ipynb #da188256
 @dataclass(frozen=True)
 class Nonlinear:
@@ -177,9 +181,7 @@ class Nonlinear:
     def __call__(self, state: Tensor) -> Tensor:
         seen = self.function(state)
         if seen.shape != (*state.shape[:-1], self.size):
-            raise ValueError(
-                f"function: expected observations of shape {(*state.shape[:-1], self.size)}, got {tuple(seen.shape)}"
-            )
+            raise ValueError(f"function: expected observations of shape {(*state.shape[:-1], self.size)}, got {tuple(seen.shape)}")
         return seen
 
     def jacobian(self, state: Tensor) -> Tensor:
@@ -190,6 +192,7 @@ class Nonlinear:
     def adjoint(self, state: Tensor, misfit: Tensor) -> Tensor:
         _, pull_back = torch.func.vjp(self.function, state)
         return pull_back(misfit)[0]
+
 
 # %% ../../nbs/02_observing.ipynb #8fb9a7f8
 @dataclass(frozen=True, eq=False)
@@ -220,24 +223,29 @@ class Present:
     def adjoint(self, state: Tensor, misfit: Tensor) -> Tensor:
         return self.operator.adjoint(state, misfit * _beside(self.present, state.ndim - 1))
 
+
 # %% ../../nbs/02_observing.ipynb #4e3b2658
 def _real_numbers(name: str, values: Any) -> np.ndarray:
     """`values` as an array of float64, nan where it is masked; raises `ValueError` with `name` for what is not an array of real numbers."""
     try:
         array = np.ma.asanyarray(values) if isinstance(values, np.ma.MaskedArray) else np.asarray(values)
     except Exception as error:  # a list of lists that differ in length, or an object that cannot be an array
-        raise ValueError(f"{name}: expected an array of real numbers, got {type(values).__name__} ({_last_line(str(error))})") from error
+        raise ValueError(
+            f"{name}: expected an array of real numbers, got {type(values).__name__} ({_last_line(str(error))})"
+        ) from error
     if array.dtype.kind not in "biuf":
         got = type(values).__name__ + (f" of {array.dtype}" if array.ndim or hasattr(values, "dtype") else "")
         raise ValueError(f"{name}: expected an array of real numbers, got {got}")
     numbers = array.astype(np.float64)
     return np.ascontiguousarray(np.ma.filled(numbers, np.nan)).reshape(array.shape)
 
+
 # %% ../../nbs/02_observing.ipynb #1003d2c1
 def _last_line(text: str, most: int = 300) -> str:
     """The last line that is not empty, cropped."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1][:most] if lines else ""
+
 
 # %% ../../nbs/02_observing.ipynb #f1eb1943
 @dataclass(frozen=True, eq=False)
@@ -273,6 +281,7 @@ class NumpyOperator:
     def adjoint(self, state: Tensor, misfit: Tensor) -> Tensor:
         return (misfit.unsqueeze(-2) @ self.jacobian(state)).squeeze(-2)
 
+
 # %% ../../nbs/02_observing.ipynb #893809ad
 def operator_from(function: Callable[[np.ndarray], np.ndarray], size: int, dim: int, most: int = 4096) -> Operator:
     """`function` of arrays, `(n, dim) -> (n, size)`, as the simplest operator that it is: `Select`, `Linear` or `NumpyOperator`. It is tried
@@ -301,6 +310,7 @@ def operator_from(function: Callable[[np.ndarray], np.ndarray], size: int, dim: 
         return Select(picked, dim)
     return Linear(torch.tensor(matrix, dtype=torch.float64))
 
+
 # %% ../../nbs/02_observing.ipynb #ad072016
 def _called(function: Callable, rows: np.ndarray) -> np.ndarray:
     """What `function` makes of `rows`: real numbers, or a `ValueError` that names it."""
@@ -316,10 +326,15 @@ def _magnitude(state: Tensor) -> Tensor:
     zero. What is usual is rounded to a power of 256, so that no state's derivatives depend on the digits of another's.
     """
     rows = state.reshape(-1, state.shape[-1]).abs()
-    usual = torch.where(torch.isfinite(rows) & (rows > 0), rows, torch.nan).nanmedian(0).values if len(rows) else rows.new_zeros(rows.shape[-1])
+    usual = (
+        torch.where(torch.isfinite(rows) & (rows > 0), rows, torch.nan).nanmedian(0).values
+        if len(rows)
+        else rows.new_zeros(rows.shape[-1])
+    )
     others = usual.nanmedian()  # where a variable is zero in all states, what is known are the others
     usual = torch.where(usual.isnan(), others, usual).nan_to_num(1.0)
     return torch.maximum(state.abs(), 256 ** (usual.log2() / 8).round())
+
 
 # %% ../../nbs/02_observing.ipynb #cd7d3ffc
 guard(globals())

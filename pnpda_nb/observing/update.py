@@ -22,7 +22,8 @@ from .observations import Observations
 from .operators import Interpolate, Present, Select
 
 # %% auto #0
-__all__ = ['kalman_gain', 'anomalies', 'ErrorCovariance', 'DenseError', 'FactoredError', 'Residual']
+__all__ = ["kalman_gain", "anomalies", "ErrorCovariance", "DenseError", "FactoredError", "Residual"]
+
 
 # %% ../../nbs/92_engine.ipynb #c9a1cd25
 def kalman_gain(background: Tensor, jacobian: Tensor, error: Tensor) -> Tensor:
@@ -33,10 +34,12 @@ def kalman_gain(background: Tensor, jacobian: Tensor, error: Tensor) -> Tensor:
     innovation_covariance = observed @ jacobian.mT + error
     return torch.linalg.solve_ex(innovation_covariance, observed).result.mT
 
+
 # %% ../../nbs/92_engine.ipynb #71b98a87
 def anomalies(ensemble: Tensor) -> Tensor:
     """Members `(..., member, dim)` minus their mean."""
     return ensemble - ensemble.mean(-2, keepdim=True)
+
 
 # %% ../../nbs/92_engine.ipynb #9c5cc870
 def selects_alone(observations: Observations) -> bool:
@@ -50,6 +53,7 @@ def _beside_members(matrix: Tensor) -> Tensor:
     """A matrix for each run `(run, n, n)` beside members; a common one `(n, n)` as it is."""
     return matrix if matrix.ndim == 2 else matrix.unsqueeze(-3)
 
+
 # %% ../../nbs/92_engine.ipynb #d595bae1
 @runtime_checkable
 class ErrorCovariance(Protocol):
@@ -58,6 +62,7 @@ class ErrorCovariance(Protocol):
     def update(self, x: Tensor, observations: Observations) -> Tensor:
         """x + B Hᵀ (H B Hᵀ + P)⁻¹ (y − H(x)) for states x `(..., member, dim)`, with H linearised at x."""
 
+
 # %% ../../nbs/92_engine.ipynb #8e17c60b
 def _linearised(x: Tensor, observations: Observations) -> Tensor:
     """H at x: `(size, dim)`, or with leading axes that go with those of x `(..., member, dim)`."""
@@ -65,6 +70,7 @@ def _linearised(x: Tensor, observations: Observations) -> Tensor:
     if not operator.linear:
         return operator.jacobian(x)
     return _beside_members(operator.jacobian(x.new_zeros(x.shape[-1])))
+
 
 # %% ../../nbs/92_engine.ipynb #196993a6
 def _selection(x: Tensor, observations: Observations) -> tuple[Tensor | None, Tensor | float]:
@@ -75,6 +81,7 @@ def _selection(x: Tensor, observations: Observations) -> tuple[Tensor | None, Te
     if not isinstance(operator, Select):
         return None, present
     return torch.tensor(operator.indices, dtype=torch.long, device=x.device), present
+
 
 # %% ../../nbs/92_engine.ipynb #e560fa25
 def _kalman(x: Tensor, observations: Observations, HB: Tensor, HBH: Tensor) -> Tensor:
@@ -88,6 +95,7 @@ def _kalman(x: Tensor, observations: Observations, HB: Tensor, HBH: Tensor) -> T
     else:
         weight = torch.linalg.solve_ex(S, innovation.unsqueeze(-1)).result.mT
     return x + (weight @ HB).squeeze(-2)
+
 
 # %% ../../nbs/92_engine.ipynb #37a2d92b
 @dataclass(frozen=True, eq=False)
@@ -109,6 +117,7 @@ class DenseError:
             return _kalman(x, observations, HB, HB.index_select(-1, index) * present.mT)
         HB = B.index_select(-2, index)
         return _kalman(x, observations, HB, HB.index_select(-1, index))
+
 
 # %% ../../nbs/92_engine.ipynb #064f5521
 @dataclass(frozen=True, eq=False)
@@ -158,6 +167,7 @@ class FactoredError:
             weight = torch.linalg.solve_ex(S, innovation.mT).result.mT
         return x + (weight @ HL) @ L.T + d * observations.operator.adjoint(x, weight)
 
+
 # %% ../../nbs/92_engine.ipynb #d87f289e
 def _interpolation(observations: Observations) -> csr_array | None:
     """The operator as a sparse matrix if it is an `Interpolate` with independent errors."""
@@ -169,10 +179,12 @@ def _interpolation(observations: Observations) -> csr_array | None:
     entries = operator.weights.double().numpy().ravel(), (rows, operator.indices.numpy().ravel())
     return csr_array(entries, shape=(operator.size, operator.dim))
 
+
 # %% ../../nbs/92_engine.ipynb #57eb03e5
 @lru_cache(maxsize=8)
 def _root(taper: Tensor) -> Tensor:
     return torch.linalg.cholesky(taper + 1e-9 * torch.eye(len(taper), dtype=taper.dtype))
+
 
 # %% ../../nbs/92_engine.ipynb #ce382ecc
 @dataclass(frozen=True, eq=False)
@@ -235,10 +247,12 @@ class Residual:
         white = standard_normal(tuple(self.diagonal.shape), generator)
         return (self.factor * z.mT).sum(-1) + self.diagonal.sqrt() * white
 
+
 # %% ../../nbs/92_engine.ipynb #f7c1f825
 @lru_cache(maxsize=8)
 def _taper(dim: int, half_width: float, ring: bool) -> Tensor | None:
     return gaspari_cohn_matrix(dim, half_width, ring) if half_width else None
+
 
 # %% ../../nbs/92_engine.ipynb #0cc23082
 #| eval: false

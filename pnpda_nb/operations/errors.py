@@ -19,7 +19,8 @@ from ..observing.update import FactoredError
 from ..pnp.errors import ResidualCovariance, residual_covariance
 
 # %% auto #0
-__all__ = ['survey']
+__all__ = ["survey"]
+
 
 # %% ../../nbs/29_your_files.ipynb #91e69ff0
 @dataclass(frozen=True, eq=False)
@@ -56,6 +57,7 @@ class Part:
     def read(self, first: int = 0, last: int | None = None) -> tuple[Tensor, Tensor]:
         return self.source.read(self.first + first, self.last if last is None else self.first + last)
 
+
 # %% ../../nbs/29_your_files.ipynb #cb0e3471
 def survey(source: PairSource, trained: int, memory: int = 256_000_000, progress: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """By one pass over an archive: the standard deviations of the increments in the first `trained` pairs, 0 where they do not
@@ -80,8 +82,11 @@ def survey(source: PairSource, trained: int, memory: int = 256_000_000, progress
     if not torch.isfinite(unit).all() or (increments.varies & (unit == 0)).any():
         raise ValueError("archive: expected numbers whose squares are finite and not zero, got larger or smaller ones")
     if not unit.any():
-        raise ValueError(f"archive: expected analyses that differ from the backgrounds by something that changes, got none in {trained} pairs")
+        raise ValueError(
+            f"archive: expected analyses that differ from the backgrounds by something that changes, got none in {trained} pairs"
+        )
     return unit, *values
+
 
 # %% ../../nbs/29_your_files.ipynb #68d305f2
 def _named(positions: Tensor | np.ndarray, layout: Layout, most: int = 3) -> str:
@@ -94,18 +99,22 @@ def _named(positions: Tensor | np.ndarray, layout: Layout, most: int = 3) -> str
         names.append(spec.title + (f"[{','.join(map(str, index))}]" if spec.shape else ""))
     return ", ".join(names) + ("" if len(positions) <= most else ", …")
 
+
 # %% ../../nbs/29_your_files.ipynb #4464c1af
 def _check_pairs(background: Tensor, analysis: Tensor, dim: int | None = None) -> None:
     """Raise `ValueError` for what are not finite pairs `(sample, dim)`."""
     if background.ndim != 2 or background.shape != analysis.shape or not len(analysis) or dim not in (None, analysis.shape[1]):
         of = "of one shape" if dim is None else f"of {dim} numbers"
-        raise ValueError(f"background, analysis: expected pairs (sample, dim) {of}, got {tuple(background.shape)} and {tuple(analysis.shape)}")
+        raise ValueError(
+            f"background, analysis: expected pairs (sample, dim) {of}, got {tuple(background.shape)} and {tuple(analysis.shape)}"
+        )
     if not (torch.isfinite(background).all() and torch.isfinite(analysis).all()):
         raise ValueError("background, analysis: expected finite pairs, got others")
 
 
 def _points(count: int) -> str:
     return f"{count} point{'s' * (count > 1)}"
+
 
 # %% ../../nbs/29_your_files.ipynb #d127aa6d
 TAUS = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9)
@@ -127,6 +136,7 @@ class Fixed:
 
     def __call__(self, background: Tensor) -> Callable[[Tensor, float], Tensor]:
         return lambda x, tau: self.mean(background)
+
 
 # %% ../../nbs/29_your_files.ipynb #b410c5b8
 def attach_errors(prior: FlowPrior, background: Tensor, analysis: Tensor, generator: torch.Generator, rank: int = 64) -> FlowPrior:
@@ -153,6 +163,7 @@ def attach_errors(prior: FlowPrior, background: Tensor, analysis: Tensor, genera
         residual_diagonal=torch.stack([e.diagonal for e in errors]),
     )
 
+
 # %% ../../nbs/29_your_files.ipynb #1898a91e
 def _with(prior: FlowPrior, layout: Mapping | None = None, **attached: Tensor) -> FlowPrior:
     """The same prior with more attached, and perhaps with more known of its layout."""
@@ -160,6 +171,7 @@ def _with(prior: FlowPrior, layout: Mapping | None = None, **attached: Tensor) -
     return FlowPrior(
         prior.network, prior.location, prior.scale, prior.architecture, prior.training, attached=prior.attached | attached, **same
     )
+
 
 # %% ../../nbs/29_your_files.ipynb #d676c807
 def attached_unit(prior: FlowPrior) -> Tensor | None:
@@ -172,6 +184,7 @@ def attached_unit(prior: FlowPrior) -> Tensor | None:
         raise ValueError(f"prior: expected {prior.dim} attached standard deviations of increments, got something else")
     return unit
 
+
 # %% ../../nbs/29_your_files.ipynb #75be2ae9
 def attached_errors(prior: FlowPrior) -> ResidualCovariance | None:
     """The error covariances that `attach_errors` attached, or None."""
@@ -179,9 +192,20 @@ def attached_errors(prior: FlowPrior) -> ResidualCovariance | None:
         return None
     taus, factors, diagonals = (prior.attached.get(f"residual_{name}") for name in ("taus", "factor", "diagonal"))
     shape = (taus.numel(), prior.dim)
-    if taus.ndim != 1 or factors is None or diagonals is None or factors.ndim != 3 or factors.shape[:2] != shape or diagonals.shape != shape or (diagonals < 0).any():
-        raise ValueError(f"prior: expected attached error covariances for {shape[0]} pseudo-times and {shape[1]} numbers, got others")
+    if (
+        taus.ndim != 1
+        or factors is None
+        or diagonals is None
+        or factors.ndim != 3
+        or factors.shape[:2] != shape
+        or diagonals.shape != shape
+        or (diagonals < 0).any()
+    ):
+        raise ValueError(
+            f"prior: expected attached error covariances for {shape[0]} pseudo-times and {shape[1]} numbers, got others"
+        )
     return ResidualCovariance(tuple(taus.tolist()), tuple(FactoredError(L, d) for L, d in zip(factors, diagonals)))
+
 
 # %% ../../nbs/29_your_files.ipynb #fa76ba7a
 guard(globals())

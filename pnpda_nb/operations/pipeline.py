@@ -26,16 +26,11 @@ from ..flow_matching.flow import FlowPrior
 from ..flow_matching.pairs import PairSource, TrainingSettings
 from ..flow_matching.training import train_from
 from .errors import Part, _with, attach_errors, attached_unit, survey
-from .validation import (
-    Calibration,
-    at_a_time,
-    calibrate,
-    choose_iterations,
-    plug_and_play,
-)
+from .validation import Calibration, at_a_time, calibrate, choose_iterations, plug_and_play
 
 # %% auto #0
-__all__ = ['set_aside', 'usual_settings', 'Trained', 'train_archive', 'assimilate']
+__all__ = ["set_aside", "usual_settings", "Trained", "train_archive", "assimilate"]
+
 
 # %% ../../nbs/29_your_files.ipynb #1d79de32
 def set_aside(source: PairSource, memory: int = 256_000_000) -> tuple[Part, Part, Part]:
@@ -47,6 +42,7 @@ def set_aside(source: PairSource, memory: int = 256_000_000) -> tuple[Part, Part
     each = max(5, min(source.count // 10, 5000, memory // (8 * 16 * source.dim)))
     ends = (0, source.count - 2 * each, source.count - each, source.count)
     return tuple(Part(source, a, b) for a, b in zip(ends, ends[1:]))
+
 
 # %% ../../nbs/29_your_files.ipynb #1d0ceb0a
 def usual_settings(dim: int, pairs: int, epochs: int | None = None, memory: int = 256_000_000) -> TrainingSettings:
@@ -60,7 +56,10 @@ def usual_settings(dim: int, pairs: int, epochs: int | None = None, memory: int 
     weights = 3 * dim * width + 2 * width**2 + 4 * dim**2 * usual.linear_skip
     steps = max(1000, min(20_000, 2 * 10**13 // (6 * weights * batch)))
     held = max(batch, min(pairs, memory // (8 * dim)))  # pairs that an epoch sees
-    return replace(usual, hidden=(width,) * 3, batch=batch, epochs=max(30, min(1000, steps // (held // batch))) if epochs is None else epochs)
+    return replace(
+        usual, hidden=(width,) * 3, batch=batch, epochs=max(30, min(1000, steps // (held // batch))) if epochs is None else epochs
+    )
+
 
 # %% ../../nbs/29_your_files.ipynb #c7897eaf
 @dataclass(frozen=True, eq=False)
@@ -70,6 +69,7 @@ class Trained:
     prior: FlowPrior
     history: pd.DataFrame
     calibration: Calibration
+
 
 # %% ../../nbs/29_your_files.ipynb #c57498a7
 def train_archive(
@@ -102,10 +102,12 @@ def train_archive(
     prior = choose_iterations(prior, trained, measured, stream(seed, "iterations"))
     return Trained(prior, history, calibrate(prior, trained, tested, stream(seed, "calibration"), memory))
 
+
 # %% ../../nbs/29_your_files.ipynb #0b636707
 def _check_seed(seed: int) -> None:
     if not isinstance(seed, Integral) or isinstance(seed, bool) or not abs(seed) < 2**63:
         raise ValueError(f"seed: expected a whole number of at most 63 bits, got {seed!r}")
+
 
 # %% ../../nbs/29_your_files.ipynb #d8900fa6
 def _silent(prior: FlowPrior, constant: Tensor) -> FlowPrior:
@@ -117,6 +119,7 @@ def _silent(prior: FlowPrior, constant: Tensor) -> FlowPrior:
                     x[constant] = 0
     return prior
 
+
 # %% ../../nbs/29_your_files.ipynb #2a7c26d6
 def _held(layout: Mapping | None, low: Tensor, high: Tensor) -> dict | None:
     """The record of a layout that also says between which values each variable was."""
@@ -126,6 +129,7 @@ def _held(layout: Mapping | None, low: Tensor, high: Tensor) -> dict | None:
     ends = {name: [float(low[part].min()), float(high[part].max())] for name, part in parts.items() if part.stop > part.start}
     record["variables"] = [dict(v) | ({"held": ends[v["name"]]} if v["name"] in ends else {}) for v in record["variables"]]
     return record
+
 
 # %% ../../nbs/29_your_files.ipynb #e4144480
 def assimilate(
@@ -153,7 +157,9 @@ def assimilate(
     if not torch.isfinite(values).all():
         raise ValueError(f"states: expected finite numbers, got {int((~torch.isfinite(values)).sum())} that are not")
     if sightings.dim != dim or len(sightings.values) != runs:
-        raise ValueError(f"sightings: expected {runs} states of {dim} numbers as there are backgrounds, got {len(sightings.values)} of {sightings.dim}")
+        raise ValueError(
+            f"sightings: expected {runs} states of {dim} numbers as there are backgrounds, got {len(sightings.values)} of {sightings.dim}"
+        )
     together = at_a_time(method, members, dim)
     with tqdm(total=runs, desc="assimilating", unit="state", disable=None if progress else True, leave=False) as bar:
         for first in range(0, runs, together):
@@ -166,8 +172,11 @@ def assimilate(
         analysis = torch.where(unit > 0, analysis, values)
     lost = (~torch.isfinite(analysis)).any(-1).any(-1)
     if lost.any():
-        raise ValueError(f"analysis: expected finite numbers, got some that are not in {int(lost.sum())} of {runs} states, first in {int(lost.nonzero()[0])}")
+        raise ValueError(
+            f"analysis: expected finite numbers, got some that are not in {int(lost.sum())} of {runs} states, first in {int(lost.nonzero()[0])}"
+        )
     return analysis
+
 
 # %% ../../nbs/29_your_files.ipynb #629c6ea8
 guard(globals())

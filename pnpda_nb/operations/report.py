@@ -38,7 +38,8 @@ from .pipeline import Trained
 from .validation import Calibration
 
 # %% auto #0
-__all__ = ['Report', 'verdict', 'training_report', 'assimilation_report']
+__all__ = ["Report", "verdict", "training_report", "assimilation_report"]
+
 
 # %% ../../nbs/29_your_files.ipynb #2a91840e
 @dataclass
@@ -96,11 +97,17 @@ class Report:
             elif kind == "table":
                 head, *rows = ([escaped(cell) for cell in row] for row in _cells(content))
                 lines = ["".join(f"<td>{cell}</td>" for cell in row) for row in rows]
-                body = f"<thead><tr>{''.join(f'<th>{cell}</th>' for cell in head)}</tr></thead>\n<tbody>" + "\n".join(f"<tr>{line}</tr>" for line in lines)
-                parts.append(f'<figure><figcaption>{words}</figcaption><div class="wide"><table>{body}</tbody></table></div></figure>')
+                body = f"<thead><tr>{''.join(f'<th>{cell}</th>' for cell in head)}</tr></thead>\n<tbody>" + "\n".join(
+                    f"<tr>{line}</tr>" for line in lines
+                )
+                parts.append(
+                    f'<figure><figcaption>{words}</figcaption><div class="wide"><table>{body}</tbody></table></div></figure>'
+                )
             else:
                 source = base64.b64encode(content).decode()
-                parts.append(f'<figure><img src="data:image/png;base64,{source}" alt="{words}"><figcaption>{words}</figcaption></figure>')
+                parts.append(
+                    f'<figure><img src="data:image/png;base64,{source}" alt="{words}"><figcaption>{words}</figcaption></figure>'
+                )
         return _PAGE.format(title=escaped(self.title), body="\n".join(parts))
 
     def markdown(self, path: Path) -> str:
@@ -119,11 +126,15 @@ class Report:
                 parts.append(f"![{_markdown(caption)}]({folder}/{number}.png)")
         return "\n\n".join(parts) + "\n"
 
+
 # %% ../../nbs/29_your_files.ipynb #63e3f25c
 def _words(text: object) -> str:
     """Text on one line, without characters that cannot be written, are not seen, or turn the order of others round."""
     hidden = {*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C, 0xFEFF}
-    shown = (c if unicodedata.category(c) not in ("Cc", "Cs") and ord(c) not in hidden else "\N{REPLACEMENT CHARACTER}" for c in " ".join(str(text).split()))
+    shown = (
+        c if unicodedata.category(c) not in ("Cc", "Cs") and ord(c) not in hidden else "\N{REPLACEMENT CHARACTER}"
+        for c in " ".join(str(text).split())
+    )
     return "".join(shown)
 
 
@@ -132,6 +143,7 @@ def _markdown(text: object) -> str:
     words = html.escape(_words(text), quote=False)
     words = re.sub(r"([\\`*_{}\[\]|~$^#@!])", r"\\\1", words)
     return re.sub(r"^(\d*)([-+=:.)])(?=[-=\s]|$)", r"\1\\\2", words)  # nor a list or a line at its beginning
+
 
 # %% ../../nbs/29_your_files.ipynb #cc45294f
 def _cells(table: pd.DataFrame) -> list[list[str]]:
@@ -151,6 +163,7 @@ def _label(text: object, longest: int = 60) -> str:
     words = "".join(c if ord(c) in letters else "?" for c in _words(text))
     return words if len(words) <= longest else words[: longest - 1] + "…"
 
+
 # %% ../../nbs/29_your_files.ipynb #5bdae2a6
 def report_suffix(path: str | os.PathLike) -> str:
     """The suffix of a report's file, or a `ValueError` if it is none that can be written."""
@@ -158,6 +171,7 @@ def report_suffix(path: str | os.PathLike) -> str:
     if suffix not in (".html", ".md"):
         raise ValueError(f"report: expected a file that ends in .html or .md, got {path}")
     return suffix
+
 
 # %% ../../nbs/29_your_files.ipynb #0e29b258
 _PAGE = """<!DOCTYPE html>
@@ -200,25 +214,43 @@ def verdict(calibration: Calibration) -> str:
         said = f"With this prior analyses were WORSE than with the best of the others ({best}): train longer or on more pairs, or do without it."
     return f"{said} {rest}".strip()
 
+
 # %% ../../nbs/29_your_files.ipynb #c232ab3a
 def training_report(trained: Trained, name: str) -> Report:
     """The report of a training on the archive `name`: learning curve, and its calibration."""
     prior, history, calibration = trained.prior, trained.history, trained.calibration
     report = Report(f"Prior from {name}")
     record = prior.training
-    report.text(f"{prior!r}. Of the archive, {record['pairs']} pairs were for training and the last {calibration.pairs} for what is reported here.")
+    report.text(
+        f"{prior!r}. Of the archive, {record['pairs']} pairs were for training and the last {calibration.pairs} for what is reported here."
+    )
     report.heading("Training")
-    report.figure(draw_training(history), f"Loss on the pairs of training and of validation in {len(history)} epochs. The weights kept are those of epoch {record['best_epoch']}.")
+    report.figure(
+        draw_training(history),
+        f"Loss on the pairs of training and of validation in {len(history)} epochs. The weights kept are those of epoch {record['best_epoch']}.",
+    )
     report.heading("What its mean knows")
-    report.table(calibration.means, "How far the archive's analyses are from the background, from a linear regression on it, and from the prior's mean (root mean square ± standard error, as if pairs were independent).")
+    report.table(
+        calibration.means,
+        "How far the archive's analyses are from the background, from a linear regression on it, and from the prior's mean (root mean square ± standard error, as if pairs were independent).",
+    )
     report.heading("What it is worth in an analysis")
     report.text(verdict(calibration))
-    report.table(calibration.trial, "A quarter of the points are seen, with errors of a third of an increment. Errors are in standard deviations of the increments in the pairs of training, against the archive's analyses (± standard error, as if pairs were independent). 3D-Var and the Kalman step from a regression have their covariances from the pairs of training; the number of iterations was chosen among 1, 5 and 20 with other pairs.")
+    report.table(
+        calibration.trial,
+        "A quarter of the points are seen, with errors of a third of an increment. Errors are in standard deviations of the increments in the pairs of training, against the archive's analyses (± standard error, as if pairs were independent). 3D-Var and the Kalman step from a regression have their covariances from the pairs of training; the number of iterations was chosen among 1, 5 and 20 with other pairs.",
+    )
     report.heading("Calibration")
-    covered = ", ".join(f"{width:.0%} intervals hold {value:.1%} ± {bar:.1%}" for width, (value, bar) in calibration.coverage.items())
+    covered = ", ".join(
+        f"{width:.0%} intervals hold {value:.1%} ± {bar:.1%}" for width, (value, bar) in calibration.coverage.items()
+    )
     report.text(f"Samples of the prior: {covered} of the analyses.")
-    report.figure(draw_ranks(calibration.ranks), "How often an analysis has each rank among samples of the prior. Level is right; a U means too little spread, a hill too much.")
+    report.figure(
+        draw_ranks(calibration.ranks),
+        "How often an analysis has each rank among samples of the prior. Level is right; a U means too little spread, a hill too much.",
+    )
     return report
+
 
 # %% ../../nbs/29_your_files.ipynb #eb340680
 def draw_training(history: pd.DataFrame) -> Figure:
@@ -231,6 +263,7 @@ def draw_training(history: pd.DataFrame) -> Figure:
     ax.legend(frameon=False)
     return figure
 
+
 # %% ../../nbs/29_your_files.ipynb #ff0f8375
 def draw_ranks(ranks: np.ndarray) -> Figure:
     """How often each rank occurs, in units of what is expected."""
@@ -239,6 +272,7 @@ def draw_ranks(ranks: np.ndarray) -> Figure:
     ax.axhline(1, color="k", lw=1, ls="--")
     ax.set(xlabel="rank of the analysis among the samples", ylabel="frequency / expected", xticks=range(0, len(ranks), 5))
     return figure
+
 
 # %% ../../nbs/29_your_files.ipynb #7496a075
 def innovations(states: States, analysis: Tensor, sightings: Sightings) -> pd.DataFrame:
@@ -261,9 +295,14 @@ def innovations(states: States, analysis: Tensor, sightings: Sightings) -> pd.Da
             row[name] = float(x[..., mine].square().nanmean().sqrt()) if there.any() else math.nan
         claimed = np.broadcast_to(sightings.errors[mine], there.shape)[there]
         row["error"] = float(np.sqrt((claimed**2).mean())) if there.any() else math.nan
-        row |= {"RMS increment": float(increment.square().mean().sqrt()), "largest": float(increment.abs().max())} if increment.numel() else {}
+        row |= (
+            {"RMS increment": float(increment.square().mean().sqrt()), "largest": float(increment.abs().max())}
+            if increment.numel()
+            else {}
+        )
         rows.append(row)
     return pd.DataFrame(rows)
+
 
 # %% ../../nbs/29_your_files.ipynb #b2e2b826
 def assimilation_report(
@@ -276,19 +315,31 @@ def assimilation_report(
     runs, members = states.values.shape[:2]
     report.text(f"{runs * members} state(s) of {states.layout}; {sightings!r}. {prior!r}. {how}".strip())
     report.heading("Observations")
-    report.table(innovations(states, analysis, sightings), "Values seen and missing; root mean squares of observation minus background and observation minus analysis, beside the error that the observations claim; increments.")
+    report.table(
+        innovations(states, analysis, sightings),
+        "Values seen and missing; root mean squares of observation minus background and observation minus analysis, beside the error that the observations claim; increments.",
+    )
     refused = [(name or "state", f"station {station}", f"{value:.6g}") for name, station, value in sightings.refused]
     if refused:
         listed = ", of which 20 are listed" if len(refused) > 20 else ""
-        report.table(pd.DataFrame(refused[:20], columns=["field", "where", "value"]), f"Values beyond anything that the archive has held, taken for missing: {len(refused)}{listed}.")
+        report.table(
+            pd.DataFrame(refused[:20], columns=["field", "where", "value"]),
+            f"Values beyond anything that the archive has held, taken for missing: {len(refused)}{listed}.",
+        )
     report.heading("Increments")
     unit = attached_unit(prior)
     if unit is not None and not unit.all():
         still = (unit == 0).nonzero().flatten()
-        report.text(f"{_points(len(still))} never change in the pairs of training ({_named(still, states.layout)}): the analysis is the background there.")
+        report.text(
+            f"{_points(len(still))} never change in the pairs of training ({_named(still, states.layout)}): the analysis is the background there."
+        )
     for spec in states.layout.fields:
-        report.figure(draw_increments(spec, states, analysis, sightings), f"Increments (analysis − background) of {spec.title} in the first state, and where it was seen.")
+        report.figure(
+            draw_increments(spec, states, analysis, sightings),
+            f"Increments (analysis − background) of {spec.title} in the first state, and where it was seen.",
+        )
     return report
+
 
 # %% ../../nbs/29_your_files.ipynb #ac6b74cc
 def draw_increments(spec: Field, states: States, analysis: Tensor, sightings: Sightings) -> Figure:
@@ -329,14 +380,20 @@ def draw_increments(spec: Field, states: States, analysis: Tensor, sightings: Si
     ax.set_ylabel(beside, parse_math=False)
     return figure
 
+
 # %% ../../nbs/29_your_files.ipynb #1107c58a
 def _ticks(axis: Axis | None, size: int) -> np.ndarray:
     """Where the points of an axis are drawn: at their coordinates, if these go one way, else one after the other."""
-    places = np.array(axis.values, "float64") if axis is not None and axis.numeric and len(axis.values) == size else np.arange(float(size))
+    places = (
+        np.array(axis.values, "float64")
+        if axis is not None and axis.numeric and len(axis.values) == size
+        else np.arange(float(size))
+    )
     if axis is not None and axis.period and np.isfinite(places).all():
         places = np.unwrap(places, period=axis.period)
     steps = np.diff(places)
     return places if np.isfinite(places).all() and ((steps > 0).all() or (steps < 0).all()) else np.arange(float(size))
+
 
 # %% ../../nbs/29_your_files.ipynb #f5958566
 guard(globals())

@@ -24,24 +24,13 @@ from ..observing.covariance import DiagonalCovariance
 from ..observing.observations import Observations, ObservingNetwork
 from ..observing.operators import Select
 from ..observing.update import FactoredError
-from .errors import (
-    DRAWS,
-    MOST,
-    Fixed,
-    Part,
-    _check_pairs,
-    _named,
-    _points,
-    _with,
-    attached_errors,
-    attached_unit,
-    survey,
-)
+from .errors import DRAWS, MOST, Fixed, Part, _check_pairs, _named, _points, _with, attached_errors, attached_unit, survey
 from ..pnp.errors import residual_covariance
 from ..pnp.loop import PnPDA
 
 # %% auto #0
-__all__ = ['trial', 'regression', 'Calibration']
+__all__ = ["trial", "regression", "Calibration"]
+
 
 # %% ../../nbs/29_your_files.ipynb #e1039e07
 def plug_and_play(prior: FlowPrior, iterations: int | None = None, answers: int = 1) -> PnPDA:
@@ -51,7 +40,9 @@ def plug_and_play(prior: FlowPrior, iterations: int | None = None, answers: int 
     if iterations is None:
         said = prior.attached.get("iterations", torch.tensor(20.0))
         if said.numel() != 1 or not 1 <= float(said) <= MOST:
-            raise ValueError(f"prior: expected an attached number of iterations from 1 to {MOST}, got {said.flatten().tolist()[:3]}")
+            raise ValueError(
+                f"prior: expected an attached number of iterations from 1 to {MOST}, got {said.flatten().tolist()[:3]}"
+            )
         iterations = int(said)
     for name, value in (("iterations", iterations), ("answers", answers)):
         if not isinstance(value, Integral) or isinstance(value, bool) or not 1 <= value <= MOST:
@@ -60,6 +51,7 @@ def plug_and_play(prior: FlowPrior, iterations: int | None = None, answers: int 
     # no gradient step is taken, so its length should not cost anything
     steps = {} if errors is None else {"data_step": "kalman", "residuals": errors, "draws": DRAWS, "step_rule": "paper"}
     return PnPDA(prior, iterations=iterations, ensemble=answers, **steps)
+
 
 # %% ../../nbs/29_your_files.ipynb #da518af3
 def pseudo_observations(
@@ -82,6 +74,7 @@ def pseudo_observations(
     network = ObservingNetwork(Select(tuple(seen.tolist()), analysis.shape[-1]), DiagonalCovariance((unit[seen] / 3) ** 2))
     return network.observe(analysis, generator)
 
+
 # %% ../../nbs/29_your_files.ipynb #4fd14a21
 def _error(x: Tensor, analysis: Tensor, unit: Tensor | float = 1.0) -> tuple[float, float]:
     """Root of the mean squared distance, in `unit`s, and the standard error of that over samples (nan for a single one)."""
@@ -94,11 +87,13 @@ def _bar(each: Tensor) -> float:
     """The standard error of the mean of some numbers, nan for a single one."""
     return float(each.std()) / len(each) ** 0.5 if len(each) > 1 else math.nan
 
+
 # %% ../../nbs/29_your_files.ipynb #c8fc765b
 def at_a_time(method: PnPDA, members: int, dim: int) -> int:
     """How many states `(members, dim)` to analyse together, so that they and their noise take some tens of megabytes."""
     one = members * method.ensemble * method.draws * dim
     return max(1, 4_000_000 // (one + min(200_000, one * method.iterations)))
+
 
 # %% ../../nbs/29_your_files.ipynb #0f56c160
 def scored(background: Tensor, analysis: Tensor, unit: Tensor) -> Tensor:
@@ -112,8 +107,11 @@ def scored(background: Tensor, analysis: Tensor, unit: Tensor) -> Tensor:
     if len(analysis) > 1:  # of a single pair, nobody can tell
         points = points & _Sample(analysis - background, _size(background, analysis)).varies
     if not points.any():
-        raise ValueError("archive: expected points that change in the pairs that are set aside, as they do in those of training, got none")
+        raise ValueError(
+            "archive: expected points that change in the pairs that are set aside, as they do in those of training, got none"
+        )
     return points
+
 
 # %% ../../nbs/29_your_files.ipynb #81298e00
 def trial(
@@ -170,6 +168,7 @@ def trial(
     table = pd.DataFrame(rows, columns=["analysis", "error", "±", "pairs", "note"])
     return table if table.note.any() else table.drop(columns="note")
 
+
 # %% ../../nbs/29_your_files.ipynb #4a14cda0
 def _row(name: str, way: Callable[[], Tensor] | str, analysis: Tensor, points: Tensor, unit: Tensor) -> tuple:
     """A row of the trial, from what makes the analyses, or from the reason why they cannot be made."""
@@ -181,6 +180,7 @@ def _row(name: str, way: Callable[[], Tensor] | str, analysis: Tensor, points: T
         return name, math.nan, math.nan, len(x), f"not finite in {lost} of {len(x)} pairs"
     return name, *_error(x[:, points], analysis[:, points], unit[points]), len(x), ""
 
+
 # %% ../../nbs/29_your_files.ipynb #4769989b
 CANDIDATES = (1, 5, 20)
 
@@ -190,8 +190,11 @@ def choose_iterations(prior: FlowPrior, trained: Part, measured: Part, generator
     table = trial(prior, trained, measured, generator, CANDIDATES)
     errors = table.error[table.analysis.str.startswith("PnP-DA")].to_numpy()
     if np.isnan(errors).all():
-        raise ValueError(f"prior: expected finite analyses of the pairs set aside, got none with {', '.join(map(str, CANDIDATES))} iterations")
+        raise ValueError(
+            f"prior: expected finite analyses of the pairs set aside, got none with {', '.join(map(str, CANDIDATES))} iterations"
+        )
     return _with(prior, iterations=torch.tensor(float(CANDIDATES[int(np.nanargmin(errors))]), dtype=torch.float64))
+
 
 # %% ../../nbs/29_your_files.ipynb #20884981
 PENALTIES = (0.0, *(10 ** (k / 2) for k in range(-6, 9)), math.inf)  # λ for each pair
@@ -214,6 +217,7 @@ class _Line:
         seen = (background[..., self.given] - self.centre) / self.unit @ self.patterns
         return background.index_add(-1, self.wanted, self.offset + seen @ self.answers)
 
+
 # %% ../../nbs/29_your_files.ipynb #94d9eff5
 class _Ridge:
     """Ridge regressions of `y` `(sample, m)` on `x` `(sample, n)`, for any penalty."""
@@ -232,6 +236,7 @@ class _Ridge:
         """What is made of each pattern, for a `penalty` for each pair."""
         shrunk = torch.zeros_like(self.size) if penalty == math.inf else self.size / (self.size.square() + penalty * self.count)
         return shrunk[:, None] * self.told
+
 
 # %% ../../nbs/29_your_files.ipynb #28ce37e9
 def regression(trained: PairSource, most: int = 20_000, memory: int = 256_000_000) -> Callable[[Tensor], Tensor]:
@@ -269,6 +274,7 @@ def regression(trained: PairSource, most: int = 20_000, memory: int = 256_000_00
     errors = residual_covariance(Fixed(dim, line(part, penalty)), *unseen, (0.0,), torch.Generator(), rank=directions).errors[0]
     return line(_Ridge(x, y, rank), penalty, errors)
 
+
 # %% ../../nbs/29_your_files.ipynb #5c0db47e
 @dataclass(frozen=True, eq=False)
 class Calibration:
@@ -284,8 +290,11 @@ class Calibration:
     pairs: int
     notes: tuple[str, ...] = ()
 
+
 # %% ../../nbs/29_your_files.ipynb #9f3ef2b7
-def calibrate(prior: FlowPrior, trained: Part, tested: Part, generator: torch.Generator, memory: int = 256_000_000) -> Annotated[Calibration, GAPS]:
+def calibrate(
+    prior: FlowPrior, trained: Part, tested: Part, generator: torch.Generator, memory: int = 256_000_000
+) -> Annotated[Calibration, GAPS]:
     """Put the three questions to a prior with errors attached; 19 samples are drawn for each of up to 200 of the tested pairs.
 
     The line is a `regression` on the pairs that were trained on. Points that do not change do not count (`scored`).
@@ -328,9 +337,11 @@ def calibrate(prior: FlowPrior, trained: Part, tested: Part, generator: torch.Ge
     tried = trial(prior, trained, tested, generator, sorted({1, plug_and_play(prior).iterations}), line)
     return Calibration(pd.DataFrame(rows), tried, ranks, coverage, len(analysis), _left_out(unit, points, layout))
 
+
 # %% ../../nbs/29_your_files.ipynb #fb6a730b
 def _layout(prior: FlowPrior) -> Layout:
     return Layout.plain(prior.dim) if prior.layout is None else layout_from_record(prior.layout)
+
 
 # %% ../../nbs/29_your_files.ipynb #f1dca565
 def _left_out(unit: Tensor, points: Tensor, layout: Layout) -> tuple[str, ...]:
@@ -339,11 +350,16 @@ def _left_out(unit: Tensor, points: Tensor, layout: Layout) -> tuple[str, ...]:
     notes = []
     if len(never):
         verb = "changes" if len(never) == 1 else "change"
-        notes.append(f"{_points(len(never))} never {verb} ({_named(never, layout)}): left out of training and scores, kept in the output.")
+        notes.append(
+            f"{_points(len(never))} never {verb} ({_named(never, layout)}): left out of training and scores, kept in the output."
+        )
     if len(late):
         verb = "does" if len(late) == 1 else "do"
-        notes.append(f"{_points(len(late))} {verb} not change in the pairs of the test ({_named(late, layout)}): left out of its scores.")
+        notes.append(
+            f"{_points(len(late))} {verb} not change in the pairs of the test ({_named(late, layout)}): left out of its scores."
+        )
     return tuple(notes)
+
 
 # %% ../../nbs/29_your_files.ipynb #f3df18b4
 guard(globals())

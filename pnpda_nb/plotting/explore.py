@@ -21,7 +21,7 @@ from PIL import Image, features
 from ..core.checks import guard
 
 # %% auto #0
-__all__ = ['explore']
+__all__ = ["explore"]
 
 # %% ../../nbs/98_plotting.ipynb #1fb5f442
 _MOST_FRAMES = 24
@@ -35,6 +35,7 @@ def _pixels(figure: Figure) -> Image.Image:
     figure.savefig(drawn, format="png", dpi=figure.dpi, facecolor="white", bbox_inches=None)
     plt.close(figure)
     return Image.open(drawn).convert("RGB")
+
 
 # %% ../../nbs/98_plotting.ipynb #55e3dfb9
 def _addresses(pictures: Sequence[Image.Image], colours: int) -> list[str]:
@@ -53,6 +54,7 @@ def _addresses(pictures: Sequence[Image.Image], colours: int) -> list[str]:
         flat.convert("RGB" if kind == "webp" else "P").save(small, kind, **options)
         addresses.append(f"data:image/{kind};base64,{base64.b64encode(small.getvalue()).decode()}")
     return addresses
+
 
 # %% ../../nbs/98_plotting.ipynb #79a16ac5
 _STYLE = """
@@ -119,9 +121,11 @@ _SCRIPT = """
 })();
 """
 
+
 # %% ../../nbs/98_plotting.ipynb #d34bf3cd
 def _words(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
+
 
 # %% ../../nbs/98_plotting.ipynb #c9642c42
 def _page(frames: Sequence[tuple[str, str]], size: tuple[int, int], settings: Sequence[tuple[str, Sequence[str]]]) -> str:
@@ -141,6 +145,7 @@ def _page(frames: Sequence[tuple[str, str]], size: tuple[int, int], settings: Se
         f'<div class="settings" role="group" aria-label="Settings of this figure" hidden>{rows}{button}</div>'
         f"<script>{_SCRIPT.replace('KEY', key).replace('FRAMES', others)}</script></figure>"
     )
+
 
 # %% ../../nbs/98_plotting.ipynb #6981481f
 def explore(
@@ -186,6 +191,7 @@ def explore(
     settings = [(names[name], [_words(value) for value in values]) for name, values in choices.items()]
     return HTML(_page(frames, pictures[0].size, settings))
 
+
 # %% ../../nbs/98_plotting.ipynb #ccffacbd
 def _live(
     draw: Callable[..., Figure],
@@ -200,8 +206,11 @@ def _live(
 
     sliders = {
         name: SelectionSlider(
-            options=[(_words(value), value) for value in values], description=names[name], continuous_update=False,
-            style={"description_width": "initial"}, layout={"width": "100%", "max_width": "34rem"},
+            options=[(_words(value), value) for value in values],
+            description=names[name],
+            continuous_update=False,
+            style={"description_width": "initial"},
+            layout={"width": "100%", "max_width": "34rem"},
         )  # fmt: skip
         for name, values in choices.items()
     }
@@ -211,6 +220,7 @@ def _live(
         display(HTML(f'<img src="{address}" alt="{escape(describe(chosen))}" style="max-width:100%">'))
 
     return VBox([*sliders.values(), interactive_output(show, sliders)])
+
 
 # %% ../../nbs/98_plotting.ipynb #eb263397
 guard(globals())

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from ..core.checks import GappyArray, guard
 
 # %% auto #0
-__all__ = ['COLOURS', 'LINES', 'LABELS', 'line_style', 'book_style', 'mean_and_band']
+__all__ = ["COLOURS", "LINES", "LABELS", "line_style", "book_style", "mean_and_band"]
 
 # %% ../../nbs/98_plotting.ipynb #87f578db
 COLOURS = {
@@ -129,6 +129,7 @@ def line_style(method: str) -> dict:
         "label": LABELS.get(method, method.replace("_", " ")),
     }
 
+
 # %% ../../nbs/98_plotting.ipynb #549d5021
 def book_style() -> None:
     """Set matplotlib's defaults to the book's: called once at the top of a chapter."""
@@ -150,8 +151,11 @@ def book_style() -> None:
         }
     )
 
+
 # %% ../../nbs/98_plotting.ipynb #1bb7c37f
-def mean_and_band(ax: Axes, x: GappyArray | Sequence, runs: GappyArray | Sequence, standard_error: bool = False, **style: Any) -> Line2D:
+def mean_and_band(
+    ax: Axes, x: GappyArray | Sequence, runs: GappyArray | Sequence, standard_error: bool = False, **style: Any
+) -> Line2D:
     """Draw the mean over the first axis of `runs` `(runs, len(x))` and a band of ± one standard
     deviation between runs, or ± one standard error of the mean.
 
@@ -167,6 +171,7 @@ def mean_and_band(ax: Axes, x: GappyArray | Sequence, runs: GappyArray | Sequenc
     (line,) = ax.plot(x, mean, **style)
     ax.fill_between(x, mean - std, mean + std, color=line.get_color(), alpha=0.15, lw=0)
     return line
+
 
 # %% ../../nbs/98_plotting.ipynb #6a5eebf8
 guard(globals())

@@ -17,11 +17,17 @@ from ..observing.observations import Observations
 from .loop import _PlugAndPlay
 
 # %% auto #0
-__all__ = ['convergence', 'analysis_ensemble']
+__all__ = ["convergence", "analysis_ensemble"]
+
 
 # %% ../../nbs/11_convergence.ipynb #d2e014f1
 def convergence(
-    method: _PlugAndPlay, background: Tensor, observations: Observations | Sequence[Observations], *, generator: torch.Generator, forecast: Callable | None = None
+    method: _PlugAndPlay,
+    background: Tensor,
+    observations: Observations | Sequence[Observations],
+    *,
+    generator: torch.Generator,
+    forecast: Callable | None = None,
 ) -> xr.Dataset:
     """What each iteration of a `PnPDA` or `PnPDA4D` does, for one answer, with arguments as in `analyse`: dimensions
     iteration, then those of the background but its last (run, member). Raises what `analyse` raises.
@@ -52,9 +58,16 @@ def convergence(
         coords={"iteration": np.arange(1, method.iterations + 1), "tau": ("iteration", taus)},
     )
 
+
 # %% ../../nbs/11_convergence.ipynb #6af8e6ea
 def analysis_ensemble(
-    method: _PlugAndPlay, background: Tensor, observations: Observations | Sequence[Observations], *, size: int, generator: torch.Generator, forecast: Callable | None = None
+    method: _PlugAndPlay,
+    background: Tensor,
+    observations: Observations | Sequence[Observations],
+    *,
+    size: int,
+    generator: torch.Generator,
+    forecast: Callable | None = None,
 ) -> Tensor:
     """`size` answers of a `PnPDA` to one `background` `(..., 1, dim)`, which differ by their noise alone: `(..., size,
     dim)`; of a `PnPDA4D`, at all times, `(window + 1, ..., size, dim)`. Raises `ValueError` for more than one background
@@ -66,6 +79,7 @@ def analysis_ensemble(
         raise ValueError(f"size: expected at least 1, got {size}")
     several = background.repeat_interleave(size, -2)
     return method.analyse(several, observations, forecast=forecast, generator=generator)
+
 
 # %% ../../nbs/11_convergence.ipynb #90db8aa2
 guard(globals())

@@ -17,15 +17,11 @@ from torch import Tensor
 from ..core.checks import guard
 from ..core.grid import Distance, _taper
 from ..flow_matching.prior import GaussianPrior, Prior
-from ..observing.update import (
-    DenseError,
-    ErrorCovariance,
-    FactoredError,
-    anomalies,
-)
+from ..observing.update import DenseError, ErrorCovariance, FactoredError, anomalies
 
 # %% auto #0
-__all__ = ['Residuals', 'GaussianResidual', 'ResidualCovariance', 'residual_covariance', 'EnsembleResidual']
+__all__ = ["Residuals", "GaussianResidual", "ResidualCovariance", "residual_covariance", "EnsembleResidual"]
+
 
 # %% ../../nbs/16_covariance.ipynb #d595bae1
 @runtime_checkable
@@ -34,6 +30,7 @@ class Residuals(Protocol):
 
     def at(self, tau: float, background: Tensor) -> ErrorCovariance:
         """The covariance of x_a − D_τ(x_b, x_τ) at the pseudo-time `tau`, for backgrounds `(..., member, dim)`."""
+
 
 # %% ../../nbs/16_covariance.ipynb #8a6fb7f5
 @dataclass(frozen=True, eq=False)
@@ -46,6 +43,7 @@ class GaussianResidual:
         S = self.prior.covariance.matrix
         B = (1 - tau) ** 2 * torch.linalg.solve(tau**2 * S + (1 - tau) ** 2 * torch.eye(len(S)).to(S), S)
         return DenseError((B + B.T) / 2)
+
 
 # %% ../../nbs/16_covariance.ipynb #6317e3c5
 @dataclass(frozen=True, eq=False)
@@ -71,6 +69,7 @@ def _require_grid(taus: Sequence[float]) -> None:
     if not fine:
         raise ValueError(f"taus: expected pseudo-times that ascend from 0 and stay below 1, got {tuple(taus)}")
 
+
 # %% ../../nbs/16_covariance.ipynb #2ea823e1
 def residual_covariance(
     prior: Prior,
@@ -93,7 +92,9 @@ def residual_covariance(
     """
     _require_grid(taus)
     if background.ndim != 2 or background.shape != analysis.shape or background.shape[-1] != prior.dim:
-        raise ValueError(f"background, analysis: expected shape (sample, {prior.dim}), got {tuple(background.shape)} and {tuple(analysis.shape)}")
+        raise ValueError(
+            f"background, analysis: expected shape (sample, {prior.dim}), got {tuple(background.shape)} and {tuple(analysis.shape)}"
+        )
     if rank is not None and half_width is not None:
         raise ValueError(f"rank, half_width: expected one of them at most, got {rank} and {half_width}")
     if rank is not None and not 1 <= rank <= prior.dim:
@@ -110,9 +111,12 @@ def residual_covariance(
         rounding = 8 * torch.finfo(left.dtype).eps * analysis.abs().amax(0)
         left = left.masked_fill(left.abs().amax(0) * len(left) ** 0.5 <= rounding, 0.0)
         if not torch.isfinite(left.square().sum(0)).all():
-            raise ValueError(f"background, analysis: expected numbers whose squares are finite, got a residual of {left.abs().max() * len(left) ** 0.5:.3g}")
+            raise ValueError(
+                f"background, analysis: expected numbers whose squares are finite, got a residual of {left.abs().max() * len(left) ** 0.5:.3g}"
+            )
         errors.append(_dense(left, taper) if rank is None else _factored(left, rank))
     return ResidualCovariance(tuple(taus), tuple(errors))
+
 
 # %% ../../nbs/16_covariance.ipynb #adabffa9
 _FLOOR = 1e-8  # of its own variance: nothing beside it, but keeps a covariance positive definite
@@ -129,6 +133,7 @@ def _factored(left: Tensor, rank: int) -> FactoredError:
     _, size, directions = torch.linalg.svd(left / deviations.where(deviations > 0, 1.0), full_matrices=False)
     L = directions[:rank].T * size[:rank] * deviations[:, None]
     return FactoredError(L, (variances - L.square().sum(-1)).maximum(_FLOOR * variances))
+
 
 # %% ../../nbs/16_covariance.ipynb #43d4f3bb
 @dataclass(frozen=True)
@@ -165,6 +170,7 @@ class EnsembleResidual:
         B = A.mT @ A * _taper(dim, self.half_width, self.distance).to(A)
         B = torch.linalg.solve_ex(torch.eye(dim).to(A) + B * known.square(), B).result
         return DenseError(((B + B.mT) / 2).unsqueeze(-3))
+
 
 # %% ../../nbs/16_covariance.ipynb #7c11ecd7
 guard(globals())

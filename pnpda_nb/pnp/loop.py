@@ -23,7 +23,8 @@ from .errors import GaussianResidual, Residuals
 from .misfit import Misfit
 
 # %% auto #0
-__all__ = ['PnPDA']
+__all__ = ["PnPDA"]
+
 
 # %% ../../nbs/10_pnp.ipynb #2b7e3135
 @dataclass(frozen=True, eq=False)
@@ -44,16 +45,14 @@ class _PlugAndPlay:
         if not 0 <= self.alpha < math.inf:
             raise ValueError(f"alpha: expected zero or a positive exponent, got {self.alpha}")
         if self.step_rule not in ("paper", "scaled", "lipschitz"):
-            raise ValueError(
-                f"step_rule: expected 'paper', 'scaled' or 'lipschitz', got {self.step_rule!r}"
-            )
+            raise ValueError(f"step_rule: expected 'paper', 'scaled' or 'lipschitz', got {self.step_rule!r}")
 
-    def misfit(self, background: Tensor, observations: Observations | Sequence[Observations], forecast: Callable | None = None) -> Misfit:
+    def misfit(
+        self, background: Tensor, observations: Observations | Sequence[Observations], forecast: Callable | None = None
+    ) -> Misfit:
         """What the iteration steps down, for a background as in `analyse`."""
         if background.shape[-1] != self.prior.dim:
-            raise ValueError(
-                f"background: expected states of size {self.prior.dim} as the prior's, got {background.shape[-1]}"
-            )
+            raise ValueError(f"background: expected states of size {self.prior.dim} as the prior's, got {background.shape[-1]}")
         return Misfit(background, observations)
 
     def towards(self, x: Tensor, misfit: Misfit, length: Tensor | float, tau: float) -> Tensor:
@@ -78,7 +77,11 @@ class _PlugAndPlay:
             yield from (drawn * fading).movedim(0, 2)
 
     def iterates(
-        self, background: Tensor, observations: Observations | Sequence[Observations], generator: torch.Generator, forecast: Callable | None = None
+        self,
+        background: Tensor,
+        observations: Observations | Sequence[Observations],
+        generator: torch.Generator,
+        forecast: Callable | None = None,
     ) -> Iterator[Tensor]:
         """The states x⁽¹⁾, x⁽²⁾, … of one answer, each of the background's shape `(..., member, dim)` and each as the denoiser
         left it.
@@ -108,7 +111,12 @@ class _PlugAndPlay:
         return x
 
     def analyse(
-        self, background: Tensor, observations: Observations | Sequence[Observations], *, forecast: Callable | None, generator: torch.Generator
+        self,
+        background: Tensor,
+        observations: Observations | Sequence[Observations],
+        *,
+        forecast: Callable | None,
+        generator: torch.Generator,
     ) -> Tensor:
         answers = background if self.ensemble == 1 else background.repeat_interleave(self.ensemble, -2)
         misfit = self.misfit(answers, observations, forecast)
@@ -123,6 +131,7 @@ class _PlugAndPlay:
         if self.ensemble > 1:
             states = states.unflatten(-2, (-1, self.ensemble)).mean(-2)
         return states
+
 
 # %% ../../nbs/10_pnp.ipynb #10b40f54
 @dataclass(frozen=True, eq=False)
@@ -157,7 +166,9 @@ class PnPDA(_PlugAndPlay):
             raise ValueError(f"residuals: expected an object with a method `at(tau, background)`, got {self.residuals!r}")
         own = isinstance(self.prior, GaussianPrior) or getattr(self.prior, "leaves_open", False)
         if self.data_step == "kalman" and self.residuals is None and not own:
-            raise ValueError("residuals: expected a covariance for data_step 'kalman', such as `residual_covariance` makes, got None")
+            raise ValueError(
+                "residuals: expected a covariance for data_step 'kalman', such as `residual_covariance` makes, got None"
+            )
 
     def prior_for(self, observations: Observations) -> Prior:
         return self.prior.seeing(observations) if hasattr(self.prior, "seeing") else self.prior
@@ -181,6 +192,7 @@ class PnPDA(_PlugAndPlay):
         if self.data_step == "gradient":
             return x
         return self.towards(x, misfit, misfit.step_size(self.step_rule), 1.0)
+
 
 # %% ../../nbs/10_pnp.ipynb #fafaa076
 guard(globals())

@@ -19,7 +19,8 @@ from .loop import _PlugAndPlay
 from .misfit import Misfit, _flattest
 
 # %% auto #0
-__all__ = ['WindowMisfit', 'PnPDA4D']
+__all__ = ["WindowMisfit", "PnPDA4D"]
+
 
 # %% ../../nbs/27_windows_by_loop.ipynb #3341697b
 class WindowMisfit(Misfit):
@@ -145,6 +146,7 @@ class WindowMisfit(Misfit):
             states = [x + (reach @ weight).squeeze(-1) for x, reach in zip(states, self.reach)]
         return torch.stack(states)
 
+
 # %% ../../nbs/27_windows_by_loop.ipynb #a871517c
 @dataclass(frozen=True, eq=False)
 class PnPDA4D(_PlugAndPlay):
@@ -183,9 +185,7 @@ class PnPDA4D(_PlugAndPlay):
         if forecast is None:
             raise ValueError("forecast: expected a forecast model to move through the window with, got None")
         if self.model_error is not None and self.model_error.size != self.prior.dim:
-            raise ValueError(
-                f"model_error: expected size {self.prior.dim} as the prior's, got {self.model_error.size}"
-            )
+            raise ValueError(f"model_error: expected size {self.prior.dim} as the prior's, got {self.model_error.size}")
         return WindowMisfit(forecast(background), observations, forecast, self.model_error)
 
     def towards(self, x: Tensor, misfit: WindowMisfit, length: Tensor | float, tau: float) -> Tensor:
@@ -201,6 +201,7 @@ class PnPDA4D(_PlugAndPlay):
     def states(self, x: Tensor, misfit: WindowMisfit, background: Tensor) -> Tensor:
         states = (misfit.linearised_at(x) if self.relinearise else misfit).states(x)
         return torch.cat((background[None], states))
+
 
 # %% ../../nbs/27_windows_by_loop.ipynb #d49a46aa
 guard(globals())

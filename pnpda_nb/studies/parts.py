@@ -25,14 +25,7 @@ from ..flow_matching.training import train_prior
 from ..learned.methods import ENSEMBLE_FIELDS
 from ..learned.on_policy import OnPolicySettings, train_on_policy
 from ..learned.prior import AnalysisPrior
-from ..learned.records import (
-    ObservedRecord,
-    RandomNetworks,
-    Records,
-    TruthRecord,
-    innovation_rms,
-    observed_record,
-)
+from ..learned.records import ObservedRecord, RandomNetworks, Records, TruthRecord, innovation_rms, observed_record
 from ..methods import build_method, experiment_of
 from ..sweep import Task
 from ..twin.cycle import cycle
@@ -42,7 +35,8 @@ from ..twin.scores import scores, summary
 from ..twin.tuning import tune
 
 # %% auto #0
-__all__ = ['archive_task', 'prior_task', 'tuning_task', 'cycle_task', 'record_task', 'learning_task']
+__all__ = ["archive_task", "prior_task", "tuning_task", "cycle_task", "record_task", "learning_task"]
+
 
 # %% ../../nbs/95_studies.ipynb #e927deff
 def archive_part(settings: dict) -> xr.Dataset:
@@ -50,6 +44,7 @@ def archive_part(settings: dict) -> xr.Dataset:
     experiment = experiment_of(settings["testbed"])
     options = {k: settings[k] for k in ("members", "runs", "seed", "pairs", "targets")}
     return make_archive(experiment, build_method(experiment, settings["method"]), **options)
+
 
 # %% ../../nbs/95_studies.ipynb #f75dfe21
 def archive_task(
@@ -59,6 +54,7 @@ def archive_task(
     """A task that cycles `method` on `runs` archive truths and keeps the pairs."""
     settings = {"members": members, "runs": runs, "seed": seed, "pairs": pairs, "targets": targets}
     return Task(name, archive_part, {"testbed": dict(testbed), "method": dict(method)} | settings, cost=cost)
+
 
 # %% ../../nbs/95_studies.ipynb #9815f11f
 def archive_file_part(settings: dict) -> xr.Dataset:
@@ -70,6 +66,7 @@ def archive_file_part(settings: dict) -> xr.Dataset:
             f"archive: expected states of size {settings['dim']} in {settings['path']}, got {archive.sizes['variable']}"
         )
     return archive
+
 
 # %% ../../nbs/95_studies.ipynb #88169e01
 def prior_file_part(settings: dict) -> FlowPrior:
@@ -86,6 +83,7 @@ def _require_digest(settings: dict) -> None:
     if found != settings["digest"]:
         raise ValueError(f"{settings['path']}: the file is not the one that the sweep was planned with")
 
+
 # %% ../../nbs/95_studies.ipynb #fed0e1ba
 def file_task(kind: str, path: str, dim: int) -> Task:
     """A task that reads an "archive" or a "prior" of states of size `dim` from a file of the user's; its key depends on
@@ -97,6 +95,7 @@ def file_task(kind: str, path: str, dim: int) -> Task:
     if kind == "archive":
         return Task("archive", archive_file_part, settings)
     return Task("prior", prior_file_part, settings, format="prior")
+
 
 # %% ../../nbs/95_studies.ipynb #05b8eb17
 def prior_part(settings: dict, archive: xr.Dataset, checkpoint: str | None = None) -> FlowPrior:
@@ -111,6 +110,7 @@ def prior_part(settings: dict, archive: xr.Dataset, checkpoint: str | None = Non
     options = {"seed": settings["seed"], "checkpoint": checkpoint}
     return train_prior(background, analysis, TrainingSettings(**training), **options)[0]
 
+
 # %% ../../nbs/95_studies.ipynb #7c94faf6
 def readable(checkpoint: str) -> bool:
     """Whether a file is a whole checkpoint of a training, or is not there."""
@@ -122,6 +122,7 @@ def readable(checkpoint: str) -> bool:
         return False
     return True
 
+
 # %% ../../nbs/95_studies.ipynb #3c1010d4
 def prior_task(
     archive: Task, training: TrainingSettings, *, seed: int, pairs: int = 0, name: str = "prior", cost: float = 30.0
@@ -129,6 +130,7 @@ def prior_task(
     """A task that trains a prior; it goes on from where it was when it is interrupted."""
     settings = {"training": training.record(), "seed": seed, "pairs": pairs}
     return Task(name, prior_part, settings, {"archive": archive}, "prior", cost, resumable=True)
+
 
 # %% ../../nbs/95_studies.ipynb #2f1ad09e
 def tuning_part(settings: dict, **learned: Any) -> dict:
@@ -146,6 +148,7 @@ def tuning_part(settings: dict, **learned: Any) -> dict:
     )
     return {"setting": tuned.setting, "tried": tuned.table.to_dict("records")}
 
+
 # %% ../../nbs/95_studies.ipynb #8b13dcd2
 def tuning_task(
     testbed: Mapping, method: Mapping, grid: Mapping[str, Sequence], *, members: int = 1, runs: int, seed: int,
@@ -155,6 +158,7 @@ def tuning_task(
     settings = {"testbed": dict(testbed), "method": dict(method), "grid": {k: list(v) for k, v in grid.items()}}
     settings |= {"members": members, "runs": runs, "seed": seed, "metric": metric}
     return Task(name, tuning_part, settings, dict(needs or {}), "record", cost)
+
 
 # %% ../../nbs/95_studies.ipynb #cf545636
 def cycle_part(settings: dict, **learned: Any) -> xr.Dataset:
@@ -176,12 +180,14 @@ def cycle_task(
     settings = {"testbed": dict(testbed), "method": dict(method), "members": members, "runs": runs, "seed": seed}
     return Task(name or method["name"], cycle_part, settings | {"whole": whole}, needs, cost=cost)
 
+
 # %% ../../nbs/95_studies.ipynb #9e2d3101
 def record_part(settings: dict, tuned: dict | None = None) -> xr.Dataset:
     """An `observed_record`, as a part of a sweep."""
     experiment = experiment_of(settings["testbed"])
     options = {k: settings[k] for k in ("members", "runs", "cycles", "seed", "smoothed")}
     return observed_record(experiment, build_method(experiment, settings["method"], tuned=tuned), **options)
+
 
 # %% ../../nbs/95_studies.ipynb #2082b872
 def record_task(
@@ -193,8 +199,11 @@ def record_task(
     needs = {"tuned": tuned} if tuned else {}
     return Task(name, record_part, {"testbed": dict(testbed), "method": dict(method)} | settings, needs, cost=cost)
 
+
 # %% ../../nbs/95_studies.ipynb #122e3168
-def learning_part(settings: dict, checkpoint: str | None = None, start: AnalysisPrior | None = None, **records: Any) -> AnalysisPrior:
+def learning_part(
+    settings: dict, checkpoint: str | None = None, start: AnalysisPrior | None = None, **records: Any
+) -> AnalysisPrior:
     """A prior trained where it is used, on a nature run or on `records`: see `train_on_policy`."""
     if checkpoint and not readable(checkpoint):
         Path(checkpoint).unlink(missing_ok=True)  # a training that lost its memory begins anew
@@ -238,6 +247,7 @@ def learning_part(settings: dict, checkpoint: str | None = None, start: Analysis
         seed=settings["seed"], checkpoint=checkpoint,
     )[0]  # fmt: skip
 
+
 # %% ../../nbs/95_studies.ipynb #9b343343
 def learning_task(
     testbeds: Sequence[Mapping], policy: Mapping, training: OnPolicySettings, *, seed: int, network: Mapping | None = None,
@@ -257,12 +267,15 @@ def learning_task(
     needs = {f"record{i}": task for i, task in enumerate(records)} | ({"start": start} if start else {})
     return Task(name, learning_part, settings, needs, "analysis_prior", cost, resumable=True)
 
+
 # %% ../../nbs/95_studies.ipynb #8c472e66
 def costed_part(settings: dict, **learned: Any) -> xr.Dataset:
     """A cycle on test truths with what it cost: forecasts per cycle, passes of a network per cycle, and seconds in all."""
     experiment = experiment_of(settings["testbed"])
     method = build_method(experiment, settings["method"], **learned)
-    nature = _nature(json.dumps(settings["testbed"]), settings["runs"], settings["seed"])  # the same for all methods, and no part of the cost
+    nature = _nature(
+        json.dumps(settings["testbed"]), settings["runs"], settings["seed"]
+    )  # the same for all methods, and no part of the cost
     begin = time.perf_counter()
     whole = cycle(experiment, method, members=settings["members"], runs=settings["runs"], seed=settings["seed"], nature=nature)
     cost = {
@@ -277,10 +290,12 @@ def costed_part(settings: dict, **learned: Any) -> xr.Dataset:
         result["spread_skill"] = np.sqrt((n + 1) / n * result.variance / result.squared_error)
     return result.assign({name: ("run", np.full(result.sizes["run"], float(value))) for name, value in cost.items()})
 
+
 # %% ../../nbs/95_studies.ipynb #a354c5ee
 @lru_cache(maxsize=4)
 def _nature(testbed: str, runs: int, seed: int) -> list:
     return list(watch_nature(experiment_of(json.loads(testbed)), runs, seed, "test"))
+
 
 # %% ../../nbs/95_studies.ipynb #13f9e6d1
 def passes(method: Mapping, members: int) -> int:
@@ -288,6 +303,7 @@ def passes(method: Mapping, members: int) -> int:
     if method["name"] == "learned_mean":
         return 1
     return members * method.get("iterations", 1) * method.get("draws", 1) * method.get("ensemble", 1)
+
 
 # %% ../../nbs/95_studies.ipynb #a4a11943
 def costed_task(
@@ -298,6 +314,7 @@ def costed_task(
     needs = {role: task for role, task in (("prior", prior), ("tuned", tuned), ("archive", archive)) if task is not None}
     settings = {"testbed": dict(testbed), "method": dict(method), "members": members, "runs": runs, "seed": seed}
     return Task(name or method["name"], costed_part, settings, needs, cost=cost)
+
 
 # %% ../../nbs/95_studies.ipynb #63b15715
 guard(globals())

@@ -23,7 +23,8 @@ from ..pnp.loop import PnPDA
 from ..sweep import Store, Task, run_tasks
 
 # %% auto #0
-__all__ = ['Study', 'SweepSettings']
+__all__ = ["Study", "SweepSettings"]
+
 
 # %% ../../nbs/95_studies.ipynb #6af0c26b
 @dataclass(frozen=True)
@@ -55,9 +56,7 @@ class Study:
             raise ValueError(f"preset: unknown preset {preset!r}; known: {', '.join([*self.presets, *self.others])}")
         return self.others.get(preset, self)
 
-    def run(
-        self, settings: Any, methods: Sequence[str] | None, store: Store, **options: Any
-    ) -> dict[tuple[str, str], xr.Dataset]:
+    def run(self, settings: Any, methods: Sequence[str] | None, store: Store, **options: Any) -> dict[tuple[str, str], xr.Dataset]:
         """The cycled datasets by condition and method; `options` as for `run_tasks`."""
         chosen = self.choose(methods)
         plan, kept = self.plan(settings, chosen), self.kept(settings, chosen)
@@ -91,10 +90,9 @@ class Study:
         """
         unknown = [m for m in methods or () if m not in self.methods]
         if unknown:
-            raise ValueError(
-                f"methods: unknown method {unknown[0]!r}; known: {', '.join(self.methods)}"
-            )
+            raise ValueError(f"methods: unknown method {unknown[0]!r}; known: {', '.join(self.methods)}")
         return tuple(m for m in self.methods if m in (methods or self.default_methods))
+
 
 # %% ../../nbs/95_studies.ipynb #e2fa0f2d
 @dataclass(frozen=True)
@@ -158,6 +156,7 @@ class SweepSettings(Settings):
     def pnpda(self, **changes: Any) -> dict:
         """PnP-DA as the settings say, as a method for `build_method`."""
         return {"name": "pnpda", "iterations": self.iterations, "alpha": self.alpha, "step_rule": self.step_rule} | changes
+
 
 # %% ../../nbs/95_studies.ipynb #637d297e
 guard(globals())

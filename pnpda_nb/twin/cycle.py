@@ -13,15 +13,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
 from numbers import Integral
-from typing import (
-    Any,
-    Callable,
-    Iterator,
-    Literal,
-    Protocol,
-    Sequence,
-    runtime_checkable,
-)
+from typing import Any, Callable, Iterator, Literal, Protocol, Sequence, runtime_checkable
 
 import numpy as np
 import torch
@@ -40,7 +32,8 @@ from .experiment import TwinExperiment, watch_nature
 from .scores import _statistics
 
 # %% auto #0
-__all__ = ['Method', 'FreeRun', 'cycle']
+__all__ = ["Method", "FreeRun", "cycle"]
+
 
 # %% ../../nbs/03_twin.ipynb #a0857f8a
 @runtime_checkable
@@ -73,6 +66,7 @@ class Method(Protocol):
         generator: torch.Generator,
     ) -> Tensor: ...
 
+
 # %% ../../nbs/03_twin.ipynb #c5a649ef
 @dataclass(frozen=True)
 class FreeRun:
@@ -84,6 +78,7 @@ class FreeRun:
         self, background: Tensor, observations: Observations, *, forecast: Callable | None, generator: torch.Generator | None
     ) -> Tensor:
         return background
+
 
 # %% ../../nbs/03_twin.ipynb #d118dd54
 @dataclass
@@ -104,6 +99,7 @@ class Stretch:
     smoothed: Tensor
     background_weights: Tensor | None = None
     weights: Tensor | None = None
+
 
 # %% ../../nbs/03_twin.ipynb #1de61724
 def filter_cycle(
@@ -142,12 +138,14 @@ def filter_cycle(
             yield waiting.popleft()
     yield from waiting
 
+
 # %% ../../nbs/03_twin.ipynb #e80f2886
 def _same_shape(method: Method, background: Tensor, analysis: Tensor) -> None:
     if analysis.shape != background.shape:
         raise ValueError(
             f"{type(method).__name__}: expected an analysis of shape {tuple(background.shape)}, got {tuple(analysis.shape)}"
         )
+
 
 # %% ../../nbs/03_twin.ipynb #9727ed41
 def _with_weights(method: Method, background: Tensor, answer: Any) -> tuple[Tensor, Tensor]:
@@ -164,6 +162,7 @@ def _with_weights(method: Method, background: Tensor, answer: Any) -> tuple[Tens
     lost = ~(torch.isfinite(total) & (total > 0) & (weights >= 0).all(-1, keepdim=True))
     weights = torch.where(lost, 1 / weights.shape[-1], weights / total)
     return analysis.masked_fill(lost.unsqueeze(-1), torch.nan), weights
+
 
 # %% ../../nbs/03_twin.ipynb #4224b0f9
 def window_cycle(
@@ -203,9 +202,7 @@ def window_cycle(
         analysed = method.analyse(background, seen, forecast=forecast, generator=generator)
         whole = analysed.ndim == background.ndim + 1
         if whole and len(analysed) != len(seen) + 1:
-            raise ValueError(
-                f"{type(method).__name__}: expected analyses of {len(seen) + 1} times, got {len(analysed)}"
-            )
+            raise ValueError(f"{type(method).__name__}: expected analyses of {len(seen) + 1} times, got {len(analysed)}")
         _same_shape(method, background, analysed[0] if whole else analysed)
         path = [set_aside(x, now) for x in analysed] if whole else [set_aside(analysed, now)]
         start = path[0]
@@ -217,6 +214,7 @@ def window_cycle(
                 stretch.estimate = states[1:]
             stretch.smoothed = start
     yield from inside
+
 
 # %% ../../nbs/03_twin.ipynb #9f846bee
 def cycle(
@@ -315,14 +313,13 @@ def cycle(
         "burn_in": experiment.burn_in,
     }
     if (failed >= 0).any():
-        where = ", ".join(
-            f"run {run} at cycle {failed[run]}" for run in (failed >= 0).nonzero()[:, 0].tolist()[:5]
-        )
+        where = ", ".join(f"run {run} at cycle {failed[run]}" for run in (failed >= 0).nonzero()[:, 0].tolist()[:5])
         warnings.warn(
             f"{type(method).__name__}: {int((failed >= 0).sum())} of {runs} runs became non-finite ({where}); they are left out of the scores",
             stacklevel=2,
         )
     return result
+
 
 # %% ../../nbs/03_twin.ipynb #26336e13
 def _averaged(stretch: Stretch) -> Stretch:
@@ -347,10 +344,12 @@ def _variance(ensemble: Tensor, weights: Tensor | None) -> Tensor:
     squared = (ensemble - _mean(ensemble, weights).unsqueeze(-2)).square()
     return _mean(squared, weights) / _unlike(weights).unsqueeze(-1)
 
+
 # %% ../../nbs/03_twin.ipynb #d6e4f1c9
 def _unlike(weights: Tensor) -> Tensor:
     """1 - Σ w²: how often two members drawn by their weights are two; what makes sample statistics unbiased."""
     return (1 - weights.square().sum(-1)).clamp_min(1 / weights.shape[-1])
+
 
 # %% ../../nbs/03_twin.ipynb #6b6a4eb6
 def _fair_crps(truth: Tensor, ensemble: Tensor, weights: Tensor) -> Tensor:
@@ -364,17 +363,13 @@ def _fair_crps(truth: Tensor, ensemble: Tensor, weights: Tensor) -> Tensor:
     between = (w * apart * (2 * w.cumsum(-1) - w - 1)).sum(-1)  # half of it, over all pairs
     return (w * apart.abs()).sum(-1) - between / _unlike(weights).unsqueeze(-1)
 
+
 # %% ../../nbs/03_twin.ipynb #6c44e815
 def _settings_of(method: Method) -> str:
     """The plain settings of a method, as JSON: numbers and words, not priors or matrices."""
     fields = dataclasses.fields(method) if dataclasses.is_dataclass(method) else ()
-    return json.dumps(
-        {
-            f.name: v
-            for f in fields
-            if f.init and isinstance(v := getattr(method, f.name), (int, float, str))
-        }
-    )
+    return json.dumps({f.name: v for f in fields if f.init and isinstance(v := getattr(method, f.name), (int, float, str))})
+
 
 # %% ../../nbs/03_twin.ipynb #801c210e
 def _set_aside(state: Tensor, first: Tensor, failed: Tensor, k: int, limit: Tensor) -> Tensor:
@@ -386,10 +381,9 @@ def _set_aside(state: Tensor, first: Tensor, failed: Tensor, k: int, limit: Tens
     gone = failed >= 0
     return torch.where(gone[:, None, None], first, state) if gone.any() else state
 
+
 # %% ../../nbs/03_twin.ipynb #f29b533a
-def _as_dataset(
-    experiment, method, stretches: list[Stretch], first_cycle: int, failed: Tensor, keep_members: bool
-) -> xr.Dataset:
+def _as_dataset(experiment, method, stretches: list[Stretch], first_cycle: int, failed: Tensor, keep_members: bool) -> xr.Dataset:
     """Collect stretches of a cycle; set-aside runs become nan from the cycle of their failure on."""
     interval, count = experiment.interval, len(stretches)
     truth = torch.cat([s.truth for s in stretches])
@@ -423,10 +417,7 @@ def _as_dataset(
             "rmse": (("run", "time"), by_run((estimate - truth).square().mean(-1).sqrt())),
             "background": (per_cycle, by_run(_mean(background, before))),
             "analysis": (per_cycle, by_run(_mean(analysis, weights))),
-            "observations": (
-                ("run", "cycle", "observation"),
-                by_run(values.masked_fill(missing, torch.nan)),
-            ),
+            "observations": (("run", "cycle", "observation"), by_run(values.masked_fill(missing, torch.nan))),
             "missing": (("run", "cycle"), by_run(missing.sum(-1))),
         },
         coords={
@@ -435,10 +426,7 @@ def _as_dataset(
                 (first_cycle * interval + np.arange(1, count * interval + 1)) * experiment.nature.dt,
                 {"units": "model time units"},
             ),
-            "cycle_time": (
-                "cycle",
-                (first_cycle + np.arange(1, count + 1)) * interval * experiment.nature.dt,
-            ),
+            "cycle_time": ("cycle", (first_cycle + np.arange(1, count + 1)) * interval * experiment.nature.dt),
             "variable": experiment.variables,
         },
     )
@@ -459,18 +447,14 @@ def _as_dataset(
         result["rank"] = (per_cycle, by_run(rank.masked_fill(bad_cycle[..., None], torch.nan)))
     if keep_members:
         whole = ("run", "cycle", "member", "variable")
-        result["background_members"], result["analysis_members"] = (
-            (whole, by_run(background)),
-            (whole, by_run(analysis)),
-        )
+        result["background_members"], result["analysis_members"] = ((whole, by_run(background)), (whole, by_run(analysis)))
         if weights is not None:
             result["background_weights"], result["analysis_weights"] = ((whole[:-1], by_run(x)) for x in (before, weights))
     return result
 
+
 # %% ../../nbs/03_twin.ipynb #2e1cc207
-def _blocks_of_scores(
-    experiment, method, stretches, failed: Tensor, most: int = 16
-) -> xr.Dataset:
+def _blocks_of_scores(experiment, method, stretches, failed: Tensor, most: int = 16) -> xr.Dataset:
     """Statistics of blocks of at most 50 cycles, fewer if there are few or states are large; when there are `most`,
     neighbours are merged and blocks are twice as long from then on.
     """
@@ -494,11 +478,13 @@ def _blocks_of_scores(
             blocks, full = [_merge(pair) for pair in zip(blocks[::2], blocks[1::2])], 2 * full
     return xr.concat(blocks, "block").assign(missing=missing)
 
+
 # %% ../../nbs/03_twin.ipynb #573cd33f
 def _merge(blocks: tuple[xr.Dataset, ...]) -> xr.Dataset:
     both = xr.concat(blocks, "block")
     means = both.drop_vars("cycles").weighted(both.cycles).mean("block", skipna=False)
     return means.assign(cycles=both.cycles.sum())
+
 
 # %% ../../nbs/03_twin.ipynb #c040b826
 guard(globals())

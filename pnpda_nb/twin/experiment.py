@@ -20,7 +20,8 @@ from ..dynamics.base import AdditiveModelError, Model, trajectory
 from ..observing.observations import Observations, ObservingNetwork
 
 # %% auto #0
-__all__ = ['TwinExperiment', 'nature_start', 'nature_run', 'observe_truth', 'watch_nature']
+__all__ = ["TwinExperiment", "nature_start", "nature_run", "observe_truth", "watch_nature"]
+
 
 # %% ../../nbs/03_twin.ipynb #a1703d7c
 @dataclass(frozen=True, eq=False)
@@ -59,22 +60,16 @@ class TwinExperiment:
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
         if not math.isclose(self.nature.dt, self.forecast_model.dt):
-            raise ValueError(
-                f"forecast_model: expected time steps of {self.nature.dt} as nature's, got {self.forecast_model.dt}"
-            )
+            raise ValueError(f"forecast_model: expected time steps of {self.nature.dt} as nature's, got {self.forecast_model.dt}")
         if len(self.start) != self.nature.dim:
             raise ValueError(f"start: expected {self.nature.dim} numbers, got {len(self.start)}")
         resolved = self.resolved(torch.tensor(self.start, dtype=torch.float64)).shape[-1]
         if resolved != self.forecast_model.dim:
-            raise ValueError(
-                f"forecast_model: expected states of size {resolved} as nature's, got {self.forecast_model.dim}"
-            )
+            raise ValueError(f"forecast_model: expected states of size {resolved} as nature's, got {self.forecast_model.dim}")
         if self.burn_in >= self.cycles:
             raise ValueError(f"burn_in: expected fewer than the {self.cycles} cycles, got {self.burn_in}")
         if self.first_ensemble not in ("around_truth", "same_law"):
-            raise ValueError(
-                f"first_ensemble: expected 'around_truth' or 'same_law', got {self.first_ensemble!r}"
-            )
+            raise ValueError(f"first_ensemble: expected 'around_truth' or 'same_law', got {self.first_ensemble!r}")
         if self.first_ensemble == "same_law" and (self.spin_up or self.resolve):
             raise ValueError("first_ensemble: 'same_law' needs spin_up=0 and no `resolve`")
 
@@ -98,6 +93,7 @@ class TwinExperiment:
         """The same experiment seen by another network."""
         return replace(self, network=network)
 
+
 # %% ../../nbs/03_twin.ipynb #2aefed0c
 def nature_start(experiment: TwinExperiment, runs: int, seed: int, split: str = "test") -> Tensor:
     """Nature's states `(run, dim of nature)` when the experiment begins, after the spin-up."""
@@ -107,10 +103,9 @@ def nature_start(experiment: TwinExperiment, runs: int, seed: int, split: str = 
     chosen = (e.nature, tuple(e.start), e.start_variance, e.spin_up, runs, seed, split)
     return _spun_up(*chosen).clone() if _is_plain(e.nature) else _spun_up.__wrapped__(*chosen)
 
+
 # %% ../../nbs/03_twin.ipynb #990ff898
-def nature_intervals(
-    experiment: TwinExperiment, runs: int, seed: int, split: str = "test"
-) -> Iterator[Tensor]:
+def nature_intervals(experiment: TwinExperiment, runs: int, seed: int, split: str = "test") -> Iterator[Tensor]:
     """The true states when the experiment begins `(1, run, dim)`, and then those of one interval after
     the other `(interval, run, dim)`.
     """
@@ -123,6 +118,7 @@ def nature_intervals(
         states = _advancing(start, *chosen)
     yield from map(e.resolved, states)
 
+
 # %% ../../nbs/03_twin.ipynb #daac10ad
 def nature_run(experiment: TwinExperiment, runs: int, seed: int, split: str = "test") -> Tensor:
     """True states `(steps + 1, run, dim)`, the first of them on nature's attractor after the
@@ -130,15 +126,15 @@ def nature_run(experiment: TwinExperiment, runs: int, seed: int, split: str = "t
     """
     return torch.cat(list(nature_intervals(experiment, runs, seed, split)))
 
+
 # %% ../../nbs/03_twin.ipynb #6b41d14e
 def forget_nature_runs() -> None:
     """Free the memory of the nature runs that were kept for the next method, and let them be computed again."""
     _spun_up.cache_clear(), _remembered.cache_clear()
 
+
 # %% ../../nbs/03_twin.ipynb #3af64956
-def observation_errors(
-    experiment: TwinExperiment, runs: int, seed: int, split: str = "test"
-) -> Iterator[Gappy]:
+def observation_errors(experiment: TwinExperiment, runs: int, seed: int, split: str = "test") -> Iterator[Gappy]:
     """The errors `(run, size)` of every observation time, drawn in blocks, so that a long experiment
     does not need them all at once; nan where a value is missing.
     """
@@ -148,16 +144,16 @@ def observation_errors(
         times = min(block, experiment.cycles - first)
         yield from torch.stack([network.errors((times,), one) for one in streams], dim=1)
 
+
 # %% ../../nbs/03_twin.ipynb #b33a3b17
-def observe_truth(
-    experiment: TwinExperiment, truth: Tensor, seed: int, split: str = "test"
-) -> list[Observations]:
+def observe_truth(experiment: TwinExperiment, truth: Tensor, seed: int, split: str = "test") -> list[Observations]:
     """One `Observations` with values `(run, size)` for every observation time of `truth` `(steps +
     1, run, dim)`.
     """
     network, seen = experiment.network, truth[experiment.interval :: experiment.interval]
     errors = observation_errors(experiment, truth.shape[1], seed, split)
     return [network.report(network.operator(state) + error) for state, error in zip(seen, errors)]
+
 
 # %% ../../nbs/03_twin.ipynb #0c0ce826
 def _is_plain(nature: Model) -> bool:
@@ -166,16 +162,16 @@ def _is_plain(nature: Model) -> bool:
         return False
     return all(isinstance(getattr(nature, f.name), (Number, str, type(None))) for f in dataclasses.fields(nature) if f.init)
 
+
 # %% ../../nbs/03_twin.ipynb #19149c8c
 @lru_cache(maxsize=64)
-def _spun_up(
-    nature: Model, start: tuple[float, ...], variance: float, spin_up: int, runs: int, seed: int, split: str
-) -> Tensor:
+def _spun_up(nature: Model, start: tuple[float, ...], variance: float, spin_up: int, runs: int, seed: int, split: str) -> Tensor:
     draws = standard_normal((runs, nature.dim), RunStreams(seed, split, "truth", runs=runs))
     state = torch.tensor(start, dtype=torch.float64) + variance**0.5 * draws
     for _ in range(spin_up):
         state = nature.step(state)
     return state
+
 
 # %% ../../nbs/03_twin.ipynb #6d8365de
 def _advancing(
@@ -191,26 +187,25 @@ def _advancing(
         states = trajectory(nature, state, interval, error)[1:]
         if not torch.isfinite(states).all():
             lost = (~torch.isfinite(states)).any(-1).any(0).nonzero()[:, 0].tolist()
-            raise ValueError(
-                f"nature: the nature run became non-finite in runs {lost[:5]}; is the time step too long?"
-            )
+            raise ValueError(f"nature: the nature run became non-finite in runs {lost[:5]}; is the time step too long?")
         state = states[-1]
         yield states
+
 
 # %% ../../nbs/03_twin.ipynb #bdd5cb4b
 @lru_cache(maxsize=8)
 def _remembered(start: tuple[float, ...], start_variance: float, spin_up: int, *chosen: Any) -> tuple[Tensor, ...]:
     return tuple(_advancing(_spun_up(chosen[0], start, start_variance, spin_up, *chosen[-3:]), *chosen))
 
+
 # %% ../../nbs/03_twin.ipynb #73bd369c
-def watch_nature(
-    experiment: TwinExperiment, runs: int, seed: int, split: str
-) -> Iterator[tuple[Tensor, Observations | None]]:
+def watch_nature(experiment: TwinExperiment, runs: int, seed: int, split: str) -> Iterator[tuple[Tensor, Observations | None]]:
     """True states of one interval after the other, and what is seen at its end: nothing at the start."""
     network, nature = experiment.network, nature_intervals(experiment, runs, seed, split)
     yield next(nature), None
     for truth, error in zip(nature, observation_errors(experiment, runs, seed, split)):
         yield truth, network.report(network.operator(truth[-1]) + error)
+
 
 # %% ../../nbs/03_twin.ipynb #7b14e9d4
 guard(globals())

@@ -18,7 +18,8 @@ from .cycle import Method, cycle
 from .experiment import TwinExperiment
 
 # %% auto #0
-__all__ = ['make_archive', 'read_archive', 'check_archive', 'pairs_of']
+__all__ = ["make_archive", "read_archive", "check_archive", "pairs_of"]
+
 
 # %% ../../nbs/08_archive.ipynb #b4abd43d
 def make_archive(
@@ -52,9 +53,7 @@ def make_archive(
     if pairs not in ("means", "members"):
         raise ValueError(f"pairs: expected 'means' or 'members', got {pairs!r}")
     if not 0 <= discard < experiment.cycles:
-        raise ValueError(
-            f"discard: expected fewer than the {experiment.cycles} cycles of a run, got {discard}"
-        )
+        raise ValueError(f"discard: expected fewer than the {experiment.cycles} cycles of a run, got {discard}")
     result = cycle(
         experiment,
         method,
@@ -67,9 +66,7 @@ def make_archive(
     )
     kept = result.isel(run=result.failed.values < 0, cycle=slice(discard, None))
     if kept.sizes["run"] == 0:
-        raise ValueError(
-            f"method: all {runs} runs of {type(method).__name__} became non-finite; there is no archive"
-        )
+        raise ValueError(f"method: all {runs} runs of {type(method).__name__} became non-finite; there is no archive")
     truth = (
         kept.truth.isel(time=slice(experiment.interval - 1, None, experiment.interval))
         .isel(time=slice(discard, None))
@@ -85,9 +82,7 @@ def make_archive(
     if pairs == "members":
         kept = kept.assign(background=kept.background_members, analysis=kept.analysis_members)
         truth = truth.expand_dims(member=kept.sizes["member"])
-    order = (
-        ("run", "cycle", "member", "variable") if pairs == "members" else ("run", "cycle", "variable")
-    )
+    order = ("run", "cycle", "member", "variable") if pairs == "members" else ("run", "cycle", "variable")
     flat = {
         name: x.transpose(*order).values.reshape(-1, experiment.dim)
         for name, x in (("background", kept.background), ("analysis", kept.analysis), ("truth", truth))
@@ -102,6 +97,7 @@ def make_archive(
             "title": f"{type(method).__name__} reanalysis of {experiment.name}",
         },
     )
+
 
 # %% ../../nbs/08_archive.ipynb #36f2ea48
 def read_archive(path: str | os.PathLike) -> xr.Dataset:
@@ -119,10 +115,9 @@ def read_archive(path: str | os.PathLike) -> xr.Dataset:
         with xr.open_dataset(path, engine="h5netcdf") as opened:
             archive = opened.load()
     except Exception as error:  # the many errors of HDF5 mean one thing here
-        raise ValueError(
-            f"archive: {path} is not a readable NetCDF file ({type(error).__name__})"
-        ) from error
+        raise ValueError(f"archive: {path} is not a readable NetCDF file ({type(error).__name__})") from error
     return check_archive(archive, str(path))
+
 
 # %% ../../nbs/08_archive.ipynb #246d45e5
 def check_archive(archive: xr.Dataset, name: str = "archive") -> xr.Dataset:
@@ -130,17 +125,14 @@ def check_archive(archive: xr.Dataset, name: str = "archive") -> xr.Dataset:
     for field in ("background", "analysis"):
         if field not in archive or archive[field].dims != ("sample", "variable"):
             found = archive[field].dims if field in archive else "no such variable"
-            raise ValueError(
-                f"{name}: expected '{field}' with dimensions (sample, variable), got {found}"
-            )
+            raise ValueError(f"{name}: expected '{field}' with dimensions (sample, variable), got {found}")
         bad = int((~np.isfinite(archive[field].values)).any(axis=1).sum())
         if bad:
-            raise ValueError(
-                f"{name}: '{field}' is not finite in {bad} of {archive.sizes['sample']} samples"
-            )
+            raise ValueError(f"{name}: '{field}' is not finite in {bad} of {archive.sizes['sample']} samples")
     if archive.sizes["sample"] < 2:
         raise ValueError(f"{name}: expected at least 2 samples, got {archive.sizes['sample']}")
     return archive
+
 
 # %% ../../nbs/08_archive.ipynb #315926aa
 def pairs_of(archive: xr.Dataset) -> tuple[torch.Tensor, torch.Tensor]:
@@ -148,6 +140,7 @@ def pairs_of(archive: xr.Dataset) -> tuple[torch.Tensor, torch.Tensor]:
     check_archive(archive)
     background, analysis = (archive[name].values.astype("float64") for name in ("background", "analysis"))
     return torch.tensor(background), torch.tensor(analysis)
+
 
 # %% ../../nbs/08_archive.ipynb #e0b89002
 guard(globals())

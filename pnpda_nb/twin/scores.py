@@ -17,8 +17,19 @@ from torch import Tensor
 from ..core.checks import GAPS, GappyArray, GappyFloat, guard
 
 # %% auto #0
-__all__ = ['scores', 'summary', 'score_table', 'stack_methods', 'time_mean', 'mean_and_error', 'rank_histogram', 'spread_skill',
-           'ensemble_scores', 'paired_difference']
+__all__ = [
+    "scores",
+    "summary",
+    "score_table",
+    "stack_methods",
+    "time_mean",
+    "mean_and_error",
+    "rank_histogram",
+    "spread_skill",
+    "ensemble_scores",
+    "paired_difference",
+]
+
 
 # %% ../../nbs/03_twin.ipynb #1d321234
 def scores(result: xr.Dataset) -> xr.Dataset:
@@ -31,6 +42,7 @@ def scores(result: xr.Dataset) -> xr.Dataset:
 
 
 _HIDDEN = ("squared_error", "variance", "ranks", "squared", "concentration")
+
 
 # %% ../../nbs/03_twin.ipynb #3d35a943
 def summary(result: xr.Dataset) -> xr.Dataset:
@@ -51,6 +63,7 @@ def summary(result: xr.Dataset) -> xr.Dataset:
         out["analysis_spread"] = result.analysis_spread.astype("float32")
     return out.assign_coords(cycle_time=result.cycle_time).assign_attrs(result.attrs)
 
+
 # %% ../../nbs/03_twin.ipynb #2adc63f9
 def _scored(result: xr.Dataset) -> xr.Dataset:
     """The part of a cycle that counts."""
@@ -61,6 +74,7 @@ def _scored(result: xr.Dataset) -> xr.Dataset:
 
 def _spatial_rmse(x: xr.DataArray, truth: xr.DataArray) -> xr.DataArray:
     return xr.DataArray(np.sqrt(((x.values - truth.values) ** 2).mean(-1)), dims=("run", "cycle"))
+
 
 # %% ../../nbs/03_twin.ipynb #43f31d30
 def _statistics(result: xr.Dataset) -> xr.Dataset:
@@ -102,6 +116,7 @@ def _statistics(result: xr.Dataset) -> xr.Dataset:
         out["crps"] = abs(result.analysis - at_cycles.values).mean("cycle", skipna=False)
     return out
 
+
 # %% ../../nbs/03_twin.ipynb #d22b8799
 def score_table(results: Mapping[str, xr.Dataset], condition: str = "") -> pd.DataFrame:
     """One row per method, metric and variable: mean and standard deviation over the runs that did
@@ -110,35 +125,15 @@ def score_table(results: Mapping[str, xr.Dataset], condition: str = "") -> pd.Da
     rows = []
     for method, result in results.items():
         for metric, values in scores(result).data_vars.items():
-            by_variable = [
-                ("all", values.mean("variable", skipna=False) if "variable" in values.dims else values)
-            ]
+            by_variable = [("all", values.mean("variable", skipna=False) if "variable" in values.dims else values)]
             if "variable" in values.dims:
-                by_variable += [
-                    (str(name), values.sel(variable=name)) for name in values["variable"].values
-                ]
+                by_variable += [(str(name), values.sel(variable=name)) for name in values["variable"].values]
             for variable, value in by_variable:
                 kept = value.values[np.isfinite(value.values)]
-                mean, std = (
-                    (kept.mean(), kept.std(ddof=1) if len(kept) > 1 else np.nan)
-                    if len(kept)
-                    else (np.nan, np.nan)
-                )
-                rows.append(
-                    (
-                        result.attrs["experiment"],
-                        condition,
-                        method,
-                        metric,
-                        variable,
-                        mean,
-                        std,
-                        len(kept),
-                    )
-                )
-    return pd.DataFrame(
-        rows, columns=["experiment", "condition", "method", "metric", "variable", "mean", "std", "runs"]
-    )
+                mean, std = (kept.mean(), kept.std(ddof=1) if len(kept) > 1 else np.nan) if len(kept) else (np.nan, np.nan)
+                rows.append((result.attrs["experiment"], condition, method, metric, variable, mean, std, len(kept)))
+    return pd.DataFrame(rows, columns=["experiment", "condition", "method", "metric", "variable", "mean", "std", "runs"])
+
 
 # %% ../../nbs/03_twin.ipynb #3f4d7b14
 def stack_methods(results: Mapping[str, xr.Dataset]) -> xr.Dataset:
@@ -159,6 +154,7 @@ def stack_methods(results: Mapping[str, xr.Dataset]) -> xr.Dataset:
     return stacked.assign({name: first[name] for name in shared}).assign_attrs(
         {k: v for k, v in first.attrs.items() if not k.startswith("method") and k != "members"}
     )
+
 
 # %% ../../nbs/03_twin.ipynb #941e54e6
 def time_mean(series: GappyArray | Sequence) -> tuple[GappyArray, GappyArray]:
@@ -182,6 +178,7 @@ def time_mean(series: GappyArray | Sequence) -> tuple[GappyArray, GappyArray]:
     pairs = np.where(np.cumprod(pairs > 0, -1), pairs, 0.0)
     tau = 2 * np.minimum.accumulate(pairs, -1).sum(-1) - 1
     return mean, np.sqrt(variance * np.maximum(tau, 1 / n) / n)
+
 
 # %% ../../nbs/03_twin.ipynb #cc57a926
 def mean_and_error(result: xr.Dataset, metric: str = "analysis_rmse") -> tuple[GappyFloat, GappyFloat]:
@@ -213,6 +210,7 @@ def mean_and_error(result: xr.Dataset, metric: str = "analysis_rmse") -> tuple[G
         error = error / (2 * values.mean())
     return (float(values.mean()) if len(values) else np.nan), float(error)
 
+
 # %% ../../nbs/03_twin.ipynb #f49a7935
 def _series(result: xr.Dataset, metric: str) -> np.ndarray:
     """What `metric` is the time mean of, `(run, time)`."""
@@ -228,10 +226,9 @@ def _series(result: xr.Dataset, metric: str) -> np.ndarray:
         "bias": lambda: error.mean(-1),
         "rmse": lambda: (error**2).mean(-1),
         "spread": lambda: result.analysis_spread.values,
-        "crps": lambda: (
-            result.crps if "crps" in result else abs(result.analysis - at_cycles.values)
-        ).values.mean(-1),
+        "crps": lambda: (result.crps if "crps" in result else abs(result.analysis - at_cycles.values)).values.mean(-1),
     }[metric]()
+
 
 # %% ../../nbs/03_twin.ipynb #d4ba5043
 def rank_histogram(result: xr.Dataset) -> np.ndarray:
@@ -255,6 +252,7 @@ def spread_skill(result: xr.Dataset) -> xr.DataArray:
     own = statistics.concentration if "concentration" in statistics else 1 / result.attrs["members"]
     return np.sqrt((1 + own) * statistics.variance / statistics.squared_error)
 
+
 # %% ../../nbs/03_twin.ipynb #af6ea3b5
 def ensemble_scores(truth: Tensor, ensemble: Tensor) -> dict:
     """Scores of an `ensemble` `(..., member, dim)` against the `truth` `(..., dim)`, over everything that is given, with
@@ -272,6 +270,7 @@ def ensemble_scores(truth: Tensor, ensemble: Tensor) -> dict:
         "spread_skill": float(((n + 1) / n * variance.mean() / error.mean()).sqrt()),
         "ranks": torch.bincount(ranks.flatten(), minlength=n + 1).double().numpy() / ranks.numel(),
     }
+
 
 # %% ../../nbs/03_twin.ipynb #48a068a8
 def paired_difference(
@@ -291,6 +290,7 @@ def paired_difference(
     if len(difference) < 2:
         return np.nan, np.nan, 0
     return float(difference.mean()), float(difference.std(ddof=1) / len(difference) ** 0.5), len(difference)
+
 
 # %% ../../nbs/03_twin.ipynb #05e3411f
 guard(globals())

@@ -20,7 +20,8 @@ from .experiment import TwinExperiment, watch_nature
 from .scores import scores
 
 # %% auto #0
-__all__ = ['Tuned', 'tune']
+__all__ = ["Tuned", "tune"]
+
 
 # %% ../../nbs/03_twin.ipynb #c7705ba9
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Tuned:
     method: Method
     setting: dict
     table: pd.DataFrame
+
 
 # %% ../../nbs/03_twin.ipynb #b43c33d4
 def tune(
@@ -57,9 +59,7 @@ def tune(
     for setting in tqdm(settings, desc="tuning", disable=None if progress else True, leave=False):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the table counts failed runs
-            result = cycle(
-                experiment, make(**setting), members=members, runs=runs, seed=seed, split="training", nature=nature
-            )
+            result = cycle(experiment, make(**setting), members=members, runs=runs, seed=seed, split="training", nature=nature)
         values = scores(result)[metric]
         values = (values.mean("variable", skipna=False) if "variable" in values.dims else values).values
         kept = values[np.isfinite(values)]
@@ -76,6 +76,7 @@ def tune(
         raise ValueError(f"tune: every run of every setting in {dict(grid)} became non-finite")
     best = table.sort_values(["failed", "mean"], kind="stable").index[0]
     return Tuned(make(**settings[best]), settings[best], table)
+
 
 # %% ../../nbs/03_twin.ipynb #7265ad34
 guard(globals())

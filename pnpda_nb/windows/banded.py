@@ -12,7 +12,8 @@ from torch import Tensor
 from ..core.checks import Gappy, guard
 
 # %% auto #0
-__all__ = ['BandedCholesky']
+__all__ = ["BandedCholesky"]
+
 
 # %% ../../nbs/24_windows.ipynb #bc3a5020
 def band_dense(bands: Tensor) -> Tensor:
@@ -20,11 +21,13 @@ def band_dense(bands: Tensor) -> Tensor:
     lower = sum(torch.diag_embed(band[..., : band.shape[-1] - k], offset=-k) for k, band in enumerate(bands))
     return lower + lower.tril(-1).mT
 
+
 # %% ../../nbs/24_windows.ipynb #f267a7e7
 def dense_band(matrix: Tensor, half_band: int) -> Tensor:
     """The `half_band` + 1 bands `(half_band + 1, ..., d)` of symmetric matrices `(..., d, d)`; what is beyond is left out."""
     pad = torch.nn.functional.pad
     return torch.stack([pad(matrix.diagonal(-k, -2, -1), (0, k)) for k in range(half_band + 1)])
+
 
 # %% ../../nbs/24_windows.ipynb #96bc652d
 def band_product(bands: Tensor, x: Tensor) -> Tensor:
@@ -35,6 +38,7 @@ def band_product(bands: Tensor, x: Tensor) -> Tensor:
         band = band[..., : d - k]
         out = out + pad(band * x[..., : d - k], (k, 0)) + pad(band * x[..., k:], (0, k))
     return out
+
 
 # %% ../../nbs/24_windows.ipynb #d7e69c1f
 class _BandGram(torch.autograd.Function):
@@ -60,15 +64,18 @@ class _BandGram(torch.autograd.Function):
         width, d = min(len(factor), factor.shape[-1]), factor.shape[-1]
         return ((k, m, d - m - k) for k in range(width) for m in range(width - k))
 
+
 # %% ../../nbs/24_windows.ipynb #7d9c82f5
 def band_gram(factor: Tensor) -> Tensor:
     """The bands of LᵀL, for a lower triangular L with rows `factor[m, ..., i]` = L_{i, i−m}, `(b + 1, ..., d)`; differentiable."""
     return _BandGram.apply(factor)
 
+
 # %% ../../nbs/24_windows.ipynb #9ac7bf3c
 def lift_bands(bands: Tensor, batch: int) -> Tensor:
     """The same bands with `batch` many batch dimensions, by new ones in front."""
     return bands.reshape(len(bands), *[1] * (batch + 2 - bands.ndim), *bands.shape[1:])
+
 
 # %% ../../nbs/24_windows.ipynb #27124e32
 def add_bands(a: Tensor, b: Tensor) -> Tensor:
@@ -83,6 +90,7 @@ def add_bands(a: Tensor, b: Tensor) -> Tensor:
         return a
     near = a[: len(b)] + b
     return torch.cat((near, a[len(b) :].expand(-1, *near.shape[1:]))) if len(a) > len(b) else near
+
 
 # %% ../../nbs/24_windows.ipynb #55f2be66
 class BandedCholesky:
@@ -188,6 +196,7 @@ class BandedCholesky:
             found[k, :, d - k :] = 0
         return torch.stack([self._back(band.numpy(), self._broken) for band in found])
 
+
 # %% ../../nbs/24_windows.ipynb #e9f54499
 def block_bands(diagonal: Tensor, below: Tensor) -> Tensor:
     """The bands `(2n, ..., T·n)` of block-tridiagonal matrices with blocks `diagonal` `(..., T, n, n)` and `below` `(..., T − 1, n, n)` (row t + 1,
@@ -198,6 +207,7 @@ def block_bands(diagonal: Tensor, below: Tensor) -> Tensor:
     bands = [column.diagonal(-k, -2, -1) for k in range(2 * n)]
     bands = torch.stack([pad(band, (0, n - band.shape[-1])).flatten(-2) for band in bands])
     return bands[: bands.shape[-1]]
+
 
 # %% ../../nbs/24_windows.ipynb #ebf62ac0
 guard(globals())

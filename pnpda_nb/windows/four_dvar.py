@@ -17,19 +17,12 @@ from ..core.checks import ALONE, Gappy, Index, Mask, guard
 from ..dynamics.derivatives import Forecast
 from ..observing.covariance import Covariance
 from ..twin.experiment import TwinExperiment
-from .banded import (
-    BandedCholesky,
-    add_bands,
-    band_dense,
-    band_product,
-    block_bands,
-    dense_band,
-    lift_bands,
-)
+from .banded import BandedCholesky, add_bands, band_dense, band_product, block_bands, dense_band, lift_bands
 from .laws import GaussianWindow, Information
 
 # %% auto #0
-__all__ = ['levenberg_marquardt', 'WindowFourDVar', 'window_four_dvar']
+__all__ = ["levenberg_marquardt", "WindowFourDVar", "window_four_dvar"]
+
 
 # %% ../../nbs/24_windows.ipynb #e787ec03
 @dataclass(frozen=True, eq=False)
@@ -45,6 +38,7 @@ class Minimum:
 
     def __repr__(self) -> str:
         return f"Minimum({len(self.cost)} windows, {int(self.converged.sum())} converged, {self.iterations.double().mean():.1f} iterations on average)"
+
 
 # %% ../../nbs/24_windows.ipynb #ecd0765a
 def levenberg_marquardt(
@@ -106,6 +100,7 @@ def levenberg_marquardt(
             left = left_now
     return Minimum(x, value, spent, converged)
 
+
 # %% ../../nbs/24_windows.ipynb #542024bf
 @dataclass(frozen=True, eq=False)
 class WindowFourDVar:
@@ -123,7 +118,9 @@ class WindowFourDVar:
     iterations: int = 200
     tolerance: float = 1e-6
 
-    def minimise(self, first: Gappy, information: Information | Callable[[Tensor], Information]) -> Annotated[tuple[GaussianWindow, Minimum], ALONE]:
+    def minimise(
+        self, first: Gappy, information: Information | Callable[[Tensor], Information]
+    ) -> Annotated[tuple[GaussianWindow, Minimum], ALONE]:
         """The minimum from the `first` guess `(..., T, n)` for windows with `information` about them: the law around it, and how it was found. With a
         strong constraint only the first state of the guess counts, the `x` of the minimum is that state, and the law's precision is diagonal: its variances are right, its
         samples and densities are not.
@@ -141,7 +138,12 @@ class WindowFourDVar:
             known = _flat(information(x.reshape(first.shape)), batch, size)
             law, minimum = self._minimise(x[left], known[left])
             if whole is None:
-                precision, whole = law.precision.clone(), Minimum(minimum.x.clone(), minimum.cost.clone(), torch.zeros_like(minimum.iterations), minimum.converged.clone())
+                precision, whole = (
+                    law.precision.clone(),
+                    Minimum(
+                        minimum.x.clone(), minimum.cost.clone(), torch.zeros_like(minimum.iterations), minimum.converged.clone()
+                    ),
+                )
             moved = (law.mean - x[left]).square().mean((-2, -1)).sqrt()
             x[left], precision[:, left] = law.mean, law.precision
             whole.x[left], whole.cost[left], whole.converged[left] = minimum.x, minimum.cost, minimum.converged
@@ -160,12 +162,14 @@ class WindowFourDVar:
         mean, precision = problem.law(minimum.x, torch.arange(len(first)))
         return GaussianWindow(mean.reshape(first.shape), precision), minimum
 
+
 # %% ../../nbs/24_windows.ipynb #289311f5
 def _flat(information: Information, batch: tuple[int, ...], size: int) -> Information:
     """Information about every window of a batch `(N, T·n)`."""
     vector = information.vector.double().expand(*batch, size).reshape(math.prod(batch), size)
     bands = lift_bands(information.bands.double(), len(batch)).expand(-1, *batch, size)
     return Information(bands.reshape(len(bands), math.prod(batch), size), vector)
+
 
 # %% ../../nbs/24_windows.ipynb #efa8e76e
 class _Weak:
@@ -199,6 +203,7 @@ class _Weak:
     def law(self, flat: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
         return flat, self.system(flat, which)[0]
 
+
 # %% ../../nbs/24_windows.ipynb #9bbac13b
 class _Strong:
     def __init__(self, method: WindowFourDVar, seen: Information, steps: int, n: int):
@@ -221,7 +226,10 @@ class _Strong:
     def _sensitive(self, first: Tensor) -> tuple[Tensor, Tensor]:
         """The path and its derivatives `(N, T·n, n)` with respect to the first state."""
         path = self._path(first).unflatten(-1, (self.steps, self.n))
-        each, M = [torch.eye(self.n).to(first).expand(len(first), -1, -1)], self.method.forecast.linearised(path[:, :-1])[1]  # of all times at once
+        each, M = (
+            [torch.eye(self.n).to(first).expand(len(first), -1, -1)],
+            self.method.forecast.linearised(path[:, :-1])[1],
+        )  # of all times at once
         for t in range(self.steps - 1):
             each.append(M[:, t] @ each[-1])
         return path.flatten(1), torch.stack(each, 1).flatten(1, 2)
@@ -241,6 +249,7 @@ class _Strong:
         spread = (sensitivity @ torch.linalg.inv(band_dense(self.system(first, which)[0])) * sensitivity).sum(-1)
         return path, 1 / spread.unsqueeze(0)
 
+
 # %% ../../nbs/24_windows.ipynb #32fba4c0
 def window_four_dvar(
     experiment: TwinExperiment, windows: Tensor, strong: bool = False, iterations: int = 200, tolerance: float = 1e-6
@@ -255,6 +264,7 @@ def window_four_dvar(
     error = None if strong else Covariance(torch.diag(Q), "model error")
     forecast = Forecast(experiment.forecast_model, experiment.interval)
     return WindowFourDVar(forecast, first.mean(0), Covariance(torch.cov(first.T), "first states"), error, iterations, tolerance)
+
 
 # %% ../../nbs/24_windows.ipynb #34ce47e3
 guard(globals())

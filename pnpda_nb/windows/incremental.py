@@ -19,32 +19,16 @@ from torch import Tensor, nn
 
 from ..core.checks import ALONE, Gappy, guard
 from ..core.random import stream
-from ..flow_matching.convolutions import (
-    ConvolutionNetwork,
-    DenseNetwork,
-    FieldNetwork,
-)
+from ..flow_matching.convolutions import ConvolutionNetwork, DenseNetwork, FieldNetwork
 from ..flow_matching.store import PriorFile, network_from
 from ..observing.covariance import Covariance
 from ..observing.observations import Observations
 from .banded import BandedCholesky, band_gram, band_product, lift_bands
-from .laws import (
-    Climate,
-    GaussianWindow,
-    Information,
-    background_information,
-    linearised,
-)
-from .precision import (
-    BandedPrecision,
-    DensePrecision,
-    LowRankPrecision,
-    Precision,
-    most_probable,
-)
+from .laws import Climate, GaussianWindow, Information, background_information, linearised
+from .precision import BandedPrecision, DensePrecision, LowRankPrecision, Precision, most_probable
 
 # %% auto #0
-__all__ = ['Calibration', 'IncrementalPrior', 'NeuralIncremental']
+__all__ = ["Calibration", "IncrementalPrior", "NeuralIncremental"]
 
 # %% ../../nbs/25_incremental.ipynb #003802bb
 KINDS = ("dense", "convolution", "constant")  # networks
@@ -62,6 +46,7 @@ class ConstantNetwork(FieldNetwork):
 
     def forward(self, fields: Tensor, tau: Tensor) -> Tensor:
         return self.answer.expand(*fields.shape[:-2], -1, -1)
+
 
 # %% ../../nbs/25_incremental.ipynb #9bdde5db
 @dataclass(frozen=True, eq=False)
@@ -82,7 +67,9 @@ class Calibration:
             raise ValueError(f"coverage: expected a share between 0 and 1, got {coverage}")
         error, deviation = error.abs().flatten().double(), deviation.flatten().double()
         if error.shape != deviation.shape or len(error) < 10 * bins:
-            raise ValueError(f"deviation: expected as many as errors, and at least {10 * bins}, got {len(deviation)} and {len(error)}")
+            raise ValueError(
+                f"deviation: expected as many as errors, and at least {10 * bins}, got {len(deviation)} and {len(error)}"
+            )
         quantile = math.sqrt(2) * torch.erfinv(torch.tensor(coverage, dtype=torch.float64))
         if not torch.isfinite(error).all():
             raise ValueError(f"error: expected finite numbers, got {int((~torch.isfinite(error)).sum())} that are not")
@@ -97,12 +84,15 @@ class Calibration:
         return cls(tuple(knots), tuple(factors))
 
     def __repr__(self) -> str:
-        return f"Calibration({len(self.knots)} knots, factors {math.exp(min(self.factors)):.2f} to {math.exp(max(self.factors)):.2f})"
+        return (
+            f"Calibration({len(self.knots)} knots, factors {math.exp(min(self.factors)):.2f} to {math.exp(max(self.factors)):.2f})"
+        )
 
     def __call__(self, deviation: Tensor) -> Tensor:
         """Calibrated standard deviations."""
         log = np.interp(deviation.detach().log().numpy(), self.knots, self.factors)
         return deviation * torch.from_numpy(np.exp(log))
+
 
 # %% ../../nbs/25_incremental.ipynb #4df823b7
 class IncrementalPrior(PriorFile, kept_as="incremental_prior"):
@@ -130,17 +120,40 @@ class IncrementalPrior(PriorFile, kept_as="incremental_prior"):
         `floor`. With `shared` weights one network serves all levels. Raises `ValueError` for settings out of range.
         """
         architecture = cls._architecture(
-            climate, levels=levels, network=network, precision=precision, half_band=half_band, rank=rank, shared=shared, update=update, floor=floor, size=size
+            climate,
+            levels=levels,
+            network=network,
+            precision=precision,
+            half_band=half_band,
+            rank=rank,
+            shared=shared,
+            update=update,
+            floor=floor,
+            size=size,
         )
         return cls(climate, _networks(architecture, *climate.mean.shape, stream(seed, "weights")), architecture)
 
     @staticmethod
     def _architecture(
-        climate: Climate, *, levels: int, network: str, precision: str, half_band: int, rank: int, shared: bool, update: str, floor: float, size: dict
+        climate: Climate,
+        *,
+        levels: int,
+        network: str,
+        precision: str,
+        half_band: int,
+        rank: int,
+        shared: bool,
+        update: str,
+        floor: float,
+        size: dict,
     ) -> dict:
         """The settings of `make`, checked, as plain values."""
         steps, n = climate.mean.shape
-        for name, value, known in (("network", network, KINDS), ("precision", precision, PRECISIONS), ("update", update, ("estimate", "average"))):
+        for name, value, known in (
+            ("network", network, KINDS),
+            ("precision", precision, PRECISIONS),
+            ("update", update, ("estimate", "average")),
+        ):
             if value not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
         for name, value in (("levels", levels), ("rank", rank)):
@@ -151,7 +164,14 @@ class IncrementalPrior(PriorFile, kept_as="incremental_prior"):
             raise ValueError(f"half_band: expected 1 to {steps * n - 1}, got {half_band}")
         if not floor > 0:
             raise ValueError(f"floor: expected a positive precision, got {floor}")
-        known = {"levels": levels, "network": network, "precision": precision, "half_band": half_band, "rank": rank, "shared": shared}
+        known = {
+            "levels": levels,
+            "network": network,
+            "precision": precision,
+            "half_band": half_band,
+            "rank": rank,
+            "shared": shared,
+        }
         return json.loads(json.dumps(known | {"update": update, "floor": floor, "size": size}))
 
     def __repr__(self) -> str:
@@ -239,7 +259,9 @@ class IncrementalPrior(PriorFile, kept_as="incremental_prior"):
 
     def deviation(self, law: GaussianWindow) -> Gappy:
         """The standard deviations `(..., T, n)` of a law, calibrated if the prior is."""
-        return law.deviation if self.calibration is None else self.climate.scale * self.calibration(law.deviation / self.climate.scale)
+        return (
+            law.deviation if self.calibration is None else self.climate.scale * self.calibration(law.deviation / self.climate.scale)
+        )
 
     def _standard(self, information) -> Callable[[Tensor], Information]:
         if callable(information):
@@ -269,6 +291,7 @@ class IncrementalPrior(PriorFile, kept_as="incremental_prior"):
         calibration = calibration and Calibration(tuple(calibration["knots"]), tuple(calibration["factors"]))
         return cls(climate, networks.eval().requires_grad_(False), architecture, training, calibration)
 
+
 # %% ../../nbs/25_incremental.ipynb #35b5ea94
 def _changed_first(rows: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
     """`rows` with the first one changed; in place where nothing is differentiated."""
@@ -276,6 +299,7 @@ def _changed_first(rows: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
         return torch.cat((change(rows[:1]), rows[1:]))
     rows[:1] = change(rows[:1])
     return rows
+
 
 # %% ../../nbs/25_incremental.ipynb #78bdc64d
 _CLIMATE = ("mean", "scale", "covariance", "precision")
@@ -289,10 +313,13 @@ def _in_units(climate: Climate, z: Tensor, bands: Tensor) -> GaussianWindow:
         band *= inverse * nn.functional.pad(inverse[k:], (0, k))
     return GaussianWindow(climate.mean + climate.scale * z, scaled)
 
+
 # %% ../../nbs/25_incremental.ipynb #8b28c48f
 def _networks(architecture: dict, steps: int, n: int, generator: torch.Generator | None) -> nn.ModuleList:
     size = {k: tuple(v) if isinstance(v, list) else v for k, v in architecture["size"].items()}
-    numbers = {"banded": architecture["half_band"] + 1, "low_rank": architecture["rank"] + 1, "dense": steps * n}[architecture["precision"]]
+    numbers = {"banded": architecture["half_band"] + 1, "low_rank": architecture["rank"] + 1, "dense": steps * n}[
+        architecture["precision"]
+    ]
     count = 1 if architecture["shared"] else architecture["levels"]
     made, outputs = nn.ModuleList(), n * (1 + numbers)
     for _ in range(count):
@@ -301,12 +328,15 @@ def _networks(architecture: dict, steps: int, n: int, generator: torch.Generator
         else:
             kind = {"dense": DenseNetwork, "constant": ConstantNetwork}[architecture["network"]]
             network = kind(n, outputs, generator, dim=steps, **size)
-        if architecture["precision"] == "low_rank" and generator is not None:  # a factor of zero would stay so: the gradient of a square
+        if (
+            architecture["precision"] == "low_rank" and generator is not None
+        ):  # a factor of zero would stay so: the gradient of a square
             with torch.no_grad():
                 for parameter in [network.answer if architecture["network"] == "constant" else network.last.bias]:
                     parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
         made.append(network)
     return made
+
 
 # %% ../../nbs/25_incremental.ipynb #bb3756dc
 @dataclass(frozen=True, eq=False)
@@ -336,7 +366,14 @@ class NeuralIncremental:
         if not 0 < self.scale < float("inf"):
             raise ValueError(f"scale: expected a positive factor, got {self.scale}")
 
-    def analyse(self, background: Tensor, observations: Sequence[Observations], *, forecast: Callable | None, generator: torch.Generator | None) -> Tensor:
+    def analyse(
+        self,
+        background: Tensor,
+        observations: Sequence[Observations],
+        *,
+        forecast: Callable | None,
+        generator: torch.Generator | None,
+    ) -> Tensor:
         steps = self.prior.steps
         if background.shape[-1] != self.prior.dim:
             raise ValueError(f"prior: expected states of size {background.shape[-1]}, got a prior for {self.prior.dim}")
@@ -347,6 +384,7 @@ class NeuralIncremental:
             known = known(self.prior.climate.mean)
         mean = self.prior.analyse(known).mean
         return mean.movedim(-2, 0)[: len(observations) + 1].contiguous()
+
 
 # %% ../../nbs/25_incremental.ipynb #2aeee517
 guard(globals())

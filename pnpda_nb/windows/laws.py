@@ -20,18 +20,11 @@ from ..dynamics.base import trajectory
 from ..observing.covariance import Covariance
 from ..observing.observations import Observations
 from ..twin.experiment import TwinExperiment
-from .banded import (
-    BandedCholesky,
-    add_bands,
-    band_dense,
-    band_gram,
-    band_product,
-    dense_band,
-    lift_bands,
-)
+from .banded import BandedCholesky, add_bands, band_dense, band_gram, band_product, dense_band, lift_bands
 
 # %% auto #0
-__all__ = ['draw_windows', 'GaussianWindow', 'Information', 'linearised', 'background_information', 'Climate', 'normalised_mse']
+__all__ = ["draw_windows", "GaussianWindow", "Information", "linearised", "background_information", "Climate", "normalised_mse"]
+
 
 # %% ../../nbs/24_windows.ipynb #cd0567d3
 def draw_windows(experiment: TwinExperiment, count: int, generator: torch.Generator) -> Tensor:
@@ -50,6 +43,7 @@ def draw_windows(experiment: TwinExperiment, count: int, generator: torch.Genera
         state = trajectory(experiment.nature, state, experiment.interval, error)[-1]
         states.append(state)
     return torch.stack(states, 1)
+
 
 # %% ../../nbs/24_windows.ipynb #24273cbf
 @dataclass(frozen=True, eq=False)
@@ -90,6 +84,7 @@ class GaussianWindow:
         squared = (apart * band_product(self.precision, apart)).sum(-1)
         return (self.factor.log_determinant() - squared - apart.shape[-1] * np.log(2 * np.pi)) / 2
 
+
 # %% ../../nbs/24_windows.ipynb #79dcf7bb
 @dataclass(frozen=True, eq=False)
 class Information:
@@ -111,14 +106,13 @@ class Information:
 
     def standardised(self, mean: Tensor, scale: Tensor) -> "Information":
         """The same about z = (x − `mean`) / `scale`, both `(T·n,)`."""
-        bands = [
-            band * scale * torch.nn.functional.pad(scale[..., k:], (0, k)) for k, band in enumerate(self.bands)
-        ]
+        bands = [band * scale * torch.nn.functional.pad(scale[..., k:], (0, k)) for k, band in enumerate(self.bands)]
         return Information(torch.stack(bands), scale * (self.vector - band_product(self.bands, mean.expand_as(self.vector))))
 
     def misfit(self, x: Tensor) -> Tensor:
         """½ xᵀJx − jᵀx for windows `(..., T·n)`: what 4D-Var calls the misfit, up to a constant."""
         return (x * (band_product(self.bands, x) / 2 - self.vector)).sum(-1)
+
 
 # %% ../../nbs/24_windows.ipynb #bf9ac533
 def pointwise(value: Gappy, deviation: Tensor | float, present: Mask) -> Information:
@@ -131,6 +125,7 @@ def pointwise(value: Gappy, deviation: Tensor | float, present: Mask) -> Informa
     weight = present.to(torch.float64) / deviation**2
     seen = torch.where(present, value, 0.0)
     return Information(weight.flatten(-2).unsqueeze(0), (weight * seen).flatten(-2))
+
 
 # %% ../../nbs/24_windows.ipynb #b8292c9b
 def linearised(observations: Sequence[Observations | None], x: Tensor) -> Information:
@@ -154,6 +149,7 @@ def linearised(observations: Sequence[Observations | None], x: Tensor) -> Inform
     bands = [pad(blocks.diagonal(-k, -2, -1), (0, k)).flatten(-2) for k in range(n)]
     return Information(torch.stack(bands), vector.flatten(-2))
 
+
 # %% ../../nbs/24_windows.ipynb #884d1965
 def background_information(mean: Tensor, covariance: Covariance, steps: int, scale: float = 1.0) -> Information:
     """What a background `mean` `(..., n)` of errors N(0, `scale` · `covariance`) says about windows of `steps` states: it is about the first one."""
@@ -161,6 +157,7 @@ def background_information(mean: Tensor, covariance: Covariance, steps: int, sca
     vector = torch.nn.functional.pad(mean @ precision, (0, (steps - 1) * mean.shape[-1]))
     bands = torch.nn.functional.pad(dense_band(precision, len(precision) - 1), (0, (steps - 1) * len(precision)))
     return Information(bands.reshape(len(bands), *[1] * (vector.ndim - 1), -1).expand(-1, *vector.shape), vector)
+
 
 # %% ../../nbs/24_windows.ipynb #62acdfe4
 class Climate:
@@ -213,7 +210,9 @@ class Climate:
     def standardised(self, information: Information) -> Information:
         """The same information, about standardised windows. Raises `ValueError` for windows of another size."""
         if information.vector.shape[-1] != self.mean.numel():
-            raise ValueError(f"information: expected windows of {self.mean.numel()} numbers as the climate's, got {information.vector.shape[-1]}")
+            raise ValueError(
+                f"information: expected windows of {self.mean.numel()} numbers as the climate's, got {information.vector.shape[-1]}"
+            )
         return information.standardised(self.mean.flatten(), self.scale.flatten())
 
     def interpolate(self, information: Information) -> Annotated[Tensor, ALONE]:
@@ -222,7 +221,11 @@ class Climate:
         if self.precision is not None:
             batch = information.vector.shape[:-1]
             bands = add_bands(self.precision, information.bands.double())
-            return BandedCholesky(lift_bands(bands, len(batch)).expand(-1, *information.vector.shape)).solve(information.vector).reshape(shape)
+            return (
+                BandedCholesky(lift_bands(bands, len(batch)).expand(-1, *information.vector.shape))
+                .solve(information.vector)
+                .reshape(shape)
+            )
         gain, at = self._gain(information)
         seen = information.vector.double().gather(-1, at.expand(*information.vector.shape[:-1], -1))
         return (gain @ seen.unsqueeze(-1)).squeeze(-1).reshape(shape)
@@ -236,7 +239,9 @@ class Climate:
         J = torch.diag_embed(information.bands[0].double().gather(-1, at))
         if len(information.bands) > 1:
             whole = band_dense(information.bands.double())
-            J = whole.gather(-2, at.unsqueeze(-1).expand(*at.shape, whole.shape[-1])).gather(-1, at.unsqueeze(-2).expand(*at.shape, most))
+            J = whole.gather(-2, at.unsqueeze(-1).expand(*at.shape, whole.shape[-1])).gather(
+                -1, at.unsqueeze(-2).expand(*at.shape, most)
+            )
         return torch.linalg.solve(torch.eye(most).to(J) + J @ Bss, B, left=False), at
 
     def law(self, information: Information) -> Annotated[tuple[Tensor, Tensor], ALONE]:
@@ -251,10 +256,13 @@ class Climate:
         if len(z.bands) == 1:
             weighed = gain * J.gather(-1, at).unsqueeze(-2)
         else:
-            whole = J.gather(-2, at.unsqueeze(-1).expand(*at.shape, J.shape[-1])).gather(-1, at.unsqueeze(-2).expand(*at.shape, at.shape[-1]))
+            whole = J.gather(-2, at.unsqueeze(-1).expand(*at.shape, J.shape[-1])).gather(
+                -1, at.unsqueeze(-2).expand(*at.shape, at.shape[-1])
+            )
             weighed = gain @ whole
         variance = self.covariance.diagonal() - (weighed * rows).sum(-1)
         return mean, (variance.clamp_min(1e-12).reshape(*variance.shape[:-1], *self.mean.shape) * about**2).expand_as(mean)
+
 
 # %% ../../nbs/24_windows.ipynb #b64bfc52
 def _regression(z: Tensor, order: int, stationary: bool) -> Tensor:
@@ -287,10 +295,12 @@ def _regression(z: Tensor, order: int, stationary: bool) -> Tensor:
             factor[: last + 1, t, i] = found[i, : last + 1].flip(0)
     return factor.flatten(1)
 
+
 # %% ../../nbs/24_windows.ipynb #8539ef9f
 def normalised_mse(x: Tensor, truth: Tensor, scale: Tensor) -> Tensor:
     """The mean squared error of windows `(..., T, n)` in units of the climatological `scale` `(T, n)`: shape `(...)`."""
     return ((x - truth) / scale).square().mean((-2, -1))
+
 
 # %% ../../nbs/24_windows.ipynb #1845fb6a
 guard(globals())

@@ -10,18 +10,12 @@ from torch import Tensor, nn
 
 from ..core.checks import Gappy, guard
 from ..core.random import standard_normal
-from .banded import (
-    BandedCholesky,
-    add_bands,
-    band_dense,
-    band_product,
-    dense_band,
-    lift_bands,
-)
+from .banded import BandedCholesky, add_bands, band_dense, band_product, dense_band, lift_bands
 from .laws import Information
 
 # %% auto #0
-__all__ = ['BandedPrecision', 'LowRankPrecision', 'DensePrecision', 'most_probable']
+__all__ = ["BandedPrecision", "LowRankPrecision", "DensePrecision", "most_probable"]
+
 
 # %% ../../nbs/25_incremental.ipynb #0345abf5
 class _BandedSolve(torch.autograd.Function):
@@ -42,6 +36,7 @@ class _BandedSolve(torch.autograd.Function):
             bands.append(nn.functional.pad(-both, (0, k)))
         return torch.stack(bands).to(gradient.dtype), b.to(gradient.dtype)
 
+
 # %% ../../nbs/25_incremental.ipynb #1839fc24
 def banded_solve(bands: Gappy, right: Gappy) -> Gappy:
     """A⁻¹ b `(..., d)` for `bands` of A `(b + 1, ..., d)` and a `right` side `(..., d)`, with the implicit gradient of @eq-implicit for both.
@@ -50,6 +45,7 @@ def banded_solve(bands: Gappy, right: Gappy) -> Gappy:
     """
     shape = torch.broadcast_shapes(bands.shape[1:], right.shape)
     return _BandedSolve.apply(lift_bands(bands, len(shape) - 1).expand(-1, *shape)[: shape[-1]], right.expand(shape))
+
 
 # %% ../../nbs/25_incremental.ipynb #94add1b5
 @dataclass(frozen=True, eq=False)
@@ -60,7 +56,11 @@ class BandedPrecision:
 
     def given(self, information: Information) -> "BandedPrecision":
         """Λ + J, in double precision: the two may be of very different size."""
-        return BandedPrecision(add_bands(self.bands, information.bands.double()) if not torch.is_grad_enabled() else add_bands(self.bands.double(), information.bands.double()))
+        return BandedPrecision(
+            add_bands(self.bands, information.bands.double())
+            if not torch.is_grad_enabled()
+            else add_bands(self.bands.double(), information.bands.double())
+        )
 
     def product(self, x: Gappy) -> Gappy:
         return band_product(self.bands, x)
@@ -77,6 +77,7 @@ class BandedPrecision:
         """A draw of N(0, Λ⁻¹) for each, `(*shape, d)`."""
         noise = standard_normal((*shape, self.bands.shape[-1]), generator)
         return BandedCholesky(self.bands.expand(-1, *noise.shape)).whiten(noise)
+
 
 # %% ../../nbs/25_incremental.ipynb #f86b6782
 @dataclass(frozen=True, eq=False)
@@ -112,6 +113,7 @@ class LowRankPrecision:
     def sample(self, shape: tuple[int, ...], generator: torch.Generator) -> Gappy:
         return DensePrecision(self.matrix()).sample(shape, generator)
 
+
 # %% ../../nbs/25_incremental.ipynb #eed8ab42
 @dataclass(frozen=True, eq=False)
 class DensePrecision:
@@ -139,6 +141,7 @@ class DensePrecision:
         drawn = torch.linalg.solve_triangular(factor.mT, noise, upper=True).squeeze(-1)
         return drawn.masked_fill((failed != 0).unsqueeze(-1), torch.nan)
 
+
 # %% ../../nbs/25_incremental.ipynb #2496ad5c
 Precision = BandedPrecision | LowRankPrecision | DensePrecision
 
@@ -150,6 +153,7 @@ def most_probable(mean: Gappy, precision: Precision, information: Information) -
     posterior, mean = precision.given(information), mean.double()
     pull = information.vector.double() - band_product(information.bands.double(), mean)
     return mean + posterior.solve(pull), posterior
+
 
 # %% ../../nbs/25_incremental.ipynb #bb17c308
 guard(globals())

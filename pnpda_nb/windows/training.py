@@ -30,7 +30,8 @@ from .laws import Information
 from .precision import most_probable
 
 # %% auto #0
-__all__ = ['RandomSets', 'regular_sets', 'IncrementalSettings', 'observe_windows', 'incremental_loss', 'train_incremental']
+__all__ = ["RandomSets", "regular_sets", "IncrementalSettings", "observe_windows", "incremental_loss", "train_incremental"]
+
 
 # %% ../../nbs/25_incremental.ipynb #6fccf6d1
 @dataclass(frozen=True)
@@ -52,7 +53,9 @@ class RandomSets:
     def __post_init__(self):
         for name in ("variables", "held_out"):
             value = getattr(self, name)
-            object.__setattr__(self, name, tuple(tuple(sorted(int(i) for i in v)) if isinstance(v, (tuple, list)) else int(v) for v in value))
+            object.__setattr__(
+                self, name, tuple(tuple(sorted(int(i) for i in v)) if isinstance(v, (tuple, list)) else int(v) for v in value)
+            )
         if len(set(self.variables)) != len(self.variables):
             raise ValueError(f"variables: expected different ones, got {self.variables}")
         if self.jitter < 0:
@@ -93,6 +96,7 @@ class RandomSets:
         sets = {tuple(one.flatten().nonzero()[:, 0].tolist()) for one in present}
         return dataclasses.replace(self, held_out=tuple(sorted({*self.held_out, *sets})))
 
+
 # %% ../../nbs/25_incremental.ipynb #a387eada
 def regular_sets(steps: int, dim: int, spacing: int, variables: Sequence[int] = (0,)) -> Tensor:
     """The `spacing` different grids {i, i + spacing, ...} of times, at which `variables` are seen: `(spacing, steps, dim)`."""
@@ -101,6 +105,7 @@ def regular_sets(steps: int, dim: int, spacing: int, variables: Sequence[int] = 
         for v in variables:
             present[i, i::spacing, v] = True
     return present
+
 
 # %% ../../nbs/25_incremental.ipynb #2dd880cf
 @dataclass(frozen=True)
@@ -144,9 +149,12 @@ class IncrementalSettings:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a number from 0 to 1, got {getattr(self, name)}")
         if not 0 < self.background_deviation[0] <= self.background_deviation[1]:
-            raise ValueError(f"background_deviation: expected two positive numbers, the smaller first, got {self.background_deviation}")
+            raise ValueError(
+                f"background_deviation: expected two positive numbers, the smaller first, got {self.background_deviation}"
+            )
         if not 0 < self.last <= 1:
             raise ValueError(f"last: expected a share, got {self.last}")
+
 
 # %% ../../nbs/25_incremental.ipynb #f775b153
 def observe_windows(
@@ -171,8 +179,11 @@ def observe_windows(
         vector[..., :n] += first * guess
     return Information(weight.reshape(1, len(z), 1, d), vector)
 
+
 # %% ../../nbs/25_incremental.ipynb #440e8367
-def incremental_loss(prior: IncrementalPrior, z: Tensor, information: Information, settings: IncrementalSettings, generator: torch.Generator) -> Tensor:
+def incremental_loss(
+    prior: IncrementalPrior, z: Tensor, information: Information, settings: IncrementalSettings, generator: torch.Generator
+) -> Tensor:
     """The loss of standardised windows `z` `(P, W, T, n)` with `information` about them, as `settings` say."""
     first, levels = prior.climate.interpolate(information).to(z), prior.levels
     if settings.mode == "rollout":
@@ -194,6 +205,7 @@ def incremental_loss(prior: IncrementalPrior, z: Tensor, information: Informatio
             contrast = error * posterior.product(error) - sample * posterior.product(sample)
             loss = loss + weight * settings.likelihood * contrast.mean()
     return loss
+
 
 # %% ../../nbs/25_incremental.ipynb #262d3762
 def train_incremental(
@@ -218,7 +230,9 @@ def train_incremental(
     path = Path(checkpoint) if checkpoint else None
     if path and path.exists():
         training.restore(path)
-    bar = tqdm(total=settings.iterations, initial=training.iteration, desc="training", disable=None if progress else True, leave=False)
+    bar = tqdm(
+        total=settings.iterations, initial=training.iteration, desc="training", disable=None if progress else True, leave=False
+    )
     try:
         while training.iteration < settings.iterations:
             training.advance()
@@ -230,6 +244,7 @@ def train_incremental(
     if path:
         path.unlink(missing_ok=True)
     return training.result(), pd.DataFrame(training.history)
+
 
 # %% ../../nbs/25_incremental.ipynb #474a6453
 class _Training:
@@ -244,7 +259,9 @@ class _Training:
                 raise ValueError(f"{name}: expected shape (N, {shape[0]}, {shape[1]}), got {tuple(given.shape)}")
         self.windows, self.sets, self.settings = windows, sets, settings
         self.prior = IncrementalPrior(prior.climate, copy.deepcopy(prior.networks).requires_grad_(True).train(), prior.architecture)
-        self.averaged = IncrementalPrior(prior.climate, copy.deepcopy(prior.networks).requires_grad_(False).eval(), prior.architecture)
+        self.averaged = IncrementalPrior(
+            prior.climate, copy.deepcopy(prior.networks).requires_grad_(False).eval(), prior.architecture
+        )
         self.generator = stream(seed, "incremental training")
         parameters = list(self.prior.networks.parameters())
         self.optimiser = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
@@ -314,7 +331,9 @@ class _Training:
         if not score >= self.best_score:
             self.best_score = score if math.isfinite(score) else math.inf
             self.best = copy.deepcopy(self.averaged.networks.state_dict())
-        self.history.append({"iteration": self.iteration, "loss": float(np.mean(self.losses)), "validation": score, "seconds": self.seconds})
+        self.history.append(
+            {"iteration": self.iteration, "loss": float(np.mean(self.losses)), "validation": score, "seconds": self.seconds}
+        )
         self.losses = []
 
     def result(self) -> IncrementalPrior:

@@ -33,12 +33,7 @@ from .answers import (
     plug_and_play,
     plug_and_play_4d,
 )
-from .scenes import (
-    held_out_sets,
-    scene,
-    window_climate,
-    window_testbed,
-)
+from .scenes import held_out_sets, scene, window_climate, window_testbed
 from ...flow_matching.flow import FlowPrior
 from ...flow_matching.pairs import TrainingSettings
 from ...flow_matching.training import train_prior
@@ -46,17 +41,12 @@ from ...pnp.errors import residual_covariance
 from ...studies.parts import readable
 from ...windows.four_dvar import window_four_dvar
 from ...windows.incremental import Calibration, IncrementalPrior
-from ...windows.laws import (
-    Climate,
-    Information,
-    draw_windows,
-    normalised_mse,
-    pointwise,
-)
+from ...windows.laws import Climate, Information, draw_windows, normalised_mse, pointwise
 from ...windows.training import IncrementalSettings, train_incremental
 
 # %% auto #0
 __all__ = []
+
 
 # %% ../../../nbs/26_few_points.ipynb #aa7979cc
 def window_prior_part(settings: dict, checkpoint: str | None = None) -> IncrementalPrior:
@@ -76,9 +66,12 @@ def window_prior_part(settings: dict, checkpoint: str | None = None) -> Incremen
     trained = IncrementalSettings(deviation=testbed.deviation, **options)
     validation = scene(name, "", settings["validation_windows"], settings["climate_windows"], seed, "validation")
     third = settings["validation_windows"] // 3  # choose the weights; the others are for calibration
-    prior, _ = train_incremental(made, windows, sets, trained, validation=validation.truth[:third], seed=seed, checkpoint=checkpoint)
+    prior, _ = train_incremental(
+        made, windows, sets, trained, validation=validation.truth[:third], seed=seed, checkpoint=checkpoint
+    )
     rest = validation.part(third, settings["validation_windows"])
     return prior.calibrated(prior.analyse(rest.information), rest.truth)
+
 
 # %% ../../../nbs/26_few_points.ipynb #5e3ae920
 def window_pairs(name: str, count: int, climate_windows: int, seed: int, purpose: str = "pairs") -> tuple[Tensor, Tensor]:
@@ -94,6 +87,7 @@ def window_pairs(name: str, count: int, climate_windows: int, seed: int, purpose
     seen = truth + spread * standard_normal(tuple(truth.shape), generator)
     information = climate.standardised(pointwise(seen, spread, sets.draw(count, generator)))
     return climate.interpolate(information), (truth - climate.mean) / climate.scale
+
 
 # %% ../../../nbs/26_few_points.ipynb #4270d170
 def flow_part(settings: dict, checkpoint: str | None = None) -> FlowPrior:
@@ -114,6 +108,7 @@ def flow_part(settings: dict, checkpoint: str | None = None) -> FlowPrior:
     options = settings["training"] | {"hidden": tuple(settings["training"]["hidden"])}
     return train_prior(background, analysis, TrainingSettings(**options), seed=seed, checkpoint=checkpoint)[0]
 
+
 # %% ../../../nbs/26_few_points.ipynb #0bb25cb9
 def window_case_part(settings: dict, **learned: Any) -> xr.Dataset:
     """What a method does under a condition, as a dataset by process and window."""
@@ -124,13 +119,19 @@ def window_case_part(settings: dict, **learned: Any) -> xr.Dataset:
     start = None
     if first is not None:
         start = {"climatology": climatology, "oi": interpolation}.get(first)
-        start = here.truth if first == "truth" else (start(here).mean if start else incremental(here, learned["prior"], spread=False).mean)
+        start = (
+            here.truth
+            if first == "truth"
+            else (start(here).mean if start else incremental(here, learned["prior"], spread=False).mean)
+        )
     if name in ("pnpda_window", "pnpda4d"):
         options["seed"] = settings["seed"]
     if name == "pnpda_window":
         background, truth = window_pairs(settings["testbed"], 2000, settings["climate_windows"], settings["seed"], "residual pairs")
         taus = [k / options["iterations"] for k in range(options["iterations"])]
-        options["residuals"] = residual_covariance(learned["prior"], background.flatten(1), truth.flatten(1), taus, stream(settings["seed"], "residuals"))
+        options["residuals"] = residual_covariance(
+            learned["prior"], background.flatten(1), truth.flatten(1), taus, stream(settings["seed"], "residuals")
+        )
     methods = {
         "climatology": lambda: climatology(here), "oi": lambda: interpolation(here), "incremental": lambda: incremental(here, learned["prior"], **options), "best_of": lambda: best_of(here, **options),
         "four_dvar": lambda: four_dvar(here, start, **options), "floor": lambda: importance(here, seed=settings["seed"], **options),
@@ -146,7 +147,13 @@ def window_case_part(settings: dict, **learned: Any) -> xr.Dataset:
         scale = here.climate.scale
         fitted = Calibration.fit((known.mean - usual.truth) / scale, known.deviation / scale)
         answer = dataclasses.replace(answer, deviation=scale * fitted(answer.deviation / scale))
-    return measured(here, answer, seconds, {"experiment": f"incremental_{settings['testbed']}", "method": name, "method_settings": json.dumps(settings["method"])})
+    return measured(
+        here,
+        answer,
+        seconds,
+        {"experiment": f"incremental_{settings['testbed']}", "method": name, "method_settings": json.dumps(settings["method"])},
+    )
+
 
 # %% ../../../nbs/26_few_points.ipynb #3cca6ffc
 def timing_part(settings: dict, prior: IncrementalPrior) -> dict:
@@ -186,6 +193,7 @@ def timing_part(settings: dict, prior: IncrementalPrior) -> dict:
         "batch": {name: {"least": min(found), "median": float(np.median(found))} for name, found in times.items()},
     }  # fmt: skip
 
+
 # %% ../../../nbs/26_few_points.ipynb #cf2f43c9
 def probe(testbed: str, steps: int, batch: int, seed: int, path: str = "") -> dict:
     """One analysis of `batch` windows of `steps` states by a prior with a convolution, read from `path` or untrained: milliseconds per window,
@@ -207,7 +215,9 @@ def probe(testbed: str, steps: int, batch: int, seed: int, path: str = "") -> di
     seen = truth + spread * standard_normal(tuple(truth.shape), stream(seed, "long errors"))
     information = pointwise(seen, spread, sets.draw(1, stream(seed, "long sets"))[0])
     few = min(16, steps)
-    prior.on(few).analyse(pointwise(seen[:, :few], spread[:few], torch.ones(few, experiment.dim, dtype=torch.bool)))  # what everything needs once
+    prior.on(few).analyse(
+        pointwise(seen[:, :few], spread[:few], torch.ones(few, experiment.dim, dtype=torch.bool))
+    )  # what everything needs once
     before, times = _memory(reset=True), []
     for _ in range(3):
         begin = time.perf_counter()
@@ -218,6 +228,7 @@ def probe(testbed: str, steps: int, batch: int, seed: int, path: str = "") -> di
         error = normalised_mse(law.mean, truth, prior.climate.scale)
         found |= {"mse": float(error.mean()), "error": float(error.std() / batch**0.5)}
     return found
+
 
 # %% ../../../nbs/26_few_points.ipynb #22cf4409
 def _memory(reset: bool = False) -> float:
@@ -232,6 +243,7 @@ def _memory(reset: bool = False) -> float:
     except (OSError, KeyError):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
+
 # %% ../../../nbs/26_few_points.ipynb #1b5d52f4
 def scaling_part(settings: dict, prior: IncrementalPrior | None = None) -> dict:
     """What `probe` finds for every length, each in a process of its own."""
@@ -242,7 +254,9 @@ def scaling_part(settings: dict, prior: IncrementalPrior | None = None) -> dict:
         path = str(prior.save(Path(folder) / "prior.safetensors")) if prior is not None else ""
         for steps in settings["lengths"]:
             arguments = (settings["testbed"], steps, settings["batch"], settings["seed"], path)
-            code = f"import json; from pnpda_nb.experiments.trajectories.parts import probe; print(json.dumps(probe(*{arguments!r})))"
+            code = (
+                f"import json; from pnpda_nb.experiments.trajectories.parts import probe; print(json.dumps(probe(*{arguments!r})))"
+            )
             place = {**os.environ, "OMP_NUM_THREADS": "1"}
             done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=place)
             if done.returncode:
@@ -250,13 +264,16 @@ def scaling_part(settings: dict, prior: IncrementalPrior | None = None) -> dict:
             rows.append(json.loads(done.stdout))
     return {"batch": settings["batch"], "trained": prior is not None, "rows": rows}
 
+
 # %% ../../../nbs/26_few_points.ipynb #2bf5b8a5
 def levels_part(settings: dict, prior: IncrementalPrior) -> xr.Dataset:
     """The laws of a few windows after optimal interpolation and after every level, for the pictures."""
     here = scene(*(settings[k] for k in ("testbed", "condition", "windows", "climate_windows", "seed")))
     process, few = settings["process"], slice(0, settings["few"])
     truth = here.truth[few]
-    one = dataclasses.replace(here, truth=truth, present=here.present[process : process + 1], values=here.values[process : process + 1, few])
+    one = dataclasses.replace(
+        here, truth=truth, present=here.present[process : process + 1], values=here.values[process : process + 1, few]
+    )
     first, laws = interpolation(one), prior.laws(one.information)
     means = torch.stack([first.mean[0], *(law.mean[0] for law in laws)])
     deviations = torch.stack([first.deviation[0], *(prior.deviation(law)[0] for law in laws)])

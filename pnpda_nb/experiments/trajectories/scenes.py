@@ -18,17 +18,12 @@ from ...observing.covariance import DiagonalCovariance
 from ...observing.observations import Observations, ObservingNetwork
 from ...observing.operators import Nonlinear, Select
 from ...twin.experiment import TwinExperiment
-from ...windows.laws import (
-    Climate,
-    Information,
-    draw_windows,
-    linearised,
-    pointwise,
-)
+from ...windows.laws import Climate, Information, draw_windows, linearised, pointwise
 from ...windows.training import RandomSets, regular_sets
 
 # %% auto #0
 __all__ = []
+
 
 # %% ../../../nbs/26_few_points.ipynb #561df854
 @dataclass(frozen=True)
@@ -50,18 +45,30 @@ class WindowTestbed:
         steps, dim = self.experiment.cycles + 1, self.experiment.dim
         return RandomSets(steps, dim, self.count, self.variables, self.near_regular if self.spacing else 0.0)
 
+
 # %% ../../../nbs/26_few_points.ipynb #134f5103
 def window_testbed(name: str, steps: int = 0) -> WindowTestbed:
     """The testbed "lorenz63", "pendulum" or "lorenz96", with windows of `steps` states (0: as many as it has). Raises `ValueError` for another name."""
     one = ObservingNetwork(Select((0,), 3), DiagonalCovariance([1.0]))
     if name == "lorenz63":
         model, steps = Lorenz63(dt=0.05), steps or 32
-        law = {"start": (0.0, 0.0, 25.0), "start_variance": 100.0, "spin_up": 0, "nature_error": AdditiveModelError(0.05), "first_ensemble": "same_law"}
+        law = {
+            "start": (0.0, 0.0, 25.0),
+            "start_variance": 100.0,
+            "spin_up": 0,
+            "nature_error": AdditiveModelError(0.05),
+            "first_ensemble": "same_law",
+        }
         made = WindowTestbed(TwinExperiment(name, model, model, one, 1, steps - 1, **law), 4, 8, 0.05)
     elif name == "pendulum":
         model, steps = Pendulum(), steps or 100
         made = WindowTestbed(
-            TwinExperiment(name, model, model, one, 1, steps - 1, start=(1.5, 0.0), start_variance=0.25, spin_up=0, first_ensemble="same_law"), 10, 10, 1e-3
+            TwinExperiment(
+                name, model, model, one, 1, steps - 1, start=(1.5, 0.0), start_variance=0.25, spin_up=0, first_ensemble="same_law"
+            ),
+            10,
+            10,
+            1e-3,
         )
     elif name == "lorenz96":
         model, steps = Lorenz96(dim=8, dt=0.05), steps or 64
@@ -70,6 +77,7 @@ def window_testbed(name: str, steps: int = 0) -> WindowTestbed:
     else:
         raise ValueError(f"testbed: expected one of lorenz63, pendulum, lorenz96, got {name!r}")
     return made
+
 
 # %% ../../../nbs/26_few_points.ipynb #10d5ce75
 @dataclass(frozen=True, eq=False)
@@ -118,6 +126,7 @@ class Scene:
             found.append(Observations(values, operator, DiagonalCovariance(self.deviation[t, variables] ** 2)))
         return found
 
+
 # %% ../../../nbs/26_few_points.ipynb #f2c8711c
 _CLIMATES = {"lorenz96": {"order": 2, "stationary": True}}  # others: a full covariance
 
@@ -126,10 +135,12 @@ def training_windows(name: str, count: int, seed: int, steps: int = 0) -> Tensor
     """The windows `(count, T, n)` that the climate, and 4D-Var's law of first states, come from."""
     return draw_windows(window_testbed(name, steps).experiment, count, stream(seed, "training windows", name))
 
+
 # %% ../../../nbs/26_few_points.ipynb #f14ac7ee
 def window_climate(name: str, count: int, seed: int) -> Climate:
     """The climate of a testbed, from `count` windows."""
     return Climate.of(training_windows(name, count, seed), **_CLIMATES.get(name, {}))
+
 
 # %% ../../../nbs/26_few_points.ipynb #1f65cd8e
 def held_out_sets(name: str, seed: int) -> dict[str, Tensor]:
@@ -137,10 +148,13 @@ def held_out_sets(name: str, seed: int) -> dict[str, Tensor]:
     testbed = window_testbed(name)
     found = {}
     if testbed.spacing:
-        found["regular"] = regular_sets(testbed.experiment.cycles + 1, testbed.experiment.dim, testbed.spacing, testbed.variables)[:8]
+        found["regular"] = regular_sets(testbed.experiment.cycles + 1, testbed.experiment.dim, testbed.spacing, testbed.variables)[
+            :8
+        ]
     sets = dataclasses.replace(testbed.sets, near_regular=0.0)
     sets = sets.holding_out(found["regular"]) if found else sets
     return found | {"random": sets.draw(8, stream(seed, "held-out sets", name))}
+
 
 # %% ../../../nbs/26_few_points.ipynb #129fe281
 def _processes(name: str, seed: int, condition: str) -> tuple[Tensor, float, Callable | None]:
@@ -170,6 +184,7 @@ def _processes(name: str, seed: int, condition: str) -> tuple[Tensor, float, Cal
     if condition == "arctan":
         return usual, testbed.deviation, lambda x: 8 * torch.atan(x / 8)
     raise ValueError(f"condition: unknown condition {condition!r}")
+
 
 # %% ../../../nbs/26_few_points.ipynb #3242e11f
 @lru_cache(maxsize=4)

@@ -12,37 +12,32 @@ from dataclasses import dataclass
 import pandas as pd
 
 from ...core.settings import Settings
-from .parts import (
-    flow_part,
-    levels_part,
-    scaling_part,
-    timing_part,
-    window_case_part,
-    window_prior_part,
-)
-from .scenes import (
-    _processes,
-    held_out_sets,
-    window_testbed,
-)
-from .tables import (
-    figures_windows,
-    report_windows,
-    stack_windows,
-    window_scores,
-)
+from .parts import flow_part, levels_part, scaling_part, timing_part, window_case_part, window_prior_part
+from .scenes import _processes, held_out_sets, window_testbed
+from .tables import figures_windows, report_windows, stack_windows, window_scores
 from ...studies.study import Study
 from ...sweep import Task
 from ...windows.training import IncrementalSettings
 
 # %% auto #0
-__all__ = ['INCREMENTAL_STUDIES']
+__all__ = ["INCREMENTAL_STUDIES"]
+
 
 # %% ../../../nbs/26_few_points.ipynb #da10a2d6
-def window_prior_task(name: str, settings: "WindowSettings", make: Mapping, training: Mapping, archive: int = 0, cost: float = 100.0) -> Task:
+def window_prior_task(
+    name: str, settings: "WindowSettings", make: Mapping, training: Mapping, archive: int = 0, cost: float = 100.0
+) -> Task:
     """A task that trains an incremental prior on windows that are drawn anew, or on an `archive` of so many."""
     plain = {k: getattr(settings, k) for k in ("testbed", "seed", "climate_windows", "validation_windows")}
-    return Task(name, window_prior_part, plain | {"make": dict(make), "training": dict(training), "archive": archive}, format="incremental_prior", cost=cost, resumable=True)
+    return Task(
+        name,
+        window_prior_part,
+        plain | {"make": dict(make), "training": dict(training), "archive": archive},
+        format="incremental_prior",
+        cost=cost,
+        resumable=True,
+    )
+
 
 # %% ../../../nbs/26_few_points.ipynb #7262df35
 @dataclass(frozen=True)
@@ -109,6 +104,7 @@ WINDOW_METHODS = (
     "weak4d_truth", "pnpda_window", "pnpda4d", "floor",
 )  # fmt: skip
 
+
 # %% ../../../nbs/26_few_points.ipynb #e5e8bf2e
 def window_priors(settings: WindowSettings) -> dict[str, Task]:
     """The task of every prior."""
@@ -116,9 +112,18 @@ def window_priors(settings: WindowSettings) -> dict[str, Task]:
     rolled = {"iterations": s.iterations, "windows": s.batch, "likelihood": s.likelihood, "learning_rate": s.learning_rate}
     each = 0.09 if s.testbed != "lorenz96" else 0.4
     paper = {"network": "dense", "levels": s.paper_levels, "width": 32, "layers": 4, "shared": True, "update": "average"}
-    paper_training = {"iterations": s.paper_iterations, "processes": 1, "windows": 32, "mode": "interpolated", "likelihood": s.likelihood, "learning_rate": s.learning_rate}
+    paper_training = {
+        "iterations": s.paper_iterations,
+        "processes": 1,
+        "windows": 32,
+        "mode": "interpolated",
+        "likelihood": s.likelihood,
+        "learning_rate": s.learning_rate,
+    }
     flow = {"testbed": s.testbed, "seed": s.seed, "climate_windows": s.climate_windows, "pairs": s.pairs}
-    source = "covariance" if window_testbed(s.testbed).experiment.nature_error.variance else "background"  # without model error, windows fill no volume
+    source = (
+        "covariance" if window_testbed(s.testbed).experiment.nature_error.variance else "background"
+    )  # without model error, windows fill no volume
     wide = {"hidden": (384, 384, 384), "epochs": s.epochs, "source": source, "target": "increment", "batch": 256, "patience": 1000}
     narrow = {"hidden": (64, 64), "epochs": s.epochs, "source": "covariance", "target": "increment", "batch": 256, "patience": 1000}
     return {
@@ -132,6 +137,7 @@ def window_priors(settings: WindowSettings) -> dict[str, Task]:
         "pnpda4d": Task("training flow of starts", flow_part, flow | {"kind": "start", "training": narrow}, format="prior", cost=0.5 * s.epochs, resumable=True),
     }  # fmt: skip
 
+
 # %% ../../../nbs/26_few_points.ipynb #f49ad3fa
 def level_priors(settings: WindowSettings) -> dict[tuple[str, str], Task]:
     """Priors of one level, and of several, trained alike for as many iterations: rolled out, and on interpolated estimates."""
@@ -141,13 +147,25 @@ def level_priors(settings: WindowSettings) -> dict[tuple[str, str], Task]:
         for mode in ("rollout", "interpolated"):
             if (levels, mode) == (1, "interpolated"):
                 continue  # the same
-            training = {"iterations": s.level_iterations, "windows": s.batch, "likelihood": s.likelihood, "learning_rate": s.learning_rate, "mode": mode}
-            make = s.network | {"levels": levels, "update": "estimate" if mode == "rollout" else "average"}  # each as it was trained
+            training = {
+                "iterations": s.level_iterations,
+                "windows": s.batch,
+                "likelihood": s.likelihood,
+                "learning_rate": s.learning_rate,
+                "mode": mode,
+            }
+            make = s.network | {
+                "levels": levels,
+                "update": "estimate" if mode == "rollout" else "average",
+            }  # each as it was trained
             if (levels, mode) == (1, "rollout"):  # as many weights in one level as the others have in all
                 wide = make | {"width": round(s.width * s.levels**0.5)}
                 found["levels=1", "wide"] = window_prior_task("training wide", s, wide, training, cost=0.06 * s.level_iterations)
-            found[f"levels={levels}", mode] = window_prior_task(f"training {mode} {levels}", s, make, training, cost=0.03 * levels * s.level_iterations)
+            found[f"levels={levels}", mode] = window_prior_task(
+                f"training {mode} {levels}", s, make, training, cost=0.03 * levels * s.level_iterations
+            )
     return found
+
 
 # %% ../../../nbs/26_few_points.ipynb #16d6e10d
 def plan_windows(settings: WindowSettings, methods: tuple[str, ...]) -> dict[tuple[str, str], Task]:
@@ -156,10 +174,20 @@ def plan_windows(settings: WindowSettings, methods: tuple[str, ...]) -> dict[tup
     strong = not window_testbed(s.testbed).experiment.nature_error.variance > 0
     main = list(held_out_sets(s.testbed, s.seed))
 
-    def case(condition: str, method: str, prior: Task | None = None, calibrate: int = 0, cost: float = 3.0, windows: int = 0, **options) -> Task:
-        plain = {"testbed": s.testbed, "condition": condition, "windows": windows or s.runs, "climate_windows": s.climate_windows, "seed": s.seed}
+    def case(
+        condition: str, method: str, prior: Task | None = None, calibrate: int = 0, cost: float = 3.0, windows: int = 0, **options
+    ) -> Task:
+        plain = {
+            "testbed": s.testbed,
+            "condition": condition,
+            "windows": windows or s.runs,
+            "climate_windows": s.climate_windows,
+            "seed": s.seed,
+        }
         needs = {"prior": prior} if prior is not None else {}
-        return Task(f"{method} {condition}", window_case_part, plain | {"method": options, "calibrate": calibrate}, needs, cost=cost)
+        return Task(
+            f"{method} {condition}", window_case_part, plain | {"method": options, "calibrate": calibrate}, needs, cost=cost
+        )
 
     def task(condition: str, method: str) -> Task | None:
         incremental = priors["incremental"]
@@ -169,7 +197,9 @@ def plan_windows(settings: WindowSettings, methods: tuple[str, ...]) -> dict[tup
             case "unconditional" | "paper_size" | "interpolated" | "incremental":
                 return case(condition, method, priors[method], name="incremental")
             case "strong4d_oi":
-                return case(condition, method, name="four_dvar", first="oi", strong=True, cost=60.0) if condition == main[0] else None
+                return (
+                    case(condition, method, name="four_dvar", first="oi", strong=True, cost=60.0) if condition == main[0] else None
+                )
             case "weak4d_climatology" | "weak4d_oi" | "weak4d_truth":
                 return case(condition, method, name="four_dvar", first=method.removeprefix("weak4d_"), strong=strong, cost=8.0)
             case "weak4d_best":
@@ -179,20 +209,42 @@ def plan_windows(settings: WindowSettings, methods: tuple[str, ...]) -> dict[tup
             case "hybrid":
                 return case(condition, method, incremental, name="four_dvar", first="prior", strong=strong, cost=8.0)
             case "pnpda_window":
-                return case(condition, method, priors[method], name=method, iterations=s.pnp_iterations, members=s.members, cost=30.0)
+                return case(
+                    condition, method, priors[method], name=method, iterations=s.pnp_iterations, members=s.members, cost=30.0
+                )
             case "pnpda4d":
-                return case(condition, method, priors[method], name=method, alpha=s.pnp_alpha, few=s.few, members=5, cost=60.0) if condition == main[0] else None
+                return (
+                    case(condition, method, priors[method], name=method, alpha=s.pnp_alpha, few=s.few, members=5, cost=60.0)
+                    if condition == main[0]
+                    else None
+                )
             case "floor":
                 return case(condition, method, name="floor", draws=s.draws, cost=60.0) if s.draws else None
 
-    plan = {(condition, method): task(condition, method) for condition in main for method in methods if method != "strong4d_oi" or not strong}
+    plan = {
+        (condition, method): task(condition, method)
+        for condition in main
+        for method in methods
+        if method != "strong4d_oi" or not strong
+    }
     robust = [m for m in methods if m in ("oi", "incremental", "weak4d_oi", "hybrid")]
     plan |= {(condition, method): task(condition, method) for condition in s.unseen for method in robust}
     for method, first, prior in (("weak4d_oi", "oi", None), ("hybrid", "prior", priors["incremental"])):
         if method in methods and not strong:
-            plan["calibrated", method] = case(main[0], f"calibrated {method}", prior, s.validation_windows, name="four_dvar", first=first, strong=strong, cost=15.0)
+            plan["calibrated", method] = case(
+                main[0],
+                f"calibrated {method}",
+                prior,
+                s.validation_windows,
+                name="four_dvar",
+                first=first,
+                strong=strong,
+                cost=15.0,
+            )
     if "incremental" in methods:
-        plan["uncalibrated", "incremental"] = case(main[0], "uncalibrated incremental", priors["incremental"], name="incremental", calibrated=False)
+        plan["uncalibrated", "incremental"] = case(
+            main[0], "uncalibrated incremental", priors["incremental"], name="incremental", calibrated=False
+        )
     if "interpolated" in methods:
         for (condition, mode), prior in level_priors(s).items():
             plan[condition, mode] = case(main[0], f"{mode} {condition}", prior, name="incremental")
@@ -201,13 +253,20 @@ def plan_windows(settings: WindowSettings, methods: tuple[str, ...]) -> dict[tup
         raise ValueError(f"methods: nothing to do for {', '.join(methods)} with these settings")
     return plan
 
+
 # %% ../../../nbs/26_few_points.ipynb #07e192f8
 def kept_windows(settings: WindowSettings, methods: tuple[str, ...]) -> dict[str, Task]:
     """Files beside the scores: the levels of a few windows, and times by method and by length."""
     if "incremental" not in methods:
         return {}
     s, prior = settings, window_priors(settings)["incremental"]
-    plain = {"testbed": s.testbed, "condition": next(iter(held_out_sets(s.testbed, s.seed))), "windows": s.runs, "climate_windows": s.climate_windows, "seed": s.seed}
+    plain = {
+        "testbed": s.testbed,
+        "condition": next(iter(held_out_sets(s.testbed, s.seed))),
+        "windows": s.runs,
+        "climate_windows": s.climate_windows,
+        "seed": s.seed,
+    }
     lengths = {"testbed": s.testbed, "seed": s.seed, "batch": 16, "lengths": list(s.lengths)}
     trained = {"prior": prior} if s.network["network"] == "convolution" else {}
     return {
@@ -215,6 +274,7 @@ def kept_windows(settings: WindowSettings, methods: tuple[str, ...]) -> dict[str
         "timing.json": Task("timing", timing_part, plain | {"repeats": s.repeats}, {"prior": prior}, "record", cost=20.0),
         "scaling.json": Task("scaling", scaling_part, lengths, trained, "record", cost=30.0),
     }  # fmt: skip
+
 
 # %% ../../../nbs/26_few_points.ipynb #ae60aac7
 _SMOKE = {
@@ -232,7 +292,11 @@ WINDOW_PRESETS = {
         unseen=("points=16", "points=64", "points=128", "noise=0.025", "noise=0.4"),
     ),
 }  # fmt: skip
-_WITHOUT = {"lorenz63": (), "pendulum": ("pnpda4d", "floor", "strong4d_oi", "weak4d_best"), "lorenz96": ("weak4d_best", "pnpda_window", "pnpda4d", "floor", "strong4d_oi", "weak4d_climatology")}
+_WITHOUT = {
+    "lorenz63": (),
+    "pendulum": ("pnpda4d", "floor", "strong4d_oi", "weak4d_best"),
+    "lorenz96": ("weak4d_best", "pnpda_window", "pnpda4d", "floor", "strong4d_oi", "weak4d_climatology"),
+}
 _ABOUT = {
     "lorenz63": "trajectories of Lorenz-63 from four points: neural incremental assimilation, 4D-Var, hybrids (2406.15076)",
     "pendulum": "trajectories of a pendulum from ten angles: neural incremental assimilation, 4D-Var, hybrids (2406.15076)",

@@ -28,6 +28,7 @@ WINDOW_LABELS = {
     "rollout": "rolled out", "wide": "rolled out, weights of three levels in one",
 }  # fmt: skip
 
+
 # %% ../../../nbs/26_few_points.ipynb #fe8e9865
 def window_scores(results: Mapping[tuple[str, str], xr.Dataset]) -> pd.DataFrame:
     """Rows as in `score_table`, of the metrics `mse_mean`, `mse_median`, `stuck`, `coverage`, `coverage_low`, `coverage_middle` and `coverage_high` (of 90 % intervals; by terciles of the
@@ -41,17 +42,24 @@ def window_scores(results: Mapping[tuple[str, str], xr.Dataset]) -> pd.DataFrame
         place = (result.attrs["experiment"], condition, method)
         generator = np.random.default_rng(0)
         again = [np.median(error[:, generator.integers(0, count, count)]) for _ in range(200)] if count else [np.nan]
-        found = {"mse_mean": (error.mean(), error.mean(0).std(ddof=1)), "mse_median": (np.median(error), np.std(again) * count**0.5)}
+        found = {
+            "mse_mean": (error.mean(), error.mean(0).std(ddof=1)),
+            "mse_median": (np.median(error), np.std(again) * count**0.5),
+        }
         stuck = ~(every <= 0.1)  # a window that was lost is stuck too
         found["stuck"] = (stuck.mean(), stuck.mean(0).std(ddof=1) * (count / stuck.shape[1]) ** 0.5)
         for name, metric in (("covered", "coverage"), ("iterations", "iterations")):
             if name in result:
                 found[metric] = (float(result[name].mean()), float(result[name].mean("process").std(ddof=1)))
         if "tercile" in result:
-            found |= {f"coverage_{third}": (float(value), np.nan) for third, value in zip(("low", "middle", "high"), result.tercile.values)}
+            found |= {
+                f"coverage_{third}": (float(value), np.nan)
+                for third, value in zip(("low", "middle", "high"), result.tercile.values)
+            }
         found["seconds"] = (float(result.seconds), np.nan)
         rows += [(*place, metric, "all", mean, std, count) for metric, (mean, std) in found.items()]
     return pd.DataFrame(rows, columns=["experiment", "condition", "method", "metric", "variable", "mean", "std", "runs"])
+
 
 # %% ../../../nbs/26_few_points.ipynb #0438e2ed
 def stack_windows(results: Mapping[tuple[str, str], xr.Dataset]) -> xr.Dataset:
@@ -66,6 +74,7 @@ def stack_windows(results: Mapping[tuple[str, str], xr.Dataset]) -> xr.Dataset:
                 place[: result.sizes["process"], : result.sizes["window"]] = result[name].values
         fields[name] = (axes, values)
     return xr.Dataset(fields, coords={"condition": ("case", list(conditions)), "scheme": ("case", list(schemes))})
+
 
 # %% ../../../nbs/26_few_points.ipynb #1c558d49
 def window_table(scores: pd.DataFrame, condition: str) -> pd.DataFrame:
@@ -90,6 +99,7 @@ def window_table(scores: pd.DataFrame, condition: str) -> pd.DataFrame:
         }  # fmt: skip
     return pd.DataFrame(rows).T
 
+
 # %% ../../../nbs/26_few_points.ipynb #17d113b5
 def report_windows(scores: pd.DataFrame) -> str:
     """The tables as text for a terminal."""
@@ -97,19 +107,28 @@ def report_windows(scores: pd.DataFrame) -> str:
     count = int(scores.runs.max())
     lines = []
     for condition in main:
-        lines += [f"\n{condition} processes, {count} windows x 8: normalised squared errors, mean ± standard error", "", window_table(scores, condition).to_string()]
+        lines += [
+            f"\n{condition} processes, {count} windows x 8: normalised squared errors, mean ± standard error",
+            "",
+            window_table(scores, condition).to_string(),
+        ]
     rest = [c for c in dict.fromkeys(scores.condition) if c not in main]
     if rest:
         lines += ["\nother conditions, mean error", "", table_by_condition(scores, rest).to_string()]
     return "\n".join(lines)
 
+
 # %% ../../../nbs/26_few_points.ipynb #a47f6ff9
 def table_by_condition(scores: pd.DataFrame, conditions: list[str], metric: str = "mse_mean", digits: int = 3) -> pd.DataFrame:
     """Conditions by methods: mean ± standard error of a metric."""
     here = scores[scores.condition.isin(conditions) & (scores.metric == metric)].copy()
-    here["cell"] = [f"{m:.{digits}f} ± {s / n**0.5:.{digits}f}" if np.isfinite(s) else f"{m:.{digits}f}" for m, s, n in zip(here["mean"], here["std"], here.runs)]
+    here["cell"] = [
+        f"{m:.{digits}f} ± {s / n**0.5:.{digits}f}" if np.isfinite(s) else f"{m:.{digits}f}"
+        for m, s, n in zip(here["mean"], here["std"], here.runs)
+    ]
     table = here.pivot_table(index="condition", columns="method", values="cell", aggfunc="first", sort=False)
     return table.reindex(conditions).rename(columns=WINDOW_LABELS).fillna("–")
+
 
 # %% ../../../nbs/26_few_points.ipynb #91494cf5
 _COLOURS = {
@@ -128,11 +147,18 @@ def figure_distribution(runs: xr.Dataset, condition: str, ax: Axes | None = None
         if (condition, method) in cases:
             error = runs.mse.values[cases.index((condition, method))].ravel()
             error = np.sort(error[np.isfinite(error)])
-            ax.plot(error, 1 - np.arange(1, len(error) + 1) / len(error), color=_COLOURS[method], label=WINDOW_LABELS.get(method, method), lw=1.6)
+            ax.plot(
+                error,
+                1 - np.arange(1, len(error) + 1) / len(error),
+                color=_COLOURS[method],
+                label=WINDOW_LABELS.get(method, method),
+                lw=1.6,
+            )
     ax.axvline(0.1, color="#7f7f7f", lw=0.8, ls=":")
     ax.set(xscale="log", xlim=(1e-3, 5), ylim=(0, 1), xlabel="normalised squared error", ylabel="share of windows above")
     ax.legend(fontsize=7, loc="lower left")
     return ax.figure
+
 
 # %% ../../../nbs/26_few_points.ipynb #acf708b3
 def figure_levels(levels: xr.Dataset, window: int = 0) -> Figure:
@@ -158,6 +184,7 @@ def figure_levels(levels: xr.Dataset, window: int = 0) -> Figure:
     axes[0, -1].legend(fontsize=6)
     return fig
 
+
 # %% ../../../nbs/26_few_points.ipynb #cea9d1a7
 def figure_coverage(scores: pd.DataFrame, cases: list[tuple[str, str]], ax: Axes | None = None) -> Figure:
     """How much 90 % intervals cover, by terciles of the predicted standard deviation. Returns the figure."""
@@ -176,9 +203,15 @@ def figure_coverage(scores: pd.DataFrame, cases: list[tuple[str, str]], ax: Axes
         )  # fmt: skip
     ax.axhspan(0.8, 0.97, color="#7f7f7f", alpha=0.15, lw=0)
     ax.axhline(0.9, color="#7f7f7f", lw=0.8)
-    ax.set(xticks=range(3), xticklabels=("surest third", "middle third", "least sure third"), ylabel="covered by 90 % intervals", ylim=(0, 1.02))
+    ax.set(
+        xticks=range(3),
+        xticklabels=("surest third", "middle third", "least sure third"),
+        ylabel="covered by 90 % intervals",
+        ylim=(0, 1.02),
+    )
     ax.legend(fontsize=7, loc="lower right")
     return ax.figure
+
 
 # %% ../../../nbs/26_few_points.ipynb #b31c4146
 def figure_scaling(scaling: Mapping, axes: Sequence[Axes] | None = None) -> Figure:
@@ -187,22 +220,30 @@ def figure_scaling(scaling: Mapping, axes: Sequence[Axes] | None = None) -> Figu
 
     axes = plt.subplots(1, 2, figsize=(8, 3.2))[1] if axes is None else axes
     rows = pd.DataFrame(scaling["rows"])
-    for ax, (name, label) in zip(axes, (("milliseconds", "milliseconds per window"), ("megabytes", f"megabytes for {scaling['batch']} windows"))):
+    for ax, (name, label) in zip(
+        axes, (("milliseconds", "milliseconds per window"), ("megabytes", f"megabytes for {scaling['batch']} windows"))
+    ):
         ax.loglog(rows.steps, rows[name], "o-", color="#009E73")
         ax.loglog(rows.steps, rows[name].iloc[-1] * rows.steps / rows.steps.iloc[-1], ":", color="#7f7f7f", label="linear")
         ax.set(xlabel="states in the window", ylabel=label)
         ax.legend(fontsize=8)
     return axes[0].figure
 
+
 # %% ../../../nbs/26_few_points.ipynb #14ab00a1
 def figures_windows(results: dict[tuple[str, str], xr.Dataset]) -> dict:
     """Distributions of errors, and coverages."""
     book_style()
-    runs, scores, main = stack_windows(results), window_scores(results), [c for c in ("regular", "random") if any(k[0] == c for k in results)]
+    runs, scores, main = (
+        stack_windows(results),
+        window_scores(results),
+        [c for c in ("regular", "random") if any(k[0] == c for k in results)],
+    )
     found = {f"distribution_{condition}": figure_distribution(runs, condition) for condition in main}
     if main:
         found["coverage"] = figure_coverage(scores, coverage_cases(main[0]))
     return found
+
 
 # %% ../../../nbs/26_few_points.ipynb #6defac31
 def coverage_cases(condition: str) -> list[tuple[str, str]]:
