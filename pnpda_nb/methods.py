@@ -172,8 +172,9 @@ def method_by_name(name: str, experiment: TwinExperiment | None, **settings: Any
     """The method called `name` with these `settings`, ready for `experiment`.
 
     The variational methods take B as `scale` times the experiment's climatological covariance, or with
-    `background="identity"` times the identity; `pnpda` and `pnpda4d` without a `prior` take a Gaussian one, `amortised` and `learned_mean` cannot do without. With
-    `blind`, `pnpda` shows nothing to a prior that could see. Raises `ValueError` for an unknown name or setting.
+    `background="identity"` times the identity; `pnpda` and `pnpda4d` without a `prior` take a Gaussian one, `amortised` and
+    `learned_mean` cannot do without. With `blind`, `pnpda` shows nothing to a prior that could see. Raises `ValueError` for an
+    unknown name or setting.
     """
     if name not in METHODS:
         raise ValueError(f"method: unknown method {name!r}; known: {', '.join(METHODS)}")

@@ -49,8 +49,8 @@ __all__ = [
 # %% ../nbs/95_studies.ipynb #5890fc25
 @cache
 def code_version(module: str | None = None) -> str:
-    """A short digest of the library's source files; with a `module` of the library, of those that it is made of: its own, and those that
-    it imports, directly or not.
+    """A short digest of the library's source files; with a `module` of the library, of those that it is made of: its own, and those
+    that it imports, directly or not.
     """
     home = Path(__file__).parent if "__file__" in globals() else None
     digest = hashlib.sha256()
@@ -112,8 +112,8 @@ class Task:
     `needs` the results of other tasks.
 
     The function must be one of a module, so that other processes find it; it returns what `format` says:
-    "dataset", "record", "prior", "analysis_prior" or "incremental_prior". `cost` is about how many seconds it takes. The function of a
-    `resumable` task is also given a `checkpoint`, a path or None.
+    "dataset", "record", "prior", "analysis_prior" or "incremental_prior". `cost` is about how many seconds it takes. The function
+    of a `resumable` task is also given a `checkpoint`, a path or None.
     """
 
     name: str

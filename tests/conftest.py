@@ -53,7 +53,9 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session", autouse=True)
 def executions(request):
-    """Chapters are executed in other processes, each in a fresh one, and nothing is written back: one at a time while the other tests run."""
+    """Chapters are executed in other processes, each in a fresh one, and nothing is written back: one at a time while the other
+    tests run.
+    """
     names = deque(sorted({item.callspec.params["name"] for item in request.session.items if "executed" in item.fixturenames}))
     if not names:
         yield {}, None
@@ -79,7 +81,9 @@ def executions(request):
 
 @pytest.fixture(scope="session")
 def executed(executions):
-    """What became of every chapter. Who asks has nothing else to do: from now on, two of those that are left are executed at a time."""
+    """What became of every chapter. Who asks has nothing else to do: from now on, two of those that are left are executed at a
+    time.
+    """
     done, take_too = executions
     take_too()
     return done

@@ -47,10 +47,23 @@ SEEN = NETWORK.report([[0.5, -0.5, 1.0], [1.0, 0.0, 2.0]])
 CLOUD = torch.randn(2, 8, 3, generator=torch.Generator().manual_seed(1), dtype=DOUBLE)
 BENT = ObservingNetwork(Nonlinear(lambda x: x[..., [0, 2]] ** 2 / 5, 2, sites=(0, 2)), DiagonalCovariance([1.0, 1.0]))
 METHODS = {
-    "free run": FreeRun(), "climatology": Climatology(torch.zeros(3, dtype=DOUBLE)), "optimal interpolation": OptimalInterpolation(torch.zeros(3, dtype=DOUBLE), EYE),
-    "3D-Var": ThreeDVar(EYE), "4D-Var": FourDVar(EYE), "EnKF": EnKF(), "ETKF": ETKF(), "LETKF": LETKF(half_width=1.0), "local EnKF": LocalEnKF(half_width=0.5), "EnKS": EnKS(),
-    "particles": ParticleFilter(), "EnRDA": EnRDA(iterations=20), "EnSF": EnSF(steps=5), "EnFF": EnFF(steps=5), "PnP-DA": PnPDA(GAUSSIAN, 5), "PnP-DA 4D": PnPDA4D(GAUSSIAN, 5, window=1),
-}  # fmt: skip
+    "free run": FreeRun(),
+    "climatology": Climatology(torch.zeros(3, dtype=DOUBLE)),
+    "optimal interpolation": OptimalInterpolation(torch.zeros(3, dtype=DOUBLE), EYE),
+    "3D-Var": ThreeDVar(EYE),
+    "4D-Var": FourDVar(EYE),
+    "EnKF": EnKF(),
+    "ETKF": ETKF(),
+    "LETKF": LETKF(half_width=1.0),
+    "local EnKF": LocalEnKF(half_width=0.5),
+    "EnKS": EnKS(),
+    "particles": ParticleFilter(),
+    "EnRDA": EnRDA(iterations=20),
+    "EnSF": EnSF(steps=5),
+    "EnFF": EnFF(steps=5),
+    "PnP-DA": PnPDA(GAUSSIAN, 5),
+    "PnP-DA 4D": PnPDA4D(GAUSSIAN, 5, window=1),
+}
 
 
 def analyse(method, background, observations=SEEN):
@@ -131,7 +144,8 @@ HOLE = torch.tensor([1.0, math.nan])
         (lambda: checked_mean(torch.ones(2), extra="x"), "named: expected a number, got 'x'"),
         (
             lambda: checked_mean(torch.full((2,), 3e38), 1e38),
-            r"mean_of: expected a finite result, got 1 of 1 that are not, from values a tensor of shape \(2,\), float32, weight 1e\+38",
+            r"mean_of: expected a finite result, got 1 of 1 that are not, from values a tensor of shape \(2,\), float32, "
+            r"weight 1e\+38",
         ),
         (lambda: list(checked_steps(torch.ones(2), 1.5)), "steps: expected a whole number, got 1.5"),
         (lambda: list(checked_steps(torch.full((2,), 1e30), 3)), "steps_of: expected a finite result"),
@@ -363,9 +377,14 @@ def test_that_settings_that_make_a_prior_or_a_covariance_degenerate_are_refused(
     network = VelocityMLP(3, (8,), 4, stream(0, "w"))
     architecture = {"network": "VelocityMLP", "dim": 3, "hidden": [8], "embedding": 4, "linear_skip": False}
     for settings, name in (
-        ({"scale": zeros}, "scale"), ({"scale": -ones}, "scale"), ({"scale": ones / 0}, "scale"), ({"location": zeros / 0}, "location"), ({"factor": ones / 0}, "factor"),
-        ({"factor": ones, "units": zeros}, "units"), ({"scale": torch.ones(2, dtype=DOUBLE)}, "scale"),
-    ):  # fmt: skip
+        ({"scale": zeros}, "scale"),
+        ({"scale": -ones}, "scale"),
+        ({"scale": ones / 0}, "scale"),
+        ({"location": zeros / 0}, "location"),
+        ({"factor": ones / 0}, "factor"),
+        ({"factor": ones, "units": zeros}, "units"),
+        ({"scale": torch.ones(2, dtype=DOUBLE)}, "scale"),
+    ):
         with pytest.raises(ValueError, match=f"^{name}: expected"):
             FlowPrior(network, **{"location": zeros, "scale": ones, "architecture": architecture} | settings)
     for variances in ([0.0], [-1.0], [math.nan], [math.inf]):

@@ -296,16 +296,39 @@ def fails_and_touches_nothing(answer, folder, before):
     )
 
 
-@pytest.mark.parametrize("words", [
-    "train pairs.nc --out link.nc", "train link.nc --out pairs.nc", "train pairs.nc --out hard.nc", "train pairs.nc --out d/../pairs.nc", "train pairs.nc --out later/../pairs.nc",
-    "train part_*.nc --out part_2.nc", "train p?ir[s].nc --out pairs.nc", "train store.zarr --out store.zarr/p.safetensors", "train store.zarr --out p.x --report store.zarr/later/p.html",
-    "train part_*.nc --out x.html --report x.html", "train part_*.nc --out x.html --report ./d/../x.html", "train part_*.nc --out d/x.html --report away/x.html", "train part_*.nc --out X.html --report x.html",
-    "train part_*.nc --out x_files/0.png --report x.md", "train p.training --out p", "train pairs.nc --out new/ --report /dev/null", "train pairs.nc --out /dev/null", "train /dev/zero --out p",
-    "assimilate --prior today.md --background today.nc --observations seen.csv --out n.nc --report today.md", "assimilate --prior prior.safetensors --background prior_files/0.png --observations seen.csv --out n.nc --report prior.md",
-    " ".join([*ASSIMILATE, "--out today.nc"]), " ".join([*ASSIMILATE, "--out ./d/../today.nc"]), " ".join([*ASSIMILATE, "--out n.nc --report seen.md/../seen.csv"]),
-    "run lorenz63 --methods free_run --out pairs.nc", "run lorenz63 --methods free_run --out . --set archive=pairs.nc", "run lorenz63 --methods free_run --out away/.. --set prior=prior.safetensors",
-    "bench --quick --out pairs.nc", "published --quick --out pairs.nc",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    [
+        "train pairs.nc --out link.nc",
+        "train link.nc --out pairs.nc",
+        "train pairs.nc --out hard.nc",
+        "train pairs.nc --out d/../pairs.nc",
+        "train pairs.nc --out later/../pairs.nc",
+        "train part_*.nc --out part_2.nc",
+        "train p?ir[s].nc --out pairs.nc",
+        "train store.zarr --out store.zarr/p.safetensors",
+        "train store.zarr --out p.x --report store.zarr/later/p.html",
+        "train part_*.nc --out x.html --report x.html",
+        "train part_*.nc --out x.html --report ./d/../x.html",
+        "train part_*.nc --out d/x.html --report away/x.html",
+        "train part_*.nc --out X.html --report x.html",
+        "train part_*.nc --out x_files/0.png --report x.md",
+        "train p.training --out p",
+        "train pairs.nc --out new/ --report /dev/null",
+        "train pairs.nc --out /dev/null",
+        "train /dev/zero --out p",
+        "assimilate --prior today.md --background today.nc --observations seen.csv --out n.nc --report today.md",
+        "assimilate --prior prior.safetensors --background prior_files/0.png --observations seen.csv --out n.nc --report prior.md",
+        " ".join([*ASSIMILATE, "--out today.nc"]),
+        " ".join([*ASSIMILATE, "--out ./d/../today.nc"]),
+        " ".join([*ASSIMILATE, "--out n.nc --report seen.md/../seen.csv"]),
+        "run lorenz63 --methods free_run --out pairs.nc",
+        "run lorenz63 --methods free_run --out . --set archive=pairs.nc",
+        "run lorenz63 --methods free_run --out away/.. --set prior=prior.safetensors",
+        "bench --quick --out pairs.nc",
+        "published --quick --out pairs.nc",
+    ],
+)
 def test_that_no_output_meets_an_input_or_another_output(words, copied, forked):
     shutil.copy(copied / "pairs.nc", copied / "p.training")
     before = contents(copied)
@@ -437,9 +460,16 @@ def test_that_output_does_not_fail_for_its_encoding_in_a_shell(copied):
 
 
 NOBODY = {
-    "a pipe that is closed": ("r, w = os.pipe(); os.close(r); sys.stdout, sys.stderr = os.fdopen(w, 'w'), os.fdopen(os.dup(w), 'w')", 0), "no output": ("os.close(1); sys.stdout = None", 0), "no errors": ("os.close(2); sys.stderr = None", 0),
-    "nothing": ("sys.stdin = sys.stdout = sys.stderr = None; os.closerange(0, 3)", 0), "a full disk": ("os.dup2(os.open('/dev/full', os.O_WRONLY), 1)", 2), "errors on a full disk": ("os.dup2(os.open('/dev/full', os.O_WRONLY), 2)", 0),
-}  # fmt: skip
+    "a pipe that is closed": (
+        "r, w = os.pipe(); os.close(r); sys.stdout, sys.stderr = os.fdopen(w, 'w'), os.fdopen(os.dup(w), 'w')",
+        0,
+    ),
+    "no output": ("os.close(1); sys.stdout = None", 0),
+    "no errors": ("os.close(2); sys.stderr = None", 0),
+    "nothing": ("sys.stdin = sys.stdout = sys.stderr = None; os.closerange(0, 3)", 0),
+    "a full disk": ("os.dup2(os.open('/dev/full', os.O_WRONLY), 1)", 2),
+    "errors on a full disk": ("os.dup2(os.open('/dev/full', os.O_WRONLY), 2)", 0),
+}
 
 
 @pytest.mark.parametrize(
@@ -494,12 +524,23 @@ def test_that_names_in_files_do_nothing_to_the_terminal(tmp_path, forked, long):
 # ---------------------------------------------------------------------------------------------- errors, options and kinds of files
 
 
-@pytest.mark.parametrize("error, said", [
-    ("ZeroDivisionError('by zero')", "unexpected error (ZeroDivisionError: by zero); with PNPDA_TRACEBACK=1"), ("RecursionError()", "unexpected error (RecursionError: )"), ("MemoryError()", "not enough memory"),
-    ("RuntimeError('you can not allocate memory:\\n 10 bytes')", "not enough memory (you can not allocate memory: 10 bytes)"), ("OSError(28, 'No space left on device', 'x.nc')", "x.nc: No space left on device"),
-    ("OSError(28, 'cannot write x (No space left)')", "pnpda: cannot write x (No space left)"), ("ValueError('')", "unexpected error (ValueError: )"), ("ValueError('a: expected\\n\\x1b[2J b')", r"a: expected \x1b[2J b"),
-    ("BrokenPipeError(32, 'Broken pipe')", "Broken pipe"), ("SystemExit(7)", "unexpected error"), ("UnicodeEncodeError('ascii', 'é', 0, 1, 'no')", "codec can't encode"), ("ValueError('a: ' + 9999 * 'x')", "xxx ... xxx"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        ("ZeroDivisionError('by zero')", "unexpected error (ZeroDivisionError: by zero); with PNPDA_TRACEBACK=1"),
+        ("RecursionError()", "unexpected error (RecursionError: )"),
+        ("MemoryError()", "not enough memory"),
+        ("RuntimeError('you can not allocate memory:\\n 10 bytes')", "not enough memory (you can not allocate memory: 10 bytes)"),
+        ("OSError(28, 'No space left on device', 'x.nc')", "x.nc: No space left on device"),
+        ("OSError(28, 'cannot write x (No space left)')", "pnpda: cannot write x (No space left)"),
+        ("ValueError('')", "unexpected error (ValueError: )"),
+        ("ValueError('a: expected\\n\\x1b[2J b')", r"a: expected \x1b[2J b"),
+        ("BrokenPipeError(32, 'Broken pipe')", "Broken pipe"),
+        ("SystemExit(7)", "unexpected error"),
+        ("UnicodeEncodeError('ascii', 'é', 0, 1, 'no')", "codec can't encode"),
+        ("ValueError('a: ' + 9999 * 'x')", "xxx ... xxx"),
+    ],
+)
 def test_that_whatever_happens_is_one_line_and_status_two(error, said, tmp_path, capsys, monkeypatch):
     def fail():
         raise eval(error)
@@ -524,16 +565,33 @@ def test_that_a_traceback_is_shown_to_who_asks_for_it(forked):
 
 
 def test_that_warnings_are_a_line_each_after_the_work_and_none_after_a_failure(forked):
-    code = f"import warnings\n{LISTING}def warns():\n    for i in (1, 2): warnings.warn('two\\nlines', stacklevel=i)\n    {{}}\nlisting.callback = warns"
+    code = (
+        f"import warnings\n{LISTING}def warns():\n    for i in (1, 2): warnings.warn('two\\nlines', stacklevel=i)\n    "
+        f"{{}}\nlisting.callback = warns"
+    )
     assert forked("list", before=code.format("print('done')")).stderr == "pnpda: warning: two lines\n"
     assert forked("list", before=code.format("raise ValueError('x: no')")).stderr == "pnpda: x: no\n"
 
 
-@pytest.mark.parametrize("words, said", [
-    (["--iterations", 10**20], "iterations: expected at most"), (["--answers", -5], "answers: expected at least 1"), (["--seed", 2**70], "seed: expected a number of at most 63 bits"), (["--seed", "x"], "--seed"),
-    (["--names", "T"], "names: expected two names"), (["--names", "a,a"], "names: expected two names"), (["--samples", "a,,b"], "samples: expected names"), (["--report", ""], "--report"), (["--report", "x" * 300 + ".md"], "--report"),
-    (["--report", "d/" * 2100 + "x.md"], "File name too long"), (["--report", "x" * 248 + ".html"], "File name too long"), (["--iterations"], "--iterations"), (["--bogus", 1], "No such option"), (["--background", "loop.nc"], "background: "),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--iterations", 10**20], "iterations: expected at most"),
+        (["--answers", -5], "answers: expected at least 1"),
+        (["--seed", 2**70], "seed: expected a number of at most 63 bits"),
+        (["--seed", "x"], "--seed"),
+        (["--names", "T"], "names: expected two names"),
+        (["--names", "a,a"], "names: expected two names"),
+        (["--samples", "a,,b"], "samples: expected names"),
+        (["--report", ""], "--report"),
+        (["--report", "x" * 300 + ".md"], "--report"),
+        (["--report", "d/" * 2100 + "x.md"], "File name too long"),
+        (["--report", "x" * 248 + ".html"], "File name too long"),
+        (["--iterations"], "--iterations"),
+        (["--bogus", 1], "No such option"),
+        (["--background", "loop.nc"], "background: "),
+    ],
+)
 def test_that_every_option_is_held_against_what_makes_sense(words, said, copied, forked):
     (copied / "loop.nc").symlink_to("loop.nc")
     before = contents(copied)
@@ -541,12 +599,26 @@ def test_that_every_option_is_held_against_what_makes_sense(words, said, copied,
     assert fails_and_touches_nothing(answer, copied, before) and said in answer.stderr, answer
 
 
-@pytest.mark.parametrize("words, said", [
-    ("train pairs.nc --out p --memory 99999999999999", "memory: expected at most"), ("train pairs.nc --out p --epochs 99999999999", "epochs: expected at most"), ("train pairs.nc --out p --seed 99999999999999999999", "seed: expected"),
-    ("run lorenz63 --runs -5", "runs: expected at least 1, got -5"), ("run lorenz63 --members 99999999999", "members: expected at most"), ("run lorenz63 --workers 0", "workers: expected at least 1"), ("run lorenz63 --methods ,", "methods: expected names"),
-    ("run lorenz63 --set beta=inf", "expected beta to be finite"), ("run lorenz63 --set cycles=99999999999", "cycles"), ("run lorenz63 --set =3", "expected key=value"), ("run lorenz63 --set observed=0,,2", "observed"), ("bench --only ,", "only: expected names"),
-    ("bench --only nothing --out d/new", "unknown part 'nothing'"), ("published --runs 0", "runs: expected at least 1"), ("published --seed 99999999999999999999 --out d/new", "seed: expected"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("train pairs.nc --out p --memory 99999999999999", "memory: expected at most"),
+        ("train pairs.nc --out p --epochs 99999999999", "epochs: expected at most"),
+        ("train pairs.nc --out p --seed 99999999999999999999", "seed: expected"),
+        ("run lorenz63 --runs -5", "runs: expected at least 1, got -5"),
+        ("run lorenz63 --members 99999999999", "members: expected at most"),
+        ("run lorenz63 --workers 0", "workers: expected at least 1"),
+        ("run lorenz63 --methods ,", "methods: expected names"),
+        ("run lorenz63 --set beta=inf", "expected beta to be finite"),
+        ("run lorenz63 --set cycles=99999999999", "cycles"),
+        ("run lorenz63 --set =3", "expected key=value"),
+        ("run lorenz63 --set observed=0,,2", "observed"),
+        ("bench --only ,", "only: expected names"),
+        ("bench --only nothing --out d/new", "unknown part 'nothing'"),
+        ("published --runs 0", "runs: expected at least 1"),
+        ("published --seed 99999999999999999999 --out d/new", "seed: expected"),
+    ],
+)
 def test_that_numbers_and_lists_have_ranges_everywhere(words, said, copied, forked):
     before = contents(copied)
     answer = forked(*words.split(), folder=copied)

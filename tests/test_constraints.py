@@ -131,7 +131,10 @@ def test_that_what_is_not_finite_stays_nan_and_harms_no_other():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: FunctionConstraint(lambda x: x.square().sum(-1, keepdim=True), -1.0).project(CLOUD), "project: expected .* 30 of 30"),
+        (
+            lambda: FunctionConstraint(lambda x: x.square().sum(-1, keepdim=True), -1.0).project(CLOUD),
+            "project: expected .* 30 of 30",
+        ),
         (lambda: BODY.momentum(1.0).project(torch.zeros(1, 3, dtype=torch.float64)), "project: .* 1 of 1"),  # no nearest point
         (lambda: FunctionConstraint(lambda x: 0 * x[..., :1], 1.0).project(CLOUD), "project"),
         (lambda: BODY.momentum().project(CLOUD), "background"),
@@ -147,7 +150,7 @@ def test_that_what_is_not_finite_stays_nan_and_harms_no_other():
         (lambda: AsObservation(FourDVar(METRIC, window=2), LAWS["sphere"]), "method: expected one with a window of 1"),
         (lambda: AsObservation(ThreeDVar(METRIC), LAWS["sphere"], 0.0), "variance"),
     ],
-)  # fmt: skip
+)
 def test_that_what_makes_no_sense_is_one_clear_error(make, message):
     with pytest.raises(ValueError, match=message):
         make()
@@ -170,9 +173,17 @@ def test_that_a_free_body_keeps_both_laws_to_the_order_of_its_step():
 def small(**changes):
     law = BODY.momentum(1.0)
     settings = dict(
-        name="rigid body", nature=Conserving(BODY, law), forecast_model=BODY, network=NETWORK, interval=5, cycles=4,
-        start=3 * (0.0,), spin_up=10, background_variance=0.04, model_error=AdditiveModelError(0.001),
-    )  # fmt: skip
+        name="rigid body",
+        nature=Conserving(BODY, law),
+        forecast_model=BODY,
+        network=NETWORK,
+        interval=5,
+        cycles=4,
+        start=3 * (0.0,),
+        spin_up=10,
+        background_variance=0.04,
+        model_error=AdditiveModelError(0.001),
+    )
     return TwinExperiment(**settings | changes)
 
 

@@ -1,4 +1,6 @@
-"""Small inputs that once went wrong, one script each; its first line says what is right. `pytest --slow -s tests/test_fault_scripts.py` shows what they print."""
+"""Small inputs that once went wrong, one script each; its first line says what is right. `pytest --slow -s
+tests/test_fault_scripts.py` shows what they print.
+"""
 
 import subprocess
 import sys

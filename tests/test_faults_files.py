@@ -1,4 +1,6 @@
-"""Files as other people write them: other orders, units, clocks, circles and spellings; and files that are broken, hostile, or claim too much."""
+"""Files as other people write them: other orders, units, clocks, circles and spellings; and files that are broken, hostile, or
+claim too much.
+"""
 
 import itertools
 import json
@@ -271,12 +273,27 @@ def test_that_durations_as_coordinates_are_numbers_with_units(tmp_path, where):
 # ---------------------------------------------------------------- circles
 
 
-@pytest.mark.parametrize("axis, place, weights", [
-    ([350.0, 355, 0, 5, 10], -5, {355: 1.0}), ([350.0, 355, 0, 5, 10], 357.5, {355: 0.5, 0: 0.5}), ([350.0, 355, 0, 5, 10], 715, {355: 1.0}), ([350.0, 355, 0, 5, 10], 10, {10: 1.0}),
-    ([350.0, 355, 0, 5, 10], 180, None), ([350.0, 355, 0, 5, 10], 349, None), ([350.0, 355, 0, 5, 10], 11, None), ([10.0, 5, 0, 355, 350], 357.5, {355: 0.5, 0: 0.5}),
-    ([-10.0, -5, 0, 5, 10], 355, {-5: 1.0}), ([0.0, 60, 120, 180, -120, -60], 210, {180: 0.5, -120: 0.5}), ([0.0, 60, 120, 180, -120, -60], -30, {-60: 0.5, 0: 0.5}),
-    ([0.0, 60, 120, 180, 240, 300], 330, {300: 0.5, 0: 0.5}), ([0.0, 60, 120, 180, 240, 300, 360], 330, {300: 0.5, 0: 0.5}), ([0.0, 90, 180], 270, None), ([359.0], -1, {359: 1.0}), ([359.0], 0, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "axis, place, weights",
+    [
+        ([350.0, 355, 0, 5, 10], -5, {355: 1.0}),
+        ([350.0, 355, 0, 5, 10], 357.5, {355: 0.5, 0: 0.5}),
+        ([350.0, 355, 0, 5, 10], 715, {355: 1.0}),
+        ([350.0, 355, 0, 5, 10], 10, {10: 1.0}),
+        ([350.0, 355, 0, 5, 10], 180, None),
+        ([350.0, 355, 0, 5, 10], 349, None),
+        ([350.0, 355, 0, 5, 10], 11, None),
+        ([10.0, 5, 0, 355, 350], 357.5, {355: 0.5, 0: 0.5}),
+        ([-10.0, -5, 0, 5, 10], 355, {-5: 1.0}),
+        ([0.0, 60, 120, 180, -120, -60], 210, {180: 0.5, -120: 0.5}),
+        ([0.0, 60, 120, 180, -120, -60], -30, {-60: 0.5, 0: 0.5}),
+        ([0.0, 60, 120, 180, 240, 300], 330, {300: 0.5, 0: 0.5}),
+        ([0.0, 60, 120, 180, 240, 300, 360], 330, {300: 0.5, 0: 0.5}),
+        ([0.0, 90, 180], 270, None),
+        ([359.0], -1, {359: 1.0}),
+        ([359.0], 0, None),
+    ],
+)
 def test_that_longitudes_are_places_on_a_circle(tmp_path, axis, place, weights):
     states = states_of(day(axis, "degrees_east"), tmp_path)
     table = f"value,error,units,lon\n281,0.5,K,{place}\n"
@@ -970,13 +987,19 @@ def test_that_descriptions_that_make_no_sense_are_one_line(tmp_path, text):
     one_line(caught)
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda d: d.assign(t_analysis=d.t_analysis.astype(str)), "expected numbers in 't_analysis', got text"),
-    (lambda d: d.assign(t_analysis=(d.t_analysis.dims, np.full(d.t_analysis.shape, START))), "expected numbers in 't_analysis', got times"),
-    (lambda d: d.isel(lat=slice(0)), "expected points of t"),
-    (lambda d: d.isel(time=slice(0)), "expected pairs"),
-    (lambda d: d.assign(t_background=1.0, t_analysis=2.0), "expected a dimension that counts pairs"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda d: d.assign(t_analysis=d.t_analysis.astype(str)), "expected numbers in 't_analysis', got text"),
+        (
+            lambda d: d.assign(t_analysis=(d.t_analysis.dims, np.full(d.t_analysis.shape, START))),
+            "expected numbers in 't_analysis', got times",
+        ),
+        (lambda d: d.isel(lat=slice(0)), "expected points of t"),
+        (lambda d: d.isel(time=slice(0)), "expected pairs"),
+        (lambda d: d.assign(t_background=1.0, t_analysis=2.0), "expected a dimension that counts pairs"),
+    ],
+)
 def test_that_variables_that_are_no_fields_are_one_line(tmp_path, change, words):
     change(pairs()).to_netcdf(tmp_path / "a.nc")
     with pytest.raises(ValueError) as caught:

@@ -1,4 +1,6 @@
-"""Nothing depends on the units of the user's numbers; what never changes is left out and kept; every rival stands in the report, and every word is a word."""
+"""Nothing depends on the units of the user's numbers; what never changes is left out and kept; every rival stands in the report,
+and every word is a word.
+"""
 
 import dataclasses
 import math
@@ -464,9 +466,9 @@ def test_that_a_verdict_names_what_it_lacks_and_does_not_praise_what_is_not_fini
         return Calibration(pd.DataFrame(), table, np.ones(20), {}, 10)
 
     rows = [("background", 1.0, 0.01, 10, ""), ("3D-Var", 0.8, 0.01, 10, ""), ("PnP-DA, 1 iteration", 0.5, 0.01, 10, "")]
-    assert (
-        verdict(calibration(rows))
-        == "With this prior analyses were better than with the best of the others (3D-Var). Missing among the others: regression + Kalman step (not tried)."
+    assert verdict(calibration(rows)) == (
+        "With this prior analyses were better than with the best of the others (3D-Var). Missing among the others: "
+        "regression + Kalman step (not tried)."
     )
     lost = [
         *rows[:2],
@@ -554,7 +556,10 @@ def test_that_states_and_observations_that_do_not_fit_are_named(prior):
 
 # ---------------------------------------------------------------- reports
 
-HOSTILE = '<script>alert(1)</script>|`a`[x](javascript:y)*b*_c_$x_1$\n# d\r\n1. e \u202eevil\ud800 "><img src=x onerror=z> &amp; ~~f~~ 漢字 \x00'
+HOSTILE = (
+    '<script>alert(1)</script>|`a`[x](javascript:y)*b*_c_$x_1$\n# d\r\n1. e \u202eevil\ud800 "><img src=x onerror=z> &amp; '
+    "~~f~~ 漢字 \x00"
+)
 
 
 def hostile_report() -> Report:

@@ -1,4 +1,6 @@
-"""Thousands of command lines, most of them wrong: one line, a status that is known, and nobody's files changed. Long ones with `--slow`."""
+"""Thousands of command lines, most of them wrong: one line, a status that is known, and nobody's files changed. Long ones with
+`--slow`.
+"""
 
 import contextlib
 import glob
@@ -115,8 +117,58 @@ def complaint(status: int | None, said: str, before: dict, after: dict) -> str:
 
 # ---------------------------------------------------------------- command lines
 
-ODD = ["", " ", ".", "..", "/", "~", "-", "--", "=", ",", ",,", "a,,b", "nan", "inf", "-1", "0", "1e3", "1e400", "0x10", "9" * 20, "9" * 5000, "-" + "9" * 20, "None", "true", "é ü ±", "\u202e", "\x1b]0;x\x07",
-       "a\nb", "a\rb", "a\tb", "\x00", "a\x00b", "\udcff", "\ud800", "*", "*.nc", "[", "[!", "?", "x" * 255, "x" * 300 + ".nc", "d/" * 2000 + "x.nc", "/dev/null", "/dev/zero", "/dev/full", "/proc/nowhere/x.nc", "{}", "%s", "$HOME", "🌍.nc"]  # fmt: skip
+ODD = [
+    "",
+    " ",
+    ".",
+    "..",
+    "/",
+    "~",
+    "-",
+    "--",
+    "=",
+    ",",
+    ",,",
+    "a,,b",
+    "nan",
+    "inf",
+    "-1",
+    "0",
+    "1e3",
+    "1e400",
+    "0x10",
+    "9" * 20,
+    "9" * 5000,
+    "-" + "9" * 20,
+    "None",
+    "true",
+    "é ü ±",
+    "\u202e",
+    "\x1b]0;x\x07",
+    "a\nb",
+    "a\rb",
+    "a\tb",
+    "\x00",
+    "a\x00b",
+    "\udcff",
+    "\ud800",
+    "*",
+    "*.nc",
+    "[",
+    "[!",
+    "?",
+    "x" * 255,
+    "x" * 300 + ".nc",
+    "d/" * 2000 + "x.nc",
+    "/dev/null",
+    "/dev/zero",
+    "/dev/full",
+    "/proc/nowhere/x.nc",
+    "{}",
+    "%s",
+    "$HOME",
+    "🌍.nc",
+]
 NUMBERS = [
     "-5",
     "0",
@@ -137,17 +189,102 @@ NUMBERS = [
     " 3",
     "--5",
 ]
-FILES = ["pairs.nc", "part_*.nc", "part_?.nc", "today.nc", "hard.nc", "link.nc", "loop.nc", "nowhere.nc", "pairs.zarr", "pairs.zarr/", "seen.csv", "text.csv", "prior.safetensors", "half.safetensors", "half.nc", "empty.nc", "folder", "gone.nc", "*.nc", "../*/pairs.nc"]  # fmt: skip
-OUTS = ["new.nc", "new.html", "new.md", "new.safetensors", "new", "deep/er/new.nc", "d/../pairs.nc", "pairs.nc", "./today.nc", "link.nc", "hard.nc", "loop.nc", "pairs.zarr/new.nc", "pairs.zarr/.zattrs", "folder", "folder/", "seen.csv", "seen.csv/new.nc", "prior.safetensors", "x" * 240 + ".nc", "new.NC", "new.nc/"]  # fmt: skip
+FILES = [
+    "pairs.nc",
+    "part_*.nc",
+    "part_?.nc",
+    "today.nc",
+    "hard.nc",
+    "link.nc",
+    "loop.nc",
+    "nowhere.nc",
+    "pairs.zarr",
+    "pairs.zarr/",
+    "seen.csv",
+    "text.csv",
+    "prior.safetensors",
+    "half.safetensors",
+    "half.nc",
+    "empty.nc",
+    "folder",
+    "gone.nc",
+    "*.nc",
+    "../*/pairs.nc",
+]
+OUTS = [
+    "new.nc",
+    "new.html",
+    "new.md",
+    "new.safetensors",
+    "new",
+    "deep/er/new.nc",
+    "d/../pairs.nc",
+    "pairs.nc",
+    "./today.nc",
+    "link.nc",
+    "hard.nc",
+    "loop.nc",
+    "pairs.zarr/new.nc",
+    "pairs.zarr/.zattrs",
+    "folder",
+    "folder/",
+    "seen.csv",
+    "seen.csv/new.nc",
+    "prior.safetensors",
+    "x" * 240 + ".nc",
+    "new.NC",
+    "new.nc/",
+]
 COMMANDS = {
-    "train": (["ARCHIVE"], {"--out": "out", "--report": "out", "--seed": "number", "--epochs": "number", "--memory": "number", "--names": "word", "--samples": "word"}, ["--paper"]),
-    "assimilate": ([], {"--prior": "file", "--background": "file", "--observations": "file", "--out": "out", "--report": "out", "--iterations": "number", "--answers": "number", "--seed": "number", "--names": "word", "--samples": "word"}, []),
+    "train": (
+        ["ARCHIVE"],
+        {
+            "--out": "out",
+            "--report": "out",
+            "--seed": "number",
+            "--epochs": "number",
+            "--memory": "number",
+            "--names": "word",
+            "--samples": "word",
+        },
+        ["--paper"],
+    ),
+    "assimilate": (
+        [],
+        {
+            "--prior": "file",
+            "--background": "file",
+            "--observations": "file",
+            "--out": "out",
+            "--report": "out",
+            "--iterations": "number",
+            "--answers": "number",
+            "--seed": "number",
+            "--names": "word",
+            "--samples": "word",
+        },
+        [],
+    ),
     "describe": (["FILE"], {"--names": "word", "--samples": "word"}, []),
-    "run": (["EXPERIMENT"], {"--preset": "preset", "--methods": "method", "--runs": "number", "--members": "number", "--seed": "number", "--set": "setting", "--out": "out", "--workers": "number", "--scheduler": "word"}, []),
+    "run": (
+        ["EXPERIMENT"],
+        {
+            "--preset": "preset",
+            "--methods": "method",
+            "--runs": "number",
+            "--members": "number",
+            "--seed": "number",
+            "--set": "setting",
+            "--out": "out",
+            "--workers": "number",
+            "--scheduler": "word",
+        },
+        [],
+    ),
     "bench": ([], {"--only": "word", "--out": "out"}, ["--quick", "--full"]),
     "published": ([], {"--runs": "number", "--seed": "number", "--out": "out"}, ["--quick"]),
     "list": ([], {}, []),
-}  # fmt: skip
+}
 NEEDED = {"train": ["--out"], "assimilate": ["--prior", "--background", "--observations", "--out"]}
 RIGHT = {
     "--prior": "prior.safetensors",
@@ -170,7 +307,8 @@ def value_for(kind: str, r: random.Random, inputs: Path, scratch: Path) -> str:
     if kind == "setting":
         settings = vars(next(iter(r.choice(list(STUDIES.values())).presets.values())))
         name = r.choice([*settings, "speed", "archive", "prior"])
-        return f"{name}={r.choice([*ODD, *NUMBERS, '1e300', '1e-300', '1000000', '1,,2', ',', '0,0', '1,x', 'nan,1', f'{inputs}/half.nc', f'{inputs}/half.safetensors'])}"
+        odd = [*ODD, *NUMBERS, "1e300", "1e-300", "1000000", "1,,2", ",", "0,0", "1,x", "nan,1"]
+        return f"{name}={r.choice([*odd, f'{inputs}/half.nc', f'{inputs}/half.safetensors'])}"
     return r.choice(
         {
             "preset": ["smoke", "paper", "huge"],
@@ -202,8 +340,13 @@ def command_line(r: random.Random, inputs: Path, scratch: Path) -> list[str]:
     if name == "train" and "--epochs" not in words:
         words += ["--epochs", "1"]
     if name in ("run", "bench", "published"):  # with nothing wrong they take minutes, so that something is
-        words += r.choice({"run": [["--runs", "0"], ["--set", "speed=3"], ["--methods", "4dvar"], *3 * [["--out", f"{inputs}/seen.csv"]]],
-                           "bench": [["--only", "nothing"], ["--quick", "--full"], ["--out", f"{inputs}/seen.csv"]], "published": [["--runs", "0"], ["--seed", "x"], ["--out", f"{inputs}/seen.csv"]]}[name])  # fmt: skip
+        words += r.choice(
+            {
+                "run": [["--runs", "0"], ["--set", "speed=3"], ["--methods", "4dvar"], *3 * [["--out", f"{inputs}/seen.csv"]]],
+                "bench": [["--only", "nothing"], ["--quick", "--full"], ["--out", f"{inputs}/seen.csv"]],
+                "published": [["--runs", "0"], ["--seed", "x"], ["--out", f"{inputs}/seen.csv"]],
+            }[name]
+        )
     return words
 
 
@@ -280,13 +423,16 @@ def test_that_thousands_of_command_lines_end_as_they_should(inputs, tmp_path, co
     assert not wrong, f"{len(wrong)}\n" + "\n".join(wrong)
 
 
-@pytest.mark.parametrize("harm, found", [
-    (lambda folder: 1 / 0, "nobody foresaw it"),
-    (lambda folder: (folder / "pairs.nc").write_bytes(b""), "inputs changed: ['pairs.nc']"),
-    (lambda folder: (folder / ".1.part.x.nc").touch(), "left over: ['.1.part.x.nc']"),
-    (lambda folder: print("one\ntwo", file=sys.stderr) or int("x"), "3 lines"),
-    (lambda folder: os._exit, ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "harm, found",
+    [
+        (lambda folder: 1 / 0, "nobody foresaw it"),
+        (lambda folder: (folder / "pairs.nc").write_bytes(b""), "inputs changed: ['pairs.nc']"),
+        (lambda folder: (folder / ".1.part.x.nc").touch(), "left over: ['.1.part.x.nc']"),
+        (lambda folder: print("one\ntwo", file=sys.stderr) or int("x"), "3 lines"),
+        (lambda folder: os._exit, ""),
+    ],
+)
 def test_that_harm_would_be_found(inputs, tmp_path, monkeypatch, harm, found):
     (tmp_path / "pairs.nc").write_bytes(b"a")
     before = contents(tmp_path)

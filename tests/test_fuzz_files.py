@@ -33,9 +33,14 @@ def world(times: int = 60) -> xr.Dataset:
 
 
 STATIONS = {
-    "value": ("station", [281.0, 279.0, 0.5]), "error": ("station", [0.1, 0.2, 0.1]), "variable": ("station", ["t", "t", "u"]), "units": ("station", ["K", "K", "m s-1"]),
-    "lat": ("station", [50.0, 45.0, 40.0]), "lon": ("station", [-5.0, 357.5, 5.0]), "time": ((), np.datetime64("2020-01-01", "ns")),
-}  # fmt: skip
+    "value": ("station", [281.0, 279.0, 0.5]),
+    "error": ("station", [0.1, 0.2, 0.1]),
+    "variable": ("station", ["t", "t", "u"]),
+    "units": ("station", ["K", "K", "m s-1"]),
+    "lat": ("station", [50.0, 45.0, 40.0]),
+    "lon": ("station", [-5.0, 357.5, 5.0]),
+    "time": ((), np.datetime64("2020-01-01", "ns")),
+}
 TABLE = "value,error,variable,units,lat,lon,time\n281,0.1,t,K,50,-5,2020-01-01T00:00Z\n0.5,0.1,u,m s-1,,5,2020-01-01T02:00+02:00\n"
 
 

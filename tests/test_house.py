@@ -11,8 +11,16 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "pnpda_nb"
 # from the ground up; a room knows only those on floors below its own
 FLOORS = (
-    "core", "plotting dynamics observing sweep", "classical files flow_matching twin", "pnp learned windows interop", "methods operations bench", "studies", "experiments/trajectories", "experiments", "cli",
-)  # fmt: skip
+    "core",
+    "plotting dynamics observing sweep",
+    "classical files flow_matching twin",
+    "pnp learned windows interop",
+    "methods operations bench",
+    "studies",
+    "experiments/trajectories",
+    "experiments",
+    "cli",
+)
 LEVEL = {room: level for level, floor in enumerate(FLOORS) for room in floor.split()}
 
 

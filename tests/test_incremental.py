@@ -1,4 +1,6 @@
-"""Neural incremental data assimilation: gradients and posteriors against dense algebra, and training that repeats, resumes and is written down."""
+"""Neural incremental data assimilation: gradients and posteriors against dense algebra, and training that repeats, resumes and is
+written down.
+"""
 
 import json
 from dataclasses import replace
@@ -316,9 +318,19 @@ def test_that_settings_out_of_range_are_named():
         with pytest.raises(ValueError, match=f"^{next(iter(wrong))}: expected"):
             make(**wrong)
     for wrong in (
-        {"iterations": 0}, {"processes": 0}, {"windows": 0}, {"checks": 0}, {"learning_rate": 0.0}, {"deviation": -1.0}, {"weight_decay": -1.0},
-        {"likelihood": float("nan")}, {"mode": "x"}, {"average": 1.5}, {"background": -0.1}, {"last": 0.0},
-    ):  # fmt: skip
+        {"iterations": 0},
+        {"processes": 0},
+        {"windows": 0},
+        {"checks": 0},
+        {"learning_rate": 0.0},
+        {"deviation": -1.0},
+        {"weight_decay": -1.0},
+        {"likelihood": float("nan")},
+        {"mode": "x"},
+        {"average": 1.5},
+        {"background": -0.1},
+        {"last": 0.0},
+    ):
         with pytest.raises(ValueError, match=f"^{next(iter(wrong))}: expected"):
             IncrementalSettings(**wrong)
     for wrong in (
@@ -531,8 +543,12 @@ def test_that_files_of_others_and_broken_ones_are_named(tmp_path):
     header = {"format": "pnpda_nb incremental prior 1", "architecture": "[]", "training": "{}", "calibration": "null"}
     with_seal({"x": torch.ones(2)}, header, tmp_path / "header")
     for name, message in {
-        "cut": "not a readable", "head": "not a readable", "text": "not a readable", "foreign": "expected format", "header": "a header that does not fit"
-    }.items():  # fmt: skip
+        "cut": "not a readable",
+        "head": "not a readable",
+        "text": "not a readable",
+        "foreign": "expected format",
+        "header": "a header that does not fit",
+    }.items():
         with pytest.raises(ValueError, match=message) as error:
             IncrementalPrior.load(tmp_path / name)
         assert str(error.value).startswith("prior: ") and "\n" not in str(error.value)
@@ -688,9 +704,15 @@ def test_that_a_background_covariance_of_another_size_is_refused():
 
 
 LORENZ = TwinExperiment(
-    "cycled", Lorenz63(dt=0.05), Lorenz63(dt=0.05), ObservingNetwork(Select((0, 2), 3), DiagonalCovariance([0.2, 0.3]), missing=0.3), interval=1,
-    cycles=8, start=(0.0, 0.0, 25.0), spin_up=50,
-)  # fmt: skip
+    "cycled",
+    Lorenz63(dt=0.05),
+    Lorenz63(dt=0.05),
+    ObservingNetwork(Select((0, 2), 3), DiagonalCovariance([0.2, 0.3]), missing=0.3),
+    interval=1,
+    cycles=8,
+    start=(0.0, 0.0, 25.0),
+    spin_up=50,
+)
 NATURE = torch.stack([standard_normal((500, 3), stream(4, t)).cumsum(-1) + 3 * t for t in range(5)], 1)
 
 

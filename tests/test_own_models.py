@@ -207,9 +207,16 @@ def lost_above(limit: float, **settings) -> UserModel:
 
 # runs of which no state exceeds the limit, and others
 PERILOUS = TwinExperiment(
-    "perilous", Lorenz63(), Lorenz63(), ObservingNetwork(Select((0, 1, 2), 3), DiagonalCovariance([2.0, 2.0, 2.0])), interval=10, cycles=5,
-    start=(1.5, -1.5, 25.0), start_variance=2.0, spin_up=500,
-)  # fmt: skip
+    "perilous",
+    Lorenz63(),
+    Lorenz63(),
+    ObservingNetwork(Select((0, 1, 2), 3), DiagonalCovariance([2.0, 2.0, 2.0])),
+    interval=10,
+    cycles=5,
+    start=(1.5, -1.5, 25.0),
+    start_variance=2.0,
+    spin_up=500,
+)
 B = Covariance(2 * torch.eye(3, dtype=torch.float64))
 PRIOR = GaussianPrior(torch.eye(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64), B)
 
@@ -218,11 +225,19 @@ PRIOR = GaussianPrior(torch.eye(3, dtype=torch.float64), torch.zeros(3, dtype=to
 @pytest.mark.parametrize(
     "method, members",
     [
-        (FreeRun(), 1), (ThreeDVar(B), 1), (EnKF(), 10), (ETKF(), 10), (LETKF(), 10), (EnKS(lag=2), 10), (ParticleFilter(), 30),
-        (FourDVar(B, window=2, shift=1, iterations=2), 1), (PnPDA(PRIOR, iterations=3), 1), (PnPDA4D(PRIOR, window=2, iterations=3), 1),
+        (FreeRun(), 1),
+        (ThreeDVar(B), 1),
+        (EnKF(), 10),
+        (ETKF(), 10),
+        (LETKF(), 10),
+        (EnKS(lag=2), 10),
+        (ParticleFilter(), 30),
+        (FourDVar(B, window=2, shift=1, iterations=2), 1),
+        (PnPDA(PRIOR, iterations=3), 1),
+        (PnPDA4D(PRIOR, window=2, iterations=3), 1),
     ],
     ids=lambda x: type(x).__name__ if not isinstance(x, int) else "",
-)  # fmt: skip
+)
 def test_that_a_run_that_a_stranger_s_model_loses_is_set_aside_and_no_other_notices(method, members, settings):
     if settings and isinstance(method, PnPDA4D):
         pytest.skip("needs derivatives")
@@ -431,9 +446,17 @@ def test_that_model_error_can_stand_in_for_a_model_s_own_noise():
     model = UserModel(lambda x: 0.5 * x, 3, name="relaxing")
     seen = ObservingNetwork(Select(range(3), 3), DiagonalCovariance(torch.full((3,), 0.1)))
     experiment = TwinExperiment(
-        "relaxing", model, model, seen, interval=1, cycles=40, start=(0.0,) * 3, spin_up=0,
-        nature_error=AdditiveModelError(1.0), model_error=AdditiveModelError(1.0),
-    )  # fmt: skip
+        "relaxing",
+        model,
+        model,
+        seen,
+        interval=1,
+        cycles=40,
+        start=(0.0,) * 3,
+        spin_up=0,
+        nature_error=AdditiveModelError(1.0),
+        model_error=AdditiveModelError(1.0),
+    )
     variance = 1.0
     for _ in range(20):  # the Kalman filter's own
         forecast = 0.25 * variance + 1

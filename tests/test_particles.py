@@ -18,13 +18,31 @@ R = Covariance([[0.5]])
 M = torch.tensor([[0.9, 0.3], [-0.3, 0.9]], dtype=torch.float64)
 TURNING = FunctionModel(lambda x: x @ M.T, 2)
 LINEAR = TwinExperiment(
-    "turning", TURNING, TURNING, ObservingNetwork(Select((0,), 2), R), interval=2, cycles=15, start=(0.0, 0.0), start_variance=4.0, spin_up=0,
-    nature_error=AdditiveModelError(0.1), model_error=AdditiveModelError(0.1), first_ensemble="same_law",
-)  # fmt: skip
+    "turning",
+    TURNING,
+    TURNING,
+    ObservingNetwork(Select((0,), 2), R),
+    interval=2,
+    cycles=15,
+    start=(0.0, 0.0),
+    start_variance=4.0,
+    spin_up=0,
+    nature_error=AdditiveModelError(0.1),
+    model_error=AdditiveModelError(0.1),
+    first_ensemble="same_law",
+)
 CHAOTIC = TwinExperiment(
-    "ring", Lorenz96(dim=6), Lorenz96(dim=6), ObservingNetwork(Select((0, 2, 4), 6), Covariance(2.25 * np.eye(3))), interval=1, cycles=12,
-    start=(1.0,) + 5 * (0.0,), start_variance=1.0, spin_up=0, first_ensemble="same_law",
-)  # fmt: skip
+    "ring",
+    Lorenz96(dim=6),
+    Lorenz96(dim=6),
+    ObservingNetwork(Select((0, 2, 4), 6), Covariance(2.25 * np.eye(3))),
+    interval=1,
+    cycles=12,
+    start=(1.0,) + 5 * (0.0,),
+    start_variance=1.0,
+    spin_up=0,
+    first_ensemble="same_law",
+)
 
 
 def kalman(observations: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -170,7 +188,18 @@ def test_that_the_weighted_crps_is_the_fair_one_of_scoringrules():
     w = stream(1, "weights")
     weights = torch.rand(3, 7, generator=w, dtype=torch.float64)
     weights /= weights.sum(-1, keepdim=True)
-    offset = TwinExperiment("still", STILL, STILL, CHAOTIC.network, interval=1, cycles=2, start=6 * (1e6,), start_variance=1.0, spin_up=0, first_ensemble="same_law")  # fmt: skip
+    offset = TwinExperiment(
+        "still",
+        STILL,
+        STILL,
+        CHAOTIC.network,
+        interval=1,
+        cycles=2,
+        start=6 * (1e6,),
+        start_variance=1.0,
+        spin_up=0,
+        first_ensemble="same_law",
+    )
     result = cycle(offset, Weighing(weights), members=7, runs=3, seed=1, keep_members=True)
     ensemble = result.analysis_members.transpose("run", "cycle", "variable", "member").values
     many = np.broadcast_to(weights.numpy()[:, None, None, :], ensemble.shape).copy()
@@ -180,7 +209,9 @@ def test_that_the_weighted_crps_is_the_fair_one_of_scoringrules():
 def test_that_weights_make_an_honest_ensemble_of_one_that_is_too_wide():
     @dataclass(frozen=True)
     class Importance:
-        """Members drawn around what was seen with 1.3 times the standard deviation that they should have, and weights that make up for it."""
+        """Members drawn around what was seen with 1.3 times the standard deviation that they should have, and weights that make up
+        for it.
+        """
 
         window: int = 1
         weighted: bool = True

@@ -17,9 +17,27 @@ from pnpda_nb.experiments.trajectories.tables import window_scores
 from pnpda_nb.windows import normalised_mse
 
 SMALL = [
-    "--runs", 6, "--set", "iterations=8", "--set", "climate_windows=300", "--set", "validation_windows=8", "--set", "width=16", "--set", "level_iterations=0",
-    "--set", "draws=500", "--set", "unseen=arctan", "--set", "lengths=32", "--set", "repeats=1",
-]  # fmt: skip
+    "--runs",
+    6,
+    "--set",
+    "iterations=8",
+    "--set",
+    "climate_windows=300",
+    "--set",
+    "validation_windows=8",
+    "--set",
+    "width=16",
+    "--set",
+    "level_iterations=0",
+    "--set",
+    "draws=500",
+    "--set",
+    "unseen=arctan",
+    "--set",
+    "lengths=32",
+    "--set",
+    "repeats=1",
+]
 
 
 @pytest.mark.parametrize("name", WINDOW_PRESETS)

@@ -91,7 +91,9 @@ def _plain_metadata(path: Path) -> None:
 
 
 def fresh_processes(workers: int = 1) -> ProcessPoolExecutor:
-    """A process for every chapter, forked from one that knows the libraries and nothing of the book: what a chapter leaves behind must not help the next."""
+    """A process for every chapter, forked from one that knows the libraries and nothing of the book: what a chapter leaves behind
+    must not help the next.
+    """
     os.environ.update(OMP_NUM_THREADS="1", PYTHONHASHSEED="0")  # before the libraries are imported
     context = get_context("forkserver")
     context.set_forkserver_preload(LIBRARIES)
@@ -141,7 +143,9 @@ def execute(name: str, keep: bool = True) -> tuple[str, float, str]:
 
 
 def smaller_png(picture: str | list[str]) -> str:
-    """A picture (base64) with a palette of 256 colours, which is a third of the size and looks the same; as it was if that is no smaller."""
+    """A picture (base64) with a palette of 256 colours, which is a third of the size and looks the same; as it was if that is no
+    smaller.
+    """
     from PIL import Image
 
     picture = "".join(picture)

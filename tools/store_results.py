@@ -1,8 +1,8 @@
 """Make the stored results of the book again: `python tools/store_results.py [STUDY ...]`.
 
-Runs the paper preset of each study, Lorenz-63 for several seeds, the presets of the chapter beyond the paper and the studies of windows, and keeps what is small: scores, manifest, priors, and the
-scores of every run. Chapters read these files and check a few rows against the code. In all it takes about three
-hours on two cores; a run that was interrupted goes on where it was.
+Runs the paper preset of each study, Lorenz-63 for several seeds, the presets of the chapter beyond the paper and the studies of
+windows, and keeps what is small: scores, manifest, priors, and the scores of every run. Chapters read these files and check a few
+rows against the code. In all it takes about three hours on two cores; a run that was interrupted goes on where it was.
 """
 
 from __future__ import annotations

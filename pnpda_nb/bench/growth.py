@@ -61,7 +61,9 @@ def everything_workload(cycles: int) -> Callable[[], object]:
 
 # %% ../../nbs/97_bench.ipynb #9c454014
 def pnpda_workload(dim: int, step_rule: str = "lipschitz") -> Callable[[], object]:
-    """One PnP-DA analysis of `dim` variables, every second one observed, with the hidden widths of the paper's Lorenz-96 network."""
+    """One PnP-DA analysis of `dim` variables, every second one observed, with the hidden widths of the paper's Lorenz-96
+    network.
+    """
     method = PnPDA(untrained_prior(dim, NETWORKS["Lorenz-96"][1]), step_rule=step_rule)
     return one_analysis(method, 1)
 
@@ -132,8 +134,8 @@ def _needed(name: str, size: int) -> tuple[float, float]:
 
 # %% ../../nbs/97_bench.ipynb #a8cbbd8b
 def needs(name: str, sizes: Sequence[int]) -> Iterator[tuple[int, float, float]]:
-    """Size, seconds and MiB (by how much the peak of memory rose) of the workload `name` (of `WORKLOADS`) for all `sizes`, each in a
-    process of its own. Raises `ValueError` where processes cannot fork, and `RuntimeError` for one that failed.
+    """Size, seconds and MiB (by how much the peak of memory rose) of the workload `name` (of `WORKLOADS`) for all `sizes`, each in
+    a process of its own. Raises `ValueError` where processes cannot fork, and `RuntimeError` for one that failed.
     """
     if not hasattr(os, "fork"):
         raise ValueError(f"{name}: peak memory is measured in forked processes, which this system does not have")
@@ -142,7 +144,7 @@ def needs(name: str, sizes: Sequence[int]) -> Iterator[tuple[int, float, float]]
     with (
         tempfile.TemporaryFile("w+") as said,
         subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=said, text=True, env=alone) as process,
-    ):  # fmt: skip
+    ):
         try:
             for size in sizes:
                 answer = process.stdout.readline().strip()

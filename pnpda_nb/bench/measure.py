@@ -46,7 +46,9 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 
 def speed_ratio(ours: Sequence[float], peer: Sequence[float]) -> dict[str, float]:
-    """Medians of seconds measured in turns, how many times longer the peer takes (the median over the pairs), and the extremes of that."""
+    """Medians of seconds measured in turns, how many times longer the peer takes (the median over the pairs), and the extremes of
+    that.
+    """
     ratios = [theirs / mine for mine, theirs in zip(ours, peer, strict=True)]
     medians = {"ours": statistics.median(ours), "peer": statistics.median(peer)}
     return medians | {"ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
@@ -92,8 +94,8 @@ QUICK = Sizes(
 
 # %% ../../nbs/97_bench.ipynb #8bd4ee6c
 def arithmetic_limits(seconds: float = 0.2) -> dict[str, float]:
-    """Double-precision operations per second of one thread: `elementwise` (a + 2 b and a + b · c, the best of three lengths that stay in
-    the cache) and `matmul` (512 × 512 matrices).
+    """Double-precision operations per second of one thread: `elementwise` (a + 2 b and a + b · c, the best of three lengths that
+    stay in the cache) and `matmul` (512 × 512 matrices).
     """
     a, b, c = (standard_normal((65_536,), stream(0, "arithmetic", i)) for i in range(3))
     square = standard_normal((512, 512), stream(0, "matrix"))

@@ -41,8 +41,8 @@ __all__ = []
 
 # %% ../../nbs/97_bench.ipynb #36005c19
 def sakov2012(cycles: int = 250) -> TwinExperiment:
-    """The twin experiment of Sakov et al. (2012, section 4.1) on Lorenz-63, with `cycles` analyses, of which those of the first 16 time
-    units are not scored.
+    """The twin experiment of Sakov et al. (2012, section 4.1) on Lorenz-63, with `cycles` analyses, of which those of the first 16
+    time units are not scored.
     """
     return TwinExperiment(
         "sakov2012",
@@ -64,8 +64,8 @@ DAPPER_MISSING = "skipped: DAPPER is not installed (pip install 'pnpda_nb[dapper
 
 
 def dapper_run(experiment: TwinExperiment, members: int, inflation: float, seed: int) -> tuple[float, float, float]:
-    """The twin experiment (fully observed Lorenz-63, as `sakov2012`) in DAPPER, once: processor seconds of its `simulate` and `assimilate`,
-    and the RMSE of the analysis after the burn-in.
+    """The twin experiment (fully observed Lorenz-63, as `sakov2012`) in DAPPER, once: processor seconds of its `simulate` and
+    `assimilate`, and the RMSE of the analysis after the burn-in.
     """
     import_dapper()
     import dapper.mods as modelling
@@ -160,8 +160,8 @@ def _states(model: Model, batch: int) -> Tensor:
 
 # %% ../../nbs/97_bench.ipynb #352546ac
 def lsoda(model: KuramotoSivashinsky, state: np.ndarray, steps: int, tolerance: float, banded: bool = True) -> np.ndarray:
-    """`state` `(dim,)` after `steps` of a clamped Kuramoto-Sivashinsky `model` by LSODA (scipy's `odeint`), with relative and absolute
-    `tolerance`; `banded` tells it the structure of the Jacobian.
+    """`state` `(dim,)` after `steps` of a clamped Kuramoto-Sivashinsky `model` by LSODA (scipy's `odeint`), with relative and
+    absolute `tolerance`; `banded` tells it the structure of the Jacobian.
     """
     from scipy.integrate import odeint
 
@@ -326,8 +326,8 @@ def torchcfm_pairing(beta: float, replace: bool = True) -> Callable:
 def training_steps(
     pair: Callable, minibatches: Sequence[tuple[Tensor, ...]], until: str = "step", fused: bool = True
 ) -> list[float]:
-    """Train an untrained network on `minibatches` of (noise, analysis, background, pseudo-time), paired by `pair`; the losses. Every step
-    may end before the rest is done: `until` "coupling" or "gradient".
+    """Train an untrained network on `minibatches` of (noise, analysis, background, pseudo-time), paired by `pair`; the losses.
+    Every step may end before the rest is done: `until` "coupling" or "gradient".
     """
     dim, hidden = NETWORKS["Lorenz-96"]
     network, losses = VelocityMLP(dim, hidden, 32, stream(0, "weights")), []

@@ -52,9 +52,9 @@ def bench(
 ) -> pd.DataFrame:
     """Run the parts `names` of the benchmark (all of them for none) on one thread; one row per measurement.
 
-    With `out`, the rows are in `bench.csv` of that folder, after every part, beside those of other parts that are there already, and a
-    `manifest.json` says when, on which machine and with which versions they were measured. Raises `ValueError` for an unknown part, or a
-    folder that cannot be written to or whose table cannot be read.
+    With `out`, the rows are in `bench.csv` of that folder, after every part, beside those of other parts that are there already,
+    and a `manifest.json` says when, on which machine and with which versions they were measured. Raises `ValueError` for an unknown
+    part, or a folder that cannot be written to or whose table cannot be read.
     """
     chosen, rows, start = choose_parts(names), [], time.perf_counter()
     folder = None if out is None else writable(out)

@@ -36,14 +36,15 @@ def systematic_resampling(weights: Tensor, generator: torch.Generator) -> Index:
 # %% ../../nbs/06_ensembles.ipynb #5ba1e24e
 @dataclass(frozen=True)
 class ParticleFilter:
-    """Bootstrap particle filter (Gordon et al. 1993): a run is resampled, systematically, when its effective number of particles is less
-    than a share `resample_below` of them (0: never, 1: at every analysis); `jitter` scales the kernel that moves copies apart (Musso et al. 2001).
-    The `kernel` is a "student" t of six degrees of freedom, with a width for the effective number of particles, or a "gaussian", with one for
-    all of them. The default is one for 800 particles in ten dimensions; fewer want more `jitter`, 0.85 or 1.
+    """Bootstrap particle filter (Gordon et al. 1993): a run is resampled, systematically, when its effective number of particles is
+    less than a share `resample_below` of them (0: never, 1: at every analysis); `jitter` scales the kernel that moves copies apart
+    (Musso et al. 2001). The `kernel` is a "student" t of six degrees of freedom, with a width for the effective number of
+    particles, or a "gaussian", with one for all of them. The default is one for 800 particles in ten dimensions; fewer want more
+    `jitter`, 0.85 or 1.
 
-    `analyse` with the `weights` `(..., member)` of the background returns a pair, particles and their weights, which add up to one; without, it
-    returns particles of equal weight, resampled. A run whose weights have become non-finite has an analysis of nan. Raises `ValueError` for
-    settings out of range, and for `weights` of another shape, below zero, or all zero.
+    `analyse` with the `weights` `(..., member)` of the background returns a pair, particles and their weights, which add up to one;
+    without, it returns particles of equal weight, resampled. A run whose weights have become non-finite has an analysis of nan.
+    Raises `ValueError` for settings out of range, and for `weights` of another shape, below zero, or all zero.
     """
 
     jitter: float = 0.75
@@ -65,9 +66,14 @@ class ParticleFilter:
         return self.resample_below < 1
 
     def analyse(
-        self, background: Tensor, observations: Observations, *, forecast: Callable | None, generator: torch.Generator,
+        self,
+        background: Tensor,
+        observations: Observations,
+        *,
+        forecast: Callable | None,
+        generator: torch.Generator,
         weights: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> Tensor | tuple[Tensor, Tensor]:
         members = background.shape[-2]
         if weights is not None:
             _require_weights(weights, background)
@@ -84,7 +90,9 @@ class ParticleFilter:
         return particles, torch.where(keep, after, 1 / members)
 
     def _resampled(self, background: Tensor, weights: Tensor, generator: torch.Generator, before: Tensor | None) -> Tensor:
-        """Particles drawn by their `weights` `(..., member)`, all but the first copy of each moved by the kernel; they had the weights `before`."""
+        """Particles drawn by their `weights` `(..., member)`, all but the first copy of each moved by the kernel; they had the
+        weights `before`.
+        """
         members, dim = background.shape[-2:]
         drawn = systematic_resampling(weights, generator)
         particles = background.gather(-2, drawn.unsqueeze(-1).expand(background.shape))

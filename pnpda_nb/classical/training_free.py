@@ -95,8 +95,8 @@ class EnSF(_Generative):
     """Ensemble score filter (Bao, Zhang and Zhang 2024), in units of the ensemble's spread or of `scale`.
 
     `steps` of the reverse diffusion; `bandwidth` of the kernel around each member, in those units; `epsilon` is α at
-    t = 1; `score` from "all" members or, as in the authors' code, from each trajectory's "own". Every member is drawn anew, also where nothing was seen. Raises
-    `ValueError` for settings out of range and for an ensemble of one.
+    t = 1; `score` from "all" members or, as in the authors' code, from each trajectory's "own". Every member is drawn anew, also
+    where nothing was seen. Raises `ValueError` for settings out of range and for an ensemble of one.
     """
 
     epsilon: float = 0.05
@@ -158,9 +158,10 @@ def ensemble_velocity(states: Tensor, members: Tensor, tau: float, bandwidth: fl
 class EnFF(_Generative):
     """Ensemble flow filter (Transue et al. 2025), in units of the ensemble's spread or of `scale`.
 
-    `steps` of pseudo-time; `bandwidth` is the σ_min of the path, in those units; `path` from noise ("ot") or from the members themselves
-    ("background"); `guidance` "local", `strength` times the gradient at the predicted endpoint, or "gaussian", the
-    posterior's for uncorrelated Gaussians and narrow kernels, times `strength`. Raises `ValueError` for settings out of range and for an ensemble of one.
+    `steps` of pseudo-time; `bandwidth` is the σ_min of the path, in those units; `path` from noise ("ot") or from the members
+    themselves ("background"); `guidance` "local", `strength` times the gradient at the predicted endpoint, or "gaussian", the
+    posterior's for uncorrelated Gaussians and narrow kernels, times `strength`. Raises `ValueError` for settings out of range and
+    for an ensemble of one.
     """
 
     steps: int = 20

@@ -304,7 +304,10 @@ def train(
     calibration = trained.calibration
     _say(f"\n{_line(trained.prior)}")
     _say(
-        f"\nDistance from the analyses of {calibration.pairs} pairs that were set aside (± standard error, as if they were independent):"
+        (
+            f"\nDistance from the analyses of {calibration.pairs} pairs that were set aside (± standard error, as if they "
+            "were independent):"
+        )
     )
     _say(_table(calibration.means))
     _say("\nError of analyses when a quarter of the points is seen, in standard deviations of the increments:")
@@ -345,7 +348,9 @@ def assimilate(
         typer.Option(help="where to write the report (.html or .md); default: beside the analysis", parser=_path, metavar="FILE"),
     ] = None,
 ) -> None:
-    """Assimilate observations into a background, each of its times and members by itself, with a trained prior, and report the increments."""
+    """Assimilate observations into a background, each of its times and members by itself, with a trained prior, and report the
+    increments.
+    """
     roles, dims, report = _roles(names), _words("samples", samples), _report_path(report, out)
     if out.suffix.lower() not in (".nc", ".nc4", ".cdf", ".netcdf"):
         raise ValueError(f"out: expected a file that ends in .nc, got {out}")
@@ -379,7 +384,10 @@ def assimilate(
     attributes = _attributes(loaded, given, {name: value for name, value in how.items() if value is not None})
     netcdf_bytes(states.dataset(states.values, roles[1]).isel({d: slice(1) for d in states.runs}).assign_attrs(attributes))
     method = plug_and_play(loaded, iterations, answers)
-    said = f"PnP-DA with {method.data_step} steps, {method.iterations} iteration(s), {answers} answer(s), seed {seed}; observations from {observations.name}."
+    said = (
+        f"PnP-DA with {method.data_step} steps, {method.iterations} iteration(s), {answers} answer(s), seed {seed}; "
+        f"observations from {observations.name}."
+    )
     with _room(out=out.parent, report=report.parent):
         analysis = assimilate(loaded, states, sightings, iterations=iterations, answers=answers, seed=seed, progress=True)
         described = assimilation_report(loaded, states, analysis, sightings, background.name, said)
@@ -548,7 +556,8 @@ def _attempt() -> tuple[int, str]:
         resumes = sys.argv[1:2] in (["run"], ["train"])
         return (
             130,
-            f"interrupted; {'what was finished is on disk, and the same command goes on from there' if resumes else 'nothing was written'}",
+            "interrupted; "
+            f"{'what was finished is on disk, and the same command goes on from there' if resumes else 'nothing was written'}",
         )
     return 0, ""
 

@@ -240,7 +240,9 @@ def _not_finite(value: Tensor | np.ndarray | float) -> str:
 
 # %% ../../nbs/92_engine.ipynb #7e348c7b
 def _in_double(value: object) -> object:
-    """Real numbers of any kind, in a tensor, an array or a list, as a float64 tensor; anything else as it is, for a rule to refuse."""
+    """Real numbers of any kind, in a tensor, an array or a list, as a float64 tensor; anything else as it is, for a rule to
+    refuse.
+    """
     if isinstance(value, Tensor):
         return value if value.dtype in (torch.float64, torch.bool) or value.is_complex() else value.double()
     if not isinstance(value, (np.ndarray, np.number, list, tuple)):
@@ -315,7 +317,9 @@ def _gappy_fields(kind: type) -> frozenset[str]:
 
 # %% ../../nbs/92_engine.ipynb #3143d924
 def _lost(result: object, depth: int = 3, outside: bool = True, strict: bool = False) -> Tensor | np.ndarray | float | None:
-    """Something in a result that is not finite, or None; numbers inside an object may be infinite on purpose, and gaps are passed over unless `strict`."""
+    """Something in a result that is not finite, or None; numbers inside an object may be infinite on purpose, and gaps are passed
+    over unless `strict`.
+    """
     if isinstance(result, (Tensor, np.ndarray, float)):
         lost = _finite(result) if outside or not isinstance(result, float) else math.isnan(result)
         return result if lost else None
@@ -389,10 +393,11 @@ def _whole(function: Callable, asked: _Rules, result: object, given: dict[str, A
 
 # %% ../../nbs/92_engine.ipynb #95ef78c9
 def guarded(function: Callable, owner: type | None = None) -> Callable:
-    """`function` behind the border: arguments are held against their annotations, tensors must be finite (unless they are `Gappy`), and
-    so must what comes out. `owner` is the class that it is a method of.
+    """`function` behind the border: arguments are held against their annotations, tensors must be finite (unless they are `Gappy`),
+    and so must what comes out. `owner` is the class that it is a method of.
 
-    Raises `ValueError`, naming the argument; an exception of a kind that says nothing about arguments becomes one that names them all.
+    Raises `ValueError`, naming the argument; an exception of a kind that says nothing about arguments becomes one that names them
+    all.
     """
     known: list[_Rules] = []
 

@@ -92,7 +92,9 @@ def sealed(content: bytes) -> bytes:
 
 
 def require_seal(content: bytes, name: str) -> None:
-    """Raise `ValueError`, with the `name` of the file (such as "prior: p.safetensors"), unless `content` is exactly what was `sealed`."""
+    """Raise `ValueError`, with the `name` of the file (such as "prior: p.safetensors"), unless `content` is exactly what was
+    `sealed`.
+    """
     found = _SEAL.findall(content)
     if len(found) != 1:
         raise ValueError(f"{name} has no seal: it is damaged, or was not written by this version of pnpda_nb")
@@ -134,7 +136,9 @@ def write_record(record: dict, path: str | os.PathLike) -> None:
 
 # %% ../../nbs/93_files.ipynb #42604d3b
 def read_record(path: str | os.PathLike) -> Annotated[dict, GAPS]:
-    """Read a record that `write_record` wrote. Raises `OSError` for no file, and `ValueError` for one that is damaged or foreign."""
+    """Read a record that `write_record` wrote. Raises `OSError` for no file, and `ValueError` for one that is damaged or
+    foreign.
+    """
     with naming(path, "read"):
         content = Path(path).read_bytes()
     return record_from(content, f"record: {path}")
@@ -231,8 +235,8 @@ def write_netcdf(dataset: xr.Dataset, path: str | os.PathLike) -> Path:
 
 # %% ../../nbs/93_files.ipynb #5fb4edbd
 def writable_attributes(attributes: Mapping[Any, Any]) -> dict[str, Any]:
-    """The same attributes in a form that NetCDF can hold: numbers, texts and lists of numbers or of texts as they are, truth values as
-    0 and 1, and everything else (nothing at all, a dictionary, a mixed list) as text in JSON.
+    """The same attributes in a form that NetCDF can hold: numbers, texts and lists of numbers or of texts as they are, truth values
+    as 0 and 1, and everything else (nothing at all, a dictionary, a mixed list) as text in JSON.
     """
     return {str(name).encode(errors="replace").decode(): _writable(value) for name, value in attributes.items()}
 

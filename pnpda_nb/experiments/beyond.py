@@ -30,11 +30,13 @@ __all__ = ["beyond_study"]
 class BeyondSettings(Settings):
     """Everything that one testbed's tables depend on.
 
-    `members` of the ensembles that have twenty in the tables, `tuning_runs` training truths for everything that is tuned, `particles` of the
-    particle filter. The nature run to learn from has `truth_runs` and `truth_cycles`; the record of observations `record_runs` and `record_cycles`,
-    reanalysed by an ensemble of `record_members`. `learning_cycles` and `learning_steps` per cycle, of `batch` lessons from `trajectories`, for a
-    network of `width`; the priors that start from it take a share `follow` of the cycles, blind ones a share `follow_blind`, those of an ensemble `follow_ensemble`, and those that learn from observations alone a share `record_share` of that. `foresight` cycles are looked ahead in `foresight_cycles` steps
-    (0: not at all). Plug-and-play averages `draws` of noise. Raises `ValueError` for settings out of range.
+    `members` of the ensembles that have twenty in the tables, `tuning_runs` training truths for everything that is tuned,
+    `particles` of the particle filter. The nature run to learn from has `truth_runs` and `truth_cycles`; the record of observations
+    `record_runs` and `record_cycles`, reanalysed by an ensemble of `record_members`. `learning_cycles` and `learning_steps` per
+    cycle, of `batch` lessons from `trajectories`, for a network of `width`; the priors that start from it take a share `follow` of
+    the cycles, blind ones a share `follow_blind`, those of an ensemble `follow_ensemble`, and those that learn from observations
+    alone a share `record_share` of that. `foresight` cycles are looked ahead in `foresight_cycles` steps (0: not at all).
+    Plug-and-play averages `draws` of noise. Raises `ValueError` for settings out of range.
     """
 
     testbed: str = "lorenz63"
@@ -146,11 +148,30 @@ _TESTBEDS: dict[str, dict] = {
 
 # %% ../../nbs/20_one_forecast.ipynb #c0128660
 BEYOND_METHODS = (
-    "free_run", "var3d", "particle_filter", "ensf", "enff", "letkf", "enkf", "enkf_crps", "enkf_40", "enkf_100",
-    "one_step", "pnpda_blind", "pnpda_seeing", "amortised", "foresight",
-    "one_step_obs", "pnpda_blind_obs", "amortised_obs", "foresight_obs",
-    "amortised_ensemble", "learned_mean", "amortised_ensemble_obs", "learned_mean_obs",
-)  # fmt: skip
+    "free_run",
+    "var3d",
+    "particle_filter",
+    "ensf",
+    "enff",
+    "letkf",
+    "enkf",
+    "enkf_crps",
+    "enkf_40",
+    "enkf_100",
+    "one_step",
+    "pnpda_blind",
+    "pnpda_seeing",
+    "amortised",
+    "foresight",
+    "one_step_obs",
+    "pnpda_blind_obs",
+    "amortised_obs",
+    "foresight_obs",
+    "amortised_ensemble",
+    "learned_mean",
+    "amortised_ensemble_obs",
+    "learned_mean_obs",
+)
 
 
 def beyond_priors(settings: BeyondSettings) -> dict[str, Task]:
@@ -171,9 +192,15 @@ def beyond_priors(settings: BeyondSettings) -> dict[str, Task]:
         """The first prior and those that start from it, all from one source."""
         share = settings.record_share if tag else 1.0
         amortised = learning_task(
-            testbeds, {"name": "amortised"}, settings.training(cycles=max(1, round(share * settings.learning_cycles))), network=here["network"] | {"width": settings.width}, name=f"amortised{tag}",
-            cost=seconds, **source, **seen_by,
-        )  # fmt: skip
+            testbeds,
+            {"name": "amortised"},
+            settings.training(cycles=max(1, round(share * settings.learning_cycles))),
+            network=here["network"] | {"width": settings.width},
+            name=f"amortised{tag}",
+            cost=seconds,
+            **source,
+            **seen_by,
+        )
         one = {**source, "start": amortised, "cost": seconds * settings.follow * 1.5}
         first = one | (
             {"records": source["records"][:1]} if "records" in source else {}
@@ -192,9 +219,15 @@ def beyond_priors(settings: BeyondSettings) -> dict[str, Task]:
 
     priors = family("", nature, networks=networks) | family("_obs", {"records": records, **options})
     priors["pnpda_seeing"] = learning_task(
-        testbeds, {"name": "amortised"}, settings.following(start_fraction=0.4), networks=networks, name="pnpda_seeing", start=priors["amortised"],
-        cost=seconds * settings.follow, **nature,
-    )  # fmt: skip
+        testbeds,
+        {"name": "amortised"},
+        settings.following(start_fraction=0.4),
+        networks=networks,
+        name="pnpda_seeing",
+        start=priors["amortised"],
+        cost=seconds * settings.follow,
+        **nature,
+    )
     ensemble = {"members": settings.members, "cost": seconds * settings.follow * 2}
     cycles = max(1, round(settings.follow_ensemble * settings.learning_cycles))
     training = settings.following(trajectories=settings.ensemble_trajectories, cycles=cycles)
@@ -212,14 +245,29 @@ def beyond_record(settings: BeyondSettings, condition: str) -> Task:
     here, testbed = _TESTBEDS[settings.testbed], settings.conditions()[condition]
     filter, grid = here["reanalysis"]
     tuned = tuning_task(
-        testbed, filter, grid, members=settings.record_members, runs=settings.tuning_runs, seed=settings.seed, metric=here["metric"],
-        name=f"tuning reanalysis {condition}".strip(), cost=settings.record_members,
-    )  # fmt: skip
+        testbed,
+        filter,
+        grid,
+        members=settings.record_members,
+        runs=settings.tuning_runs,
+        seed=settings.seed,
+        metric=here["metric"],
+        name=f"tuning reanalysis {condition}".strip(),
+        cost=settings.record_members,
+    )
     method = {"name": "enks", "lag": 2} if here["smoother"] else filter
     return record_task(
-        testbed, method, members=settings.record_members, runs=settings.record_runs, cycles=settings.record_cycles, seed=settings.seed,
-        smoothed=here["smoother"], tuned=tuned, name=f"record {condition}".strip(), cost=60,
-    )  # fmt: skip
+        testbed,
+        method,
+        members=settings.record_members,
+        runs=settings.record_runs,
+        cycles=settings.record_cycles,
+        seed=settings.seed,
+        smoothed=here["smoother"],
+        tuned=tuned,
+        name=f"record {condition}".strip(),
+        cost=60,
+    )
 
 
 # %% ../../nbs/20_one_forecast.ipynb #74a4f7f3
@@ -288,17 +336,30 @@ def plan_beyond(settings: BeyondSettings, methods: tuple[str, ...]) -> dict[tupl
                     return None
                 method, few = {"name": "pnpda", "blind": True, "draws": settings.draws} | here["pnpda"], here["pnpda"]["iterations"]
                 tuned = tuning_task(
-                    testbed, method, {"iterations": [few, 2 * few]}, runs=settings.tuning_runs, seed=settings.seed,
-                    metric=here["metric"], needs={"prior": prior}, name=f"tuning {options['name']}", cost=20,
-                )  # fmt: skip
+                    testbed,
+                    method,
+                    {"iterations": [few, 2 * few]},
+                    runs=settings.tuning_runs,
+                    seed=settings.seed,
+                    metric=here["metric"],
+                    needs={"prior": prior},
+                    name=f"tuning {options['name']}",
+                    cost=20,
+                )
                 return costed_task(testbed, method, prior=prior, tuned=tuned, cost=20, **options)
             case "pnpda_seeing":
                 method = {"name": "pnpda", "iterations": 4, "draws": settings.draws, "step_rule": "lipschitz"}
                 grid = {"alpha": [1.0, 4.0, 16.0]}
                 tuned = tuning_task(
-                    testbed, method, grid, runs=settings.tuning_runs, seed=settings.seed, metric=here["metric"], needs={"prior": prior},
+                    testbed,
+                    method,
+                    grid,
+                    runs=settings.tuning_runs,
+                    seed=settings.seed,
+                    metric=here["metric"],
+                    needs={"prior": prior},
                     name=f"tuning {options['name']}",
-                )  # fmt: skip
+                )
                 return costed_task(testbed, method, prior=prior, tuned=tuned, **options)
             case "amortised" | "amortised_obs" | "foresight" | "foresight_obs":
                 return prior and costed_task(testbed, {"name": "amortised"}, prior=prior, **options)
@@ -307,9 +368,16 @@ def plan_beyond(settings: BeyondSettings, methods: tuple[str, ...]) -> dict[tupl
                     return None
                 prior = priors[name.replace("_ensemble", "")]
                 tuned = tuning_task(
-                    testbed, {"name": "amortised"}, {"spread": [0.4, 0.55, 0.7, 0.85, 1.0, 1.25]}, members=settings.members, runs=settings.tuning_runs,
-                    seed=settings.seed, metric="crps", needs={"prior": prior}, name=f"tuning {options['name']}",
-                )  # fmt: skip
+                    testbed,
+                    {"name": "amortised"},
+                    {"spread": [0.4, 0.55, 0.7, 0.85, 1.0, 1.25]},
+                    members=settings.members,
+                    runs=settings.tuning_runs,
+                    seed=settings.seed,
+                    metric="crps",
+                    needs={"prior": prior},
+                    name=f"tuning {options['name']}",
+                )
                 return costed_task(
                     testbed, {"name": "amortised"}, members=settings.members, prior=prior, tuned=tuned, cost=15, **options
                 )
@@ -318,9 +386,16 @@ def plan_beyond(settings: BeyondSettings, methods: tuple[str, ...]) -> dict[tupl
                     return None  # it is trained for one network
                 method = {"name": "learned_mean"} | here["hybrid"]
                 tuned = tuning_task(
-                    testbed, method, {"stretch": [0.4, 0.5, 0.6, 0.7, 0.85, 1.0, 1.2]}, members=settings.members, runs=settings.tuning_runs,
-                    seed=settings.seed, metric="crps", needs={"prior": prior}, name=f"tuning {options['name']}",
-                )  # fmt: skip
+                    testbed,
+                    method,
+                    {"stretch": [0.4, 0.5, 0.6, 0.7, 0.85, 1.0, 1.2]},
+                    members=settings.members,
+                    runs=settings.tuning_runs,
+                    seed=settings.seed,
+                    metric="crps",
+                    needs={"prior": prior},
+                    name=f"tuning {options['name']}",
+                )
                 return costed_task(testbed, method, members=settings.members, prior=prior, tuned=tuned, cost=15, **options)
         raise ValueError(f"methods: unknown method {name!r}")
 
@@ -365,12 +440,15 @@ def table_beyond(scores: pd.DataFrame, condition: str, metric: str) -> pd.DataFr
     digits = 2 if metric == "step_rmse" else 3
     rows = {
         LABELS.get(method, method): {
-            metric.replace("_", " ").replace("rmse", "RMSE"): cell(method, metric, digits), "CRPS": cell(method, "crps", 3),
-            "spread / skill": cell(method, "spread_skill", 2), "forecasts": cell(method, "forecasts", 0), "passes": cell(method, "passes", 0),
+            metric.replace("_", " ").replace("rmse", "RMSE"): cell(method, metric, digits),
+            "CRPS": cell(method, "crps", 3),
+            "spread / skill": cell(method, "spread_skill", 2),
+            "forecasts": cell(method, "forecasts", 0),
+            "passes": cell(method, "passes", 0),
             "seconds": cell(method, "seconds", 1),
         }
         for method in here.method.unique()
-    }  # fmt: skip
+    }
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
@@ -446,25 +524,70 @@ def kept_beyond(settings: BeyondSettings, methods: tuple[str, ...]) -> dict[str,
 BEYOND_PRESETS: dict[str, BeyondSettings] = {
     "lorenz63": BeyondSettings(),
     "lorenz96": BeyondSettings(
-        testbed="lorenz96", cycles=50, truth_runs=128, truth_cycles=150, record_runs=128, trajectories=128, learning_cycles=1500, batch=256,
-        width=48, validation_runs=20,
+        testbed="lorenz96",
+        cycles=50,
+        truth_runs=128,
+        truth_cycles=150,
+        record_runs=128,
+        trajectories=128,
+        learning_cycles=1500,
+        batch=256,
+        width=48,
+        validation_runs=20,
     ),
     "kuramoto_sivashinsky": BeyondSettings(
-        testbed="kuramoto_sivashinsky", cycles=40, truth_runs=128, truth_cycles=300, record_runs=20, record_cycles=155, record_members=40,
-        trajectories=64, learning_cycles=1250, learning_steps=6, batch=48, width=48, validation_runs=10, particles=50, tuning_runs=6, half_precision=True,
-        ensemble_trajectories=16, foresight=0, follow=0.2, follow_blind=0.35, follow_ensemble=0.2, record_share=0.6, draws=4,
+        testbed="kuramoto_sivashinsky",
+        cycles=40,
+        truth_runs=128,
+        truth_cycles=300,
+        record_runs=20,
+        record_cycles=155,
+        record_members=40,
+        trajectories=64,
+        learning_cycles=1250,
+        learning_steps=6,
+        batch=48,
+        width=48,
+        validation_runs=10,
+        particles=50,
+        tuning_runs=6,
+        half_precision=True,
+        ensemble_trajectories=16,
+        foresight=0,
+        follow=0.2,
+        follow_blind=0.35,
+        follow_ensemble=0.2,
+        record_share=0.6,
+        draws=4,
     ),
-}  # fmt: skip
+}
 
 
 def beyond_study(testbed: str) -> Study:
     """The study behind `pnpda run TESTBED --preset beyond`."""
     settings = BEYOND_PRESETS[testbed]
     tiny = dataclasses.replace(
-        settings, runs=4, cycles=6, tuning_runs=2, validation_runs=2, particles=20, truth_runs=4, truth_cycles=20, record_runs=3, record_cycles=16,
-        record_members=10, trajectories=4, ensemble_trajectories=2, learning_cycles=4, learning_steps=1, batch=8, width=8, foresight_cycles=3,
-        draws=2, members=5,
-    )  # fmt: skip
+        settings,
+        runs=4,
+        cycles=6,
+        tuning_runs=2,
+        validation_runs=2,
+        particles=20,
+        truth_runs=4,
+        truth_cycles=20,
+        record_runs=3,
+        record_cycles=16,
+        record_members=10,
+        trajectories=4,
+        ensemble_trajectories=2,
+        learning_cycles=4,
+        learning_steps=1,
+        batch=8,
+        width=8,
+        foresight_cycles=3,
+        draws=2,
+        members=5,
+    )
     return Study(
         name=testbed,
         description=f"{testbed}: learned analyses against tuned ensembles",

@@ -26,9 +26,9 @@ __all__ = ["PARTS_STUDY"]
 # %% ../../nbs/20_one_forecast.ipynb #960ace75
 @dataclass(frozen=True)
 class PartsSettings(Settings):
-    """What the study of parts and limits depends on. The priors are those of the `preset` of the tables, trained for a share `training` of
-    their cycles; `forcings` of the Lorenz-96 forecast model, `counts` of observed points on Kuramoto-Sivashinsky, `archives` the numbers of
-    truths to learn from on Lorenz-96. Raises `ValueError` for settings out of range.
+    """What the study of parts and limits depends on. The priors are those of the `preset` of the tables, trained for a share
+    `training` of their cycles; `forcings` of the Lorenz-96 forecast model, `counts` of observed points on Kuramoto-Sivashinsky,
+    `archives` the numbers of truths to learn from on Lorenz-96. Raises `ValueError` for settings out of range.
     """
 
     preset: str = "beyond"
@@ -61,8 +61,17 @@ class PartsSettings(Settings):
 
 # %% ../../nbs/20_one_forecast.ipynb #8be4aac8
 PARTS_METHODS = (
-    "amortised", "foresight", "off_policy", "dense", "amortised_obs", "pnpda_blind", "one_draw", "one_step", "gradient_step", "enkf",
-)  # fmt: skip
+    "amortised",
+    "foresight",
+    "off_policy",
+    "dense",
+    "amortised_obs",
+    "pnpda_blind",
+    "one_draw",
+    "one_step",
+    "gradient_step",
+    "enkf",
+)
 
 
 def off_policy_prior(settings: BeyondSettings) -> Task:
@@ -122,9 +131,15 @@ def plan_parts(settings: PartsSettings, methods: tuple[str, ...]) -> dict[tuple[
             case "gradient_step":
                 method = blind | {"data_step": "gradient", "iterations": 30, "step_rule": "lipschitz"}
                 tuned = tuning_task(
-                    testbed, method, {"alpha": [0.05, 0.2, 0.5, 1.0]}, runs=settings.tuning_runs, seed=settings.seed, metric=here["metric"],
-                    needs={"prior": priors["pnpda_blind"]}, name=f"tuning {label}",
-                )  # fmt: skip
+                    testbed,
+                    method,
+                    {"alpha": [0.05, 0.2, 0.5, 1.0]},
+                    runs=settings.tuning_runs,
+                    seed=settings.seed,
+                    metric=here["metric"],
+                    needs={"prior": priors["pnpda_blind"]},
+                    name=f"tuning {label}",
+                )
                 return costed_task(testbed, method, prior=priors["pnpda_blind"], tuned=tuned, name=label, cost=10, **trial)
             case "off_policy":
                 prior = off_policy_prior(of)

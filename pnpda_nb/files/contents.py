@@ -43,7 +43,9 @@ def _too_much(wanted: int, stored: int) -> bool:
 
 # %% ../../nbs/93_files.ipynb #aebe2212
 class _Contents:
-    """What is known of the bytes behind the variables of a file; of a classic NetCDF file nothing, since it holds all that it claims."""
+    """What is known of the bytes behind the variables of a file; of a classic NetCDF file nothing, since it holds all that it
+    claims.
+    """
 
     def __init__(self, path: Path, name: str, group: str | None):
         self.path, self.name, self.group, self.shown = path, name, (group or "").strip("/"), _shown(path)
@@ -55,7 +57,9 @@ class _Contents:
         """Raise `ValueError` if far fewer bytes of a variable are stored than those that are wanted."""
 
     def need(self, variable: str, wanted: int) -> None:
-        """Raise `ValueError` unless numbers of a variable are stored, enough of them, and none would be made up where they are not."""
+        """Raise `ValueError` unless numbers of a variable are stored, enough of them, and none would be made up where they are
+        not.
+        """
 
     def check(self, variable: str, axis: int = 0, first: int = 0, last: int | None = None) -> None:
         """Raise `ValueError` if packed numbers from `first` to `last` along an axis would become more than they should."""

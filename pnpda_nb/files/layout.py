@@ -308,7 +308,9 @@ class Layout:
         return {f.name: states[..., end - f.size : end].reshape(*states.shape[:-1], *f.shape) for f, end in zip(self.fields, ends)}
 
     def join(self, fields: Mapping[str, Gappy | GappyArray]) -> Gappy | GappyArray:
-        """States `(..., dim)` of `fields` `(..., *shape)`, tensors or arrays, by name. Raises `ValueError` for one that is missing."""
+        """States `(..., dim)` of `fields` `(..., *shape)`, tensors or arrays, by name. Raises `ValueError` for one that is
+        missing.
+        """
         lost = [f.name for f in self.fields if f.name not in fields]
         if lost:
             raise ValueError(f"fields: expected {', '.join(f.name for f in self.fields)}, got none called {', '.join(lost)}")

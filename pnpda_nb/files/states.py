@@ -108,8 +108,23 @@ _RESERVED = (
     "_Netcdf4Coordinates",
     "_nc3_strict",
 )
-_NAMING = ("ancillary_variables", "bounds", "cell_measures", "climatology", "coordinates", "formula_terms", "grid_mapping", "geometry", "interior_ring", "mesh",
-           "node_coordinates", "node_count", "nodes", "part_node_count", "quantization")  # fmt: skip
+_NAMING = (
+    "ancillary_variables",
+    "bounds",
+    "cell_measures",
+    "climatology",
+    "coordinates",
+    "formula_terms",
+    "grid_mapping",
+    "geometry",
+    "interior_ring",
+    "mesh",
+    "node_coordinates",
+    "node_count",
+    "nodes",
+    "part_node_count",
+    "quantization",
+)
 
 
 def _clean(text: str) -> str:
@@ -182,7 +197,10 @@ def read_states(path: str | os.PathLike, layout: Layout, *, name: str = "backgro
             check_field(array, field, layout, dims, where)
             if [array.sizes.get(d) for d in dims] != [first.sizes[d] for d in dims]:
                 raise ValueError(
-                    f"{where}: expected {array.name!r} with the dimensions {', '.join(dims)} of {first.name!r}, got {', '.join(map(str, array.dims))}"
+                    (
+                        f"{where}: expected {array.name!r} with the dimensions {', '.join(dims)} of {first.name!r}, got "
+                        f"{', '.join(map(str, array.dims))}"
+                    )
                 )
             if not array.size:
                 raise ValueError(
@@ -231,7 +249,10 @@ def read_states(path: str | os.PathLike, layout: Layout, *, name: str = "backgro
         wild = (mine < low) | (mine > high)
         if wild.any():
             raise ValueError(
-                f"{where}: expected {field.title} between {low:.4g} and {high:.4g} {field.units} (the archive held {field.held[0]:.4g} to {field.held[1]:.4g}), got {mine[wild][0]:.6g}"
+                (
+                    f"{where}: expected {field.title} between {low:.4g} and {high:.4g} {field.units} (the archive held "
+                    f"{field.held[0]:.4g} to {field.held[1]:.4g}), got {mine[wild][0]:.6g}"
+                )
             )
     return States(torch.from_numpy(np.ascontiguousarray(kept)).reshape(*shape, layout.dim), layout, arrays, runs, members, beside)
 

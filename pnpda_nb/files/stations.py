@@ -163,7 +163,10 @@ class Sightings:
     refused: tuple[tuple[str, int, float], ...] = ()
 
     def __repr__(self) -> str:
-        seen = f"{len(self.fields)} of {', '.join(dict.fromkeys(f or 'state' for f in self.fields))}; {np.isnan(self.values).mean():.0%} missing"
+        seen = (
+            f"{len(self.fields)} of {', '.join(dict.fromkeys(f or 'state' for f in self.fields))}; "
+            f"{np.isnan(self.values).mean():.0%} missing"
+        )
         return f"Sightings({seen}{', of which ' * bool(self.refused)}{self.beyond})"
 
     @property
@@ -241,7 +244,10 @@ def read_observations(path: str | os.PathLike, states: States, *, samples: Seque
     if not found:
         wanted = ", ".join(f.title for f in layout.fields)
         raise ValueError(
-            f"{where}: expected a variable 'value' or one named as a field ({wanted}), got {', '.join(map(str, data.data_vars)) or 'none'}"
+            (
+                f"{where}: expected a variable 'value' or one named as a field ({wanted}), got "
+                f"{', '.join(map(str, data.data_vars)) or 'none'}"
+            )
         )
     width = max(part[3].shape[1] for part in found)
 
@@ -259,7 +265,10 @@ def read_observations(path: str | os.PathLike, states: States, *, samples: Seque
     )
     if np.isnan(sightings.values).all():
         raise ValueError(
-            f"{where}: expected at least one value, got {sightings.values.size} missing{', of which ' * bool(sightings.refused)}{sightings.beyond}"
+            (
+                f"{where}: expected at least one value, got {sightings.values.size} "
+                f"missing{', of which ' * bool(sightings.refused)}{sightings.beyond}"
+            )
         )
     return sightings
 
@@ -292,7 +301,9 @@ def _table(path: str | os.PathLike, where: str) -> xr.Dataset:
 
 # %% ../../nbs/93_files.ipynb #9756470b
 def _check_times(data: xr.Dataset, states: States, counting: Sequence[str], where: str) -> xr.Dataset:
-    """The observations without columns that say when they are. Raises `ValueError` if the states say it too, and it is not the same."""
+    """The observations without columns that say when they are. Raises `ValueError` if the states say it too, and it is not the
+    same.
+    """
     first = next(iter(states.arrays.values()))
     times = [str(n) for n, c in first.coords.items() if c.ndim <= 1 and _is_time(str(n), c)]
     times.sort(key=lambda n: ["valid_time", "time", n].index(n))
@@ -340,7 +351,10 @@ def _by_run(array: xr.DataArray, rest: Sequence[str], states: States, where: str
         if dim not in array.dims:
             if first.sizes[dim] > 1:
                 raise ValueError(
-                    f"{where}: expected {array.name!r} with the dimension {dim} of the background, got ({', '.join(map(str, array.dims))})"
+                    (
+                        f"{where}: expected {array.name!r} with the dimension {dim} of the background, got "
+                        f"({', '.join(map(str, array.dims))})"
+                    )
                 )
             array = array.reset_coords(drop=True).expand_dims(dim)
         elif array.sizes[dim] != first.sizes[dim]:
@@ -362,7 +376,10 @@ def _errors(data: xr.Dataset, name: str, like: xr.DataArray, rest: Sequence[str]
     given = data.get(name, like.attrs.get("error"))
     if given is None:
         raise ValueError(
-            f"{where}: expected the errors' standard deviations as a variable {name!r} or an attribute 'error' of {like.name!r}, got neither"
+            (
+                f"{where}: expected the errors' standard deviations as a variable {name!r} or an attribute 'error' of "
+                f"{like.name!r}, got neither"
+            )
         )
     sizes = [like.sizes[d] for d in rest]
     if not isinstance(given, xr.DataArray):
@@ -418,7 +435,10 @@ def _station_dim(array: xr.DataArray, states: States, where: str) -> str:
     long = [d for d in dims if array.sizes[d] > 1] or dims[-1:]
     if len(long) != 1:
         raise ValueError(
-            f"{where}: expected {array.name!r} with one dimension of stations besides the background's, got ({', '.join(map(str, array.dims))})"
+            (
+                f"{where}: expected {array.name!r} with one dimension of stations besides the background's, got "
+                f"({', '.join(map(str, array.dims))})"
+            )
         )
     return long[0]
 
@@ -437,7 +457,10 @@ def _named(data: xr.Dataset, name: str, field: Field, states: States, where: str
         points, weights = states.layout.place[begin + seen][:, None], np.ones((len(seen), 1))
         if (points < 0).any():
             raise ValueError(
-                f"{where}: expected {name!r} to be missing at the {int((points < 0).sum())} points that the archive leaves out, got values"
+                (
+                    f"{where}: expected {name!r} to be missing at the {int((points < 0).sum())} points that the archive "
+                    "leaves out, got values"
+                )
             )
         errors = _errors(data, f"{name}_error", array, field.dims, where)[seen] * abs(factor[0])
         return [(values[:, seen], _positive(errors, values[:, seen], where), (field.name,) * len(seen), points, weights, refused)]
@@ -468,7 +491,10 @@ def _listed(data: xr.Dataset, states: States, where: str) -> list[tuple]:
         of = [layout.fields[0]] * values.shape[1]
     else:
         raise ValueError(
-            f"{where}: expected a variable 'variable' that names the field of each station ({', '.join(f.title for f in layout.fields)}), got none"
+            (
+                f"{where}: expected a variable 'variable' that names the field of each station "
+                f"({', '.join(f.title for f in layout.fields)}), got none"
+            )
         )
     usual = _units(array.attrs, f"{where}: 'value'")
     units = ["" if v is None else str(v) for v in _plain(stations["units"].values)] if "units" in stations else [usual] * len(of)

@@ -33,8 +33,25 @@ __all__ = []
 # %% ../../nbs/93_files.ipynb #5166194d
 PACKERS = ("blosc", "bz2", "gzip", "lz4", "lzma", "zlib", "zstd")
 CHECKSUMS = ("adler32", "crc32", "crc32c", "fletcher32", "jenkins_lookup3")
-CODECS = (*PACKERS, *CHECKSUMS, "astype", "base64", "bitround", "bytes", "categorize", "delta", "endian", "fixedscaleoffset", "packbits", "quantize",
-          "sharding_indexed", "shuffle", "transpose", "vlen-bytes", "vlen-utf8")  # fmt: skip
+CODECS = (
+    *PACKERS,
+    *CHECKSUMS,
+    "astype",
+    "base64",
+    "bitround",
+    "bytes",
+    "categorize",
+    "delta",
+    "endian",
+    "fixedscaleoffset",
+    "packbits",
+    "quantize",
+    "sharding_indexed",
+    "shuffle",
+    "transpose",
+    "vlen-bytes",
+    "vlen-utf8",
+)
 
 
 # %% ../../nbs/93_files.ipynb #e4abe079
@@ -188,7 +205,10 @@ class _ZarrContents(_Contents):
             known = said.removeprefix("numcodecs.") if isinstance(said, str) else said
             if known not in CODECS:
                 raise _Refused(
-                    f"{self.name}: expected codecs that are known not to execute anything in {self.shown}, got the codec {_brief(said)} of {variable!r}"
+                    (
+                        f"{self.name}: expected codecs that are known not to execute anything in {self.shown}, got the codec "
+                        f"{_brief(said)} of {variable!r}"
+                    )
                 )
             codecs.append(
                 (
@@ -252,7 +272,10 @@ class _ZarrContents(_Contents):
         if found is None:
             if variable in self.needed and not array.gaps:
                 raise self.refuse(
-                    f"the chunk {key} is not stored, and its fill value would be taken for data (if it is data, write the store with write_empty_chunks=True)"
+                    (
+                        f"the chunk {key} is not stored, and its fill value would be taken for data (if it is data, write "
+                        "the store with write_empty_chunks=True)"
+                    )
                 )
             return
         if _too_much(array.size, found.st_size):
@@ -351,7 +374,9 @@ def _zarr_fill(value: object) -> object:
 
 # %% ../../nbs/93_files.ipynb #3615703d
 def _unpacked_size(packer: str, setting: dict, data: bytes, most: int) -> int:
-    """How many bytes packed ones will become, from what they say of themselves; those that say nothing are unpacked, but not beyond `most`."""
+    """How many bytes packed ones will become, from what they say of themselves; those that say nothing are unpacked, but not beyond
+    `most`.
+    """
     if packer == "blosc":
         if len(data) < 16 or int.from_bytes(data[12:16], "little") != len(data):
             raise ValueError("its length is not the one in its header")
@@ -370,9 +395,11 @@ def _unpacked_size(packer: str, setting: dict, data: bytes, most: int) -> int:
 
         return len(decompress(data, np.empty(most, np.uint8)))
     unpack: Any = {
-        "zlib": lambda: zlib.decompressobj(), "gzip": lambda: zlib.decompressobj(wbits=31), "bz2": bz2.BZ2Decompressor,
+        "zlib": lambda: zlib.decompressobj(),
+        "gzip": lambda: zlib.decompressobj(wbits=31),
+        "bz2": bz2.BZ2Decompressor,
         "lzma": lambda: lzma.LZMADecompressor(format=lzma.FORMAT_AUTO, memlimit=256_000_000),
-    }[packer]()  # fmt: skip
+    }[packer]()
     size = len(unpack.decompress(data, most + 1))
     if size <= most and (not unpack.eof or unpack.unused_data):
         raise ValueError("it ends too early or too late")

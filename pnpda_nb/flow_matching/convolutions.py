@@ -49,8 +49,16 @@ class DenseNetwork(FieldNetwork):
     """
 
     def __init__(
-        self, channels: int, outputs: int, generator: torch.Generator | None, *, dim: int, width: int = 128, layers: int = 3, embedding: int = 16
-    ):  # fmt: skip
+        self,
+        channels: int,
+        outputs: int,
+        generator: torch.Generator | None,
+        *,
+        dim: int,
+        width: int = 128,
+        layers: int = 3,
+        embedding: int = 16,
+    ):
         super().__init__(channels, outputs, generator, embedding)
         self.first = nn.Linear(channels * dim + embedding, width)
         self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(layers - 1))
@@ -124,16 +132,26 @@ class ConvolutionNetwork(FieldNetwork):
 
 # %% ../../nbs/17_seeing.ipynb #74a7198f
 class PyramidNetwork(FieldNetwork):
-    """Convolutions on `levels` grids, each of half the points of the one before, and back (a U-Net, Ronneberger et al. 2015); `width` features on the finest,
-    twice as many on the coarsest. Arguments, cost and boundaries as in `ConvolutionNetwork`.
+    """Convolutions on `levels` grids, each of half the points of the one before, and back (a U-Net, Ronneberger et al. 2015);
+    `width` features on the finest, twice as many on the coarsest. Arguments, cost and boundaries as in `ConvolutionNetwork`.
 
-    Raises `ValueError` for an even `kernel` or an unknown `boundary`, and, when called, for a ring whose size is no multiple of 2^(levels − 1).
+    Raises `ValueError` for an even `kernel` or an unknown `boundary`, and, when called, for a ring whose size is no multiple of
+    2^(levels − 1).
     """
 
     def __init__(
-        self, channels: int, outputs: int, generator: torch.Generator | None, *, boundary: Boundary = "ring", width: int = 48, kernel: int = 5,
-        levels: int = 4, embedding: int = 16, wall_length: float = 8.0,
-    ):  # fmt: skip
+        self,
+        channels: int,
+        outputs: int,
+        generator: torch.Generator | None,
+        *,
+        boundary: Boundary = "ring",
+        width: int = 48,
+        kernel: int = 5,
+        levels: int = 4,
+        embedding: int = 16,
+        wall_length: float = 8.0,
+    ):
         super().__init__(channels, outputs, generator, embedding)
         if kernel < 1 or kernel % 2 == 0:
             raise ValueError(f"kernel: expected an odd number, got {kernel}")

@@ -101,7 +101,10 @@ class FlowPrior(PriorFile, kept_as="prior"):
         self.dim, self.factor, self.units = len(location), factor, units
         if not location.shape == scale.shape == (self.dim,):
             raise ValueError(
-                f"scale: expected one for each of the location's {self.dim} numbers, got shapes {tuple(location.shape)} and {tuple(scale.shape)}"
+                (
+                    f"scale: expected one for each of the location's {self.dim} numbers, got shapes {tuple(location.shape)} "
+                    f"and {tuple(scale.shape)}"
+                )
             )
         if factor is not None and factor.shape not in ((self.dim,), (self.dim, self.dim)):
             raise ValueError(f"factor: expected a size of {self.dim}, got {tuple(factor.shape)}")
@@ -167,10 +170,16 @@ class FlowPrior(PriorFile, kept_as="prior"):
         if not location.shape == scale.shape == (a["dim"],):
             raise ValueError(f"location, scale: expected a size of {a['dim']}")
         return cls(
-            network_from(make, a, named("network.")), location, scale, a, header["training"],
-            factor=tensors["factor"] if version > 1 else None, units=tensors.get("units"),
-            layout=header.get("layout"), attached=named("attached."),
-        )  # fmt: skip
+            network_from(make, a, named("network.")),
+            location,
+            scale,
+            a,
+            header["training"],
+            factor=tensors["factor"] if version > 1 else None,
+            units=tensors.get("units"),
+            layout=header.get("layout"),
+            attached=named("attached."),
+        )
 
 
 # %% ../../nbs/09_flow_matching.ipynb #5bb0ee93

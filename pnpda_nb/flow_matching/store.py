@@ -52,8 +52,8 @@ def prior_bytes(kind: str, version: int, tensors: dict[str, Tensor], header: dic
 def read_prior_bytes(content: bytes, name: str, kind: str, newest: int) -> tuple[int, dict[str, Tensor], dict]:
     """The format's version, the tensors and the header of a prior of this `kind`, up to the version `newest`.
 
-    Nothing in the file is executed. Raises `ValueError`, with the `name` of the file, for content that is damaged or foreign, of another
-    kind, of a newer version, or that holds numbers that are not finite.
+    Nothing in the file is executed. Raises `ValueError`, with the `name` of the file, for content that is damaged or foreign, of
+    another kind, of a newer version, or that holds numbers that are not finite.
     """
     found, version, written_by, metadata, _ = _described(content, name)
     if found != kind:
@@ -100,7 +100,9 @@ class PriorFile:
 
     @classmethod
     def from_bytes(cls, content: bytes, name: str = "prior") -> "PriorFile":
-        """The prior that `to_bytes` made; raises what `read_prior_bytes` raises, and `ValueError` for a header that does not fit."""
+        """The prior that `to_bytes` made; raises what `read_prior_bytes` raises, and `ValueError` for a header that does not
+        fit.
+        """
         contents = read_prior_bytes(content, name, cls.__name__, cls.newest)
         with fitting_header(name):
             return cls.restored(*contents)
@@ -112,8 +114,8 @@ class PriorFile:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "PriorFile":
-        """Read a prior that `save` wrote; nothing in the file is executed. Raises `FileNotFoundError` for no file, and `ValueError` as
-        `from_bytes` does.
+        """Read a prior that `save` wrote; nothing in the file is executed. Raises `FileNotFoundError` for no file, and `ValueError`
+        as `from_bytes` does.
         """
         return cls.from_bytes(_prior_content(path), str(path))
 

@@ -317,7 +317,8 @@ def train_from(
     ended, for whoever saves the prior to remove.
 
     Raises `ValueError` as `train_prior` does; for a `memory` that does not hold a batch; for a source that gives pairs
-    of another shape or type, that are not finite, or that has a layout that no file can hold; and for `source="covariance"` if the covariance does not fit in.
+    of another shape or type, that are not finite, or that has a layout that no file can hold; and for `source="covariance"` if the
+    covariance does not fit in.
     """
     if min(source.count, source.dim, source.block) < 1:
         raise ValueError(

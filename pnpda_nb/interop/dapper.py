@@ -41,8 +41,8 @@ __all__ = ["dapper_model", "dapper_network", "dapper_experiment", "for_dapper"]
 
 # %% ../../nbs/28_your_model.ipynb #3f540f8b
 def import_dapper() -> None:
-    """Import DAPPER: as it is if it is loaded already, or else without its bars, windows and greeting, and without the folder that it
-    makes in the user's home. Raises `ImportError` if it is not installed.
+    """Import DAPPER: as it is if it is loaded already, or else without its bars, windows and greeting, and without the folder that
+    it makes in the user's home. Raises `ImportError` if it is not installed.
     """
     if "dapper" in sys.modules:
         return
@@ -62,8 +62,8 @@ def import_dapper() -> None:
 
 # %% ../../nbs/28_your_model.ipynb #1ca2b9d4
 def dapper_model(hmm: Any) -> UserModel:
-    """The model of a DAPPER `HiddenMarkovModel`, without its noise, over one step of its time sequence. Raises `ValueError` for a model that
-    is random, depends on time, or raises anything.
+    """The model of a DAPPER `HiddenMarkovModel`, without its noise, over one step of its time sequence. Raises `ValueError` for a
+    model that is random, depends on time, or raises anything.
     """
     dyn, dt = hmm.Dyn, float(hmm.tseq.dt)
     with _same_luck():
@@ -82,8 +82,8 @@ def dapper_model(hmm: Any) -> UserModel:
 
 # %% ../../nbs/28_your_model.ipynb #625a315d
 def dapper_network(operator: Any, dim: int, gaussian: bool = False) -> ObservingNetwork:
-    """A DAPPER observation `operator` of states of size `dim`, with its noise. Raises `ValueError` for noise that has no covariance, or a mean;
-    with `gaussian`, for any that is not Gaussian.
+    """A DAPPER observation `operator` of states of size `dim`, with its noise. Raises `ValueError` for noise that has no
+    covariance, or a mean; with `gaussian`, for any that is not Gaussian.
     """
     from dapper.tools.randvars import GaussRV
 
@@ -101,8 +101,8 @@ def dapper_network(operator: Any, dim: int, gaussian: bool = False) -> Observing
 
 # %% ../../nbs/28_your_model.ipynb #c7185117
 def dapper_experiment(hmm: Any, cycles: int | None = None) -> TwinExperiment:
-    """A DAPPER `HiddenMarkovModel` as a twin experiment: its model and noise, operator, start and intervals, for as many `cycles` as it has
-    itself (`None`) or are asked for. Cycles inside its burn-in are not scored.
+    """A DAPPER `HiddenMarkovModel` as a twin experiment: its model and noise, operator, start and intervals, for as many `cycles`
+    as it has itself (`None`) or are asked for. Cycles inside its burn-in are not scored.
 
     Raises `ValueError` for what a `TwinExperiment` does not have: an operator that changes in time, noise or starts of which the
     covariance is not a multiple of the identity, or that are not Gaussian, and a model that is random or depends on time.
@@ -187,13 +187,14 @@ def _isotropic(name: str, variable, dim: int) -> tuple[np.ndarray, float]:
 def for_dapper(method: Method, members: int = 1, *, seed: int | None = None, name: str | None = None) -> Any:
     """Any `method` of ours, with `members`, as an `xp` of DAPPER: `xp.assimilate(HMM, xx, yy)`, `xp.stats`, `xpList`, `launch`.
 
-    Its plain settings are attributes, with DAPPER's names where it has some (`N`, `infl`, `rot`, `Lag`), so that tables show them; `name`
-    is what they call the method. Random numbers come from DAPPER's generator; `seed` is DAPPER's, which `launch` sets before it draws a truth.
-    A single forecast starts from the mean of `X0`, has no noise, as in DAPPER, and no spread: what needs one is nan.
+    Its plain settings are attributes, with DAPPER's names where it has some (`N`, `infl`, `rot`, `Lag`), so that tables show them;
+    `name` is what they call the method. Random numbers come from DAPPER's generator; `seed` is DAPPER's, which `launch` sets before
+    it draws a truth. A single forecast starts from the mean of `X0`, has no noise, as in DAPPER, and no spread: what needs one is
+    nan.
 
-    Raises `ImportError` without DAPPER, `ValueError` for fewer than one member, something that is no method, or a seed of 0, which DAPPER
-    refuses. `assimilate` raises `ValueError` where an ensemble becomes non-finite, for noise without a covariance, and, if the method itself
-    runs the forecast model, for a model that is random or depends on time.
+    Raises `ImportError` without DAPPER, `ValueError` for fewer than one member, something that is no method, or a seed of 0, which
+    DAPPER refuses. `assimilate` raises `ValueError` where an ensemble becomes non-finite, for noise without a covariance, and, if
+    the method itself runs the forecast model, for a model that is random or depends on time.
     """
     if not (isinstance(members, Integral) and members >= 1):
         raise ValueError(f"members: expected a whole number of at least 1, got {members!r}")

@@ -31,8 +31,8 @@ __all__ = ["per_state", "UserModel", "from_tendency", "ProgramModel", "ManySteps
 
 # %% ../../nbs/28_your_model.ipynb #5514f189
 def per_state(function: Callable) -> Callable:
-    """A `function` of one state `(dim,)`, on numpy or torch, as one of a batch `(..., dim)`: one call after the other, so it takes as long
-    as there are states.
+    """A `function` of one state `(dim,)`, on numpy or torch, as one of a batch `(..., dim)`: one call after the other, so it takes
+    as long as there are states.
     """
 
     def batched(states):
@@ -47,12 +47,12 @@ def per_state(function: Callable) -> Callable:
 # %% ../../nbs/28_your_model.ipynb #0b95b68b
 @dataclass(frozen=True)
 class UserModel(FunctionModel):
-    """A `FunctionModel` that says what went wrong: `function` `(..., dim) -> (..., dim)`, or `(dim,) -> (dim,)` with `one_at_a_time`, over
-    one step `dt`, on tensors or (with `numpy=True`) on arrays.
+    """A `FunctionModel` that says what went wrong: `function` `(..., dim) -> (..., dim)`, or `(dim,) -> (dim,)` with
+    `one_at_a_time`, over one step `dt`, on tensors or (with `numpy=True`) on arrays.
 
-    `step` raises `ValueError`, with the model's `name`, if the function raises anything, or returns what is not real numbers, or another shape.
-    Values that are not finite are returned (those that a masked array hides as nan), and `cycle` sets the run aside; with
-    `on_nonfinite="raise"`, they raise, too.
+    `step` raises `ValueError`, with the model's `name`, if the function raises anything, or returns what is not real numbers, or
+    another shape. Values that are not finite are returned (those that a masked array hides as nan), and `cycle` sets the run aside;
+    with `on_nonfinite="raise"`, they raise, too.
     """
 
     name: str = "model"
@@ -150,9 +150,9 @@ class _RungeKutta:
 
 # %% ../../nbs/28_your_model.ipynb #40770e81
 def from_tendency(tendency: Callable, dim: int, dt: float, substeps: int = 1, **settings: Any) -> UserModel:
-    """A model of dx/dt = `tendency(x)`, by `substeps` Runge-Kutta steps of order four in every `dt`; `settings` are those of `UserModel`.
-    Raises `ValueError` for a tendency that cannot be called, fewer than one substep, and what `UserModel` raises; so does a step whose tendency has another
-    shape than its state.
+    """A model of dx/dt = `tendency(x)`, by `substeps` Runge-Kutta steps of order four in every `dt`; `settings` are those of
+    `UserModel`. Raises `ValueError` for a tendency that cannot be called, fewer than one substep, and what `UserModel` raises; so
+    does a step whose tendency has another shape than its state.
     """
     if not callable(tendency):
         raise ValueError(f"tendency: expected one that can be called, got {tendency!r}")
@@ -164,16 +164,18 @@ def from_tendency(tendency: Callable, dim: int, dt: float, substeps: int = 1, **
 # %% ../../nbs/28_your_model.ipynb #7ceb55b2
 @dataclass(frozen=True)
 class ProgramModel:
-    """A program as a model: `command`, a list of words or a line of them, in which `{input}` and `{output}` stand for NetCDF files, and
-    `{dt}` for the length of a step.
+    """A program as a model: `command`, a list of words or a line of them, in which `{input}` and `{output}` stand for NetCDF files,
+    and `{dt}` for the length of a step.
 
-    The input has a variable `state` (member, variable), or with a `layout` its fields (member, ...) with their units, and the attribute
-    `dt`; the output must have the same variables, each state moved on by `dt`. Files are NetCDF-4, or the older NetCDF-3 with `classic`
-    (outputs may be either), in a temporary folder. The program is run once for a whole batch of states `(..., dim)`, in the current folder. It is not differentiable.
+    The input has a variable `state` (member, variable), or with a `layout` its fields (member, ...) with their units, and the
+    attribute `dt`; the output must have the same variables, each state moved on by `dt`. Files are NetCDF-4, or the older NetCDF-3
+    with `classic` (outputs may be either), in a temporary folder. The program is run once for a whole batch of states `(..., dim)`,
+    in the current folder. It is not differentiable.
 
-    `step` raises `ValueError`, with the model's `name` (by default the program's), if the program cannot be started, is not done within `timeout` seconds, fails
-    (with the last line of what it had to say), or writes no file, an unreadable one, other variables, dimensions or shapes, or what is not real numbers.
-    Values that are not finite are returned, and `cycle` sets the run aside; with `on_nonfinite="raise"`, they raise, too.
+    `step` raises `ValueError`, with the model's `name` (by default the program's), if the program cannot be started, is not done
+    within `timeout` seconds, fails (with the last line of what it had to say), or writes no file, an unreadable one, other
+    variables, dimensions or shapes, or what is not real numbers. Values that are not finite are returned, and `cycle` sets the run
+    aside; with `on_nonfinite="raise"`, they raise, too.
     """
 
     command: str | Sequence[str | os.PathLike]

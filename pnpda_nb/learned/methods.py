@@ -34,8 +34,8 @@ def ensemble_fields(background: Tensor, analysis: Tensor, increment: Tensor) -> 
 # %% ../../nbs/19_learned_means.ipynb #cb583ff2
 @dataclass(frozen=True, eq=False)
 class LearnedMean:
-    """An ensemble `filter` whose mean is replaced by that of a `prior` with three extra fields, @eq-hybrid; `stretch` multiplies the
-    departures of the members from it. Raises `ValueError` for a prior without those fields, or an ensemble of one.
+    """An ensemble `filter` whose mean is replaced by that of a `prior` with three extra fields, @eq-hybrid; `stretch` multiplies
+    the departures of the members from it. Raises `ValueError` for a prior without those fields, or an ensemble of one.
     """
 
     prior: AnalysisPrior
@@ -52,7 +52,9 @@ class LearnedMean:
     def lesson(
         self, background: Tensor, observations: Observations | Sightings, generator: torch.Generator
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The analysis `(run, member, dim)`, and what the network was shown: the mean `(run, dim)`, and the extra fields `(run, 3, dim)`."""
+        """The analysis `(run, member, dim)`, and what the network was shown: the mean `(run, dim)`, and the extra fields `(run, 3,
+        dim)`.
+        """
         known = observations.observations() if isinstance(observations, Sightings) else observations
         filtered = self.filter.analyse(background, known, forecast=None, generator=generator)
         mean, extra = background.mean(-2), ensemble_fields(background, filtered, self.prior.increment)

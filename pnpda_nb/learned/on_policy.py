@@ -39,7 +39,9 @@ __all__ = ["Lesson", "lesson_loss", "OnPolicySettings", "OnPolicyTraining", "tra
 # %% ../../nbs/18_on_policy.ipynb #603e3bb3
 @dataclass(frozen=True, eq=False)
 class Lesson:
-    """Backgrounds and targets `(lesson, dim)`, what was seen `(lesson, dim)`, and the extra fields `(lesson, extra, dim)` if any."""
+    """Backgrounds and targets `(lesson, dim)`, what was seen `(lesson, dim)`, and the extra fields `(lesson, extra, dim)` if
+    any.
+    """
 
     background: Tensor
     target: Tensor
@@ -78,11 +80,11 @@ def lesson_loss(
 # %% ../../nbs/18_on_policy.ipynb #24da85d1
 @dataclass(frozen=True)
 class OnPolicySettings:
-    """How a prior is trained where it is used: `trajectories` cycle for `cycles` cycles, with `steps` gradient steps on `batch` lessons
-    after each, from a memory of the last `memory` cycles. `average` is the decay of the weights' average; a trajectory begins
-    anew with probability `restart` per cycle; `patience_points` times in between, the prior is validated and the best one kept. `start_fraction`, `hidden`,
-    `likelihood` and `scored` as in `lesson_loss`. With `half_precision` the network computes in bfloat16 while it is trained, at about half the
-    time where the processor can.
+    """How a prior is trained where it is used: `trajectories` cycle for `cycles` cycles, with `steps` gradient steps on `batch`
+    lessons after each, from a memory of the last `memory` cycles. `average` is the decay of the weights' average; a trajectory
+    begins anew with probability `restart` per cycle; `patience_points` times in between, the prior is validated and the best one
+    kept. `start_fraction`, `hidden`, `likelihood` and `scored` as in `lesson_loss`. With `half_precision` the network computes in
+    bfloat16 while it is trained, at about half the time where the processor can.
 
     Then, in `foresight_cycles` steps, the prior is trained through `foresight` forecasts: see @eq-foresight.
     """
@@ -145,9 +147,15 @@ class OnPolicyTraining:
     """
 
     def __init__(
-        self, prior: AnalysisPrior, record: TruthRecord | ObservedRecord | Records, policy: Callable[[AnalysisPrior], Method], settings: OnPolicySettings, *,
-        members: int = 1, seed: int = 0,
-    ):  # fmt: skip
+        self,
+        prior: AnalysisPrior,
+        record: TruthRecord | ObservedRecord | Records,
+        policy: Callable[[AnalysisPrior], Method],
+        settings: OnPolicySettings,
+        *,
+        members: int = 1,
+        seed: int = 0,
+    ):
         self.record, self.settings, self.members, self.experiment = record, settings, members, record.experiment
         self.prior = _trainable(prior)
         self.averaged = _trainable(prior, False)
@@ -224,10 +232,17 @@ class OnPolicyTraining:
         if not keep.any() and not self.memory:
             raise ValueError("policy: all trajectories became non-finite in their first cycle")
         shown = on_grid(seen, target.shape[-1])[:, 0]
-        self.memory.append((
-            mean[keep], target[keep], shown[keep], None if extra is None else extra[keep], self.times[keep], self.runs[keep],
-            None if networks is None else tuple(n[keep] for n in networks),
-        ))  # fmt: skip
+        self.memory.append(
+            (
+                mean[keep],
+                target[keep],
+                shown[keep],
+                None if extra is None else extra[keep],
+                self.times[keep],
+                self.runs[keep],
+                None if networks is None else tuple(n[keep] for n in networks),
+            )
+        )
         self.state = analysis
         self._begin(lost)
         return float((analysis.mean(-2) - target)[keep].square().mean(-1).sqrt().mean())
@@ -256,9 +271,14 @@ class OnPolicyTraining:
         """One gradient step on a lesson."""
         settings = self.settings
         loss = lesson_loss(
-            self.prior, self.lesson(), self.generator, start_fraction=settings.start_fraction, hidden=settings.hidden,
-            likelihood=settings.likelihood, scored=settings.scored,
-        )  # fmt: skip
+            self.prior,
+            self.lesson(),
+            self.generator,
+            start_fraction=settings.start_fraction,
+            hidden=settings.hidden,
+            likelihood=settings.likelihood,
+            scored=settings.scored,
+        )
         self.take_step(loss, settings.average)
         return float(loss.detach())
 
@@ -324,11 +344,14 @@ class OnPolicyTraining:
     def memorise(self) -> dict:
         """All of it, for a checkpoint."""
         return {
-            "weights": [[p.detach().clone() for p in some] for some in self.weights], "optimiser": self.optimiser.state_dict(),
-            "numbers": [self.cycle, self.updates, self.schedule.step_number], "history": self.history,
+            "weights": [[p.detach().clone() for p in some] for some in self.weights],
+            "optimiser": self.optimiser.state_dict(),
+            "numbers": [self.cycle, self.updates, self.schedule.step_number],
+            "history": self.history,
             "memory": [(mean, target, (s.value, s.mask, s.error), *rest) for mean, target, s, *rest in self.memory],
-            "generator": self.generator.get_state(), "trajectories": [self.times, self.runs, self.state, self.networks],
-        }  # fmt: skip
+            "generator": self.generator.get_state(),
+            "trajectories": [self.times, self.runs, self.state, self.networks],
+        }
 
     def recall(self, memory: dict) -> None:
         """Go on from what `memorise` gave."""
@@ -367,9 +390,9 @@ def train_on_policy(
     """Train `prior` on the `record` where it is used, by the method that `policy` makes of it; returns the trained prior and the
     history, one row per cycle.
 
-    `validate` scores a prior (less is better) several times in between, and the best is returned; without it, the last. With a `checkpoint` an
-    interrupted training goes on. Raises `ValueError` for a prior of another size than the record's states, a record that is too short, a
-    checkpoint that is unreadable or of another training, or if the loss stops being finite.
+    `validate` scores a prior (less is better) several times in between, and the best is returned; without it, the last. With a
+    `checkpoint` an interrupted training goes on. Raises `ValueError` for a prior of another size than the record's states, a record
+    that is too short, a checkpoint that is unreadable or of another training, or if the loss stops being finite.
     """
     if prior.dim != record.experiment.dim:
         raise ValueError(f"prior: expected one for states of size {record.experiment.dim}, got {prior.dim}")

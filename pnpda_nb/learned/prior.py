@@ -39,8 +39,14 @@ class AnalysisPrior(PriorFile, kept_as="analysis_prior"):
     leaves_open = True  # its denoisers say what they leave open
 
     def __init__(
-        self, network: FieldNetwork, location: Tensor, scale: Positive, increment: Positive, architecture: dict, training: dict | None = None
-    ):  # fmt: skip
+        self,
+        network: FieldNetwork,
+        location: Tensor,
+        scale: Positive,
+        increment: Positive,
+        architecture: dict,
+        training: dict | None = None,
+    ):
         self.network, self.location, self.scale, self.increment = network, location, scale, increment
         self.architecture, self.training = architecture, training or {}
         self.dim, self.extra = architecture["dim"], architecture["extra"]
@@ -48,12 +54,22 @@ class AnalysisPrior(PriorFile, kept_as="analysis_prior"):
 
     @classmethod
     def make(
-        cls, location: Tensor, scale: Positive, increment: Positive, *, dim: int, geometry: str = "none", rank: int = 8,
-        half_width: float = 0.0, extra: int = 0, seed: int = 0, **size: Any,
-    ) -> "AnalysisPrior":  # fmt: skip
+        cls,
+        location: Tensor,
+        scale: Positive,
+        increment: Positive,
+        *,
+        dim: int,
+        geometry: str = "none",
+        rank: int = 8,
+        half_width: float = 0.0,
+        extra: int = 0,
+        seed: int = 0,
+        **size: Any,
+    ) -> "AnalysisPrior":
         """An untrained prior for states of size `dim`, with a `DenseNetwork` for `geometry` "none", or a `ConvolutionNetwork`
-        for "ring" or "walls" (with `levels`, a `PyramidNetwork`), which `size` goes to; `extra` more fields will be shown to it. Raises `ValueError` for settings
-        out of range.
+        for "ring" or "walls" (with `levels`, a `PyramidNetwork`), which `size` goes to; `extra` more fields will be shown to it.
+        Raises `ValueError` for settings out of range.
         """
         if geometry not in ("none", "ring", "walls"):
             raise ValueError(f"geometry: expected 'none', 'ring' or 'walls', got {geometry!r}")
@@ -109,8 +125,13 @@ class AnalysisPrior(PriorFile, kept_as="analysis_prior"):
         return shown if extra is None else torch.cat((shown, extra.float()), -2)
 
     def look(
-        self, background: Tensor, x: Tensor | None = None, tau: Tensor | float = 0.0, seen: Sightings | None = None, extra: Tensor | None = None
-    ) -> tuple[Tensor, Residual]:  # fmt: skip
+        self,
+        background: Tensor,
+        x: Tensor | None = None,
+        tau: Tensor | float = 0.0,
+        seen: Sightings | None = None,
+        extra: Tensor | None = None,
+    ) -> tuple[Tensor, Residual]:
         """D_τ and what it leaves open, for backgrounds and noisy states `(..., dim)` (without `x`: the centre of the source)
         and a `tau` or one for each state, `(..., 1)`.
         """
@@ -226,9 +247,9 @@ class BlindPrior:
 class AmortisedAnalysis:
     """The analysis as one look of an `AnalysisPrior` at background and observations: E[x_a | x_b, y].
 
-    With `spread`, every member's analysis is drawn from the Gaussian around it that the prior leaves open, with `spread` times the standard
-    deviation; members are otherwise independent single forecasts. With `blind`, nothing is shown to the prior (it is its conditional mean), and
-    the observations enter by one Kalman step with what that leaves open.
+    With `spread`, every member's analysis is drawn from the Gaussian around it that the prior leaves open, with `spread` times the
+    standard deviation; members are otherwise independent single forecasts. With `blind`, nothing is shown to the prior (it is its
+    conditional mean), and the observations enter by one Kalman step with what that leaves open.
     """
 
     prior: AnalysisPrior

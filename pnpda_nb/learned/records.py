@@ -111,12 +111,12 @@ def observed_record(
     smoothed: bool = False,
     discard: int = 5,
 ) -> xr.Dataset:
-    """What `method` makes of observations alone: truths of their own are observed by the network of `experiment`, cycled for `cycles`
-    times, and then forgotten.
+    """What `method` makes of observations alone: truths of their own are observed by the network of `experiment`, cycled for
+    `cycles` times, and then forgotten.
 
-    Returns `target`, `analysis` (of the moment) and `observations`, each (cycle, run, ...); targets are the analyses or, if `smoothed`, what
-    the method made of them later. Runs that fail are left out, and so are the first `discard` cycles. Raises `ValueError` if no run
-    is left, or the method does not look back.
+    Returns `target`, `analysis` (of the moment) and `observations`, each (cycle, run, ...); targets are the analyses or, if
+    `smoothed`, what the method made of them later. Runs that fail are left out, and so are the first `discard` cycles. Raises
+    `ValueError` if no run is left, or the method does not look back.
     """
     result = cycle(replace(experiment, cycles=cycles), method, members=members, runs=runs, seed=seed, split="archive")
     if smoothed and "smoothed" not in result:
@@ -201,8 +201,8 @@ class Records:
 
 # %% ../../nbs/18_on_policy.ipynb #b5c3d23f
 def innovation_rms(result: xr.Dataset, sites: Sequence[int]) -> GappyFloat:
-    """Root mean square of what was seen at `sites` minus the backgrounds of a cycle there: a score that needs no truth. Infinite if a
-    run failed.
+    """Root mean square of what was seen at `sites` minus the backgrounds of a cycle there: a score that needs no truth. Infinite if
+    a run failed.
     """
     innovation = result.observations.values - result.background.values[..., list(sites)]
     seen = ~np.isnan(result.observations.values)

@@ -38,7 +38,10 @@ class Covariance:
         # zero up to rounding is not positive
         if len(matrix) and not eigenvalues[0] > 1e-14 * eigenvalues[-1]:
             raise ValueError(
-                f"{name}: expected a positive definite matrix, got one whose correlations have the smallest eigenvalue {eigenvalues[0].item():.3g}"
+                (
+                    f"{name}: expected a positive definite matrix, got one whose correlations have the smallest eigenvalue "
+                    f"{eigenvalues[0].item():.3g}"
+                )
             )
         self.matrix = matrix
         self.factor = torch.linalg.cholesky(matrix)  # each entry as accurate as that of the correlations: no scaling is needed

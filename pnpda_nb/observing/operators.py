@@ -134,7 +134,10 @@ class Interpolate:
     def __post_init__(self):
         if self.indices.ndim != 2 or self.indices.shape != self.weights.shape:
             raise ValueError(
-                f"weights: expected the shape (size, k) of the indices, got {tuple(self.indices.shape)} and {tuple(self.weights.shape)}"
+                (
+                    f"weights: expected the shape (size, k) of the indices, got {tuple(self.indices.shape)} and "
+                    f"{tuple(self.weights.shape)}"
+                )
             )
         if self.indices.numel() and not 0 <= int(self.indices.min()) <= int(self.indices.max()) < self.dim:
             raise ValueError(
@@ -226,7 +229,9 @@ class Present:
 
 # %% ../../nbs/02_observing.ipynb #4e3b2658
 def _real_numbers(name: str, values: Any) -> np.ndarray:
-    """`values` as an array of float64, nan where it is masked; raises `ValueError` with `name` for what is not an array of real numbers."""
+    """`values` as an array of float64, nan where it is masked. Raises `ValueError` with `name` for what is not an array of real
+    numbers.
+    """
     try:
         array = np.ma.asanyarray(values) if isinstance(values, np.ma.MaskedArray) else np.asarray(values)
     except Exception as error:  # a list of lists that differ in length, or an object that cannot be an array
@@ -250,9 +255,9 @@ def _last_line(text: str, most: int = 300) -> str:
 # %% ../../nbs/02_observing.ipynb #f1eb1943
 @dataclass(frozen=True, eq=False)
 class NumpyOperator:
-    """An observation operator from any `function` of arrays, `(n, dim) -> (n, size)`; its derivatives are central differences, over steps in
-    proportion to what each variable is in the batch. Raises `ValueError` for a function that raises anything, or returns what is not
-    real numbers, or another shape.
+    """An observation operator from any `function` of arrays, `(n, dim) -> (n, size)`; its derivatives are central differences, over
+    steps in proportion to what each variable is in the batch. Raises `ValueError` for a function that raises anything, or returns
+    what is not real numbers, or another shape.
     """
 
     function: Callable[[np.ndarray], np.ndarray]
@@ -284,9 +289,9 @@ class NumpyOperator:
 
 # %% ../../nbs/02_observing.ipynb #893809ad
 def operator_from(function: Callable[[np.ndarray], np.ndarray], size: int, dim: int, most: int = 4096) -> Operator:
-    """`function` of arrays, `(n, dim) -> (n, size)`, as the simplest operator that it is: `Select`, `Linear` or `NumpyOperator`. It is tried
-    on states of many magnitudes. Nothing is tried in more than `most` dimensions. Raises `ValueError` for a function that raises anything, or returns
-    what is not real numbers.
+    """`function` of arrays, `(n, dim) -> (n, size)`, as the simplest operator that it is: `Select`, `Linear` or `NumpyOperator`. It
+    is tried on states of many magnitudes. Nothing is tried in more than `most` dimensions. Raises `ValueError` for a function that
+    raises anything, or returns what is not real numbers.
     """
     operator = NumpyOperator(function, size)
     if dim > most:
@@ -322,8 +327,9 @@ def _called(function: Callable, rows: np.ndarray) -> np.ndarray:
 
 
 def _magnitude(state: Tensor) -> Tensor:
-    """How large each variable of `state` `(..., dim)` is: as it is there, but not less than what is usual in the batch, since a value may happen to be near
-    zero. What is usual is rounded to a power of 256, so that no state's derivatives depend on the digits of another's.
+    """How large each variable of `state` `(..., dim)` is: as it is there, but not less than what is usual in the batch, since a
+    value may happen to be near zero. What is usual is rounded to a power of 256, so that no state's derivatives depend on the
+    digits of another's.
     """
     rows = state.reshape(-1, state.shape[-1]).abs()
     usual = (

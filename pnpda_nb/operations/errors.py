@@ -25,8 +25,8 @@ __all__ = ["survey"]
 # %% ../../nbs/29_your_files.ipynb #91e69ff0
 @dataclass(frozen=True, eq=False)
 class Part:
-    """The pairs `first` to `last` (excluded) of a `PairSource`, as one; of the variables that are `constant` `(dim,)`, nothing is to
-    be learned.
+    """The pairs `first` to `last` (excluded) of a `PairSource`, as one; of the variables that are `constant` `(dim,)`, nothing is
+    to be learned.
     """
 
     source: PairSource

@@ -84,9 +84,9 @@ def train_archive(
     """Train a prior on an archive, measure its errors and test it; the pairs for these are set aside from training.
 
     Arguments as for `train_from`; without `settings`, `usual_settings`. The `checkpoint` stays, for whoever saves the prior to
-    remove. Attached to the prior are the standard deviations of the `increment` in training, 0 where it never changes, and its layout
-    says between which values each variable was `held`. Raises what `train_from` raises, and `ValueError` for fewer than 50 pairs, or
-    where nothing changes.
+    remove. Attached to the prior are the standard deviations of the `increment` in training, 0 where it never changes, and its
+    layout says between which values each variable was `held`. Raises what `train_from` raises, and `ValueError` for fewer than 50
+    pairs, or where nothing changes.
     """
     _check_seed(seed)
     trained, measured, tested = set_aside(source, memory)
@@ -158,7 +158,10 @@ def assimilate(
         raise ValueError(f"states: expected finite numbers, got {int((~torch.isfinite(values)).sum())} that are not")
     if sightings.dim != dim or len(sightings.values) != runs:
         raise ValueError(
-            f"sightings: expected {runs} states of {dim} numbers as there are backgrounds, got {len(sightings.values)} of {sightings.dim}"
+            (
+                f"sightings: expected {runs} states of {dim} numbers as there are backgrounds, got {len(sightings.values)} "
+                f"of {sightings.dim}"
+            )
         )
     together = at_a_time(method, members, dim)
     with tqdm(total=runs, desc="assimilating", unit="state", disable=None if progress else True, leave=False) as bar:
@@ -173,7 +176,10 @@ def assimilate(
     lost = (~torch.isfinite(analysis)).any(-1).any(-1)
     if lost.any():
         raise ValueError(
-            f"analysis: expected finite numbers, got some that are not in {int(lost.sum())} of {runs} states, first in {int(lost.nonzero()[0])}"
+            (
+                f"analysis: expected finite numbers, got some that are not in {int(lost.sum())} of {runs} states, first in "
+                f"{int(lost.nonzero()[0])}"
+            )
         )
     return analysis
 

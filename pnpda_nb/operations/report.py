@@ -66,8 +66,8 @@ class Report:
         self.blocks.append(("figure", image.getvalue(), caption))
 
     def files(self, path: str | os.PathLike) -> dict[Path, bytes]:
-        """The files of the report, with what is to stand in them: HTML or Markdown, as the suffix says, and the figures of the latter in a
-        folder beside it. Raises `ValueError` for another suffix.
+        """The files of the report, with what is to stand in them: HTML or Markdown, as the suffix says, and the figures of the
+        latter in a folder beside it. Raises `ValueError` for another suffix.
         """
         path = Path(path)
         if report_suffix(path) == ".html":
@@ -175,13 +175,15 @@ def report_suffix(path: str | os.PathLike) -> str:
 
 # %% ../../nbs/29_your_files.ipynb #0e29b258
 _PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
 <style>
 :root {{ color-scheme: light dark; }}
 body {{ max-width: 46rem; margin: 2rem auto; padding: 0 1rem; font: 1rem/1.6 system-ui, sans-serif; }}
 h1 {{ line-height: 1.2; }} figure {{ margin: 1.5rem 0; }} figcaption {{ font-size: .92rem; opacity: .85; }}
 img {{ max-width: 100%; background: white; border-radius: 4px; }} .wide {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }} th, td {{ padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #8884; }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
+th, td {{ padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #8884; }}
 </style></head><body>
 {body}
 </body></html>
@@ -205,13 +207,19 @@ def verdict(calibration: Calibration) -> str:
     best = others.error.idxmin()
     bar, lead = float(np.hypot(ours["±"], others["±"][best])), float(others.error[best] - ours.error)
     if np.isnan(bar):
-        said = f"There are too few pairs to tell whether analyses with this prior are better than with the best of the others ({best})."
+        said = (
+            "There are too few pairs to tell whether analyses with this prior are better than with the best of the others "
+            f"({best})."
+        )
     elif lead > 2 * bar:
         said = f"With this prior analyses were better than with the best of the others ({best})."
     elif lead > -2 * bar:
         said = f"With this prior analyses were about as good as with the best of the others ({best}): see whether you need it."
     else:
-        said = f"With this prior analyses were WORSE than with the best of the others ({best}): train longer or on more pairs, or do without it."
+        said = (
+            f"With this prior analyses were WORSE than with the best of the others ({best}): train longer or on more pairs, "
+            "or do without it."
+        )
     return f"{said} {rest}".strip()
 
 
@@ -222,23 +230,31 @@ def training_report(trained: Trained, name: str) -> Report:
     report = Report(f"Prior from {name}")
     record = prior.training
     report.text(
-        f"{prior!r}. Of the archive, {record['pairs']} pairs were for training and the last {calibration.pairs} for what is reported here."
+        (
+            f"{prior!r}. Of the archive, {record['pairs']} pairs were for training and the last {calibration.pairs} for what "
+            "is reported here."
+        )
     )
     report.heading("Training")
     report.figure(
         draw_training(history),
-        f"Loss on the pairs of training and of validation in {len(history)} epochs. The weights kept are those of epoch {record['best_epoch']}.",
+        f"Loss on the pairs of training and of validation in {len(history)} epochs. The weights kept are those of epoch "
+        f"{record['best_epoch']}.",
     )
     report.heading("What its mean knows")
     report.table(
         calibration.means,
-        "How far the archive's analyses are from the background, from a linear regression on it, and from the prior's mean (root mean square ± standard error, as if pairs were independent).",
+        "How far the archive's analyses are from the background, from a linear regression on it, and from the prior's "
+        "mean (root mean square ± standard error, as if pairs were independent).",
     )
     report.heading("What it is worth in an analysis")
     report.text(verdict(calibration))
     report.table(
         calibration.trial,
-        "A quarter of the points are seen, with errors of a third of an increment. Errors are in standard deviations of the increments in the pairs of training, against the archive's analyses (± standard error, as if pairs were independent). 3D-Var and the Kalman step from a regression have their covariances from the pairs of training; the number of iterations was chosen among 1, 5 and 20 with other pairs.",
+        "A quarter of the points are seen, with errors of a third of an increment. Errors are in standard deviations of "
+        "the increments in the pairs of training, against the archive's analyses (± standard error, as if pairs were "
+        "independent). 3D-Var and the Kalman step from a regression have their covariances from the pairs of training; "
+        "the number of iterations was chosen among 1, 5 and 20 with other pairs.",
     )
     report.heading("Calibration")
     covered = ", ".join(
@@ -247,7 +263,8 @@ def training_report(trained: Trained, name: str) -> Report:
     report.text(f"Samples of the prior: {covered} of the analyses.")
     report.figure(
         draw_ranks(calibration.ranks),
-        "How often an analysis has each rank among samples of the prior. Level is right; a U means too little spread, a hill too much.",
+        "How often an analysis has each rank among samples of the prior. Level is right; a U means too little spread, a "
+        "hill too much.",
     )
     return report
 
@@ -317,7 +334,8 @@ def assimilation_report(
     report.heading("Observations")
     report.table(
         innovations(states, analysis, sightings),
-        "Values seen and missing; root mean squares of observation minus background and observation minus analysis, beside the error that the observations claim; increments.",
+        "Values seen and missing; root mean squares of observation minus background and observation minus analysis, "
+        "beside the error that the observations claim; increments.",
     )
     refused = [(name or "state", f"station {station}", f"{value:.6g}") for name, station, value in sightings.refused]
     if refused:
@@ -331,7 +349,10 @@ def assimilation_report(
     if unit is not None and not unit.all():
         still = (unit == 0).nonzero().flatten()
         report.text(
-            f"{_points(len(still))} never change in the pairs of training ({_named(still, states.layout)}): the analysis is the background there."
+            (
+                f"{_points(len(still))} never change in the pairs of training ({_named(still, states.layout)}): the analysis "
+                "is the background there."
+            )
         )
     for spec in states.layout.fields:
         report.figure(

@@ -186,7 +186,9 @@ CANDIDATES = (1, 5, 20)
 
 
 def choose_iterations(prior: FlowPrior, trained: Part, measured: Part, generator: torch.Generator) -> FlowPrior:
-    """The same prior with the best of the `CANDIDATES` attached as `iterations`. Raises `ValueError` if none has finite analyses."""
+    """The same prior with the best of the `CANDIDATES` attached as `iterations`. Raises `ValueError` if none has finite
+    analyses.
+    """
     table = trial(prior, trained, measured, generator, CANDIDATES)
     errors = table.error[table.analysis.str.startswith("PnP-DA")].to_numpy()
     if np.isnan(errors).all():

@@ -70,7 +70,7 @@ _STYLE = """
 .explorer button{justify-self:start;min-width:6rem;padding:.25rem .8rem;color:inherit;background:none;border:1px solid currentColor;border-radius:.3rem;font:inherit;cursor:pointer}
 .explorer :focus-visible{outline:2px solid #56b4e9;outline-offset:2px}
 @media (max-width:40rem){.explorer .settings>div{position:relative}.explorer label,.explorer label span,.explorer input{flex-basis:100%}.explorer output{position:absolute;top:0;right:0;flex:none}.explorer label span{padding-right:6rem}}
-"""
+"""  # noqa: E501
 
 # %% ../../nbs/98_plotting.ipynb #0f369f7c
 _SCRIPT = """
@@ -129,7 +129,9 @@ def _words(value: Any) -> str:
 
 # %% ../../nbs/98_plotting.ipynb #c9642c42
 def _page(frames: Sequence[tuple[str, str]], size: tuple[int, int], settings: Sequence[tuple[str, Sequence[str]]]) -> str:
-    """HTML of an explorer from the description and address of each frame, and the name of each setting with words for its values."""
+    """HTML of an explorer from the description and address of each frame, and the name of each setting with words for its
+    values.
+    """
     key = hashlib.sha256(json.dumps([frames, settings]).encode()).hexdigest()[:12]
     rows = "".join(
         f'<div><label><span>{escape(name)}</span><input type="range" min="0" max="{len(words) - 1}" step="1" value="0" '

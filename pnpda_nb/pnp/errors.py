@@ -112,7 +112,10 @@ def residual_covariance(
         left = left.masked_fill(left.abs().amax(0) * len(left) ** 0.5 <= rounding, 0.0)
         if not torch.isfinite(left.square().sum(0)).all():
             raise ValueError(
-                f"background, analysis: expected numbers whose squares are finite, got a residual of {left.abs().max() * len(left) ** 0.5:.3g}"
+                (
+                    "background, analysis: expected numbers whose squares are finite, got a residual of "
+                    f"{left.abs().max() * len(left) ** 0.5:.3g}"
+                )
             )
         errors.append(_dense(left, taper) if rank is None else _factored(left, rank))
     return ResidualCovariance(tuple(taus), tuple(errors))

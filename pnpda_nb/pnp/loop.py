@@ -144,10 +144,10 @@ class PnPDA(_PlugAndPlay):
     answers is returned. Every answer has its own noise, drawn at the beginning.
 
     `data_step` is the step towards the observations: the paper's "gradient"; "kalman", the gain of the error covariance
-    that `residuals` (`Residuals`; by default what a `GaussianPrior`, or a denoiser with a `residual`, says itself) has for the last iterate; "prox", the same
-    with the length of the gradient step times the identity for a covariance (PnP-Flow's step made implicit, as in
-    Flower, arXiv 2509.26287). The last two do not use the misfit's curvature to keep them stable. They end with one more step
-    towards the observations, since what the denoiser has touched last has not seen them since.
+    that `residuals` (`Residuals`; by default what a `GaussianPrior`, or a denoiser with a `residual`, says itself) has for the last
+    iterate; "prox", the same with the length of the gradient step times the identity for a covariance (PnP-Flow's step made
+    implicit, as in Flower, arXiv 2509.26287). The last two do not use the misfit's curvature to keep them stable. They end with one
+    more step towards the observations, since what the denoiser has touched last has not seen them since.
 
     A prior with a method `seeing(observations)`, which returns a `Prior`, is asked for one at each analysis. A denoiser
     with an attribute `centre`, shaped like the background, says that its flow starts at `centre` plus the prior's

@@ -191,9 +191,18 @@ def record_part(settings: dict, tuned: dict | None = None) -> xr.Dataset:
 
 # %% ../../nbs/95_studies.ipynb #2082b872
 def record_task(
-    testbed: Mapping, method: Mapping, *, members: int, runs: int, cycles: int, seed: int, smoothed: bool, tuned: Task | None = None,
-    name: str = "record", cost: float = 30.0,
-) -> Task:  # fmt: skip
+    testbed: Mapping,
+    method: Mapping,
+    *,
+    members: int,
+    runs: int,
+    cycles: int,
+    seed: int,
+    smoothed: bool,
+    tuned: Task | None = None,
+    name: str = "record",
+    cost: float = 30.0,
+) -> Task:
     """A task that makes a record of observations and of what `method` made of them."""
     settings = {"members": members, "runs": runs, "cycles": cycles, "seed": seed, "smoothed": smoothed}
     needs = {"tuned": tuned} if tuned else {}
@@ -250,20 +259,40 @@ def learning_part(
 
 # %% ../../nbs/95_studies.ipynb #9b343343
 def learning_task(
-    testbeds: Sequence[Mapping], policy: Mapping, training: OnPolicySettings, *, seed: int, network: Mapping | None = None,
-    truth: Mapping | None = None, records: Sequence[Task] = (), networks: Mapping | None = None, start: Task | None = None,
-    members: int = 1, validation_runs: int = 20, metric: str = "step_rmse", judged: Mapping | None = None, name: str = "learning",
+    testbeds: Sequence[Mapping],
+    policy: Mapping,
+    training: OnPolicySettings,
+    *,
+    seed: int,
+    network: Mapping | None = None,
+    truth: Mapping | None = None,
+    records: Sequence[Task] = (),
+    networks: Mapping | None = None,
+    start: Task | None = None,
+    members: int = 1,
+    validation_runs: int = 20,
+    metric: str = "step_rmse",
+    judged: Mapping | None = None,
+    name: str = "learning",
     cost: float = 60.0,
-) -> Task:  # fmt: skip
+) -> Task:
     """A task that trains a prior on a nature run, given as `truth` (runs and cycles), or on `records`; from a `start`, or anew as
-    `network` says. It is validated as the method that cycles, the `policy`, or as the one that is `judged`, with a single forecast. It goes on from where it was when
-    it is interrupted.
+    `network` says. It is validated as the method that cycles, the `policy`, or as the one that is `judged`, with a single forecast.
+    It goes on from where it was when it is interrupted.
     """
     settings = {
-        "testbeds": [dict(t) for t in testbeds], "policy": dict(policy), "training": dataclasses.asdict(training), "seed": seed,
-        "network": dict(network or {}), "truth": dict(truth or {}), "networks": dict(networks or {}), "members": members,
-        "validation_runs": validation_runs, "metric": metric, "judged": dict(judged or {}),
-    }  # fmt: skip
+        "testbeds": [dict(t) for t in testbeds],
+        "policy": dict(policy),
+        "training": dataclasses.asdict(training),
+        "seed": seed,
+        "network": dict(network or {}),
+        "truth": dict(truth or {}),
+        "networks": dict(networks or {}),
+        "members": members,
+        "validation_runs": validation_runs,
+        "metric": metric,
+        "judged": dict(judged or {}),
+    }
     needs = {f"record{i}": task for i, task in enumerate(records)} | ({"start": start} if start else {})
     return Task(name, learning_part, settings, needs, "analysis_prior", cost, resumable=True)
 
@@ -279,9 +308,12 @@ def costed_part(settings: dict, **learned: Any) -> xr.Dataset:
     begin = time.perf_counter()
     whole = cycle(experiment, method, members=settings["members"], runs=settings["runs"], seed=settings["seed"], nature=nature)
     cost = {
-        "seconds": time.perf_counter() - begin, "forecasts": settings["members"],
-        "passes": passes(settings["method"] | learned.get("tuned", {}).get("setting", {}), settings["members"]) if "prior" in learned else 0,
-    }  # fmt: skip
+        "seconds": time.perf_counter() - begin,
+        "forecasts": settings["members"],
+        "passes": passes(settings["method"] | learned.get("tuned", {}).get("setting", {}), settings["members"])
+        if "prior" in learned
+        else 0,
+    }
     result = summary(whole)
     chosen = dict(learned.get("tuned", {}).get("setting", {}))
     result.attrs["method_settings"] = json.dumps(json.loads(result.attrs["method_settings"]) | chosen)
@@ -307,9 +339,18 @@ def passes(method: Mapping, members: int) -> int:
 
 # %% ../../nbs/95_studies.ipynb #a4a11943
 def costed_task(
-    testbed: Mapping, method: Mapping, *, members: int = 1, runs: int, seed: int, prior: Task | None = None, tuned: Task | None = None,
-    archive: Task | None = None, name: str = "", cost: float = 5.0,
-) -> Task:  # fmt: skip
+    testbed: Mapping,
+    method: Mapping,
+    *,
+    members: int = 1,
+    runs: int,
+    seed: int,
+    prior: Task | None = None,
+    tuned: Task | None = None,
+    archive: Task | None = None,
+    name: str = "",
+    cost: float = 5.0,
+) -> Task:
     """A task that cycles `method` on `runs` test truths and says what that cost."""
     needs = {role: task for role, task in (("prior", prior), ("tuned", tuned), ("archive", archive)) if task is not None}
     settings = {"testbed": dict(testbed), "method": dict(method), "members": members, "runs": runs, "seed": seed}

@@ -31,9 +31,9 @@ __all__ = ["Study", "SweepSettings"]
 class Study:
     """A named experiment with presets. `plan(settings, methods)` gives a task for every condition and method, whose
     result is a cycled dataset; `kept(settings)` tasks whose results are kept under file names of their own;
-    `figures(results)` named matplotlib figures; `report(scores)` a text; `published` has columns method, metric, variable, mean, std; `others` are studies that stand in for
-    this one under a preset of their own. A study whose results are not cycles has its own `tabulate(results)`, a table of scores, and `stack(results)`, one
-    dataset of them all.
+    `figures(results)` named matplotlib figures; `report(scores)` a text; `published` has columns method, metric, variable, mean,
+    std; `others` are studies that stand in for this one under a preset of their own. A study whose results are not cycles has its
+    own `tabulate(results)`, a table of scores, and `stack(results)`, one dataset of them all.
     """
 
     name: str
@@ -51,7 +51,9 @@ class Study:
     stack: Callable[[dict[tuple[str, str], xr.Dataset]], xr.Dataset] | None = None
 
     def with_preset(self, preset: str) -> "Study":
-        """The study that has `preset`: this one or, for some presets, another in its place. Raises `ValueError` for an unknown preset."""
+        """The study that has `preset`: this one or, for some presets, another in its place. Raises `ValueError` for an unknown
+        preset.
+        """
         if preset not in self.presets and preset not in self.others:
             raise ValueError(f"preset: unknown preset {preset!r}; known: {', '.join([*self.presets, *self.others])}")
         return self.others.get(preset, self)

@@ -149,7 +149,9 @@ def _same_shape(method: Method, background: Tensor, analysis: Tensor) -> None:
 
 # %% ../../nbs/03_twin.ipynb #9727ed41
 def _with_weights(method: Method, background: Tensor, answer: Any) -> tuple[Tensor, Tensor]:
-    """The analysis and the weights of a weighted method. A run whose weights are no weights has an analysis of nan, and equal ones."""
+    """The analysis and the weights of a weighted method. A run whose weights are no weights has an analysis of nan, and equal
+    ones.
+    """
     if not (isinstance(answer, tuple) and len(answer) == 2):
         raise ValueError(f"{type(method).__name__}: expected an analysis and its weights, got {type(answer).__name__}")
     analysis, weights = answer
@@ -286,9 +288,8 @@ def cycle(
     if getattr(method, "from_start", window > 1):
         loop = partial(window_cycle, cycles=experiment.cycles)
     stretches = loop(
-        method, watched(), Forecast(model, interval), advance, first, set_aside,
-        RunStreams(seed, split, "method", runs=runs),
-    )  # fmt: skip
+        method, watched(), Forecast(model, interval), advance, first, set_aside, RunStreams(seed, split, "method", runs=runs)
+    )
     # bars go away when done, and stay off where there is no terminal to draw them on
     bar = tqdm(
         map(_averaged, stretches),
@@ -315,7 +316,8 @@ def cycle(
     if (failed >= 0).any():
         where = ", ".join(f"run {run} at cycle {failed[run]}" for run in (failed >= 0).nonzero()[:, 0].tolist()[:5])
         warnings.warn(
-            f"{type(method).__name__}: {int((failed >= 0).sum())} of {runs} runs became non-finite ({where}); they are left out of the scores",
+            f"{type(method).__name__}: {int((failed >= 0).sum())} of {runs} runs became non-finite ({where}); they are "
+            "left out of the scores",
             stacklevel=2,
         )
     return result
@@ -353,8 +355,8 @@ def _unlike(weights: Tensor) -> Tensor:
 
 # %% ../../nbs/03_twin.ipynb #6b6a4eb6
 def _fair_crps(truth: Tensor, ensemble: Tensor, weights: Tensor) -> Tensor:
-    """The fair CRPS of `truth` `(..., dim)` for members `(..., member, dim)` with `weights` `(..., member)`: in a sorted ensemble, the mean
-    distance between two members is a sum over one of them.
+    """The fair CRPS of `truth` `(..., dim)` for members `(..., member, dim)` with `weights` `(..., member)`: in a sorted ensemble,
+    the mean distance between two members is a sum over one of them.
     """
     apart = (ensemble - truth.unsqueeze(-2)).movedim(-1, -2)  # sorted values then lose nothing to a large mean
     order = apart.argsort(-1)

@@ -184,8 +184,9 @@ def time_mean(series: GappyArray | Sequence) -> tuple[GappyArray, GappyArray]:
 def mean_and_error(result: xr.Dataset, metric: str = "analysis_rmse") -> tuple[GappyFloat, GappyFloat]:
     """A score of a cycle with its standard error, over the runs that did not fail.
 
-    From the spread between runs if ten or more are left, or if the result is a `summary`; if there are fewer, from the autocorrelation
-    within them or, of a cycle that kept its scores alone, from the spread of its blocks. Raises `ValueError` for a metric that the cycle does not have.
+    From the spread between runs if ten or more are left, or if the result is a `summary`; if there are fewer, from the
+    autocorrelation within them or, of a cycle that kept its scores alone, from the spread of its blocks. Raises `ValueError` for a
+    metric that the cycle does not have.
     """
     known = scores(result)
     if metric not in known:
@@ -276,8 +277,8 @@ def ensemble_scores(truth: Tensor, ensemble: Tensor) -> dict:
 def paired_difference(
     runs: xr.Dataset, condition: str, better: str, worse: str, metric: str = "step_rmse"
 ) -> Annotated[tuple[float, float, int], GAPS]:
-    """Mean of `worse` minus `better` over the runs that neither lost, its standard error, and their number (nan and 0 if fewer than two are left); `runs` as
-    from `stack_runs`. Raises `ValueError` for a case that is not there.
+    """Mean of `worse` minus `better` over the runs that neither lost, its standard error, and their number (nan and 0 if fewer than
+    two are left); `runs` as from `stack_runs`. Raises `ValueError` for a case that is not there.
     """
     found = []
     for scheme in (worse, better):

@@ -212,7 +212,8 @@ def bocquet2013(cycles: int = 1000) -> TwinExperiment:
 
 # %% ../../nbs/91_models.ipynb #3bdfe5ab
 def bocquet2010(cycles: int = 1280) -> TwinExperiment:
-    """Lorenz-96 with 10 variables, half observed, as in Bocquet et al. (2010): every second one seen every step of 0.05 with variance
+    """Lorenz-96 with 10 variables, half observed, as in Bocquet et al. (2010): every second one seen every step of 0.05 with
+    variance
     2.25, a perfect model, scores from time 20 on.
     """
     model = Lorenz96(dim=10)
@@ -234,7 +235,7 @@ def bocquet2010(cycles: int = 1280) -> TwinExperiment:
 TESTBEDS: dict[str, Callable[..., TwinExperiment]] = {
     make.__name__: make
     for make in (lorenz63, lorenz96, kuramoto_sivashinsky, pendulum, double_well, sakov2012, sakov2008, bocquet2010, bocquet2013)
-}  # fmt: skip
+}
 
 # %% ../../nbs/91_models.ipynb #c05baf60
 guard(globals())

@@ -96,9 +96,9 @@ def add_bands(a: Tensor, b: Tensor) -> Tensor:
 class BandedCholesky:
     """The factor L of symmetric positive definite matrices A = LLᵀ, given as `bands` `(b + 1, ..., d)`.
 
-    A matrix that is not positive definite, or not finite, is `broken` `(...)`: its answers are nan, and it harms no other of the batch.
-    Nothing here is differentiated. With `overwrite`, which saves time and memory, the factor may take the place of the bands, which are lost; then a matrix that is broken raises
-    `LinAlgError` for the whole batch.
+    A matrix that is not positive definite, or not finite, is `broken` `(...)`: its answers are nan, and it harms no other of the
+    batch. Nothing here is differentiated. With `overwrite`, which saves time and memory, the factor may take the place of the
+    bands, which are lost; then a matrix that is broken raises `LinAlgError` for the whole batch.
     """
 
     def __init__(self, bands: Gappy, overwrite: bool = False):
@@ -199,8 +199,8 @@ class BandedCholesky:
 
 # %% ../../nbs/24_windows.ipynb #e9f54499
 def block_bands(diagonal: Tensor, below: Tensor) -> Tensor:
-    """The bands `(2n, ..., T·n)` of block-tridiagonal matrices with blocks `diagonal` `(..., T, n, n)` and `below` `(..., T − 1, n, n)` (row t + 1,
-    column t).
+    """The bands `(2n, ..., T·n)` of block-tridiagonal matrices with blocks `diagonal` `(..., T, n, n)` and `below` `(..., T − 1, n,
+    n)` (row t + 1, column t).
     """
     n, pad = diagonal.shape[-1], torch.nn.functional.pad
     column = torch.cat((diagonal, pad(below, (0, 0, 0, 0, 0, 1))), -2)  # (..., T, 2n, n)

@@ -27,8 +27,8 @@ __all__ = ["levenberg_marquardt", "WindowFourDVar", "window_four_dvar"]
 # %% ../../nbs/24_windows.ipynb #e787ec03
 @dataclass(frozen=True, eq=False)
 class Minimum:
-    """What a minimisation found: `x` `(N, d)`, its `cost` `(N,)`, the `iterations` `(N,)` that it took (one is one linear system solved), and
-    whether it `converged` `(N,)`.
+    """What a minimisation found: `x` `(N, d)`, its `cost` `(N,)`, the `iterations` `(N,)` that it took (one is one linear system
+    solved), and whether it `converged` `(N,)`.
     """
 
     x: Gappy
@@ -37,7 +37,10 @@ class Minimum:
     converged: Mask
 
     def __repr__(self) -> str:
-        return f"Minimum({len(self.cost)} windows, {int(self.converged.sum())} converged, {self.iterations.double().mean():.1f} iterations on average)"
+        return (
+            f"Minimum({len(self.cost)} windows, {int(self.converged.sum())} converged, {self.iterations.double().mean():.1f} "
+            "iterations on average)"
+        )
 
 
 # %% ../../nbs/24_windows.ipynb #ecd0765a
@@ -49,11 +52,13 @@ def levenberg_marquardt(
     tolerance: float = 1e-6,
     damping: float = 1e-3,
 ) -> Minimum:
-    """Minimise over a batch of `first` guesses `(N, d)`: `cost(x, which)` `(M,)` and `system(x, which)`, the bands of the Gauss-Newton
-    Hessian `(b + 1, M, d)` and the downhill slope `(M, d)`, are asked for the elements `which` `(M,)` that have not converged.
+    """Minimise over a batch of `first` guesses `(N, d)`: `cost(x, which)` `(M,)` and `system(x, which)`, the bands of the
+    Gauss-Newton Hessian `(b + 1, M, d)` and the downhill slope `(M, d)`, are asked for the elements `which` `(M,)` that have not
+    converged.
 
-    An element has converged when the linearised problem promises less than `tolerance` for each of its unknowns (the promise of the damped step, times 1 + its damping). Its damping is chosen by
-    how well the last promise was kept (Nielsen 1999). One whose cost is not finite to begin with stays where it is, and has not converged.
+    An element has converged when the linearised problem promises less than `tolerance` for each of its unknowns (the promise of the
+    damped step, times 1 + its damping). Its damping is chosen by how well the last promise was kept (Nielsen 1999). One whose cost
+    is not finite to begin with stays where it is, and has not converged.
     """
     if iterations < 1:
         raise ValueError(f"iterations: expected at least 1, got {iterations}")
@@ -104,11 +109,11 @@ def levenberg_marquardt(
 # %% ../../nbs/24_windows.ipynb #542024bf
 @dataclass(frozen=True, eq=False)
 class WindowFourDVar:
-    """4D-Var of whole windows: first states from N(`mean` `(n,)`, `covariance`), `forecast` from each state to the next with errors of covariance
-    `model_error`; without it (None) the constraint is strong.
+    """4D-Var of whole windows: first states from N(`mean` `(n,)`, `covariance`), `forecast` from each state to the next with errors
+    of covariance `model_error`; without it (None) the constraint is strong.
 
-    By Levenberg-Marquardt with at most `iterations`, until the linearised problem promises to lower the cost by less than `tolerance` for each unknown; at the truth, each number seen and each
-    model error contributes a half on average.
+    By Levenberg-Marquardt with at most `iterations`, until the linearised problem promises to lower the cost by less than
+    `tolerance` for each unknown; at the truth, each number seen and each model error contributes a half on average.
     """
 
     forecast: Forecast
@@ -121,12 +126,12 @@ class WindowFourDVar:
     def minimise(
         self, first: Gappy, information: Information | Callable[[Tensor], Information]
     ) -> Annotated[tuple[GaussianWindow, Minimum], ALONE]:
-        """The minimum from the `first` guess `(..., T, n)` for windows with `information` about them: the law around it, and how it was found. With a
-        strong constraint only the first state of the guess counts, the `x` of the minimum is that state, and the law's precision is diagonal: its variances are right, its
-        samples and densities are not.
+        """The minimum from the `first` guess `(..., T, n)` for windows with `information` about them: the law around it, and how it
+        was found. With a strong constraint only the first state of the guess counts, the `x` of the minimum is that state, and the
+        law's precision is diagonal: its variances are right, its samples and densities are not.
 
-        Nonlinear observations are given as a function from windows `(..., T, n)` to what they say, linearised there; it is asked again
-        until a window no longer changes, at most ten times; `converged` then speaks of the last linearisation.
+        Nonlinear observations are given as a function from windows `(..., T, n)` to what they say, linearised there; it is asked
+        again until a window no longer changes, at most ten times; `converged` then speaks of the last linearisation.
         """
         batch, size = first.shape[:-2], first.shape[-2] * first.shape[-1]
         first = first.double()
@@ -254,8 +259,8 @@ class _Strong:
 def window_four_dvar(
     experiment: TwinExperiment, windows: Tensor, strong: bool = False, iterations: int = 200, tolerance: float = 1e-6
 ) -> WindowFourDVar:
-    """4D-Var for windows of `experiment`: the law of first states is that of `windows` `(N, T, n)`, the model error that of nature, added up over
-    the steps of an interval as if it did not grow. Raises `ValueError` for a weak constraint without a model error.
+    """4D-Var for windows of `experiment`: the law of first states is that of `windows` `(N, T, n)`, the model error that of nature,
+    added up over the steps of an interval as if it did not grow. Raises `ValueError` for a weak constraint without a model error.
     """
     if not strong and not experiment.nature_error.variance > 0:
         raise ValueError("strong: expected True for an experiment without model error, got False")

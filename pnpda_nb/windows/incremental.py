@@ -36,8 +36,8 @@ PRECISIONS = ("banded", "low_rank", "dense")
 
 
 class ConstantNetwork(FieldNetwork):
-    """Always the same answer `(outputs, dim)`, whatever the fields are: with it a prior is an ordinary Gaussian law, learned for the
-    analyses that it makes.
+    """Always the same answer `(outputs, dim)`, whatever the fields are: with it a prior is an ordinary Gaussian law, learned for
+    the analyses that it makes.
     """
 
     def __init__(self, channels: int, outputs: int, generator: torch.Generator | None, *, dim: int):
@@ -51,11 +51,11 @@ class ConstantNetwork(FieldNetwork):
 # %% ../../nbs/25_incremental.ipynb #9bdde5db
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """What the standard deviations of a law must be multiplied by, as a function of themselves: log `factors` at log deviations `knots`, linear in
-    between, constant beyond.
+    """What the standard deviations of a law must be multiplied by, as a function of themselves: log `factors` at log deviations
+    `knots`, linear in between, constant beyond.
 
-    `fit` takes errors and predicted deviations of validation windows, any shape, and asks in each of `bins` of equally many that intervals
-    which should cover a share `coverage` do so. Raises `ValueError` for numbers that are not finite, or too few of them.
+    `fit` takes errors and predicted deviations of validation windows, any shape, and asks in each of `bins` of equally many that
+    intervals which should cover a share `coverage` do so. Raises `ValueError` for numbers that are not finite, or too few of them.
     """
 
     knots: tuple[float, ...]
@@ -96,15 +96,21 @@ class Calibration:
 
 # %% ../../nbs/25_incremental.ipynb #4df823b7
 class IncrementalPrior(PriorFile, kept_as="incremental_prior"):
-    """Priors N(μ_θ(x_s, s), Λ_θ(x_s, s)⁻¹) of windows `(T, n)` at `levels` of coarseness s (Blanke et al. 2024), around a `climate`.
+    """Priors N(μ_θ(x_s, s), Λ_θ(x_s, s)⁻¹) of windows `(T, n)` at `levels` of coarseness s (Blanke et al. 2024), around a
+    `climate`.
 
     Made by `make`, trained by `train_incremental`. `analyse` turns information about windows into their law; everything is batched.
     `calibration` corrects the standard deviations that `deviation` gives.
     """
 
     def __init__(
-        self, climate: Climate, networks: nn.ModuleList, architecture: dict, training: dict | None = None, calibration: Calibration | None = None
-    ):  # fmt: skip
+        self,
+        climate: Climate,
+        networks: nn.ModuleList,
+        architecture: dict,
+        training: dict | None = None,
+        calibration: Calibration | None = None,
+    ):
         self.climate, self.networks, self.architecture = climate, networks, architecture
         self.training, self.calibration = training or {}, calibration
         self.steps, self.dim = climate.mean.shape
@@ -112,12 +118,24 @@ class IncrementalPrior(PriorFile, kept_as="incremental_prior"):
 
     @classmethod
     def make(
-        cls, climate: Climate, *, levels: int = 3, network: str = "dense", precision: str = "banded", half_band: int = 0, rank: int = 5,
-        shared: bool = False, update: str = "estimate", floor: float = 0.05, seed: int = 0, **size: Any,
-    ) -> "IncrementalPrior":  # fmt: skip
+        cls,
+        climate: Climate,
+        *,
+        levels: int = 3,
+        network: str = "dense",
+        precision: str = "banded",
+        half_band: int = 0,
+        rank: int = 5,
+        shared: bool = False,
+        update: str = "estimate",
+        floor: float = 0.05,
+        seed: int = 0,
+        **size: Any,
+    ) -> "IncrementalPrior":
         """An untrained prior: a "dense" network over the whole window, a "convolution" along time, which serves every length, or a
-        "constant" one; `size` goes to it. The precision is "banded" with `half_band` (default 2n − 1), "low_rank" with `rank`, or "dense", and never below
-        `floor`. With `shared` weights one network serves all levels. Raises `ValueError` for settings out of range.
+        "constant" one; `size` goes to it. The precision is "banded" with `half_band` (default 2n − 1), "low_rank" with `rank`, or
+        "dense", and never below `floor`. With `shared` weights one network serves all levels. Raises `ValueError` for settings out
+        of range.
         """
         architecture = cls._architecture(
             climate,
@@ -176,10 +194,15 @@ class IncrementalPrior(PriorFile, kept_as="incremental_prior"):
 
     def __repr__(self) -> str:
         weights, a = sum(p.numel() for p in self.networks.parameters()), self.architecture
-        return f"IncrementalPrior(steps={self.steps}, dim={self.dim}, levels={self.levels}, {a['network']} network, {a['precision']} precision, {weights} weights)"
+        return (
+            f"IncrementalPrior(steps={self.steps}, dim={self.dim}, levels={self.levels}, {a['network']} network, "
+            f"{a['precision']} precision, {weights} weights)"
+        )
 
     def on(self, steps: int) -> "IncrementalPrior":
-        """The same prior for windows of another length. Raises `ValueError` unless the network is a convolution and the climate stationary."""
+        """The same prior for windows of another length. Raises `ValueError` unless the network is a convolution and the climate
+        stationary.
+        """
         if self.architecture["network"] != "convolution":
             raise ValueError("steps: a prior whose network reads the whole window works for one length")
         return IncrementalPrior(self.climate.on(steps), self.networks, self.architecture, self.training, self.calibration)
@@ -202,8 +225,8 @@ class IncrementalPrior(PriorFile, kept_as="incremental_prior"):
         return mean.flatten(-2), DensePrecision(root.mT @ root + a["floor"] * torch.eye(self.steps * n))
 
     def estimates(self, x: Tensor, information: Information) -> Iterator[tuple[Tensor, Tensor, Precision]]:
-        """From the first estimate `x` `(..., T, n)`, level by level: what the level was given, its x̂, and the precision of what is then known.
-        Everything is standardised, and differentiable.
+        """From the first estimate `x` `(..., T, n)`, level by level: what the level was given, its x̂, and the precision of what is
+        then known. Everything is standardised, and differentiable.
         """
         first = x
         for level in range(self.levels):
@@ -213,9 +236,9 @@ class IncrementalPrior(PriorFile, kept_as="incremental_prior"):
             x = found if self.update == "estimate" else x + (found - first) / self.levels
 
     def laws(self, information: Information | Callable[[Tensor], Information]) -> Annotated[list[GaussianWindow], ALONE]:
-        """The law of windows after each level, coarse to fine, given `information` about them; for nonlinear observations, a function
-        that linearises them around windows `(..., T, n)` (at first around the climate's mean `(T, n)`), which is asked anew at each level. With `update="average"` the
-        mean is the average, the precision that of the level's own estimate.
+        """The law of windows after each level, coarse to fine, given `information` about them; for nonlinear observations, a
+        function that linearises them around windows `(..., T, n)` (at first around the climate's mean `(T, n)`), which is asked
+        anew at each level. With `update="average"` the mean is the average, the precision that of the level's own estimate.
         """
         return [_in_units(self.climate, x, posterior.banded()) for x, posterior in self._descend(information, all_laws=True)]
 
@@ -244,7 +267,9 @@ class IncrementalPrior(PriorFile, kept_as="incremental_prior"):
         return found
 
     def _estimate(self, x: Tensor, level: int, known: Information, last: bool) -> tuple[Tensor, Precision]:
-        """x̂ and what is then known; before the last level, in the same memory if all goes well, since nobody asks for the precision."""
+        """x̂ and what is then known; before the last level, in the same memory if all goes well, since nobody asks for the
+        precision.
+        """
         mean, precision = self.prior_at(x, level)
         if last or not isinstance(precision, BandedPrecision):
             return most_probable(mean, precision, known)
@@ -341,10 +366,11 @@ def _networks(architecture: dict, steps: int, n: int, generator: torch.Generator
 # %% ../../nbs/25_incremental.ipynb #bb3756dc
 @dataclass(frozen=True, eq=False)
 class NeuralIncremental:
-    """Neural incremental data assimilation in a cycle: the states of a window of `window` observation times (one less than the `prior`'s states, which is the
-    default), given a background of covariance `scale` · `covariance` at its start.
+    """Neural incremental data assimilation in a cycle: the states of a window of `window` observation times (one less than the
+    `prior`'s states, which is the default), given a background of covariance `scale` · `covariance` at its start.
 
-    The window moves on by `shift`. Returns all states `(window + 1, ..., member, dim)`. Raises `ValueError` for settings out of range.
+    The window moves on by `shift`. Returns all states `(window + 1, ..., member, dim)`. Raises `ValueError` for settings out of
+    range.
     """
 
     prior: IncrementalPrior = field(repr=False)

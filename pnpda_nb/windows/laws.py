@@ -88,7 +88,9 @@ class GaussianWindow:
 # %% ../../nbs/24_windows.ipynb #79dcf7bb
 @dataclass(frozen=True, eq=False)
 class Information:
-    """What is known of windows, as −½ xᵀJx + jᵀx: the `bands` of J `(k, ..., T·n)` and the `vector` j `(..., T·n)`; batches broadcast."""
+    """What is known of windows, as −½ xᵀJx + jᵀx: the `bands` of J `(k, ..., T·n)` and the `vector` j `(..., T·n)`; batches
+    broadcast.
+    """
 
     bands: Gappy
     vector: Gappy
@@ -116,8 +118,8 @@ class Information:
 
 # %% ../../nbs/24_windows.ipynb #bf9ac533
 def pointwise(value: Gappy, deviation: Tensor | float, present: Mask) -> Information:
-    """The information in `value` `(..., T, n)` where `present` `(..., T, n)`, with errors of standard `deviation`, independent of one another.
-    Raises `ValueError` for a deviation that is not positive.
+    """The information in `value` `(..., T, n)` where `present` `(..., T, n)`, with errors of standard `deviation`, independent of
+    one another. Raises `ValueError` for a deviation that is not positive.
     """
     deviation = torch.as_tensor(deviation, dtype=torch.float64)
     if not (deviation > 0).all():
@@ -129,8 +131,8 @@ def pointwise(value: Gappy, deviation: Tensor | float, present: Mask) -> Informa
 
 # %% ../../nbs/24_windows.ipynb #b8292c9b
 def linearised(observations: Sequence[Observations | None], x: Tensor) -> Information:
-    """The information in `observations` of the times of windows `x` `(..., member, T, n)` (None: nothing was seen at that time); those that are not
-    linear are linearised around `x`.
+    """The information in `observations` of the times of windows `x` `(..., member, T, n)` (None: nothing was seen at that time);
+    those that are not linear are linearised around `x`.
     """
     n, steps = x.shape[-1], x.shape[-2]
     if len(observations) != steps:
@@ -152,7 +154,9 @@ def linearised(observations: Sequence[Observations | None], x: Tensor) -> Inform
 
 # %% ../../nbs/24_windows.ipynb #884d1965
 def background_information(mean: Tensor, covariance: Covariance, steps: int, scale: float = 1.0) -> Information:
-    """What a background `mean` `(..., n)` of errors N(0, `scale` · `covariance`) says about windows of `steps` states: it is about the first one."""
+    """What a background `mean` `(..., n)` of errors N(0, `scale` · `covariance`) says about windows of `steps` states: it is about
+    the first one.
+    """
     precision = covariance.inverse.to(mean) / scale
     vector = torch.nn.functional.pad(mean @ precision, (0, (steps - 1) * mean.shape[-1]))
     bands = torch.nn.functional.pad(dense_band(precision, len(precision) - 1), (0, (steps - 1) * len(precision)))
@@ -161,8 +165,8 @@ def background_information(mean: Tensor, covariance: Covariance, steps: int, sca
 
 # %% ../../nbs/24_windows.ipynb #62acdfe4
 class Climate:
-    """A Gaussian law of windows, from many of them: `mean` and `scale` `(T, n)`, with either the `covariance` of standardised windows
-    `(T·n, T·n)`, or the bands of their `precision` `(b + 1, T·n)`.
+    """A Gaussian law of windows, from many of them: `mean` and `scale` `(T, n)`, with either the `covariance` of standardised
+    windows `(T·n, T·n)`, or the bands of their `precision` `(b + 1, T·n)`.
     """
 
     def __init__(self, mean: Tensor, scale: Positive, covariance: Tensor | None = None, precision: Tensor | None = None):
@@ -190,7 +194,9 @@ class Climate:
         return cls(mean, scale, precision=band_gram(_regression(z, order, stationary)))
 
     def on(self, steps: int) -> "Climate":
-        """The same stationary law for windows of another length. Raises `ValueError` if it is not one, or was fitted to windows too short to say."""
+        """The same stationary law for windows of another length. Raises `ValueError` if it is not one, or was fitted to windows too
+        short to say.
+        """
         n = self.mean.shape[1]
         same = self.precision is not None and all((x == x[:1]).all() for x in (self.mean, self.scale))
         order = len(self.precision) // n - 1 if same else 0
@@ -216,7 +222,9 @@ class Climate:
         return information.standardised(self.mean.flatten(), self.scale.flatten())
 
     def interpolate(self, information: Information) -> Annotated[Tensor, ALONE]:
-        """The mean `(..., T, n)` of standardised windows, given `information` about standardised windows (see `standardised`); `law` does both."""
+        """The mean `(..., T, n)` of standardised windows, given `information` about standardised windows (see `standardised`);
+        `law` does both.
+        """
         shape = (*information.vector.shape[:-1], *self.mean.shape)
         if self.precision is not None:
             batch = information.vector.shape[:-1]

@@ -39,7 +39,8 @@ class _BandedSolve(torch.autograd.Function):
 
 # %% ../../nbs/25_incremental.ipynb #1839fc24
 def banded_solve(bands: Gappy, right: Gappy) -> Gappy:
-    """A⁻¹ b `(..., d)` for `bands` of A `(b + 1, ..., d)` and a `right` side `(..., d)`, with the implicit gradient of @eq-implicit for both.
+    """A⁻¹ b `(..., d)` for `bands` of A `(b + 1, ..., d)` and a `right` side `(..., d)`, with the implicit gradient of @eq-implicit
+    for both.
 
     Time O(d b²) and memory O(d b), in the forward and the backward pass. A matrix that is not positive definite gives nan.
     """
@@ -147,8 +148,8 @@ Precision = BandedPrecision | LowRankPrecision | DensePrecision
 
 
 def most_probable(mean: Gappy, precision: Precision, information: Information) -> tuple[Gappy, Precision]:
-    """The MAP estimate x̂ `(..., d)` of @eq-map from the prior of `mean` `(..., d)` and `precision`, and the precision of what is then
-    known.
+    """The MAP estimate x̂ `(..., d)` of @eq-map from the prior of `mean` `(..., d)` and `precision`, and the precision of what is
+    then known.
     """
     posterior, mean = precision.given(information), mean.double()
     pull = information.vector.double() - band_product(information.bands.double(), mean)

@@ -38,8 +38,9 @@ __all__ = ["RandomSets", "regular_sets", "IncrementalSettings", "observe_windows
 class RandomSets:
     """Sets of `count` points of a window of `steps` states of size `dim`, at which one variable of `variables` is seen.
 
-    A share `near_regular` of the sets, for which there must be only one variable, is a regular grid of times, each moved by up to `jitter`. A set that is `held_out` (each a sorted tuple of
-    flat indices, time × `dim` + variable) is never drawn. Raises `ValueError` for settings out of range.
+    A share `near_regular` of the sets, for which there must be only one variable, is a regular grid of times, each moved by up to
+    `jitter`. A set that is `held_out` (each a sorted tuple of flat indices, time × `dim` + variable) is never drawn. Raises
+    `ValueError` for settings out of range.
     """
 
     steps: int
@@ -110,13 +111,14 @@ def regular_sets(steps: int, dim: int, spacing: int, variables: Sequence[int] = 
 # %% ../../nbs/25_incremental.ipynb #2dd880cf
 @dataclass(frozen=True)
 class IncrementalSettings:
-    """How a prior is trained: `iterations` of AdamW on batches of `windows` windows for each of `processes` observation processes, with errors of
-    standard `deviation` in standardised units.
+    """How a prior is trained: `iterations` of AdamW on batches of `windows` windows for each of `processes` observation processes,
+    with errors of standard `deviation` in standardised units.
 
-    In `mode` "rollout" the last level has the share `last` of the loss, the others share the rest; in "interpolated" all count alike. `likelihood` is the
-    weight of twice @eq-contrast, divided by the size of a window. With a chance of `background`, a window also has a background: its first state, with an error of standard deviation from
-    `background_deviation`, in standardised units. `average` is the decay of the weights' average, which is what is returned; in `checks` between, the best of it on validation
-    windows is kept. Raises `ValueError` for settings out of range.
+    In `mode` "rollout" the last level has the share `last` of the loss, the others share the rest; in "interpolated" all count
+    alike. `likelihood` is the weight of twice @eq-contrast, divided by the size of a window. With a chance of `background`, a
+    window also has a background: its first state, with an error of standard deviation from `background_deviation`, in standardised
+    units. `average` is the decay of the weights' average, which is what is returned; in `checks` between, the best of it on
+    validation windows is kept. Raises `ValueError` for settings out of range.
     """
 
     iterations: int = 5000
@@ -158,10 +160,16 @@ class IncrementalSettings:
 
 # %% ../../nbs/25_incremental.ipynb #f775b153
 def observe_windows(
-    z: Tensor, present: Mask, deviation: float, generator: torch.Generator, background: Tensor | float = 0.0, deviations: tuple[float, float] = (0.01, 1.0)
-) -> Information:  # fmt: skip
-    """Information about standardised windows `z` `(P, W, T, n)`, seen where `present` `(P, T, n)` with errors of standard `deviation`; each process has,
-    with a chance of `background`, also a background of the first state, of a standard deviation drawn between `deviations`.
+    z: Tensor,
+    present: Mask,
+    deviation: float,
+    generator: torch.Generator,
+    background: Tensor | float = 0.0,
+    deviations: tuple[float, float] = (0.01, 1.0),
+) -> Information:
+    """Information about standardised windows `z` `(P, W, T, n)`, seen where `present` `(P, T, n)` with errors of standard
+    `deviation`; each process has, with a chance of `background`, also a background of the first state, of a standard deviation
+    drawn between `deviations`.
     """
     d = z.shape[-2] * z.shape[-1]
     weight = present.to(z).flatten(-2).unsqueeze(1) / deviation**2
@@ -221,10 +229,10 @@ def train_incremental(
 ) -> tuple[IncrementalPrior, pd.DataFrame]:
     """Train `prior` on `windows` `(N, T, n)`, or on what a function of a number and a generator draws, observed as `sets` say.
 
-    Returns the prior whose averaged weights did best on the `validation` windows `(M, T, n)`, each seen through four drawn sets (without validation: the last), and
-    the history: `iteration`, `loss`, `validation` (mean squared error of what `analyse` returns), `seconds`. With a `checkpoint` an interrupted training goes on where
-    it was; the file is removed at the end. Raises `ValueError` for windows of another shape, a checkpoint of another training, or a loss that is not
-    finite.
+    Returns the prior whose averaged weights did best on the `validation` windows `(M, T, n)`, each seen through four drawn sets
+    (without validation: the last), and the history: `iteration`, `loss`, `validation` (mean squared error of what `analyse`
+    returns), `seconds`. With a `checkpoint` an interrupted training goes on where it was; the file is removed at the end. Raises
+    `ValueError` for windows of another shape, a checkpoint of another training, or a loss that is not finite.
     """
     training = _Training(prior, windows, sets, settings, validation, seed)
     path = Path(checkpoint) if checkpoint else None
@@ -345,11 +353,19 @@ class _Training:
     def write(self, path: Path) -> None:
         """Everything that is needed to go on, whole or not at all."""
         content = {
-            "fingerprint": self.fingerprint, "iteration": self.iteration, "networks": self.prior.networks.state_dict(),
-            "averaged": self.averaged.networks.state_dict(), "optimiser": self.optimiser.state_dict(), "generator": self.generator.get_state(),
-            "losses": self.losses, "history": self.history, "best": self.best, "best_score": self.best_score, "seconds": self.seconds,
+            "fingerprint": self.fingerprint,
+            "iteration": self.iteration,
+            "networks": self.prior.networks.state_dict(),
+            "averaged": self.averaged.networks.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "generator": self.generator.get_state(),
+            "losses": self.losses,
+            "history": self.history,
+            "best": self.best,
+            "best_score": self.best_score,
+            "seconds": self.seconds,
             "stock": self.stock,
-        }  # fmt: skip
+        }
         write_checkpoint(content, path)
 
     def restore(self, path: Path) -> None:

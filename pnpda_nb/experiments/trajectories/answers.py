@@ -35,8 +35,8 @@ __all__ = []
 # %% ../../../nbs/26_few_points.ipynb #1cb472be
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """What a method says about a scene: `mean` and `deviation` (or None) `(P, W, T, n)`, `iterations` `(P, W)` of a minimisation (or None), and
-    the `seconds` that it took without what is learned.
+    """What a method says about a scene: `mean` and `deviation` (or None) `(P, W, T, n)`, `iterations` `(P, W)` of a minimisation
+    (or None), and the `seconds` that it took without what is learned.
     """
 
     mean: Tensor
@@ -83,7 +83,9 @@ def four_dvar(scene: Scene, first: Tensor, strong: bool = False, spread: bool = 
 
 # %% ../../../nbs/26_few_points.ipynb #c789853f
 def best_of(scene: Scene, starts: int, seed: int = 0) -> Answer:
-    """Weak-constraint 4D-Var from optimal interpolation and from samples of its law, as many as `starts` in all: of every window, the minimum of lowest cost."""
+    """Weak-constraint 4D-Var from optimal interpolation and from samples of its law, as many as `starts` in all: of every window,
+    the minimum of lowest cost.
+    """
     climate, shape = scene.climate, scene.values.shape
     known = climate.standardised(scene.information)
     prior = torch.linalg.inv(climate.covariance) if climate.precision is None else band_dense(climate.precision)
@@ -125,7 +127,9 @@ def plug_and_play(
 
 
 def _spread(members: Tensor) -> Tensor:
-    """Standard deviations for which a Gaussian's intervals of 90 % are those of so many `members` `(P, W, member, T, n)`, whose mean is uncertain too."""
+    """Standard deviations for which a Gaussian's intervals of 90 % are those of so many `members` `(P, W, member, T, n)`, whose
+    mean is uncertain too.
+    """
     m = members.shape[2]
     return float(student.ppf(0.95, m - 1) / 1.6449 * (1 + 1 / m) ** 0.5) * members.std(2)
 
@@ -134,7 +138,9 @@ def _spread(members: Tensor) -> Tensor:
 def plug_and_play_4d(
     scene: Scene, prior: FlowPrior, iterations: int = 30, alpha: float = 0.5, members: int = 1, seed: int = 0
 ) -> Answer:
-    """PnP-DA's Algorithm 2 through the whole window, without what was seen of its first state beyond the background: mean and standard deviation of `members` answers."""
+    """PnP-DA's Algorithm 2 through the whole window, without what was seen of its first state beyond the background: mean and
+    standard deviation of `members` answers.
+    """
     P, W, T, n = scene.values.shape
     experiment, climate = scene.experiment, scene.climate
     start = climate.law(scene.information)[0][:, :, 0].reshape(P * W, 1, n)
@@ -151,8 +157,8 @@ def plug_and_play_4d(
 
 # %% ../../../nbs/26_few_points.ipynb #785412de
 def importance(scene: Scene, draws: int, seed: int, block: int = 20000) -> Answer:
-    """The posterior mean and standard deviation by importance sampling: `draws` trajectories of nature, weighed by how well they fit what was seen.
-    The floor that no estimate can go below, as far as the draws suffice.
+    """The posterior mean and standard deviation by importance sampling: `draws` trajectories of nature, weighed by how well they
+    fit what was seen. The floor that no estimate can go below, as far as the draws suffice.
     """
     P, W, T, n = scene.values.shape
     total = torch.full((P, W), -torch.inf, dtype=torch.float64)

@@ -75,8 +75,8 @@ def window_prior_part(settings: dict, checkpoint: str | None = None) -> Incremen
 
 # %% ../../../nbs/26_few_points.ipynb #5e3ae920
 def window_pairs(name: str, count: int, climate_windows: int, seed: int, purpose: str = "pairs") -> tuple[Tensor, Tensor]:
-    """Pairs for a flow prior: optimal interpolations of windows, each seen by a process of its own, and the windows, both standardised
-    `(count, T, n)`; other ones for every `purpose`.
+    """Pairs for a flow prior: optimal interpolations of windows, each seen by a process of its own, and the windows, both
+    standardised `(count, T, n)`; other ones for every `purpose`.
     """
     testbed, climate = window_testbed(name), window_climate(name, climate_windows, seed)
     sets, generator = testbed.sets, stream(seed, purpose, name)
@@ -91,8 +91,8 @@ def window_pairs(name: str, count: int, climate_windows: int, seed: int, purpose
 
 # %% ../../../nbs/26_few_points.ipynb #4270d170
 def flow_part(settings: dict, checkpoint: str | None = None) -> FlowPrior:
-    """A flow prior for plug-and-play: of whole windows given their optimal interpolation ("window"), or of the second state of a window, given the forecast
-    of the first one's optimal interpolation ("start").
+    """A flow prior for plug-and-play: of whole windows given their optimal interpolation ("window"), or of the second state of a
+    window, given the forecast of the first one's optimal interpolation ("start").
     """
     name, seed = settings["testbed"], settings["seed"]
     first, truth = window_pairs(name, settings["pairs"], settings["climate_windows"], seed)
@@ -133,10 +133,15 @@ def window_case_part(settings: dict, **learned: Any) -> xr.Dataset:
             learned["prior"], background.flatten(1), truth.flatten(1), taus, stream(settings["seed"], "residuals")
         )
     methods = {
-        "climatology": lambda: climatology(here), "oi": lambda: interpolation(here), "incremental": lambda: incremental(here, learned["prior"], **options), "best_of": lambda: best_of(here, **options),
-        "four_dvar": lambda: four_dvar(here, start, **options), "floor": lambda: importance(here, seed=settings["seed"], **options),
-        "pnpda_window": lambda: plug_and_play(here, learned["prior"], **options), "pnpda4d": lambda: plug_and_play_4d(here, learned["prior"], **options),
-    }  # fmt: skip
+        "climatology": lambda: climatology(here),
+        "oi": lambda: interpolation(here),
+        "incremental": lambda: incremental(here, learned["prior"], **options),
+        "best_of": lambda: best_of(here, **options),
+        "four_dvar": lambda: four_dvar(here, start, **options),
+        "floor": lambda: importance(here, seed=settings["seed"], **options),
+        "pnpda_window": lambda: plug_and_play(here, learned["prior"], **options),
+        "pnpda4d": lambda: plug_and_play_4d(here, learned["prior"], **options),
+    }
     begin = time.perf_counter()
     answer = methods[name]()
     seconds = time.perf_counter() - begin
@@ -157,8 +162,8 @@ def window_case_part(settings: dict, **learned: Any) -> xr.Dataset:
 
 # %% ../../../nbs/26_few_points.ipynb #3cca6ffc
 def timing_part(settings: dict, prior: IncrementalPrior) -> dict:
-    """Milliseconds per window of the neural analysis and of converged 4D-Var from several starts, on the same batch, `repeats` times in turn: least and median; those of one window alone; and
-    how many seconds the prior was trained.
+    """Milliseconds per window of the neural analysis and of converged 4D-Var from several starts, on the same batch, `repeats`
+    times in turn: least and median; those of one window alone; and how many seconds the prior was trained.
     """
     here = scene(*(settings[k] for k in ("testbed", "condition", "windows", "climate_windows", "seed")))
     strong = not here.experiment.nature_error.variance > 0
@@ -166,12 +171,15 @@ def timing_part(settings: dict, prior: IncrementalPrior) -> dict:
     first, near = climate.law(known)[0], prior.analyse(known).mean
     var = window_four_dvar(here.experiment, here.windows, strong)
     jobs = {
-        "incremental": lambda: prior.analyse(known), "incremental_with_variances": lambda: prior.analyse(known).variance,
+        "incremental": lambda: prior.analyse(known),
+        "incremental_with_variances": lambda: prior.analyse(known).variance,
         "optimal_interpolation": lambda: climate.interpolate(climate.standardised(known)),
-        "four_dvar_from_oi": lambda: var.minimise(first, known), "four_dvar_from_climatology": lambda: var.minimise(climate.mean.expand_as(first), known),
-        "four_dvar_from_incremental": lambda: var.minimise(near, known), "hybrid": lambda: var.minimise(prior.analyse(known).mean, known),
+        "four_dvar_from_oi": lambda: var.minimise(first, known),
+        "four_dvar_from_climatology": lambda: var.minimise(climate.mean.expand_as(first), known),
+        "four_dvar_from_incremental": lambda: var.minimise(near, known),
+        "hybrid": lambda: var.minimise(prior.analyse(known).mean, known),
         "four_dvar_from_oi_stopped_early": lambda: dataclasses.replace(var, tolerance=1e-2).minimise(first, known),
-    }  # fmt: skip
+    }
     alone = Information(known.bands[:, :1, :1], known.vector[:1, :1])
     single = {"incremental": lambda: prior.analyse(alone), "four_dvar_from_oi": lambda: var.minimise(first[:1, :1], alone)}
     times, latency = {name: [] for name in jobs}, {name: [] for name in single}
@@ -188,16 +196,18 @@ def timing_part(settings: dict, prior: IncrementalPrior) -> dict:
             job()
             latency[name].append(1e3 * (time.perf_counter() - begin))
     return {
-        "windows": first[..., 0, 0].numel(), "threads": torch.get_num_threads(),
-        "training_seconds": prior.training["history"][-1]["seconds"], "one_window_alone": {name: float(np.median(found)) for name, found in latency.items()},
+        "windows": first[..., 0, 0].numel(),
+        "threads": torch.get_num_threads(),
+        "training_seconds": prior.training["history"][-1]["seconds"],
+        "one_window_alone": {name: float(np.median(found)) for name, found in latency.items()},
         "batch": {name: {"least": min(found), "median": float(np.median(found))} for name, found in times.items()},
-    }  # fmt: skip
+    }
 
 
 # %% ../../../nbs/26_few_points.ipynb #cf2f43c9
 def probe(testbed: str, steps: int, batch: int, seed: int, path: str = "") -> dict:
-    """One analysis of `batch` windows of `steps` states by a prior with a convolution, read from `path` or untrained: milliseconds per window,
-    megabytes that this process needed for it, and the mean and stuck share of normalised errors if the prior was read.
+    """One analysis of `batch` windows of `steps` states by a prior with a convolution, read from `path` or untrained: milliseconds
+    per window, megabytes that this process needed for it, and the mean and stuck share of normalised errors if the prior was read.
     """
     torch.set_num_threads(1)
     bed = window_testbed(testbed, steps)
@@ -282,8 +292,11 @@ def levels_part(settings: dict, prior: IncrementalPrior) -> xr.Dataset:
     axes = ("level", "window", "time", "variable")
     return xr.Dataset(
         {
-            "truth": (axes[1:], truth.numpy()), "mean": (axes, means.numpy()), "deviation": (axes, deviations.numpy()),
-            "sample": (("draw", *axes[1:]), draws.numpy()), "seen": (axes[1:], one.values[0].masked_fill(~one.present, torch.nan).numpy()),
+            "truth": (axes[1:], truth.numpy()),
+            "mean": (axes, means.numpy()),
+            "deviation": (axes, deviations.numpy()),
+            "sample": (("draw", *axes[1:]), draws.numpy()),
+            "seen": (axes[1:], one.values[0].masked_fill(~one.present, torch.nan).numpy()),
         },
         coords={"variable": names, "time": here.experiment.interval * here.experiment.nature.dt * np.arange(truth.shape[1])},
-    )  # fmt: skip
+    )

@@ -48,7 +48,9 @@ class WindowTestbed:
 
 # %% ../../../nbs/26_few_points.ipynb #134f5103
 def window_testbed(name: str, steps: int = 0) -> WindowTestbed:
-    """The testbed "lorenz63", "pendulum" or "lorenz96", with windows of `steps` states (0: as many as it has). Raises `ValueError` for another name."""
+    """The testbed "lorenz63", "pendulum" or "lorenz96", with windows of `steps` states (0: as many as it has). Raises `ValueError`
+    for another name.
+    """
     one = ObservingNetwork(Select((0,), 3), DiagonalCovariance([1.0]))
     if name == "lorenz63":
         model, steps = Lorenz63(dt=0.05), steps or 32
@@ -82,8 +84,8 @@ def window_testbed(name: str, steps: int = 0) -> WindowTestbed:
 # %% ../../../nbs/26_few_points.ipynb #10d5ce75
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """Test windows `truth` `(W, T, n)` and the processes `present` `(P, T, n)` that see them; `values` `(P, W, T, n)` are what is seen with errors of
-    standard `deviation` `(T, n)`, of `function` of the state (None: of the state itself).
+    """Test windows `truth` `(W, T, n)` and the processes `present` `(P, T, n)` that see them; `values` `(P, W, T, n)` are what is
+    seen with errors of standard `deviation` `(T, n)`, of `function` of the state (None: of the state itself).
     """
 
     experiment: TwinExperiment
@@ -189,7 +191,8 @@ def _processes(name: str, seed: int, condition: str) -> tuple[Tensor, float, Cal
 # %% ../../../nbs/26_few_points.ipynb #3242e11f
 @lru_cache(maxsize=4)
 def scene(name: str, condition: str, windows: int, climate_windows: int, seed: int, split: str = "test") -> Scene:
-    """The scene of a testbed under a condition: "regular", "random", "points=8", "noise=0.2", "clustered", "variable=2", "arctan"; all but the second and the third are made of the regular processes, where there are any. With `split` "validation" other
+    """The scene of a testbed under a condition: "regular", "random", "points=8", "noise=0.2", "clustered", "variable=2", "arctan";
+    all but the second and the third are made of the regular processes, where there are any. With `split` "validation" other
     windows, seen by processes as in training.
     """
     testbed, climate = window_testbed(name), window_climate(name, climate_windows, seed)

@@ -42,9 +42,11 @@ def window_prior_task(
 # %% ../../../nbs/26_few_points.ipynb #7262df35
 @dataclass(frozen=True)
 class WindowSettings(Settings):
-    """What a study of windows depends on: `runs` test windows, each seen by eight processes; `climate_windows` and `validation_windows`; the best prior, with
-    `levels`, a network of `width`, and `iterations` of training with eight processes of `batch` windows; the paper's, trained on `archive` windows for `paper_iterations`; the comparison of levels, each trained for
-    `level_iterations`; plug-and-play with `members` answers, priors from `pairs` trained for `epochs`, Algorithm 2 on the first `few` windows; `draws` for importance sampling (0: none). Raises `ValueError` for settings out of range.
+    """What a study of windows depends on: `runs` test windows, each seen by eight processes; `climate_windows` and
+    `validation_windows`; the best prior, with `levels`, a network of `width`, and `iterations` of training with eight processes of
+    `batch` windows; the paper's, trained on `archive` windows for `paper_iterations`; the comparison of levels, each trained for
+    `level_iterations`; plug-and-play with `members` answers, priors from `pairs` trained for `epochs`, Algorithm 2 on the first
+    `few` windows; `draws` for importance sampling (0: none). Raises `ValueError` for settings out of range.
     """
 
     testbed: str = "lorenz63"
@@ -100,9 +102,23 @@ class WindowSettings(Settings):
 
 
 WINDOW_METHODS = (
-    "climatology", "oi", "unconditional", "paper_size", "interpolated", "incremental", "strong4d_oi", "weak4d_climatology", "weak4d_oi", "weak4d_best", "weak4d_paper", "hybrid",
-    "weak4d_truth", "pnpda_window", "pnpda4d", "floor",
-)  # fmt: skip
+    "climatology",
+    "oi",
+    "unconditional",
+    "paper_size",
+    "interpolated",
+    "incremental",
+    "strong4d_oi",
+    "weak4d_climatology",
+    "weak4d_oi",
+    "weak4d_best",
+    "weak4d_paper",
+    "hybrid",
+    "weak4d_truth",
+    "pnpda_window",
+    "pnpda4d",
+    "floor",
+)
 
 
 # %% ../../../nbs/26_few_points.ipynb #e5e8bf2e
@@ -128,14 +144,40 @@ def window_priors(settings: WindowSettings) -> dict[str, Task]:
     narrow = {"hidden": (64, 64), "epochs": s.epochs, "source": "covariance", "target": "increment", "batch": 256, "patience": 1000}
     return {
         "incremental": window_prior_task("training incremental", s, s.network, rolled, cost=each * s.iterations),
-        "interpolated": window_prior_task("training interpolated", s, s.network | {"update": "average"}, rolled | {"mode": "interpolated"}, cost=each * s.iterations),
-        "paper_size": window_prior_task("training paper_size", s, paper, paper_training, archive=s.archive, cost=0.015 * s.paper_iterations),
-        "unconditional": window_prior_task(
-            "training unconditional", s, {"network": "constant", "levels": 1}, rolled | {"iterations": max(1, s.iterations // 10), "learning_rate": 1e-2}, cost=0.02 * s.iterations / 10,
+        "interpolated": window_prior_task(
+            "training interpolated",
+            s,
+            s.network | {"update": "average"},
+            rolled | {"mode": "interpolated"},
+            cost=each * s.iterations,
         ),
-        "pnpda_window": Task("training flow", flow_part, flow | {"kind": "window", "training": wide}, format="prior", cost=1.5 * s.epochs, resumable=True),
-        "pnpda4d": Task("training flow of starts", flow_part, flow | {"kind": "start", "training": narrow}, format="prior", cost=0.5 * s.epochs, resumable=True),
-    }  # fmt: skip
+        "paper_size": window_prior_task(
+            "training paper_size", s, paper, paper_training, archive=s.archive, cost=0.015 * s.paper_iterations
+        ),
+        "unconditional": window_prior_task(
+            "training unconditional",
+            s,
+            {"network": "constant", "levels": 1},
+            rolled | {"iterations": max(1, s.iterations // 10), "learning_rate": 1e-2},
+            cost=0.02 * s.iterations / 10,
+        ),
+        "pnpda_window": Task(
+            "training flow",
+            flow_part,
+            flow | {"kind": "window", "training": wide},
+            format="prior",
+            cost=1.5 * s.epochs,
+            resumable=True,
+        ),
+        "pnpda4d": Task(
+            "training flow of starts",
+            flow_part,
+            flow | {"kind": "start", "training": narrow},
+            format="prior",
+            cost=0.5 * s.epochs,
+            resumable=True,
+        ),
+    }
 
 
 # %% ../../../nbs/26_few_points.ipynb #f49ad3fa
@@ -270,28 +312,61 @@ def kept_windows(settings: WindowSettings, methods: tuple[str, ...]) -> dict[str
     lengths = {"testbed": s.testbed, "seed": s.seed, "batch": 16, "lengths": list(s.lengths)}
     trained = {"prior": prior} if s.network["network"] == "convolution" else {}
     return {
-        "prior.safetensors": prior, "levels.nc": Task("levels", levels_part, plain | {"process": 3, "few": 12}, {"prior": prior}, cost=2.0),
+        "prior.safetensors": prior,
+        "levels.nc": Task("levels", levels_part, plain | {"process": 3, "few": 12}, {"prior": prior}, cost=2.0),
         "timing.json": Task("timing", timing_part, plain | {"repeats": s.repeats}, {"prior": prior}, "record", cost=20.0),
         "scaling.json": Task("scaling", scaling_part, lengths, trained, "record", cost=30.0),
-    }  # fmt: skip
+    }
 
 
 # %% ../../../nbs/26_few_points.ipynb #ae60aac7
 _SMOKE = {
-    "runs": 20, "climate_windows": 1500, "validation_windows": 60, "iterations": 150, "paper_iterations": 300, "level_iterations": 0, "pairs": 1000, "epochs": 3,
-    "draws": 20000, "width": 32, "batch": 8, "few": 5, "lengths": (32, 128), "repeats": 1, "members": 4,
-}  # fmt: skip
+    "runs": 20,
+    "climate_windows": 1500,
+    "validation_windows": 60,
+    "iterations": 150,
+    "paper_iterations": 300,
+    "level_iterations": 0,
+    "pairs": 1000,
+    "epochs": 3,
+    "draws": 20000,
+    "width": 32,
+    "batch": 8,
+    "few": 5,
+    "lengths": (32, 128),
+    "repeats": 1,
+    "members": 4,
+}
 WINDOW_PRESETS = {
     "lorenz63": WindowSettings(),
     "pendulum": WindowSettings(
-        "pendulum", levels=5, paper_levels=5, iterations=1000, width=256, archive=400, paper_iterations=3750, level_iterations=0, epochs=10, draws=0,
-        unseen=("points=5", "points=20", "noise=0.1", "clustered", "variable=1"), lengths=(100, 500, 2000),
+        "pendulum",
+        levels=5,
+        paper_levels=5,
+        iterations=1000,
+        width=256,
+        archive=400,
+        paper_iterations=3750,
+        level_iterations=0,
+        epochs=10,
+        draws=0,
+        unseen=("points=5", "points=20", "noise=0.1", "clustered", "variable=1"),
+        lengths=(100, 500, 2000),
     ),
     "lorenz96": WindowSettings(
-        "lorenz96", levels=3, iterations=800, batch=8, width=48, paper_iterations=2000, level_iterations=0, draws=0, epochs=10, lengths=(64, 256, 1024, 2048),
+        "lorenz96",
+        levels=3,
+        iterations=800,
+        batch=8,
+        width=48,
+        paper_iterations=2000,
+        level_iterations=0,
+        draws=0,
+        epochs=10,
+        lengths=(64, 256, 1024, 2048),
         unseen=("points=16", "points=64", "points=128", "noise=0.025", "noise=0.4"),
     ),
-}  # fmt: skip
+}
 _WITHOUT = {
     "lorenz63": (),
     "pendulum": ("pnpda4d", "floor", "strong4d_oi", "weak4d_best"),
@@ -300,7 +375,8 @@ _WITHOUT = {
 _ABOUT = {
     "lorenz63": "trajectories of Lorenz-63 from four points: neural incremental assimilation, 4D-Var, hybrids (2406.15076)",
     "pendulum": "trajectories of a pendulum from ten angles: neural incremental assimilation, 4D-Var, hybrids (2406.15076)",
-    "lorenz96": "trajectories of Lorenz-96 (eight variables) from one number in sixteen: neural incremental assimilation, 4D-Var, hybrids",
+    "lorenz96": "trajectories of Lorenz-96 (eight variables) from one number in sixteen: neural incremental assimilation, 4D-Var, "
+    "hybrids",
 }
 
 
@@ -316,10 +392,19 @@ def window_study(testbed: str) -> Study:
         return plan_windows(settings, chosen)
 
     return Study(
-        name=f"incremental_{testbed}", description=_ABOUT[testbed], presets={"smoke": smoke, "paper": paper}, methods=methods, default_methods=methods,
-        plan=plan, figures=figures_windows, report=report_windows, kept=kept_windows, tabulate=window_scores, stack=stack_windows,
+        name=f"incremental_{testbed}",
+        description=_ABOUT[testbed],
+        presets={"smoke": smoke, "paper": paper},
+        methods=methods,
+        default_methods=methods,
+        plan=plan,
+        figures=figures_windows,
+        report=report_windows,
+        kept=kept_windows,
+        tabulate=window_scores,
+        stack=stack_windows,
         published=pd.DataFrame(columns=["condition", "method", "metric", "variable", "mean", "std"]),
-    )  # fmt: skip
+    )
 
 
 INCREMENTAL_STUDIES = tuple(window_study(name) for name in WINDOW_PRESETS)

@@ -20,19 +20,32 @@ __all__ = []
 
 # %% ../../../nbs/26_few_points.ipynb #e4189b7f
 WINDOW_LABELS = {
-    "climatology": "climatology", "oi": "optimal interpolation", "unconditional": "learned Gaussian, unconditional", "paper_size": "network of the paper's size",
-    "interpolated": "large network, interpolated training", "incremental": "large network, rolled out", "strong4d_oi": "strong 4D-Var from OI",
-    "weak4d_climatology": "weak 4D-Var from climatology", "weak4d_oi": "weak 4D-Var from OI", "weak4d_best": "weak 4D-Var, best of five starts", "weak4d_paper": "weak 4D-Var from the paper's size",
-    "hybrid": "hybrid: 4D-Var from the large network", "weak4d_truth": "weak 4D-Var from the truth (unattainable)", "pnpda_window": "PnP-DA, trajectory as state",
-    "pnpda4d": "PnP-DA, Algorithm 2 (a quarter of the windows)", "floor": "exact mean, as far as sampling goes",
-    "rollout": "rolled out", "wide": "rolled out, weights of three levels in one",
-}  # fmt: skip
+    "climatology": "climatology",
+    "oi": "optimal interpolation",
+    "unconditional": "learned Gaussian, unconditional",
+    "paper_size": "network of the paper's size",
+    "interpolated": "large network, interpolated training",
+    "incremental": "large network, rolled out",
+    "strong4d_oi": "strong 4D-Var from OI",
+    "weak4d_climatology": "weak 4D-Var from climatology",
+    "weak4d_oi": "weak 4D-Var from OI",
+    "weak4d_best": "weak 4D-Var, best of five starts",
+    "weak4d_paper": "weak 4D-Var from the paper's size",
+    "hybrid": "hybrid: 4D-Var from the large network",
+    "weak4d_truth": "weak 4D-Var from the truth (unattainable)",
+    "pnpda_window": "PnP-DA, trajectory as state",
+    "pnpda4d": "PnP-DA, Algorithm 2 (a quarter of the windows)",
+    "floor": "exact mean, as far as sampling goes",
+    "rollout": "rolled out",
+    "wide": "rolled out, weights of three levels in one",
+}
 
 
 # %% ../../../nbs/26_few_points.ipynb #fe8e9865
 def window_scores(results: Mapping[tuple[str, str], xr.Dataset]) -> pd.DataFrame:
-    """Rows as in `score_table`, of the metrics `mse_mean`, `mse_median`, `stuck`, `coverage`, `coverage_low`, `coverage_middle` and `coverage_high` (of 90 % intervals; by terciles of the
-    predicted standard deviation), `iterations` and `seconds` (per window); `std` over windows, such that std / √runs is the standard error.
+    """Rows as in `score_table`, of the metrics `mse_mean`, `mse_median`, `stuck`, `coverage`, `coverage_low`, `coverage_middle` and
+    `coverage_high` (of 90 % intervals; by terciles of the predicted standard deviation), `iterations` and `seconds` (per window);
+    `std` over windows, such that std / √runs is the standard error.
     """
     rows = []
     for (condition, method), result in results.items():
@@ -63,7 +76,9 @@ def window_scores(results: Mapping[tuple[str, str], xr.Dataset]) -> pd.DataFrame
 
 # %% ../../../nbs/26_few_points.ipynb #0438e2ed
 def stack_windows(results: Mapping[tuple[str, str], xr.Dataset]) -> xr.Dataset:
-    """The errors of all windows, by (case, process, window), with the `condition` and `scheme` of every case, and iterations where there are any; nan beyond a case's last window."""
+    """The errors of all windows, by (case, process, window), with the `condition` and `scheme` of every case, and iterations where
+    there are any; nan beyond a case's last window.
+    """
     conditions, schemes = zip(*results)
     shape = [max(r.sizes[axis] for r in results.values()) for axis in ("process", "window")]
     axes, fields = ("case", "process", "window"), {}
@@ -94,9 +109,12 @@ def window_table(scores: pd.DataFrame, condition: str) -> pd.DataFrame:
 
         label = WINDOW_LABELS.get(method, method)
         rows[label.replace("weak 4D", "strong 4D") if "pendulum" in values.experiment.iloc[0] else label] = {
-            "mean": cell("mse_mean", 3), "median": cell("mse_median", 3), "stuck": cell("stuck", 2), "iterations": cell("iterations", 1),
+            "mean": cell("mse_mean", 3),
+            "median": cell("mse_median", 3),
+            "stuck": cell("stuck", 2),
+            "iterations": cell("iterations", 1),
             "90 % cover": cell("coverage", 2),
-        }  # fmt: skip
+        }
     return pd.DataFrame(rows).T
 
 
@@ -132,9 +150,16 @@ def table_by_condition(scores: pd.DataFrame, conditions: list[str], metric: str 
 
 # %% ../../../nbs/26_few_points.ipynb #91494cf5
 _COLOURS = {
-    "oi": "#7f7f7f", "paper_size": "#E69F00", "interpolated": "#56B4E9", "incremental": "#009E73", "weak4d_oi": "#0072B2", "hybrid": "#D55E00",
-    "weak4d_best": "#999933", "weak4d_truth": "#000000", "pnpda_window": "#CC79A7",
-}  # fmt: skip
+    "oi": "#7f7f7f",
+    "paper_size": "#E69F00",
+    "interpolated": "#56B4E9",
+    "incremental": "#009E73",
+    "weak4d_oi": "#0072B2",
+    "hybrid": "#D55E00",
+    "weak4d_best": "#999933",
+    "weak4d_truth": "#000000",
+    "pnpda_window": "#CC79A7",
+}
 
 
 def figure_distribution(runs: xr.Dataset, condition: str, ax: Axes | None = None) -> Figure:
@@ -198,9 +223,13 @@ def figure_coverage(scores: pd.DataFrame, cases: list[tuple[str, str]], ax: Axes
             continue
         after = condition == "calibrated"
         ax.plot(
-            np.arange(3) + 0.09 * (place - len(cases) / 2), [here[f"coverage_{third}"] for third in thirds], "s" if after else "o", color=_COLOURS.get(method, "k"),
-            mfc="w" if after else None, label=WINDOW_LABELS.get(method, method) + (", calibrated" if after else ""),
-        )  # fmt: skip
+            np.arange(3) + 0.09 * (place - len(cases) / 2),
+            [here[f"coverage_{third}"] for third in thirds],
+            "s" if after else "o",
+            color=_COLOURS.get(method, "k"),
+            mfc="w" if after else None,
+            label=WINDOW_LABELS.get(method, method) + (", calibrated" if after else ""),
+        )
     ax.axhspan(0.8, 0.97, color="#7f7f7f", alpha=0.15, lw=0)
     ax.axhline(0.9, color="#7f7f7f", lw=0.8)
     ax.set(
