@@ -59,13 +59,12 @@ d = {
             "pnpda_nb.bench.speed._states": ("bench.html#_states", "pnpda_nb/bench/speed.py"),
             "pnpda_nb.bench.speed.dapper_run": ("bench.html#dapper_run", "pnpda_nb/bench/speed.py"),
             "pnpda_nb.bench.speed.enkf": ("bench.html#enkf", "pnpda_nb/bench/speed.py"),
-            "pnpda_nb.bench.speed.etdrk4": ("bench.html#etdrk4", "pnpda_nb/bench/speed.py"),
+            "pnpda_nb.bench.speed.etdrk4_speed": ("bench.html#etdrk4_speed", "pnpda_nb/bench/speed.py"),
             "pnpda_nb.bench.speed.forward_passes": ("bench.html#forward_passes", "pnpda_nb/bench/speed.py"),
             "pnpda_nb.bench.speed.lsoda": ("bench.html#lsoda", "pnpda_nb/bench/speed.py"),
             "pnpda_nb.bench.speed.one_analysis": ("bench.html#one_analysis", "pnpda_nb/bench/speed.py"),
             "pnpda_nb.bench.speed.our_pairing": ("bench.html#our_pairing", "pnpda_nb/bench/speed.py"),
             "pnpda_nb.bench.speed.pnpda": ("bench.html#pnpda", "pnpda_nb/bench/speed.py"),
-            "pnpda_nb.bench.speed.sakov2012": ("bench.html#sakov2012", "pnpda_nb/bench/speed.py"),
             "pnpda_nb.bench.speed.steps": ("bench.html#steps", "pnpda_nb/bench/speed.py"),
             "pnpda_nb.bench.speed.torchcfm_pairing": ("bench.html#torchcfm_pairing", "pnpda_nb/bench/speed.py"),
             "pnpda_nb.bench.speed.training": ("bench.html#training", "pnpda_nb/bench/speed.py"),
@@ -286,7 +285,7 @@ d = {
             "pnpda_nb.cli.commands._key_value": ("command_line.html#_key_value", "pnpda_nb/cli/commands.py"),
             "pnpda_nb.cli.commands._manifest": ("command_line.html#_manifest", "pnpda_nb/cli/commands.py"),
             "pnpda_nb.cli.commands._print_version": ("command_line.html#_print_version", "pnpda_nb/cli/commands.py"),
-            "pnpda_nb.cli.commands.assimilate": ("command_line.html#assimilate", "pnpda_nb/cli/commands.py"),
+            "pnpda_nb.cli.commands.assimilate_command": ("command_line.html#assimilate_command", "pnpda_nb/cli/commands.py"),
             "pnpda_nb.cli.commands.bench": ("command_line.html#bench", "pnpda_nb/cli/commands.py"),
             "pnpda_nb.cli.commands.describe": ("command_line.html#describe", "pnpda_nb/cli/commands.py"),
             "pnpda_nb.cli.commands.list_studies": ("command_line.html#list_studies", "pnpda_nb/cli/commands.py"),
@@ -858,12 +857,12 @@ d = {
                 "few_points.html#measured",
                 "pnpda_nb/experiments/trajectories/answers.py",
             ),
-            "pnpda_nb.experiments.trajectories.answers.plug_and_play": (
-                "few_points.html#plug_and_play",
+            "pnpda_nb.experiments.trajectories.answers.pnpda_of_starts": (
+                "few_points.html#pnpda_of_starts",
                 "pnpda_nb/experiments/trajectories/answers.py",
             ),
-            "pnpda_nb.experiments.trajectories.answers.plug_and_play_4d": (
-                "few_points.html#plug_and_play_4d",
+            "pnpda_nb.experiments.trajectories.answers.pnpda_of_windows": (
+                "few_points.html#pnpda_of_windows",
                 "pnpda_nb/experiments/trajectories/answers.py",
             ),
         },
@@ -1154,11 +1153,23 @@ d = {
             "pnpda_nb.files.states.writable_attributes": ("files.html#writable_attributes", "pnpda_nb/files/states.py"),
         },
         "pnpda_nb.files.stations": {
-            "pnpda_nb.files.stations.Sightings": ("files.html#sightings", "pnpda_nb/files/stations.py"),
-            "pnpda_nb.files.stations.Sightings.__repr__": ("files.html#sightings.__repr__", "pnpda_nb/files/stations.py"),
-            "pnpda_nb.files.stations.Sightings.beyond": ("files.html#sightings.beyond", "pnpda_nb/files/stations.py"),
-            "pnpda_nb.files.stations.Sightings.observations": ("files.html#sightings.observations", "pnpda_nb/files/stations.py"),
-            "pnpda_nb.files.stations.Sightings.operator": ("files.html#sightings.operator", "pnpda_nb/files/stations.py"),
+            "pnpda_nb.files.stations.StationObservations": ("files.html#stationobservations", "pnpda_nb/files/stations.py"),
+            "pnpda_nb.files.stations.StationObservations.__repr__": (
+                "files.html#stationobservations.__repr__",
+                "pnpda_nb/files/stations.py",
+            ),
+            "pnpda_nb.files.stations.StationObservations.beyond": (
+                "files.html#stationobservations.beyond",
+                "pnpda_nb/files/stations.py",
+            ),
+            "pnpda_nb.files.stations.StationObservations.observations": (
+                "files.html#stationobservations.observations",
+                "pnpda_nb/files/stations.py",
+            ),
+            "pnpda_nb.files.stations.StationObservations.operator": (
+                "files.html#stationobservations.operator",
+                "pnpda_nb/files/stations.py",
+            ),
             "pnpda_nb.files.stations._believed": ("files.html#_believed", "pnpda_nb/files/stations.py"),
             "pnpda_nb.files.stations._by_run": ("files.html#_by_run", "pnpda_nb/files/stations.py"),
             "pnpda_nb.files.stations._check_times": ("files.html#_check_times", "pnpda_nb/files/stations.py"),
@@ -1666,11 +1677,13 @@ d = {
                 "learned_means.html#learnedmean.analyse",
                 "pnpda_nb/learned/methods.py",
             ),
-            "pnpda_nb.learned.methods.LearnedMean.lesson": ("learned_means.html#learnedmean.lesson", "pnpda_nb/learned/methods.py"),
+            "pnpda_nb.learned.methods.LearnedMean.training_batch": (
+                "learned_means.html#learnedmean.training_batch",
+                "pnpda_nb/learned/methods.py",
+            ),
             "pnpda_nb.learned.methods.ensemble_fields": ("learned_means.html#ensemble_fields", "pnpda_nb/learned/methods.py"),
         },
         "pnpda_nb.learned.on_policy": {
-            "pnpda_nb.learned.on_policy.Lesson": ("on_policy.html#lesson", "pnpda_nb/learned/on_policy.py"),
             "pnpda_nb.learned.on_policy.OnPolicySettings": ("on_policy.html#onpolicysettings", "pnpda_nb/learned/on_policy.py"),
             "pnpda_nb.learned.on_policy.OnPolicySettings.__post_init__": (
                 "on_policy.html#onpolicysettings.__post_init__",
@@ -1689,8 +1702,8 @@ d = {
                 "on_policy.html#onpolicytraining.advance",
                 "pnpda_nb/learned/on_policy.py",
             ),
-            "pnpda_nb.learned.on_policy.OnPolicyTraining.begin_foresight": (
-                "on_policy.html#onpolicytraining.begin_foresight",
+            "pnpda_nb.learned.on_policy.OnPolicyTraining.begin_rollout": (
+                "on_policy.html#onpolicytraining.begin_rollout",
                 "pnpda_nb/learned/on_policy.py",
             ),
             "pnpda_nb.learned.on_policy.OnPolicyTraining.forecast": (
@@ -1699,10 +1712,6 @@ d = {
             ),
             "pnpda_nb.learned.on_policy.OnPolicyTraining.learn": (
                 "on_policy.html#onpolicytraining.learn",
-                "pnpda_nb/learned/on_policy.py",
-            ),
-            "pnpda_nb.learned.on_policy.OnPolicyTraining.lesson": (
-                "on_policy.html#onpolicytraining.lesson",
                 "pnpda_nb/learned/on_policy.py",
             ),
             "pnpda_nb.learned.on_policy.OnPolicyTraining.memorise": (
@@ -1717,20 +1726,25 @@ d = {
                 "on_policy.html#onpolicytraining.run_cycle",
                 "pnpda_nb/learned/on_policy.py",
             ),
-            "pnpda_nb.learned.on_policy.OnPolicyTraining.run_foresight_cycle": (
-                "on_policy.html#onpolicytraining.run_foresight_cycle",
+            "pnpda_nb.learned.on_policy.OnPolicyTraining.run_rollout_cycle": (
+                "on_policy.html#onpolicytraining.run_rollout_cycle",
                 "pnpda_nb/learned/on_policy.py",
             ),
             "pnpda_nb.learned.on_policy.OnPolicyTraining.take_step": (
                 "on_policy.html#onpolicytraining.take_step",
                 "pnpda_nb/learned/on_policy.py",
             ),
+            "pnpda_nb.learned.on_policy.OnPolicyTraining.training_batch": (
+                "on_policy.html#onpolicytraining.training_batch",
+                "pnpda_nb/learned/on_policy.py",
+            ),
+            "pnpda_nb.learned.on_policy.TrainingBatch": ("on_policy.html#trainingbatch", "pnpda_nb/learned/on_policy.py"),
             "pnpda_nb.learned.on_policy._Schedule": ("on_policy.html#_schedule", "pnpda_nb/learned/on_policy.py"),
             "pnpda_nb.learned.on_policy._Schedule.__init__": ("on_policy.html#_schedule.__init__", "pnpda_nb/learned/on_policy.py"),
             "pnpda_nb.learned.on_policy._Schedule.step": ("on_policy.html#_schedule.step", "pnpda_nb/learned/on_policy.py"),
             "pnpda_nb.learned.on_policy._fingerprint": ("on_policy.html#_fingerprint", "pnpda_nb/learned/on_policy.py"),
             "pnpda_nb.learned.on_policy._trainable": ("on_policy.html#_trainable", "pnpda_nb/learned/on_policy.py"),
-            "pnpda_nb.learned.on_policy.lesson_loss": ("on_policy.html#lesson_loss", "pnpda_nb/learned/on_policy.py"),
+            "pnpda_nb.learned.on_policy.on_policy_loss": ("on_policy.html#on_policy_loss", "pnpda_nb/learned/on_policy.py"),
             "pnpda_nb.learned.on_policy.train_on_policy": ("on_policy.html#train_on_policy", "pnpda_nb/learned/on_policy.py"),
         },
         "pnpda_nb.learned.prior": {
@@ -1823,10 +1837,10 @@ d = {
             "pnpda_nb.learned.records.observed_record": ("on_policy.html#observed_record", "pnpda_nb/learned/records.py"),
         },
         "pnpda_nb.methods": {
-            "pnpda_nb.methods.Climate": ("studies.html#climate", "pnpda_nb/methods.py"),
-            "pnpda_nb.methods.ToldOtherwise": ("studies.html#toldotherwise", "pnpda_nb/methods.py"),
-            "pnpda_nb.methods.ToldOtherwise.__post_init__": ("studies.html#toldotherwise.__post_init__", "pnpda_nb/methods.py"),
-            "pnpda_nb.methods.ToldOtherwise.analyse": ("studies.html#toldotherwise.analyse", "pnpda_nb/methods.py"),
+            "pnpda_nb.methods.ClimateMoments": ("studies.html#climatemoments", "pnpda_nb/methods.py"),
+            "pnpda_nb.methods.Misspecified": ("studies.html#misspecified", "pnpda_nb/methods.py"),
+            "pnpda_nb.methods.Misspecified.__post_init__": ("studies.html#misspecified.__post_init__", "pnpda_nb/methods.py"),
+            "pnpda_nb.methods.Misspecified.analyse": ("studies.html#misspecified.analyse", "pnpda_nb/methods.py"),
             "pnpda_nb.methods._amortised": ("studies.html#_amortised", "pnpda_nb/methods.py"),
             "pnpda_nb.methods._distance": ("studies.html#_distance", "pnpda_nb/methods.py"),
             "pnpda_nb.methods._gaussian_prior": ("studies.html#_gaussian_prior", "pnpda_nb/methods.py"),
@@ -1938,6 +1952,18 @@ d = {
             ),
         },
         "pnpda_nb.observing.observations": {
+            "pnpda_nb.observing.observations.GridObservations": (
+                "observing.html#gridobservations",
+                "pnpda_nb/observing/observations.py",
+            ),
+            "pnpda_nb.observing.observations.GridObservations.__getitem__": (
+                "observing.html#gridobservations.__getitem__",
+                "pnpda_nb/observing/observations.py",
+            ),
+            "pnpda_nb.observing.observations.GridObservations.observations": (
+                "observing.html#gridobservations.observations",
+                "pnpda_nb/observing/observations.py",
+            ),
             "pnpda_nb.observing.observations.Observations": ("observing.html#observations", "pnpda_nb/observing/observations.py"),
             "pnpda_nb.observing.observations.Observations.__post_init__": (
                 "observing.html#observations.__post_init__",
@@ -1969,15 +1995,6 @@ d = {
             ),
             "pnpda_nb.observing.observations.ObservingNetwork.report": (
                 "observing.html#observingnetwork.report",
-                "pnpda_nb/observing/observations.py",
-            ),
-            "pnpda_nb.observing.observations.Sightings": ("observing.html#sightings", "pnpda_nb/observing/observations.py"),
-            "pnpda_nb.observing.observations.Sightings.__getitem__": (
-                "observing.html#sightings.__getitem__",
-                "pnpda_nb/observing/observations.py",
-            ),
-            "pnpda_nb.observing.observations.Sightings.observations": (
-                "observing.html#sightings.observations",
                 "pnpda_nb/observing/observations.py",
             ),
             "pnpda_nb.observing.observations.on_grid": ("observing.html#on_grid", "pnpda_nb/observing/observations.py"),
@@ -2203,7 +2220,7 @@ d = {
                 "your_files.html#choose_iterations",
                 "pnpda_nb/operations/validation.py",
             ),
-            "pnpda_nb.operations.validation.plug_and_play": ("your_files.html#plug_and_play", "pnpda_nb/operations/validation.py"),
+            "pnpda_nb.operations.validation.pnpda_with": ("your_files.html#pnpda_with", "pnpda_nb/operations/validation.py"),
             "pnpda_nb.operations.validation.pseudo_observations": (
                 "your_files.html#pseudo_observations",
                 "pnpda_nb/operations/validation.py",
@@ -2482,7 +2499,7 @@ d = {
             "pnpda_nb.twin.cycle.FreeRun.analyse": ("twin.html#freerun.analyse", "pnpda_nb/twin/cycle.py"),
             "pnpda_nb.twin.cycle.Method": ("twin.html#method", "pnpda_nb/twin/cycle.py"),
             "pnpda_nb.twin.cycle.Method.analyse": ("twin.html#method.analyse", "pnpda_nb/twin/cycle.py"),
-            "pnpda_nb.twin.cycle.Stretch": ("twin.html#stretch", "pnpda_nb/twin/cycle.py"),
+            "pnpda_nb.twin.cycle.Segment": ("twin.html#segment", "pnpda_nb/twin/cycle.py"),
             "pnpda_nb.twin.cycle._as_dataset": ("twin.html#_as_dataset", "pnpda_nb/twin/cycle.py"),
             "pnpda_nb.twin.cycle._averaged": ("twin.html#_averaged", "pnpda_nb/twin/cycle.py"),
             "pnpda_nb.twin.cycle._blocks_of_scores": ("twin.html#_blocks_of_scores", "pnpda_nb/twin/cycle.py"),
@@ -2640,16 +2657,6 @@ d = {
             "pnpda_nb.windows.four_dvar.window_four_dvar": ("windows.html#window_four_dvar", "pnpda_nb/windows/four_dvar.py"),
         },
         "pnpda_nb.windows.incremental": {
-            "pnpda_nb.windows.incremental.Calibration": ("incremental.html#calibration", "pnpda_nb/windows/incremental.py"),
-            "pnpda_nb.windows.incremental.Calibration.__call__": (
-                "incremental.html#calibration.__call__",
-                "pnpda_nb/windows/incremental.py",
-            ),
-            "pnpda_nb.windows.incremental.Calibration.__repr__": (
-                "incremental.html#calibration.__repr__",
-                "pnpda_nb/windows/incremental.py",
-            ),
-            "pnpda_nb.windows.incremental.Calibration.fit": ("incremental.html#calibration.fit", "pnpda_nb/windows/incremental.py"),
             "pnpda_nb.windows.incremental.ConstantNetwork": ("incremental.html#constantnetwork", "pnpda_nb/windows/incremental.py"),
             "pnpda_nb.windows.incremental.ConstantNetwork.__init__": (
                 "incremental.html#constantnetwork.__init__",
@@ -2739,20 +2746,24 @@ d = {
                 "incremental.html#neuralincremental.analyse",
                 "pnpda_nb/windows/incremental.py",
             ),
+            "pnpda_nb.windows.incremental.Recalibration": ("incremental.html#recalibration", "pnpda_nb/windows/incremental.py"),
+            "pnpda_nb.windows.incremental.Recalibration.__call__": (
+                "incremental.html#recalibration.__call__",
+                "pnpda_nb/windows/incremental.py",
+            ),
+            "pnpda_nb.windows.incremental.Recalibration.__repr__": (
+                "incremental.html#recalibration.__repr__",
+                "pnpda_nb/windows/incremental.py",
+            ),
+            "pnpda_nb.windows.incremental.Recalibration.fit": (
+                "incremental.html#recalibration.fit",
+                "pnpda_nb/windows/incremental.py",
+            ),
             "pnpda_nb.windows.incremental._changed_first": ("incremental.html#_changed_first", "pnpda_nb/windows/incremental.py"),
             "pnpda_nb.windows.incremental._in_units": ("incremental.html#_in_units", "pnpda_nb/windows/incremental.py"),
             "pnpda_nb.windows.incremental._networks": ("incremental.html#_networks", "pnpda_nb/windows/incremental.py"),
         },
         "pnpda_nb.windows.laws": {
-            "pnpda_nb.windows.laws.Climate": ("windows.html#climate", "pnpda_nb/windows/laws.py"),
-            "pnpda_nb.windows.laws.Climate.__init__": ("windows.html#climate.__init__", "pnpda_nb/windows/laws.py"),
-            "pnpda_nb.windows.laws.Climate.__repr__": ("windows.html#climate.__repr__", "pnpda_nb/windows/laws.py"),
-            "pnpda_nb.windows.laws.Climate._gain": ("windows.html#climate._gain", "pnpda_nb/windows/laws.py"),
-            "pnpda_nb.windows.laws.Climate.interpolate": ("windows.html#climate.interpolate", "pnpda_nb/windows/laws.py"),
-            "pnpda_nb.windows.laws.Climate.law": ("windows.html#climate.law", "pnpda_nb/windows/laws.py"),
-            "pnpda_nb.windows.laws.Climate.of": ("windows.html#climate.of", "pnpda_nb/windows/laws.py"),
-            "pnpda_nb.windows.laws.Climate.on": ("windows.html#climate.on", "pnpda_nb/windows/laws.py"),
-            "pnpda_nb.windows.laws.Climate.standardised": ("windows.html#climate.standardised", "pnpda_nb/windows/laws.py"),
             "pnpda_nb.windows.laws.GaussianWindow": ("windows.html#gaussianwindow", "pnpda_nb/windows/laws.py"),
             "pnpda_nb.windows.laws.GaussianWindow.__repr__": ("windows.html#gaussianwindow.__repr__", "pnpda_nb/windows/laws.py"),
             "pnpda_nb.windows.laws.GaussianWindow.deviation": ("windows.html#gaussianwindow.deviation", "pnpda_nb/windows/laws.py"),
@@ -2769,6 +2780,27 @@ d = {
             "pnpda_nb.windows.laws.Information.__repr__": ("windows.html#information.__repr__", "pnpda_nb/windows/laws.py"),
             "pnpda_nb.windows.laws.Information.misfit": ("windows.html#information.misfit", "pnpda_nb/windows/laws.py"),
             "pnpda_nb.windows.laws.Information.standardised": ("windows.html#information.standardised", "pnpda_nb/windows/laws.py"),
+            "pnpda_nb.windows.laws.WindowClimatology": ("windows.html#windowclimatology", "pnpda_nb/windows/laws.py"),
+            "pnpda_nb.windows.laws.WindowClimatology.__init__": (
+                "windows.html#windowclimatology.__init__",
+                "pnpda_nb/windows/laws.py",
+            ),
+            "pnpda_nb.windows.laws.WindowClimatology.__repr__": (
+                "windows.html#windowclimatology.__repr__",
+                "pnpda_nb/windows/laws.py",
+            ),
+            "pnpda_nb.windows.laws.WindowClimatology._gain": ("windows.html#windowclimatology._gain", "pnpda_nb/windows/laws.py"),
+            "pnpda_nb.windows.laws.WindowClimatology.interpolate": (
+                "windows.html#windowclimatology.interpolate",
+                "pnpda_nb/windows/laws.py",
+            ),
+            "pnpda_nb.windows.laws.WindowClimatology.law": ("windows.html#windowclimatology.law", "pnpda_nb/windows/laws.py"),
+            "pnpda_nb.windows.laws.WindowClimatology.of": ("windows.html#windowclimatology.of", "pnpda_nb/windows/laws.py"),
+            "pnpda_nb.windows.laws.WindowClimatology.on": ("windows.html#windowclimatology.on", "pnpda_nb/windows/laws.py"),
+            "pnpda_nb.windows.laws.WindowClimatology.standardised": (
+                "windows.html#windowclimatology.standardised",
+                "pnpda_nb/windows/laws.py",
+            ),
             "pnpda_nb.windows.laws._regression": ("windows.html#_regression", "pnpda_nb/windows/laws.py"),
             "pnpda_nb.windows.laws.background_information": ("windows.html#background_information", "pnpda_nb/windows/laws.py"),
             "pnpda_nb.windows.laws.draw_windows": ("windows.html#draw_windows", "pnpda_nb/windows/laws.py"),

@@ -35,12 +35,12 @@ from .twin.reanalysis import pairs_of
 from .twin.testbeds import TESTBEDS
 
 # %% auto #0
-__all__ = ["METHODS", "LEARNED", "Climate", "climate_of", "method_by_name", "experiment_of", "ToldOtherwise", "build_method"]
+__all__ = ["METHODS", "LEARNED", "ClimateMoments", "climate_of", "method_by_name", "experiment_of", "Misspecified", "build_method"]
 
 
 # %% ../nbs/95_studies.ipynb #89e11b54
 @dataclass(frozen=True, eq=False)
-class Climate:
+class ClimateMoments:
     """Mean `(dim,)` and `covariance` of nature's resolved states."""
 
     mean: Tensor
@@ -48,7 +48,7 @@ class Climate:
 
 
 @lru_cache(maxsize=8)
-def climate_of(experiment: TwinExperiment, runs: int = 20, steps: int = 2000, seed: int = 0) -> Climate:
+def climate_of(experiment: TwinExperiment, runs: int = 20, steps: int = 2000, seed: int = 0) -> ClimateMoments:
     """The climate of an experiment's nature, from `runs` training truths of at least `steps` steps, of which the
     first quarter is left out. The variance of each variable is a millionth larger than theirs, for directions
     without variance; a variable that never changes gets a millionth of the mean of the others'.
@@ -59,7 +59,7 @@ def climate_of(experiment: TwinExperiment, runs: int = 20, steps: int = 2000, se
     covariance = torch.atleast_2d(torch.cov(states.reshape(-1, experiment.dim).T))
     variances = covariance.diagonal()
     matrix = covariance + torch.diag(1e-6 * variances.where(variances > 0, variances.mean()))
-    return Climate(states.mean((0, 1)), Covariance(matrix, "climatological covariance"))
+    return ClimateMoments(states.mean((0, 1)), Covariance(matrix, "climatological covariance"))
 
 
 # %% ../nbs/95_studies.ipynb #237d272e
@@ -134,10 +134,10 @@ def _amortised(experiment, prior=None, **settings) -> AmortisedAnalysis:
     return AmortisedAnalysis(prior, **settings)
 
 
-def _learned_mean(experiment, prior=None, filter: str = "enkf", stretch: float = 1.0, **settings) -> LearnedMean:
+def _learned_mean(experiment, prior=None, filter: str = "enkf", spread_factor: float = 1.0, **settings) -> LearnedMean:
     if prior is None:
         raise ValueError("prior: expected an AnalysisPrior that was trained, got None")
-    return LearnedMean(prior, method_by_name(filter, experiment, **settings), stretch)
+    return LearnedMean(prior, method_by_name(filter, experiment, **settings), spread_factor)
 
 
 # %% ../nbs/95_studies.ipynb #925797c6
@@ -195,8 +195,8 @@ def experiment_of(testbed: Mapping[str, Any]) -> TwinExperiment:
 
 # %% ../nbs/95_studies.ipynb #f9600d0c
 @dataclass(frozen=True, eq=False)
-class ToldOtherwise:
-    """A filter `method` that is told that all observation errors have `variance`, whatever they have."""
+class Misspecified:
+    """A `method` with a misspecified **R**: it assumes that all observation errors have `variance`, whatever they have."""
 
     method: Method
     variance: float
@@ -210,8 +210,8 @@ class ToldOtherwise:
         self, background: Tensor, observations: Observations, *, forecast: Callable | None, generator: torch.Generator
     ) -> Tensor:
         variances = torch.full((observations.operator.size,), self.variance, dtype=background.dtype)
-        told = dataclasses.replace(observations, covariance=DiagonalCovariance(variances))
-        return self.method.analyse(background, told, forecast=forecast, generator=generator)
+        assumed = dataclasses.replace(observations, covariance=DiagonalCovariance(variances))
+        return self.method.analyse(background, assumed, forecast=forecast, generator=generator)
 
 
 # %% ../nbs/95_studies.ipynb #28f29996
@@ -223,13 +223,13 @@ def build_method(
     tuned: Mapping[str, Any] | None = None,
 ) -> Method:
     """The method of `{"name": ..., **settings}` for `experiment`, with what was learned for it: a `prior`, the
-    `archive` that a 3D-Var takes its background covariance from, the setting that was `tuned`. A setting `told` is the
-    error variance that it is told.
+    `archive` that a 3D-Var takes its background covariance from, the setting that was `tuned`. A setting `assumed_variance` is that
+    of a misspecified **R**.
     """
     settings = {k: v for k, v in method.items() if k != "name"} | dict((tuned or {}).get("setting", {}))
-    if "told" in settings:
-        variance = settings.pop("told")
-        return ToldOtherwise(build_method(experiment, settings | {"name": method["name"]}, prior, archive), variance)
+    if "assumed_variance" in settings:
+        variance = settings.pop("assumed_variance")
+        return Misspecified(build_method(experiment, settings | {"name": method["name"]}, prior, archive), variance)
     if archive is not None:
         return ThreeDVar(archive_background(*pairs_of(archive)), **settings)
     if prior is not None:

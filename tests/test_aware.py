@@ -9,7 +9,7 @@ from pnpda_nb.classical import EnKF
 from pnpda_nb.core import gaspari_cohn_matrix, standard_normal, stream
 from pnpda_nb.learned import AmortisedAnalysis, AnalysisPrior, BlindPrior, LearnedMean, SeeingPrior
 from pnpda_nb.learned.methods import ENSEMBLE_FIELDS, ensemble_fields
-from pnpda_nb.observing import Covariance, DiagonalCovariance, Linear, Observations, Residual, Select, Sightings, on_grid
+from pnpda_nb.observing import Covariance, DiagonalCovariance, GridObservations, Linear, Observations, Residual, Select, on_grid
 from pnpda_nb.pnp import PnPDA
 from pnpda_nb.twin import cycle, lorenz63
 
@@ -125,12 +125,12 @@ def test_that_a_widened_prior_answers_as_before(geometry):
 
 def test_that_a_prior_with_geometry_turns_with_the_ring_and_works_on_longer_ones():
     prior, shown = make(shake=0.2, half_width=3.0), on_grid(SEEN, 16)
-    turned = Sightings(*(x.roll(5, -1) for x in (shown.value, shown.mask, shown.error)))
+    turned = GridObservations(*(x.roll(5, -1) for x in (shown.value, shown.mask, shown.error)))
     torch.testing.assert_close(
         prior.look(X.roll(5, -1), seen=turned)[0], prior.look(X, seen=shown)[0].roll(5, -1), rtol=1e-5, atol=1e-6
     )
     long = prior.on(48)
-    twice = Sightings(*(x.repeat(1, 1, 3) for x in (shown.value, shown.mask, shown.error)))
+    twice = GridObservations(*(x.repeat(1, 1, 3) for x in (shown.value, shown.mask, shown.error)))
     answer, open_ = long.look(X.repeat(1, 1, 3), seen=twice)
     torch.testing.assert_close(answer[..., 16:32], prior.look(X, seen=shown)[0], rtol=1e-5, atol=1e-6)
     assert open_.matrix.shape == (5, 2, 48, 48)
@@ -230,7 +230,7 @@ def test_that_an_untrained_learned_mean_recentres_on_the_background():
         analyse(LearnedMean(prior, EnKF()), members[:, :1], seen)
     with pytest.raises(ValueError, match="^prior: expected one with 3 extra"):
         LearnedMean(make(3, "none"), EnKF())
-    with pytest.raises(ValueError, match="^stretch: expected"):
+    with pytest.raises(ValueError, match="^spread_factor: expected"):
         LearnedMean(prior, EnKF(), 0.0)
     with pytest.raises(ValueError, match="^background: expected"):
         analyse(LearnedMean(prior, EnKF()), members[..., :2], seen)

@@ -28,14 +28,14 @@ def test_that_every_method_is_planned_for_every_condition_and_none_twice(testbed
     plan = plan_beyond(settings, BEYOND_METHODS)
     missing = {(c, m) for c in settings.conditions() for m in BEYOND_METHODS} - set(plan)
     rare = {
-        "foresight",
-        "foresight_obs",
+        "rollout",
+        "rollout_obs",
         "learned_mean",
         "learned_mean_obs",
         "pnpda_blind_obs",
         "amortised_ensemble_obs",
     }  # for one condition, or none
-    assert {m for _, m in missing} <= rare and all(c != first or "foresight" in m for c, m in missing)
+    assert {m for _, m in missing} <= rare and all(c != first or "rollout" in m for c, m in missing)
     keys = [task.key for (_, m), task in plan.items() if m != "free_run"]
     assert len(set(keys)) == len(keys)
 
@@ -132,5 +132,5 @@ def test_that_learning_from_a_filter_works_where_networks_are_random():
 
 
 def test_that_methods_that_are_not_planned_for_a_testbed_are_one_line():
-    with pytest.raises(ValueError, match="^methods: foresight is not planned for lorenz63"):
-        plan_beyond(dataclasses.replace(TINY, foresight=0), ("foresight",))
+    with pytest.raises(ValueError, match="^methods: rollout is not planned for lorenz63"):
+        plan_beyond(dataclasses.replace(TINY, rollout=0), ("rollout",))

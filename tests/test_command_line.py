@@ -577,7 +577,7 @@ def test_that_warnings_are_a_line_each_after_the_work_and_none_after_a_failure(f
     "words, said",
     [
         (["--iterations", 10**20], "iterations: expected at most"),
-        (["--answers", -5], "answers: expected at least 1"),
+        (["--ensemble", -5], "ensemble: expected at least 1"),
         (["--seed", 2**70], "seed: expected a number of at most 63 bits"),
         (["--seed", "x"], "--seed"),
         (["--names", "T"], "names: expected two names"),

@@ -28,12 +28,12 @@ from pnpda_nb.flow_matching import TrainingSettings, describe_prior, train_prior
 from pnpda_nb.learned import AmortisedAnalysis, AnalysisPrior, OnPolicySettings, TruthRecord, train_on_policy
 from pnpda_nb.sweep import FORMATS, Store, Task, run_tasks
 from pnpda_nb.twin import lorenz63, read_archive
-from pnpda_nb.windows import Climate, IncrementalPrior, IncrementalSettings, RandomSets, train_incremental
+from pnpda_nb.windows import IncrementalPrior, IncrementalSettings, RandomSets, WindowClimatology, train_incremental
 
 PAIRS = standard_normal((200, 3), stream(1, "b")), standard_normal((200, 3), stream(1, "a"))
 SETTINGS = TrainingSettings(hidden=(8, 8), epochs=3, batch=64)
 ONE = torch.tensor(1.0, dtype=torch.float64)
-CLIMATE = Climate.of(standard_normal((50, 4, 3), stream(2)))
+CLIMATE = WindowClimatology.of(standard_normal((50, 4, 3), stream(2)))
 
 
 class Stop(Exception):

@@ -18,7 +18,7 @@ from pnpda_nb.classical import ETKF, LETKF, EnKF, ThreeDVar, archive_background,
 from pnpda_nb.core import standard_normal, stream
 from pnpda_nb.files import Axis, Field, Layout, States
 from pnpda_nb.files.layout import layout_record
-from pnpda_nb.files.stations import Sightings
+from pnpda_nb.files.stations import StationObservations
 from pnpda_nb.flow_matching import FlowPrior, GaussianPrior, TensorPairs, TrainingSettings, train_from, train_prior
 from pnpda_nb.observing import (
     Covariance,
@@ -49,9 +49,9 @@ from pnpda_nb.operations import report as reports
 from pnpda_nb.operations import validation as trials
 from pnpda_nb.operations.errors import Fixed, Part, attach_errors, attached_unit
 from pnpda_nb.operations.report import innovations
-from pnpda_nb.operations.validation import plug_and_play, pseudo_observations, scored
+from pnpda_nb.operations.validation import pnpda_with, pseudo_observations, scored
 from pnpda_nb.pnp import EnsembleResidual, FunctionConstraint, LinearConstraint, QuadraticConstraint, residual_covariance
-from pnpda_nb.windows import Climate
+from pnpda_nb.windows import WindowClimatology
 
 DIM = 12
 UNITS = torch.tensor([100.0] * 4 + [1e-16] * 4 + [1e9] * 4, dtype=torch.float64)
@@ -292,14 +292,14 @@ def test_that_points_that_never_change_are_named_left_out_and_kept(settings, mem
     assert table.error[["background", "3D-Var", "regression + Kalman step"]].between(0.3, 1.5).all() and (table.error < 1e3).all()
     field = Layout((Field("sst", (2, 4), ("y", "x"), "K"), Field("ice", (4,), ("x",))))
     states = States(background[:3, None].clone(), field, {}, (), ())
-    seen = Sightings(np.full((3, 4), 274.0), np.full(4, 0.1), ("sst",) * 4, np.arange(4)[:, None], np.ones((4, 1)), DIM)
+    seen = StationObservations(np.full((3, 4), 274.0), np.full(4, 0.1), ("sst",) * 4, np.arange(4)[:, None], np.ones((4, 1)), DIM)
     answer = assimilate(found.prior, states, seen)
     assert torch.equal(answer[..., :3], states.values[..., :3]) and not torch.equal(answer[..., 3], states.values[..., 3])
     if found.prior.factor is not None:  # the flow stays at the background, exactly
         denoiser = found.prior(background[:5])
         start = denoiser.start(stream(0))
         assert torch.equal(start[:, :3], background[:5, :3]) and not denoiser.velocity(start, 0.4)[:, :3].any()
-    errors = plug_and_play(found.prior).residuals.errors
+    errors = pnpda_with(found.prior).residuals.errors
     assert all(not e.factor[:3].any() and not e.diagonal[:3].any() for e in errors)
     for report in (training_report(found, "a"), assimilation_report(found.prior, states, answer, seen, "b")):
         assert "3 points never change" in report.html() and "sst[0,1]" in report.html()
@@ -381,7 +381,7 @@ def test_that_a_climate_of_windows_refuses_what_is_constant_whatever_its_roundin
     windows[:, 1, 1] = 273.1500000001
     for order in (None, 1):
         with pytest.raises(ValueError, match="^windows: expected numbers that are finite and vary"):
-            Climate.of(windows, order)
+            WindowClimatology.of(windows, order)
 
 
 # ---------------------------------------------------------------- rivals
@@ -504,9 +504,9 @@ def prior() -> FlowPrior:
     return trained(*pairs()).prior
 
 
-def some_states(prior: FlowPrior) -> tuple[States, Sightings]:
+def some_states(prior: FlowPrior) -> tuple[States, StationObservations]:
     states = States(torch.zeros(2, 1, DIM, dtype=torch.float64), Layout.plain(DIM), {}, (), ())
-    return states, Sightings(np.zeros((2, 1)), np.ones(1), ("",), np.zeros((1, 1), int), np.ones((1, 1)), DIM)
+    return states, StationObservations(np.zeros((2, 1)), np.ones(1), ("",), np.zeros((1, 1), int), np.ones((1, 1)), DIM)
 
 
 @pytest.mark.parametrize(
@@ -516,8 +516,8 @@ def some_states(prior: FlowPrior) -> tuple[States, Sightings]:
         ({"iterations": 10**20}, "iterations: expected a whole number"),
         ({"iterations": 2.5}, "iterations: expected a whole number"),
         ({"iterations": True}, "iterations: expected a whole number"),
-        ({"answers": 0}, "answers: expected a whole number from 1 to 100000, got 0"),
-        ({"answers": 10**30}, "answers: expected a whole number"),
+        ({"ensemble": 0}, "ensemble: expected a whole number from 1 to 100000, got 0"),
+        ({"ensemble": 10**30}, "ensemble: expected a whole number"),
         ({"seed": 2**63}, "seed: expected a whole number of at most 63 bits"),
         ({"seed": "1"}, "seed: expected a whole number"),
         ({"seed": 1.0}, "seed: expected a whole number"),
@@ -670,7 +670,7 @@ def test_that_any_name_and_unit_can_be_drawn(name, shape):
     }
     layout = Layout((Field(name, shape, dims, name),), axes)
     states = States(torch.zeros(1, 1, DIM, dtype=torch.float64), layout, {}, (), ())
-    seen = Sightings(np.ones((1, 1)), np.ones(1), (name,), np.zeros((1, 1), int), np.ones((1, 1)), DIM)
+    seen = StationObservations(np.ones((1, 1)), np.ones(1), (name,), np.zeros((1, 1), int), np.ones((1, 1)), DIM)
     report = Report("r")
     report.figure(reports.draw_increments(layout.fields[0], states, states.values + 1, seen), name)
     assert report.blocks[0][1].startswith(b"\x89PNG")

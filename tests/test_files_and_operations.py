@@ -18,7 +18,7 @@ from pnpda_nb.flow_matching import FlowPrior, TrainingSettings
 from pnpda_nb.observing import Interpolate, Select
 from pnpda_nb.operations import Report, set_aside, train_archive
 from pnpda_nb.operations.errors import Part, attach_errors, attached_errors
-from pnpda_nb.operations.validation import plug_and_play
+from pnpda_nb.operations.validation import pnpda_with
 
 LAT, LON = np.array([60.0, 50.0, 40.0]), np.arange(0.0, 360.0, 90.0)
 
@@ -406,9 +406,9 @@ def test_that_attached_errors_survive_the_file(files, tmp_path):
     loaded = FlowPrior.load(again.save(tmp_path / "p.safetensors"))
     assert len(attached_errors(loaded).errors) == 6 and loaded.layout == prior.layout
     assert torch.equal(attached_errors(loaded).errors[3].factor, attached_errors(again).errors[3].factor)
-    assert plug_and_play(loaded).data_step == "kalman" and plug_and_play(loaded, 7).iterations == 7
+    assert pnpda_with(loaded).data_step == "kalman" and pnpda_with(loaded, 7).iterations == 7
     bare = FlowPrior(prior.network, prior.location, prior.scale, prior.architecture, factor=prior.factor, units=prior.units)
-    assert attached_errors(bare) is None and plug_and_play(bare).data_step == "gradient"
+    assert attached_errors(bare) is None and pnpda_with(bare).data_step == "gradient"
 
 
 def test_that_a_report_escapes_what_it_is_given_and_is_only_html_or_markdown(tmp_path):
@@ -479,8 +479,9 @@ def test_that_describe_says_what_a_file_is(files, forked):
             "ends in .nc",
         ),
         (
-            "assimilate --prior {}/prior.safetensors --background {}/today.nc --observations {}/stations.nc --out n.nc --answers 0",
-            "answers: expected at least 1",
+            "assimilate --prior {}/prior.safetensors --background {}/today.nc --observations {}/stations.nc --out n.nc "
+            "--ensemble 0",
+            "ensemble: expected at least 1",
         ),
         ("assimilate --prior {}/pairs.nc --background {}/today.nc --observations {}/stations.nc --out n.nc", "prior: "),
         (

@@ -34,16 +34,16 @@ from pnpda_nb.interop import UserModel
 from pnpda_nb.learned import (
     AmortisedAnalysis,
     AnalysisPrior,
-    Lesson,
     ObservedRecord,
     OnPolicySettings,
     RandomNetworks,
     Records,
     SeeingPrior,
+    TrainingBatch,
     TruthRecord,
 )
 from pnpda_nb.learned.records import observed_record
-from pnpda_nb.methods import ToldOtherwise
+from pnpda_nb.methods import Misspecified
 from pnpda_nb.observing import (
     Covariance,
     DenseError,
@@ -75,7 +75,6 @@ from pnpda_nb.twin import FreeRun, TwinExperiment, cycle, make_archive, nature_r
 from pnpda_nb.windows import (
     BandedCholesky,
     BandedPrecision,
-    Calibration,
     DensePrecision,
     GaussianWindow,
     IncrementalPrior,
@@ -84,9 +83,10 @@ from pnpda_nb.windows import (
     LowRankPrecision,
     NeuralIncremental,
     RandomSets,
+    Recalibration,
+    WindowClimatology,
     WindowFourDVar,
 )
-from pnpda_nb.windows import Climate as WindowClimate
 
 ROOMS = "core dynamics observing twin classical flow_matching pnp learned windows interop plotting sweep methods studies".split()
 DOUBLE = torch.float64
@@ -148,13 +148,13 @@ def sightings():
     return on_grid(seen(), 3)
 
 
-def lesson_():
-    return Lesson(states(2, 3), states(2, 3, seed=1), sightings()[:, 0])
+def batch_():
+    return TrainingBatch(states(2, 3), states(2, 3, seed=1), sightings()[:, 0])
 
 
 @cache
 def climate():
-    return WindowClimate.of(states(200, 3, 2))
+    return WindowClimatology.of(states(200, 3, 2))
 
 
 @cache
@@ -403,10 +403,14 @@ OWN = {  # arguments of one callable, where they are not those of the pool
     },
     "windows.linearised": {"observations": lambda: [None, seen(), seen()], "x": A(2, 4, 3, 3)},
     "windows.background_information": {"mean": A(2, 3)},
-    "windows.Climate.__init__": {"mean": A(3, 2), "scale": lambda: torch.ones(3, 2, dtype=DOUBLE), "covariance": lambda: spd(6)},
-    "windows.Climate.of": {"windows": A(40, 3, 2)},
-    "windows.Climate": {"information": lambda: Information(torch.ones(1, 2, 10, dtype=DOUBLE), states(2, 10))},
-    "windows.Climate.on": {"steps": lambda: 5},
+    "windows.WindowClimatology.__init__": {
+        "mean": A(3, 2),
+        "scale": lambda: torch.ones(3, 2, dtype=DOUBLE),
+        "covariance": lambda: spd(6),
+    },
+    "windows.WindowClimatology.of": {"windows": A(40, 3, 2)},
+    "windows.WindowClimatology": {"information": lambda: Information(torch.ones(1, 2, 10, dtype=DOUBLE), states(2, 10))},
+    "windows.WindowClimatology.on": {"steps": lambda: 5},
     "windows.four_dvar.Minimum.__init__": {
         "x": A(2, 6),
         "cost": A(2),
@@ -500,7 +504,7 @@ OWN = {  # arguments of one callable, where they are not those of the pool
     "pnp.ResidualCovariance.__init__": {"taus": lambda: (0.0, 0.5), "errors": lambda: (DenseError(spd(3)), DenseError(spd(3)))},
     "pnp.residual_covariance": PAIRS | {"taus": lambda: (0.0, 0.5)},
     "pnp.WindowMisfit.weigh": {"residuals": lambda: window_misfit().residuals(ENSEMBLE())[1]},
-    "observing.Sightings.__init__": {
+    "observing.GridObservations.__init__": {
         "value": A(2, 1, 3),
         "mask": lambda: torch.ones(2, 1, 3, dtype=torch.bool),
         "error": lambda: torch.ones(2, 1, 3, dtype=DOUBLE),
@@ -533,8 +537,8 @@ OWN = {  # arguments of one callable, where they are not those of the pool
     "learned.TruthRecord.__init__": {"runs": lambda: 2},
     "learned.ObservedRecord": RECORDS,
     "learned.Records": RECORDS,
-    "learned.Lesson.__init__": {"background": A(2, 3), "target": A(2, 3), "seen": lambda: sightings()[:, 0]},
-    "learned.lesson_loss": {"prior": aware, "lesson": lesson_, "scored": lambda: 2},
+    "learned.TrainingBatch.__init__": {"background": A(2, 3), "target": A(2, 3), "seen": lambda: sightings()[:, 0]},
+    "learned.on_policy_loss": {"prior": aware, "batch": batch_, "scored": lambda: 2},
     "learned.OnPolicyTraining.__init__": {
         "prior": aware,
         "record": lambda: record_of("truth"),
@@ -561,8 +565,8 @@ OWN = {  # arguments of one callable, where they are not those of the pool
     },
     "windows.most_probable": {"mean": A(2, 6), "precision": lambda: BandedPrecision(information().bands)},
     "windows.incremental.ConstantNetwork.__init__": {"channels": lambda: 2, "outputs": lambda: 2},
-    "windows.Calibration.__init__": {"knots": lambda: (0.0, 1.0), "factors": lambda: (0.0, 0.1)},
-    "windows.Calibration": {"error": A(200), "deviation": lambda: states(200).abs() + 0.1},
+    "windows.Recalibration.__init__": {"knots": lambda: (0.0, 1.0), "factors": lambda: (0.0, 0.1)},
+    "windows.Recalibration": {"error": A(200), "deviation": lambda: states(200).abs() + 0.1},
     "windows.IncrementalPrior.__init__": {
         "climate": climate,
         "networks": lambda: incremental().networks,
@@ -627,7 +631,7 @@ OWN = {  # arguments of one callable, where they are not those of the pool
     "studies.Study.settings": {"preset": lambda: "quick", "changes": lambda: {"runs": "2"}, "overrides": lambda: {"runs": 2}},
     "studies.Study.choose": {"methods": lambda: ("enkf",)},
     "methods.method_by_name": {"name": lambda: "enkf", "settings": lambda: {"inflation": 1.1}},
-    "methods.Climate.__init__": {"mean": A(3)},
+    "methods.ClimateMoments.__init__": {"mean": A(3)},
     "methods.climate_of": {"steps": lambda: 5},
     "methods.experiment_of": {"testbed": lambda: {"name": "lorenz63"}},
     "methods.build_method": {"method": lambda: {"name": "enkf"}},
@@ -693,7 +697,7 @@ SELF = {  # objects whose methods are called; without an entry they are made fro
     "windows.BandedCholesky": lambda: BandedCholesky(information().bands),
     "windows.GaussianWindow": lambda: GaussianWindow(states(2, 3, 2), information().bands),
     "windows.Information": information,
-    "windows.Climate": lambda: WindowClimate.of(states(200, 5, 2), order=1, stationary=True),
+    "windows.WindowClimatology": lambda: WindowClimatology.of(states(200, 5, 2), order=1, stationary=True),
     "windows.WindowFourDVar": weak,
     "classical.EnSF": lambda: EnSF(steps=3),
     "classical.EnFF": lambda: EnFF(steps=3),
@@ -710,7 +714,7 @@ SELF = {  # objects whose methods are called; without an entry they are made fro
     "observing.FactoredError": lambda: FactoredError(states(3, 1), torch.ones(3, dtype=DOUBLE)),
     "pnp.GaussianResidual": lambda: GaussianResidual(gaussian()),
     "pnp.EnsembleResidual": EnsembleResidual,
-    "observing.Sightings": sightings,
+    "observing.GridObservations": sightings,
     "observing.Residual": lambda: aware().look(ENSEMBLE())[1],
     "learned.AnalysisPrior": aware,
     "learned.prior.LearnedDenoiser": lambda: aware()(ENSEMBLE()),
@@ -729,7 +733,7 @@ SELF = {  # objects whose methods are called; without an entry they are made fro
     "windows.BandedPrecision": lambda: BandedPrecision(information().bands),
     "windows.LowRankPrecision": lambda: LowRankPrecision(torch.ones(1, 2, 6, dtype=DOUBLE), states(2, 6, 1)),
     "windows.DensePrecision": lambda: DensePrecision(spd(6).expand(2, 6, 6)),
-    "windows.Calibration": lambda: Calibration((0.0, 1.0), (0.0, 0.1)),
+    "windows.Recalibration": lambda: Recalibration((0.0, 1.0), (0.0, 0.1)),
     "windows.IncrementalPrior": incremental,
     "windows.NeuralIncremental": lambda: NeuralIncremental(incremental(), Covariance(spd(2)), window=1),
     "windows.RandomSets": lambda: RandomSets(3, 2, 2),
@@ -737,7 +741,7 @@ SELF = {  # objects whose methods are called; without an entry they are made fro
     "studies.Study": study,
     "sweep.Store": lambda: Store(folder()),
     "studies.SweepSettings": SweepSettings,
-    "methods.ToldOtherwise": lambda: ToldOtherwise(EnKF(), 0.5),
+    "methods.Misspecified": lambda: Misspecified(EnKF(), 0.5),
 }
 OWN |= {
     "dynamics.TwoScaleLorenz96": {"state": A(2, 8)},

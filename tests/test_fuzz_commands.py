@@ -258,7 +258,7 @@ COMMANDS = {
             "--out": "out",
             "--report": "out",
             "--iterations": "number",
-            "--answers": "number",
+            "--ensemble": "number",
             "--seed": "number",
             "--names": "word",
             "--samples": "word",

@@ -19,8 +19,6 @@ from pnpda_nb.observing import Covariance, DiagonalCovariance, Linear, Nonlinear
 from pnpda_nb.twin import TwinExperiment, cycle
 from pnpda_nb.windows import (
     BandedPrecision,
-    Calibration,
-    Climate,
     DensePrecision,
     IncrementalPrior,
     IncrementalSettings,
@@ -28,6 +26,8 @@ from pnpda_nb.windows import (
     LowRankPrecision,
     NeuralIncremental,
     RandomSets,
+    Recalibration,
+    WindowClimatology,
     background_information,
     incremental_loss,
     linearised,
@@ -60,7 +60,7 @@ def process(count, steps=6, seed=1):
 
 
 WINDOWS = process(600)
-CLIMATE, MARKOV = Climate.of(WINDOWS), Climate.of(WINDOWS, order=1, stationary=True)
+CLIMATE, MARKOV = WindowClimatology.of(WINDOWS), WindowClimatology.of(WINDOWS, order=1, stationary=True)
 MASK = torch.rand(3, 6, 2, generator=stream(1, "mask")) < 0.4
 SEEN = pointwise(WINDOWS[:3], 0.5, MASK)
 SETS = RandomSets(6, 2, 2, (0, 1))
@@ -301,7 +301,7 @@ def test_that_a_prior_with_a_convolution_works_on_longer_windows():
 @pytest.mark.parametrize("steps, dim", [(1, 2), (6, 1), (2, 1)])
 def test_that_windows_may_be_as_small_as_they_like(steps, dim):
     windows = WINDOWS[:, :steps, :dim]
-    prior, info = make(Climate.of(windows)), pointwise(windows[:3], 0.5, MASK[:, :steps, :dim])
+    prior, info = make(WindowClimatology.of(windows)), pointwise(windows[:3], 0.5, MASK[:, :steps, :dim])
     assert prior.analyse(info).variance.isfinite().all()
 
 
@@ -490,7 +490,7 @@ def test_that_a_checkpoint_of_another_prior_is_refused(other, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(windows=Interrupted(), checkpoint=path)
     mean, scale, covariance = CLIMATE.mean, CLIMATE.scale, CLIMATE.covariance
-    prior = make(shake=0.0, seed=7) if other == "weights" else make(Climate(mean, 2 * scale, covariance), shake=0.0)
+    prior = make(shake=0.0, seed=7) if other == "weights" else make(WindowClimatology(mean, 2 * scale, covariance), shake=0.0)
     with pytest.raises(ValueError, match="^checkpoint: "):
         train(prior, windows=Interrupted(calm=True), checkpoint=path)
 
@@ -518,7 +518,7 @@ def test_that_training_refuses_what_does_not_fit(tmp_path):
 @pytest.mark.parametrize("climate", [CLIMATE, MARKOV], ids=["full", "order"])
 def test_that_a_saved_prior_is_the_same_one(kind, network, climate, tmp_path):
     prior = make(climate, precision=kind, network=network, shared=network == "convolution", rank=2)
-    prior.calibration, prior.training = Calibration((-1.0, 0.5), (0.2, -0.1)), {"seed": 3}
+    prior.calibration, prior.training = Recalibration((-1.0, 0.5), (0.2, -0.1)), {"seed": 3}
     prior.networks.requires_grad_(False)
     again = IncrementalPrior.load(prior.save(tmp_path / "prior.safetensors"))
     assert [p.name for p in tmp_path.iterdir()] == ["prior.safetensors"]
@@ -585,7 +585,7 @@ def test_that_a_header_that_lacks_something_is_refused(changes, tmp_path):
 def test_that_calibrated_intervals_cover_what_they_should_wide_and_narrow_ones_alike(coverage):
     deviation = torch.rand(40_000, generator=stream(1), dtype=torch.float64) + 0.2
     error = deviation ** torch.tensor([1.7]) * normal((40_000,), "error")
-    calibration = Calibration.fit(error[:20_000], deviation[:20_000], coverage)
+    calibration = Recalibration.fit(error[:20_000], deviation[:20_000], coverage)
     wide = calibration(deviation[20_000:])
     quantile = torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor((1 + coverage) / 2))
     inside = error[20_000:].abs() < quantile * wide
@@ -609,7 +609,7 @@ def test_that_a_calibrated_prior_covers_the_truth():
     with pytest.raises(ValueError, match="^coverage: expected a share"):
         prior.calibrated(law, truth, coverage=1.0)
     with pytest.raises(ValueError, match="^deviation: expected as many as errors, and at least 120"):
-        Calibration.fit(torch.ones(100), torch.ones(100))
+        Recalibration.fit(torch.ones(100), torch.ones(100))
 
 
 @pytest.mark.parametrize("broken", ["error", "deviation"])
@@ -617,7 +617,7 @@ def test_that_a_calibration_of_numbers_that_are_not_finite_is_refused(broken):
     error, deviation = normal((400,), "error"), torch.ones(400, dtype=torch.float64)
     (error if broken == "error" else deviation)[:200] = torch.nan if broken == "error" else 0.0
     with pytest.raises(ValueError, match=f"^{broken}: expected"):
-        Calibration.fit(error, deviation)
+        Recalibration.fit(error, deviation)
 
 
 B = Covariance([[1.0, 0.4], [0.4, 0.5]])
@@ -720,7 +720,7 @@ NATURE = torch.stack([standard_normal((500, 3), stream(4, t)).cumsum(-1) + 3 * t
 @pytest.mark.parametrize("operator", [None, Nonlinear(lambda s: s[..., :2] ** 2 / 20, 2)], ids=["linear", "nonlinear"])
 def test_that_it_cycles_like_any_other_method(window, shift, operator):
     network = LORENZ.network if operator is None else replace(LORENZ.network, operator=operator)
-    method = NeuralIncremental(make(Climate.of(NATURE)), Covariance(torch.eye(3)), window=window, shift=shift)
+    method = NeuralIncremental(make(WindowClimatology.of(NATURE)), Covariance(torch.eye(3)), window=window, shift=shift)
     a, b = (cycle(LORENZ.with_network(network), method, members=2, runs=runs, seed=1) for runs in (3, 2))
     assert (a.failed == -1).all() and a.missing.sum() > 0 and a.sizes["cycle"] == 8
     assert abs(a.analysis.values[:2] - b.analysis.values).max() < 1e-2 and ("smoothed" in a) == (method.shift < method.window)

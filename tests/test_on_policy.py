@@ -1,4 +1,4 @@
-"""Training where the prior is used: records, lessons, and trainings that go on after an interruption."""
+"""Training where the prior is used: records, examples, and trainings that go on after an interruption."""
 
 import itertools
 import math
@@ -14,19 +14,19 @@ from pnpda_nb.learned import (
     AmortisedAnalysis,
     AnalysisPrior,
     LearnedMean,
-    Lesson,
     ObservedRecord,
     OnPolicySettings,
     OnPolicyTraining,
     RandomNetworks,
     Records,
+    TrainingBatch,
     TruthRecord,
-    lesson_loss,
+    on_policy_loss,
     train_on_policy,
 )
 from pnpda_nb.learned.methods import ENSEMBLE_FIELDS
 from pnpda_nb.learned.records import innovation_rms, observed_record
-from pnpda_nb.observing import Sightings, on_grid
+from pnpda_nb.observing import GridObservations, on_grid
 from pnpda_nb.twin import cycle, lorenz63
 
 ZERO, ONE = (torch.tensor(x, dtype=torch.float64) for x in (0.0, 1.0))
@@ -89,7 +89,7 @@ def test_that_a_truth_record_observes_its_own_truths_anew():
     assert (torch.cov(errors.T) - EXPERIMENT.network.covariance.matrix).abs().max() < 0.1
     networks = RandomNetworks(3, (((1,), 0.5),), 1.0, (1, 3)).draw(20_000, stream(2))
     shown = record.observe(times, runs, networks, stream(1))
-    assert isinstance(shown, Sightings) and shown.value.shape == (20_000, 1, 3) and (shown.value[..., 0] == 0).all()
+    assert isinstance(shown, GridObservations) and shown.value.shape == (20_000, 1, 3) and (shown.value[..., 0] == 0).all()
     assert abs(float((shown.value[..., 1] - record.targets[1, 0, 1]).std()) - 0.5) < 0.02
     begin = record.begin(times, runs, stream(3)) - record.targets[1, 0]
     assert abs(float(begin.var()) - EXPERIMENT.background_variance) < 0.1
@@ -130,13 +130,15 @@ def test_that_several_records_are_gathered_in_order(nature, data):
 
 def test_that_the_loss_of_an_untrained_prior_is_known():
     prior, misses = make(), standard_normal((200, 3), stream(1))
-    seen = Sightings(torch.zeros(200, 3), torch.zeros(200, 3, dtype=torch.bool), torch.zeros(200, 3))
+    seen = GridObservations(torch.zeros(200, 3), torch.zeros(200, 3, dtype=torch.bool), torch.zeros(200, 3))
     for likelihood in (0.0, 0.3):
         squares = (misses / 2).square().mean()
         expected = squares + likelihood * (squares / 2 + math.log(2))
-        found = lesson_loss(prior, Lesson(0 * misses, misses, seen), stream(1), likelihood=likelihood)
+        found = on_policy_loss(prior, TrainingBatch(0 * misses, misses, seen), stream(1), likelihood=likelihood)
         assert abs(float(found.detach() - expected)) < 0.02
-    alone = lesson_loss(prior, Lesson(0 * misses, misses, seen), stream(1), likelihood=0.0, start_fraction=0.0, hidden=1.0)
+    alone = on_policy_loss(
+        prior, TrainingBatch(0 * misses, misses, seen), stream(1), likelihood=0.0, start_fraction=0.0, hidden=1.0
+    )
     torch.testing.assert_close(alone.detach(), squares)  # what it adds is zero at every pseudo-time
 
 
@@ -145,20 +147,22 @@ def test_that_training_on_gaussian_lessons_finds_the_kalman_answer_and_its_varia
     prior = AnalysisPrior.make(ZERO, ONE, ONE, dim=1, rank=1, width=16)
     optimiser, generator = torch.optim.Adam(prior.network.parameters(), lr=4e-3), stream(1)
 
-    def lesson(count: int, half: bool = True) -> Lesson:
+    def training_batch(count: int, half: bool = True) -> TrainingBatch:
         background, increment, error = standard_normal((3, count, 1), generator)
         mask = (torch.rand(count, 1, generator=generator) < 0.5) if half else torch.ones(count, 1, dtype=torch.bool)
         value = (background + increment + error).where(mask, 0.0)
-        return Lesson(background, background + increment, Sightings(value, mask, ONE.expand(count, 1).where(mask, 0.0)))
+        return TrainingBatch(
+            background, background + increment, GridObservations(value, mask, ONE.expand(count, 1).where(mask, 0.0))
+        )
 
     for step in range(500):
-        loss = lesson_loss(prior, lesson(256), generator, likelihood=0.5)
+        loss = on_policy_loss(prior, training_batch(256), generator, likelihood=0.5)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         if step == 350:
             optimiser.param_groups[0]["lr"] = 1e-3
-    test = lesson(4000, half=False)
+    test = training_batch(4000, half=False)
     with torch.no_grad():
         answer, open_ = prior.look(test.background, seen=test.seen)
         blind, wide = prior.look(test.background)
@@ -180,9 +184,7 @@ def test_that_the_same_seed_gives_the_same_weights_and_another_one_others(nature
 @pytest.mark.parametrize("kind", ["nature", "observed", "ensemble", "plain"])
 def test_that_a_resumed_training_is_the_uninterrupted_one(kind, stop, nature, data, tmp_path, monkeypatch):
     record = ObservedRecord(EXPERIMENT, data) if kind == "observed" else nature
-    settings = replace(
-        SETTINGS, cycles=5, foresight=0 if kind in ("ensemble", "plain") else 2, foresight_cycles=5, patience_points=5
-    )
+    settings = replace(SETTINGS, cycles=5, rollout=0 if kind in ("ensemble", "plain") else 2, rollout_cycles=5, patience_points=5)
     options, prior = {"settings": settings, "seed": 1}, make()
     if kind == "ensemble":
         prior = make(extra=ENSEMBLE_FIELDS)
@@ -279,10 +281,10 @@ def test_that_innovations_are_those_that_were_seen():
 def test_that_trainings_that_cannot_be_are_named(nature):
     with pytest.raises(ValueError, match="^prior: expected one for states of size 3, got 4"):
         train_on_policy(make(dim=4), nature, settings=SETTINGS)
-    with pytest.raises(ValueError, match="^foresight: expected a single forecast"):
-        train_on_policy(make(), nature, settings=replace(SETTINGS, foresight=2), members=3)
+    with pytest.raises(ValueError, match="^rollout: expected a single forecast"):
+        train_on_policy(make(), nature, settings=replace(SETTINGS, rollout=2), members=3)
     with pytest.raises(ValueError, match="^record: expected at least 14 times, got 13"):
-        train_on_policy(make(), nature, settings=replace(SETTINGS, foresight=11))
-    for wrong in ({"cycles": 0}, {"restart": 2.0}, {"learning_rate": 0.0}, {"foresight": -1}):
+        train_on_policy(make(), nature, settings=replace(SETTINGS, rollout=11))
+    for wrong in ({"cycles": 0}, {"restart": 2.0}, {"learning_rate": 0.0}, {"rollout": -1}):
         with pytest.raises(ValueError, match=f"^{next(iter(wrong))}: expected"):
             replace(SETTINGS, **wrong)

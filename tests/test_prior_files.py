@@ -17,7 +17,7 @@ from pnpda_nb.core import standard_normal, stream
 from pnpda_nb.flow_matching import FlowPrior, PairSource, TensorPairs, TrainingSettings, describe_prior, train_from, train_prior
 from pnpda_nb.flow_matching.store import PRIOR_KINDS, prior_bytes, read_prior_bytes
 from pnpda_nb.learned import AnalysisPrior
-from pnpda_nb.windows import Climate, IncrementalPrior
+from pnpda_nb.windows import IncrementalPrior, WindowClimatology
 
 QUICK = TrainingSettings(hidden=(16, 16), epochs=4, batch=64)
 AROUND = dataclasses.replace(QUICK, source="background", target="increment")
@@ -52,7 +52,7 @@ def one_of(kind: str):
     if kind == "AnalysisPrior":
         one = torch.tensor(1.0, dtype=torch.float64)
         return AnalysisPrior.make(0 * one, one, one, dim=3, width=4)
-    return IncrementalPrior.make(Climate.of(standard_normal((50, 4, 3), stream(2))), width=4)
+    return IncrementalPrior.make(WindowClimatology.of(standard_normal((50, 4, 3), stream(2))), width=4)
 
 
 CLASSES = {"FlowPrior": FlowPrior, "AnalysisPrior": AnalysisPrior, "IncrementalPrior": IncrementalPrior}

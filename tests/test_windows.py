@@ -13,9 +13,9 @@ from pnpda_nb.observing import Covariance, DiagonalCovariance, Linear, Nonlinear
 from pnpda_nb.twin import TwinExperiment
 from pnpda_nb.windows import (
     BandedCholesky,
-    Climate,
     GaussianWindow,
     Information,
+    WindowClimatology,
     WindowFourDVar,
     background_information,
     draw_windows,
@@ -60,9 +60,9 @@ def process(count=3000, steps=6):
 
 WINDOWS = process()
 CLIMATES = {
-    "full": Climate.of(WINDOWS),
-    "order": Climate.of(WINDOWS, order=1),
-    "second": Climate.of(WINDOWS, order=2, stationary=True),
+    "full": WindowClimatology.of(WINDOWS),
+    "order": WindowClimatology.of(WINDOWS, order=1),
+    "second": WindowClimatology.of(WINDOWS, order=2, stationary=True),
 }
 MASK = torch.rand(3, 6, 2, generator=stream(1, "mask")) < 0.4
 SEEN = pointwise(WINDOWS[:3], 0.5, MASK)
@@ -269,7 +269,7 @@ def test_that_bands_without_a_batch_broadcast_in_a_climate_of_an_order():
 
 
 def test_that_a_law_of_the_highest_order_is_the_full_covariance():
-    full, markov = CLIMATES["full"], Climate.of(WINDOWS, order=5)
+    full, markov = CLIMATES["full"], WindowClimatology.of(WINDOWS, order=5)
     count = len(WINDOWS)  # one divides by N, the other by N − 1
     torch.testing.assert_close(
         torch.linalg.inv(band_dense(markov.precision)), full.covariance * (count - 1) / count, rtol=1e-6, atol=1e-8
@@ -294,19 +294,19 @@ def test_that_a_stationary_law_says_the_same_of_every_next_state_whatever_the_le
 
 def test_that_climates_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match=r"^windows: expected three dimensions \(N, T, n\)"):
-        Climate.of(WINDOWS[0])
+        WindowClimatology.of(WINDOWS[0])
     with pytest.raises(ValueError, match="^windows: expected more than 12 for a full covariance, got 12"):
-        Climate.of(WINDOWS[:12])
+        WindowClimatology.of(WINDOWS[:12])
     with pytest.raises(ValueError, match="^windows: expected more than 4 for a law of order 1"):
-        Climate.of(WINDOWS[:4], order=1)
+        WindowClimatology.of(WINDOWS[:4], order=1)
     with pytest.raises(ValueError, match="^windows: expected finite numbers"):
-        Climate.of(torch.where(WINDOWS > 3, torch.nan, WINDOWS))
+        WindowClimatology.of(torch.where(WINDOWS > 3, torch.nan, WINDOWS))
     with pytest.raises(ValueError, match="^windows: expected numbers that are finite and vary"):
-        Climate.of(torch.ones_like(WINDOWS))
+        WindowClimatology.of(torch.ones_like(WINDOWS))
     with pytest.raises(ValueError, match="^order: expected at least 1"):
-        Climate.of(WINDOWS, order=0)
+        WindowClimatology.of(WINDOWS, order=0)
     with pytest.raises(ValueError, match="^covariance: expected either"):
-        Climate(WINDOWS[0], WINDOWS[0].abs() + 1)
+        WindowClimatology(WINDOWS[0], WINDOWS[0].abs() + 1)
     for name in ("full", "order"):
         with pytest.raises(ValueError, match="^steps: expected a stationary climate"):
             CLIMATES[name].on(9)
@@ -315,7 +315,7 @@ def test_that_climates_that_cannot_be_are_refused():
 
 
 def test_that_windows_of_single_precision_make_a_climate():
-    mean, _ = Climate.of(WINDOWS.float()).law(SEEN)
+    mean, _ = WindowClimatology.of(WINDOWS.float()).law(SEEN)
     torch.testing.assert_close(mean.double(), CLIMATES["full"].law(SEEN)[0], rtol=1e-3, atol=1e-4)
 
 

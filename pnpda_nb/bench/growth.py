@@ -18,7 +18,7 @@ from math import nan
 import torch
 
 from .measure import Sizes, _row, growth_exponent, seconds_of
-from .speed import NETWORKS, one_analysis, sakov2012, untrained_prior
+from .speed import NETWORKS, one_analysis, untrained_prior
 from ..classical.ensemble import LETKF, EnKF
 from ..dynamics.models import Lorenz96
 from ..observing.covariance import DiagonalCovariance
@@ -27,6 +27,7 @@ from ..observing.operators import Select
 from ..pnp.loop import PnPDA
 from ..twin.cycle import cycle
 from ..twin.experiment import TwinExperiment, forget_nature_runs
+from ..twin.testbeds import sakov2012
 
 # %% auto #0
 __all__ = []

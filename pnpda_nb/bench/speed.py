@@ -27,37 +27,17 @@ from ..dynamics.models import Lorenz96
 from ..flow_matching.flow import FlowPrior, conditional_coupling, flow_matching_loss
 from ..flow_matching.networks import VelocityMLP
 from ..interop.dapper import import_dapper
-from ..observing.covariance import Covariance, DiagonalCovariance
-from ..observing.observations import Observations, ObservingNetwork
+from ..observing.covariance import DiagonalCovariance
+from ..observing.observations import Observations
 from ..observing.operators import Select
 from ..pnp.loop import PnPDA
 from ..twin.cycle import cycle
 from ..twin.experiment import TwinExperiment
 from ..twin.scores import scores
+from ..twin.testbeds import sakov2012
 
 # %% auto #0
 __all__ = []
-
-
-# %% ../../nbs/97_bench.ipynb #36005c19
-def sakov2012(cycles: int = 250) -> TwinExperiment:
-    """The twin experiment of Sakov et al. (2012, section 4.1) on Lorenz-63, with `cycles` analyses, of which those of the first 16
-    time units are not scored.
-    """
-    return TwinExperiment(
-        "sakov2012",
-        nature=Lorenz63(),
-        forecast_model=Lorenz63(),
-        network=ObservingNetwork(Select((0, 1, 2), 3), Covariance(2.0 * torch.eye(3))),
-        interval=25,
-        cycles=cycles,
-        burn_in=min(64, cycles // 2),
-        start=(1.509, -1.531, 25.46),
-        start_variance=2.0,
-        spin_up=0,
-        first_ensemble="same_law",
-    )
-
 
 # %% ../../nbs/97_bench.ipynb #5a78ec2f
 DAPPER_MISSING = "skipped: DAPPER is not installed (pip install 'pnpda_nb[dapper]'; it brings an older Jupyter along)"
@@ -180,7 +160,7 @@ def lsoda(model: KuramotoSivashinsky, state: np.ndarray, steps: int, tolerance: 
 
 
 # %% ../../nbs/97_bench.ipynb #4ed12464
-def etdrk4(sizes: Sizes) -> Iterator[dict]:
+def etdrk4_speed(sizes: Sizes) -> Iterator[dict]:
     """Kuramoto-Sivashinsky by ETDRK4, in a batch and alone, against LSODA with an error no smaller than ours."""
     states = _on_attractor(sizes.states)
     few = states[: min(5, sizes.states)]

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from .growth import members, memory, pnpda_state, state
 from .measure import COLUMNS, Sizes, machine
-from .speed import enkf, etdrk4, pnpda, steps, training
+from .speed import enkf, etdrk4_speed, pnpda, steps, training
 from ..core.disk import read_record, record_bytes, writable, write_whole
 from ..sweep import code_version
 
@@ -28,7 +28,7 @@ __all__ = ["bench", "report"]
 PARTS: Mapping[str, Callable[[Sizes], Iterator[dict]]] = {
     "enkf": enkf,
     "steps": steps,
-    "etdrk4": etdrk4,
+    "etdrk4": etdrk4_speed,
     "members": members,
     "state": state,
     "memory": memory,

@@ -319,8 +319,8 @@ def train(
 
 
 # %% ../../nbs/96_command_line.ipynb #a311b02e
-@app.command()
-def assimilate(
+@app.command("assimilate")
+def assimilate_command(
     prior: Annotated[Path, typer.Option(help="a prior that `pnpda train` made", parser=_path, metavar="FILE")],
     background: Annotated[
         Path,
@@ -333,7 +333,7 @@ def assimilate(
     ],
     out: Annotated[Path, typer.Option(help="where to write the analysis (NetCDF)", parser=_path, metavar="FILE")],
     iterations: Annotated[Optional[int], typer.Option(help="of plug-and-play; default: what was best in training")] = None,
-    answers: Annotated[int, typer.Option(help="answers with noise of their own, of which the mean is taken")] = 1,
+    ensemble: Annotated[int, typer.Option(help="analyses with noise of their own, of which the mean is taken")] = 1,
     seed: Annotated[int, typer.Option(help="seed of the noise")] = 0,
     names: Annotated[
         Optional[str],
@@ -354,7 +354,7 @@ def assimilate(
     roles, dims, report = _roles(names), _words("samples", samples), _report_path(report, out)
     if out.suffix.lower() not in (".nc", ".nc4", ".cdf", ".netcdf"):
         raise ValueError(f"out: expected a file that ends in .nc, got {out}")
-    _whole("iterations", iterations), _whole("answers", answers), _seed(seed)
+    _whole("iterations", iterations), _whole("ensemble", ensemble), _seed(seed)
     given = {"prior": prior, "background": background, "observations": observations}
     _check_places(
         [_Place("out", out), *_with_report(report)], [place for name, path in given.items() for place in _read(name, path)]
@@ -369,7 +369,7 @@ def assimilate(
     from ..flow_matching.flow import FlowPrior
     from ..operations.pipeline import assimilate
     from ..operations.report import assimilation_report, innovations
-    from ..operations.validation import plug_and_play
+    from ..operations.validation import pnpda_with
 
     torch.set_num_threads(1)
     loaded = FlowPrior.load(prior)
@@ -380,16 +380,16 @@ def assimilate(
     roles, dims = roles or tuple(known.get("roles", ROLES)), dims or tuple(known.get("samples", ()))
     states = read_states(background, layout, name=roles[0], samples=dims)
     sightings = read_observations(observations, states)
-    how = {"iterations": iterations, "answers": answers, "seed": seed, "names": names, "samples": samples}
+    how = {"iterations": iterations, "ensemble": ensemble, "seed": seed, "names": names, "samples": samples}
     attributes = _attributes(loaded, given, {name: value for name, value in how.items() if value is not None})
     netcdf_bytes(states.dataset(states.values, roles[1]).isel({d: slice(1) for d in states.runs}).assign_attrs(attributes))
-    method = plug_and_play(loaded, iterations, answers)
+    method = pnpda_with(loaded, iterations, ensemble)
     said = (
-        f"PnP-DA with {method.data_step} steps, {method.iterations} iteration(s), {answers} answer(s), seed {seed}; "
+        f"PnP-DA with {method.data_step} steps, {method.iterations} iteration(s), mean of {ensemble}, seed {seed}; "
         f"observations from {observations.name}."
     )
     with _room(out=out.parent, report=report.parent):
-        analysis = assimilate(loaded, states, sightings, iterations=iterations, answers=answers, seed=seed, progress=True)
+        analysis = assimilate(loaded, states, sightings, iterations=iterations, ensemble=ensemble, seed=seed, progress=True)
         described = assimilation_report(loaded, states, analysis, sightings, background.name, said)
         dataset = states.dataset(analysis, roles[1])
         dataset.attrs = attributes

@@ -33,9 +33,9 @@ class BeyondSettings(Settings):
     `members` of the ensembles that have twenty in the tables, `tuning_runs` training truths for everything that is tuned,
     `particles` of the particle filter. The nature run to learn from has `truth_runs` and `truth_cycles`; the record of observations
     `record_runs` and `record_cycles`, reanalysed by an ensemble of `record_members`. `learning_cycles` and `learning_steps` per
-    cycle, of `batch` lessons from `trajectories`, for a network of `width`; the priors that start from it take a share `follow` of
+    cycle, of `batch` examples from `trajectories`, for a network of `width`; the priors that start from it take a share `follow` of
     the cycles, blind ones a share `follow_blind`, those of an ensemble `follow_ensemble`, and those that learn from observations
-    alone a share `record_share` of that. `foresight` cycles are looked ahead in `foresight_cycles` steps (0: not at all).
+    alone a share `record_share` of that. `rollout` cycles are looked ahead in `rollout_cycles` steps (0: not at all).
     Plug-and-play averages `draws` of noise. Raises `ValueError` for settings out of range.
     """
 
@@ -64,8 +64,8 @@ class BeyondSettings(Settings):
     record_share: float = 1.0
     half_precision: bool = False
     ensemble_trajectories: int = 64
-    foresight: int = 3
-    foresight_cycles: int = 300
+    rollout: int = 3
+    rollout_cycles: int = 300
     draws: int = 8
 
     def __post_init__(self):
@@ -74,8 +74,8 @@ class BeyondSettings(Settings):
         for field in dataclasses.fields(self):
             least = {
                 "seed": None,
-                "foresight": 0,
-                "foresight_cycles": 0,
+                "rollout": 0,
+                "rollout_cycles": 0,
                 "follow": None,
                 "follow_blind": None,
                 "follow_ensemble": None,
@@ -162,11 +162,11 @@ BEYOND_METHODS = (
     "pnpda_blind",
     "pnpda_seeing",
     "amortised",
-    "foresight",
+    "rollout",
     "one_step_obs",
     "pnpda_blind_obs",
     "amortised_obs",
-    "foresight_obs",
+    "rollout_obs",
     "amortised_ensemble",
     "learned_mean",
     "amortised_ensemble_obs",
@@ -212,9 +212,9 @@ def beyond_priors(settings: BeyondSettings) -> dict[str, Task]:
             f"amortised{tag}": amortised,
             f"pnpda_blind{tag}": learning_task(testbeds[:1], policy, blind, name=f"pnpda_blind{tag}", **first),
         }
-        if settings.foresight:
-            training = settings.training(cycles=0, foresight=settings.foresight, foresight_cycles=settings.foresight_cycles)
-            found[f"foresight{tag}"] = learning_task(testbeds, {"name": "amortised"}, training, name=f"foresight{tag}", **one)
+        if settings.rollout:
+            training = settings.training(cycles=0, rollout=settings.rollout, rollout_cycles=settings.rollout_cycles)
+            found[f"rollout{tag}"] = learning_task(testbeds, {"name": "amortised"}, training, name=f"rollout{tag}", **one)
         return found
 
     priors = family("", nature, networks=networks) | family("_obs", {"records": records, **options})
@@ -231,7 +231,7 @@ def beyond_priors(settings: BeyondSettings) -> dict[str, Task]:
     ensemble = {"members": settings.members, "cost": seconds * settings.follow * 2}
     cycles = max(1, round(settings.follow_ensemble * settings.learning_cycles))
     training = settings.following(trajectories=settings.ensemble_trajectories, cycles=cycles)
-    policy = {"name": "learned_mean", "stretch": 0.7} | here["hybrid"]
+    policy = {"name": "learned_mean", "spread_factor": 0.7} | here["hybrid"]
     for tag, source in (("", nature), ("_obs", {"records": records[:1], **options})):
         priors[f"learned_mean{tag}"] = learning_task(
             testbeds[:1], policy, training, start=priors[f"amortised{tag}"], name=f"learned_mean{tag}", **source, **ensemble
@@ -361,7 +361,7 @@ def plan_beyond(settings: BeyondSettings, methods: tuple[str, ...]) -> dict[tupl
                     name=f"tuning {options['name']}",
                 )
                 return costed_task(testbed, method, prior=prior, tuned=tuned, **options)
-            case "amortised" | "amortised_obs" | "foresight" | "foresight_obs":
+            case "amortised" | "amortised_obs" | "rollout" | "rollout_obs":
                 return prior and costed_task(testbed, {"name": "amortised"}, prior=prior, **options)
             case "amortised_ensemble" | "amortised_ensemble_obs":
                 if name == "amortised_ensemble_obs" and condition != first:
@@ -388,7 +388,7 @@ def plan_beyond(settings: BeyondSettings, methods: tuple[str, ...]) -> dict[tupl
                 tuned = tuning_task(
                     testbed,
                     method,
-                    {"stretch": [0.4, 0.5, 0.6, 0.7, 0.85, 1.0, 1.2]},
+                    {"spread_factor": [0.4, 0.5, 0.6, 0.7, 0.85, 1.0, 1.2]},
                     members=settings.members,
                     runs=settings.tuning_runs,
                     seed=settings.seed,
@@ -553,7 +553,7 @@ BEYOND_PRESETS: dict[str, BeyondSettings] = {
         tuning_runs=6,
         half_precision=True,
         ensemble_trajectories=16,
-        foresight=0,
+        rollout=0,
         follow=0.2,
         follow_blind=0.35,
         follow_ensemble=0.2,
@@ -584,7 +584,7 @@ def beyond_study(testbed: str) -> Study:
         learning_steps=1,
         batch=8,
         width=8,
-        foresight_cycles=3,
+        rollout_cycles=3,
         draws=2,
         members=5,
     )

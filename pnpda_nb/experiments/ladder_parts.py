@@ -62,7 +62,7 @@ class PartsSettings(Settings):
 # %% ../../nbs/20_one_forecast.ipynb #8be4aac8
 PARTS_METHODS = (
     "amortised",
-    "foresight",
+    "rollout",
     "off_policy",
     "dense",
     "amortised_obs",
@@ -151,7 +151,7 @@ def plan_parts(settings: PartsSettings, methods: tuple[str, ...]) -> dict[tuple[
     for name in BEYOND_PRESETS:
         of = settings.beyond(name)
         testbed = next(iter(of.conditions().values()))
-        there = [m for m in methods if m != "enkf" and (m != "foresight" or of.foresight) and (m != "dense" or name != "lorenz63")]
+        there = [m for m in methods if m != "enkf" and (m != "rollout" or of.rollout) and (m != "dense" or name != "lorenz63")]
         plan |= {(f"testbed={name}", method): task(of, testbed, method) for method in there}
     of = settings.beyond("lorenz96")
     testbed = of.conditions()[""]

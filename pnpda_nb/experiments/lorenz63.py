@@ -188,7 +188,7 @@ def _published() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["method", "metric", "variable", "mean", "std"])
 
 
-PUBLISHED = _published()  # Table 1 and the text of appendix C of PnP-DA
+PUBLISHED_63 = _published()  # Table 1 and the text of appendix C of PnP-DA
 
 
 # %% ../../nbs/12_lorenz63.ipynb #be90f91a
@@ -206,7 +206,7 @@ def table_1(scores: pd.DataFrame) -> pd.DataFrame:
 
     methods = list(dict.fromkeys(scores.method))
     ours = pd.DataFrame({("ours", names[c]): [cell(scores, m, c) for m in methods] for c in columns})
-    paper = pd.DataFrame({("paper", names[c]): [cell(PUBLISHED, m, c) for m in methods] for c in columns})
+    paper = pd.DataFrame({("paper", names[c]): [cell(PUBLISHED_63, m, c) for m in methods] for c in columns})
     table = pd.concat([ours, paper], axis=1)
     table.index = pd.Index([LABELS.get(m, m) for m in methods], name="method")
     return table
@@ -308,5 +308,5 @@ LORENZ63 = Study(
     kept=kept_lorenz63,
     figures=figures_lorenz63,
     report=report_lorenz63,
-    published=PUBLISHED,
+    published=PUBLISHED_63,
 )

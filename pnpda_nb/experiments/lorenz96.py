@@ -61,8 +61,8 @@ class Lorenz96Settings(SweepSettings):
 
 # %% ../../nbs/13_lorenz96.ipynb #994a6dce
 LORENZ96_METHODS = (
-    "free_run", "var3d_gc", "var3d", "enkf", "enkf_large", "conditional_mean", "pnpda_paper", "pnpda", "var3d_gc_told",
-    "pnpda_paper_told",
+    "free_run", "var3d_gc", "var3d", "enkf", "enkf_large", "conditional_mean", "pnpda_paper", "pnpda", "var3d_gc_misspecified",
+    "pnpda_paper_misspecified",
 )  # fmt: skip
 VAR3D_GRID = {"variance": [1.0, 3.0, 10.0, 30.0], "half_width": [0.6, 0.8, 1.0, 1.2, 1.5]}
 ENKF_GRID = {"inflation": [1.0, 1.1, 1.2, 1.4], "additive": [0.5, 1.0, 1.5, 2.0, 3.0]}
@@ -98,12 +98,12 @@ def plan_lorenz96(settings: Lorenz96Settings, methods: tuple[str, ...]) -> dict[
             case "var3d_gc":
                 gc = {"variance": settings.gc_variance, "half_width": settings.gc_half_width, "ring": False}
                 return cycle_task(testbed, {"name": name} | gc, name=label, cost=3, **trial)
-            case "var3d_gc_told":
+            case "var3d_gc_misspecified":
                 gc = {"variance": settings.gc_variance, "half_width": settings.gc_half_width, "ring": False}
-                told = {"told": settings.sigma**2}
-                return cycle_task(testbed, {"name": "var3d_gc"} | gc | told, name=label, cost=3, **trial)
-            case "pnpda_paper_told":
-                method = settings.pnpda(told=settings.sigma**2)
+                assumed = {"assumed_variance": settings.sigma**2}
+                return cycle_task(testbed, {"name": "var3d_gc"} | gc | assumed, name=label, cost=3, **trial)
+            case "pnpda_paper_misspecified":
+                method = settings.pnpda(assumed_variance=settings.sigma**2)
                 return cycle_task(testbed, method, prior=priors["pnpda_paper"], name=label, cost=9, **trial)
             case "var3d":
                 method = {"name": "var3d_gc"}
@@ -127,7 +127,7 @@ def plan_lorenz96(settings: Lorenz96Settings, methods: tuple[str, ...]) -> dict[
         (c, name): task(c, testbed, name)
         for c, testbed in settings.conditions().items()
         for name in methods
-        if c.startswith("sigma") or not name.endswith("_told")  # where nothing else could be told
+        if c.startswith("sigma") or not name.endswith("_misspecified")  # where no other could be assumed
     }
     for again in range(settings.trainings):
         for name, prior in lorenz96_priors(settings, again).items():
@@ -142,7 +142,7 @@ def plan_lorenz96(settings: Lorenz96Settings, methods: tuple[str, ...]) -> dict[
 # %% ../../nbs/13_lorenz96.ipynb #53b0c121
 def kept_lorenz96(settings: Lorenz96Settings, methods: tuple[str, ...]) -> dict[str, Task]:
     """The priors that the `methods` have."""
-    wanted = {name.removesuffix("_told") for name in methods} | ({"pnpda"} if "conditional_mean" in methods else set())
+    wanted = {name.removesuffix("_misspecified") for name in methods} | ({"pnpda"} if "conditional_mean" in methods else set())
     return {f"prior_{name}.safetensors": task for name, task in lorenz96_priors(settings).items() if name in wanted}
 
 
@@ -152,8 +152,8 @@ PUBLISHED_96 = pd.DataFrame(
         ("sigma=0.5", "free_run", "step_rmse", "all", 8.1, np.nan),
         ("sigma=0.5", "var3d_gc", "step_rmse", "all", 6.1, np.nan),
         ("sigma=0.5", "pnpda_paper", "step_rmse", "all", 4.0, np.nan),
-        ("sigma=3", "var3d_gc_told", "step_rmse", "all", 7.5, np.nan),
-        ("sigma=3", "pnpda_paper_told", "step_rmse", "all", 5.0, np.nan),
+        ("sigma=3", "var3d_gc_misspecified", "step_rmse", "all", 7.5, np.nan),
+        ("sigma=3", "pnpda_paper_misspecified", "step_rmse", "all", 5.0, np.nan),
     ],
     columns=["condition", "method", "metric", "variable", "mean", "std"],
 )

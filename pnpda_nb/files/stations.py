@@ -148,7 +148,7 @@ def _indices(given: xr.DataArray, size: int, where: str) -> np.ndarray:
 
 # %% ../../nbs/93_files.ipynb #c9502649
 @dataclass(frozen=True, eq=False)
-class Sightings:
+class StationObservations:
     """What was seen of states of a `layout`: `values` `(run, size)` (nan: missing), the standard deviations `errors`
     `(size,)`, the `fields` they are of, and the points of the state with their weights, `(size, k)` each. Values that were
     `refused`, being beyond anything that the archive held, are missing; each is a field, a station, and the value.
@@ -167,7 +167,7 @@ class Sightings:
             f"{len(self.fields)} of {', '.join(dict.fromkeys(f or 'state' for f in self.fields))}; "
             f"{np.isnan(self.values).mean():.0%} missing"
         )
-        return f"Sightings({seen}{', of which ' * bool(self.refused)}{self.beyond})"
+        return f"StationObservations({seen}{', of which ' * bool(self.refused)}{self.beyond})"
 
     @property
     def beyond(self) -> str:
@@ -195,7 +195,7 @@ class Sightings:
 
 
 # %% ../../nbs/93_files.ipynb #3ee5da49
-def read_observations(path: str | os.PathLike, states: States, *, samples: Sequence[str] = ()) -> Sightings:
+def read_observations(path: str | os.PathLike, states: States, *, samples: Sequence[str] = ()) -> StationObservations:
     """Read what was seen of `states`: a NetCDF file, Zarr store or CSV file of stations or of fields with gaps.
 
     Values are converted to the units of the states, and their errors as differences. Values of one time are those of all
@@ -254,7 +254,7 @@ def read_observations(path: str | os.PathLike, states: States, *, samples: Seque
     def padded(x: np.ndarray) -> np.ndarray:
         return np.pad(x, ((0, 0), (0, width - x.shape[1])))
 
-    sightings = Sightings(
+    sightings = StationObservations(
         np.concatenate([part[0] for part in found], axis=1),
         np.concatenate([part[1] for part in found]),
         tuple(name for part in found for name in part[2]),

@@ -297,15 +297,15 @@ def _assimilate(xp, hmm, yy) -> None:
     assess(first[0], 0, weights=equal)
     luck = RunStreams(int(rng.integers(2**62)), "dapper", runs=1)
     loop = partial(window_cycle, cycles=count) if windows else filter_cycle
-    stretches = loop(method, arrivals(), Forecast(model, dko), advance, first, finite, luck)
-    for ko, stretch in enumerate(progbar(stretches, total=count)):
+    segments = loop(method, arrivals(), Forecast(model, dko), advance, first, finite, luck)
+    for ko, segment in enumerate(progbar(segments, total=count)):
         k = (ko + 1) * dko
-        for before, state in enumerate(stretch.estimate[:-1, 0], k - dko + 1):
-            assess(state, before, weights=stretch.background_weights)
-        assess(stretch.background[0], k, ko, "f", stretch.background_weights)
-        assess(stretch.analysis[0], k, ko, weights=stretch.weights)
+        for before, state in enumerate(segment.estimate[:-1, 0], k - dko + 1):
+            assess(state, before, weights=segment.background_weights)
+        assess(segment.background[0], k, ko, "f", segment.background_weights)
+        assess(segment.analysis[0], k, ko, weights=segment.weights)
         if xp.stats.store_s:
-            assess(stretch.smoothed[0], k, ko, "s", stretch.weights)
+            assess(segment.smoothed[0], k, ko, "s", segment.weights)
 
 
 # %% ../../nbs/28_your_model.ipynb #73e5b0ae

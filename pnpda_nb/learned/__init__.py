@@ -6,20 +6,20 @@ __all__ = [
     "AnalysisPrior",
     "BlindPrior",
     "LearnedMean",
-    "Lesson",
     "ObservedRecord",
     "OnPolicySettings",
     "OnPolicyTraining",
     "RandomNetworks",
     "Records",
     "SeeingPrior",
+    "TrainingBatch",
     "TruthRecord",
-    "lesson_loss",
+    "on_policy_loss",
     "train_on_policy",
 ]
 
 # %% ../../nbs/99_public.ipynb #cec561e7
 from .methods import LearnedMean
-from .on_policy import Lesson, OnPolicySettings, OnPolicyTraining, lesson_loss, train_on_policy
+from .on_policy import OnPolicySettings, OnPolicyTraining, TrainingBatch, on_policy_loss, train_on_policy
 from .prior import AmortisedAnalysis, AnalysisPrior, BlindPrior, SeeingPrior
 from .records import ObservedRecord, RandomNetworks, Records, TruthRecord

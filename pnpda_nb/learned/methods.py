@@ -14,7 +14,7 @@ from torch import Tensor
 from ..classical.ensemble import EnsembleFilter
 from ..core.checks import guard
 from .prior import AnalysisPrior
-from ..observing.observations import Observations, Sightings, on_grid
+from ..observing.observations import GridObservations, Observations, on_grid
 
 # %% auto #0
 __all__ = ["LearnedMean"]
@@ -34,41 +34,41 @@ def ensemble_fields(background: Tensor, analysis: Tensor, increment: Tensor) -> 
 # %% ../../nbs/19_learned_means.ipynb #cb583ff2
 @dataclass(frozen=True, eq=False)
 class LearnedMean:
-    """An ensemble `filter` whose mean is replaced by that of a `prior` with three extra fields, @eq-hybrid; `stretch` multiplies
-    the departures of the members from it. Raises `ValueError` for a prior without those fields, or an ensemble of one.
+    """An ensemble `filter` whose mean is replaced by that of a `prior` with three extra fields, @eq-hybrid; `spread_factor`
+    multiplies the departures of the members from it. Raises `ValueError` for a prior without those fields, or an ensemble of one.
     """
 
     prior: AnalysisPrior
     filter: EnsembleFilter
-    stretch: float = 1.0
+    spread_factor: float = 1.0
     window: int = field(default=1, init=False, repr=False)
 
     def __post_init__(self):
         if self.prior.extra != ENSEMBLE_FIELDS:
             raise ValueError(f"prior: expected one with {ENSEMBLE_FIELDS} extra fields, got {self.prior.extra}")
-        if not 0 < self.stretch < float("inf"):
-            raise ValueError(f"stretch: expected a positive factor, got {self.stretch}")
+        if not 0 < self.spread_factor < float("inf"):
+            raise ValueError(f"spread_factor: expected a positive factor, got {self.spread_factor}")
 
-    def lesson(
-        self, background: Tensor, observations: Observations | Sightings, generator: torch.Generator
+    def training_batch(
+        self, background: Tensor, observations: Observations | GridObservations, generator: torch.Generator
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The analysis `(run, member, dim)`, and what the network was shown: the mean `(run, dim)`, and the extra fields `(run, 3,
         dim)`.
         """
-        known = observations.observations() if isinstance(observations, Sightings) else observations
+        known = observations.observations() if isinstance(observations, GridObservations) else observations
         filtered = self.filter.analyse(background, known, forecast=None, generator=generator)
         mean, extra = background.mean(-2), ensemble_fields(background, filtered, self.prior.increment)
         with torch.no_grad():
             learned, _ = self.prior.look(mean, seen=on_grid(observations, self.prior.dim)[:, 0], extra=extra)
         departures = filtered - filtered.mean(-2, keepdim=True)
-        return learned.unsqueeze(-2) + self.stretch * departures, mean, extra
+        return learned.unsqueeze(-2) + self.spread_factor * departures, mean, extra
 
     def analyse(
         self, background: Tensor, observations: Observations, *, forecast: Callable | None, generator: torch.Generator
     ) -> Tensor:
         if background.shape[-1] != self.prior.dim:
             raise ValueError(f"background: expected states of size {self.prior.dim} as the prior's, got {background.shape[-1]}")
-        return self.lesson(background, observations, generator)[0]
+        return self.training_batch(background, observations, generator)[0]
 
 
 # %% ../../nbs/19_learned_means.ipynb #6f61ed33

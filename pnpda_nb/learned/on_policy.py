@@ -28,35 +28,35 @@ from ..core.disk import fitting_checkpoint, read_checkpoint, write_checkpoint
 from ..core.random import standard_normal, stream
 from .prior import AmortisedAnalysis, AnalysisPrior
 from .records import ObservedRecord, Records, TruthRecord
-from ..observing.observations import Sightings, on_grid
+from ..observing.observations import GridObservations, on_grid
 from ..observing.update import Residual
 from ..twin.cycle import Method
 
 # %% auto #0
-__all__ = ["Lesson", "lesson_loss", "OnPolicySettings", "OnPolicyTraining", "train_on_policy"]
+__all__ = ["TrainingBatch", "on_policy_loss", "OnPolicySettings", "OnPolicyTraining", "train_on_policy"]
 
 
 # %% ../../nbs/18_on_policy.ipynb #603e3bb3
 @dataclass(frozen=True, eq=False)
-class Lesson:
-    """Backgrounds and targets `(lesson, dim)`, what was seen `(lesson, dim)`, and the extra fields `(lesson, extra, dim)` if
+class TrainingBatch:
+    """Backgrounds and targets `(example, dim)`, what was seen `(example, dim)`, and the extra fields `(example, extra, dim)` if
     any.
     """
 
     background: Tensor
     target: Tensor
-    seen: Sightings
+    seen: GridObservations
     extra: Tensor | None = None
 
 
 # %% ../../nbs/18_on_policy.ipynb #cf60feac
-def lesson_loss(
-    prior: AnalysisPrior, lesson: Lesson, generator: torch.Generator, *, start_fraction: float = 1.0, hidden: float = 0.0,
+def on_policy_loss(
+    prior: AnalysisPrior, batch: TrainingBatch, generator: torch.Generator, *, start_fraction: float = 1.0, hidden: float = 0.0,
     likelihood: float = 0.05, scored: int = 32,
 ) -> Tensor:  # fmt: skip
-    """@eq-lesson, averaged over lessons; the likelihood is that of `scored` variables."""
-    background, target, count = lesson.background, lesson.target, len(lesson.target)
-    tau, z, u, shown = torch.zeros(count, 1), None, None, lesson.seen
+    """@eq-on-policy-loss, averaged over examples; the likelihood is that of `scored` variables."""
+    background, target, count = batch.background, batch.target, len(batch.target)
+    tau, z, u, shown = torch.zeros(count, 1), None, None, batch.seen
     if start_fraction < 1:
         late = torch.rand(count, 1, generator=generator) >= start_fraction
         tau = torch.rand(count, 1, generator=generator) * late
@@ -64,10 +64,10 @@ def lesson_loss(
         u = (1 - tau) * (background + z) + tau * target
     if hidden:
         there = shown.mask & (torch.rand(count, 1, generator=generator) >= hidden)
-        shown = Sightings(shown.value, there, shown.error)
-    denoised, residual = prior.look(background, u, tau, shown, lesson.extra)
+        shown = GridObservations(shown.value, there, shown.error)
+    denoised, residual = prior.look(background, u, tau, shown, batch.extra)
     error = target - denoised
-    deviation = (lesson.seen.error * lesson.seen.mask / prior.scale).sum(-1) / lesson.seen.mask.sum(-1).clamp_min(1)
+    deviation = (batch.seen.error * batch.seen.mask / prior.scale).sum(-1) / batch.seen.mask.sum(-1).clamp_min(1)
     weight = 1 / (0.05 + deviation)
     squares = (error / prior.increment).square().mean(-1)
     loss = (weight / weight.mean() * squares).mean()
@@ -81,12 +81,12 @@ def lesson_loss(
 @dataclass(frozen=True)
 class OnPolicySettings:
     """How a prior is trained where it is used: `trajectories` cycle for `cycles` cycles, with `steps` gradient steps on `batch`
-    lessons after each, from a memory of the last `memory` cycles. `average` is the decay of the weights' average; a trajectory
+    examples after each, from a memory of the last `memory` cycles. `average` is the decay of the weights' average; a trajectory
     begins anew with probability `restart` per cycle; `patience_points` times in between, the prior is validated and the best one
-    kept. `start_fraction`, `hidden`, `likelihood` and `scored` as in `lesson_loss`. With `half_precision` the network computes in
-    bfloat16 while it is trained, at about half the time where the processor can.
+    kept. `start_fraction`, `hidden`, `likelihood` and `scored` as in `on_policy_loss`. With `half_precision` the network computes
+    in bfloat16 while it is trained, at about half the time where the processor can.
 
-    Then, in `foresight_cycles` steps, the prior is trained through `foresight` forecasts: see @eq-foresight.
+    Then, in `rollout_cycles` steps, the prior is trained through `rollout` forecasts: see @eq-rollout.
     """
 
     trajectories: int = 64
@@ -104,24 +104,24 @@ class OnPolicySettings:
     scored: int = 32
     patience_points: int = 5
     half_precision: bool = False
-    foresight: int = 0
-    foresight_cycles: int = 300
-    foresight_rate: float = 5e-4
-    foresight_anchor: float = 0.0
+    rollout: int = 0
+    rollout_cycles: int = 300
+    rollout_rate: float = 5e-4
+    rollout_anchor: float = 0.0
 
     def __post_init__(self):
-        if not (self.cycles >= 1 or (self.cycles == 0 and self.foresight)):
-            raise ValueError(f"cycles: expected at least 1, or 0 with foresight, got {self.cycles}")
+        if not (self.cycles >= 1 or (self.cycles == 0 and self.rollout)):
+            raise ValueError(f"cycles: expected at least 1, or 0 with rollout, got {self.cycles}")
         for name in ("trajectories", "steps", "batch", "memory", "scored", "patience_points"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         for name in ("restart", "start_fraction", "hidden", "average"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a share from 0 to 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "foresight_rate"):
+        for name in ("learning_rate", "rollout_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
-        for name in ("foresight", "foresight_cycles", "likelihood", "weight_decay", "foresight_anchor"):
+        for name in ("rollout", "rollout_cycles", "likelihood", "weight_decay", "rollout_anchor"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected zero or a positive number, got {getattr(self, name)}")
 
@@ -143,7 +143,8 @@ class _Schedule:
 # %% ../../nbs/18_on_policy.ipynb #03ca7eab
 class OnPolicyTraining:
     """Everything that changes while `prior` is trained on `record`, in the hands of `policy`, a function that makes a method of
-    a prior. A method with an attribute `lesson(background, seen, generator)` chooses itself what is learned from an ensemble.
+    a prior. A method with an attribute `training_batch(background, seen, generator)` chooses itself what is learned from an
+    ensemble.
     """
 
     def __init__(
@@ -182,7 +183,7 @@ class OnPolicyTraining:
         if not count:
             return
         length, runs = self.record.targets.shape[:2]
-        last = max(1, length - 2 - self.settings.foresight)  # from which it can still go on
+        last = max(1, length - 2 - self.settings.rollout)  # from which it can still go on
         self.times[which] = torch.randint(0, last, (count,), generator=self.generator)
         self.runs[which] = torch.randint(0, runs, (count,), generator=self.generator)
         start = self.record.begin(self.times[which], self.runs[which], self.generator).unsqueeze(-2)
@@ -207,7 +208,7 @@ class OnPolicyTraining:
         return states
 
     def advance(self) -> float:
-        """One cycle of all trajectories; their lessons join the memory. Returns the error of the analyses, as measured by
+        """One cycle of all trajectories; their examples join the memory. Returns the error of the analyses, as measured by
         the targets.
         """
         over = (self.times >= len(self.record.targets) - 1) | (
@@ -220,10 +221,10 @@ class OnPolicyTraining:
             networks = self.networks
             seen = self.record.observe(self.times, self.runs, networks, self.generator)
             target = self.record.targets[self.times, self.runs]
-            if hasattr(self.method, "lesson"):
-                analysis, mean, extra = self.method.lesson(background, seen, self.generator)
+            if hasattr(self.method, "training_batch"):
+                analysis, mean, extra = self.method.training_batch(background, seen, self.generator)
             else:
-                grid = isinstance(seen, Sightings) and not isinstance(self.method, AmortisedAnalysis)
+                grid = isinstance(seen, GridObservations) and not isinstance(self.method, AmortisedAnalysis)
                 known = seen.observations() if grid else seen
                 analysis = self.method.analyse(background, known, forecast=None, generator=self.generator)
                 mean, extra = background.mean(-2), None
@@ -247,14 +248,14 @@ class OnPolicyTraining:
         self._begin(lost)
         return float((analysis.mean(-2) - target)[keep].square().mean(-1).sqrt().mean())
 
-    def lesson(self) -> Lesson:
+    def training_batch(self) -> TrainingBatch:
         """A batch from the memory; what is seen is drawn anew if the record can."""
         if self.pool is None:  # the whole memory, once per cycle
             parts = list(zip(*self.memory))
             mean, target, times, runs = (torch.cat(parts[i]) for i in (0, 1, 4, 5))
             seen = extra = networks = None
             if parts[3][0] is not None:
-                seen = Sightings(*(torch.cat([getattr(s, name) for s in parts[2]]) for name in ("value", "mask", "error")))
+                seen = GridObservations(*(torch.cat([getattr(s, name) for s in parts[2]]) for name in ("value", "mask", "error")))
                 extra = torch.cat(parts[3])
             elif parts[6][0] is not None:
                 networks = tuple(torch.cat([n[i] for n in parts[6]]) for i in range(2))
@@ -262,17 +263,17 @@ class OnPolicyTraining:
         mean, target, times, runs, seen, extra, networks = self.pool
         pick = torch.randint(0, len(mean), (self.settings.batch,), generator=self.generator)
         if extra is not None:
-            return Lesson(mean[pick], target[pick], seen[pick], extra[pick])
+            return TrainingBatch(mean[pick], target[pick], seen[pick], extra[pick])
         networks = networks and tuple(n[pick] for n in networks)
         seen = self.record.observe(times[pick], runs[pick], networks, self.generator)
-        return Lesson(mean[pick], target[pick], on_grid(seen, mean.shape[-1])[:, 0])
+        return TrainingBatch(mean[pick], target[pick], on_grid(seen, mean.shape[-1])[:, 0])
 
     def learn(self) -> float:
-        """One gradient step on a lesson."""
+        """One gradient step on a batch."""
         settings = self.settings
-        loss = lesson_loss(
+        loss = on_policy_loss(
             self.prior,
-            self.lesson(),
+            self.training_batch(),
             self.generator,
             start_fraction=settings.start_fraction,
             hidden=settings.hidden,
@@ -303,29 +304,29 @@ class OnPolicyTraining:
 
     # the second half: through forecasts
 
-    def begin_foresight(self) -> None:
+    def begin_rollout(self) -> None:
         """From the averaged weights on, with an optimiser of its own."""
         settings = self.settings
         self.prior.network.load_state_dict(self.averaged.network.state_dict())
         self.optimiser = torch.optim.AdamW(
-            self.weights[1], lr=settings.foresight_rate, weight_decay=settings.weight_decay, fused=True
+            self.weights[1], lr=settings.rollout_rate, weight_decay=settings.weight_decay, fused=True
         )
-        self.schedule = _Schedule(self.optimiser, settings.foresight_rate, settings.foresight_cycles)
+        self.schedule = _Schedule(self.optimiser, settings.rollout_rate, settings.rollout_cycles)
         self.updates = 0
         self.memory.clear()
 
-    def run_foresight_cycle(self) -> dict:
-        """One step down @eq-foresight; the trajectories move on by one cycle."""
+    def run_rollout_cycle(self) -> dict:
+        """One step down @eq-rollout; the trajectories move on by one cycle."""
         length, settings = len(self.record.targets), self.settings
-        self._begin(self.times >= length - settings.foresight - 2)
+        self._begin(self.times >= length - settings.rollout - 2)
         background = self.forecast(self.state).detach()
         times, loss, first = self.times + 1, 0.0, None
-        for _ in range(settings.foresight):
+        for _ in range(settings.rollout):
             seen = on_grid(self.record.observe(times, self.runs, self.networks, self.generator), background.shape[-1])
             analysis, residual = self.prior.look(background, seen=seen)
             error = self.record.targets[times, self.runs] - analysis[:, 0]
-            if settings.foresight_anchor:
-                loss = loss + settings.foresight_anchor * (error / self.prior.scale).square().mean()
+            if settings.rollout_anchor:
+                loss = loss + settings.rollout_anchor * (error / self.prior.scale).square().mean()
             if settings.likelihood:
                 open_ = Residual(residual.factor[:, 0], residual.diagonal[:, 0], residual.taper)
                 sites = torch.randperm(error.shape[-1], generator=self.generator)[: settings.scored].sort().values
@@ -335,10 +336,10 @@ class OnPolicyTraining:
             background, times = self.forecast(analysis), times + 1
             miss = self.record.miss(times, self.runs, background[:, 0]) / self.prior.scale
             loss = loss + miss.square().mean(-1).nan_to_num(10.0, 10.0).clamp_max(10.0).mean()
-        self.take_step(loss / settings.foresight, min(self.settings.average, 0.99))
+        self.take_step(loss / settings.rollout, min(self.settings.average, 0.99))
         self.state, self.times, self.cycle = first, self.times + 1, self.cycle + 1
         self._begin(~torch.isfinite(self.state).flatten(1).all(1))
-        self.history.append({"cycle": self.cycle, "loss": float(loss.detach()) / settings.foresight, "analysis_error": np.nan})
+        self.history.append({"cycle": self.cycle, "loss": float(loss.detach()) / settings.rollout, "analysis_error": np.nan})
         return self.history[-1]
 
     def memorise(self) -> dict:
@@ -356,14 +357,14 @@ class OnPolicyTraining:
     def recall(self, memory: dict) -> None:
         """Go on from what `memorise` gave."""
         if memory["numbers"][0] > self.settings.cycles:  # first, since it starts from the averages
-            self.begin_foresight()
+            self.begin_rollout()
         with torch.no_grad():
             for some, kept in zip(self.weights, memory["weights"]):
                 torch._foreach_copy_(some, kept)
         self.optimiser.load_state_dict(memory["optimiser"])
         self.cycle, self.updates, self.schedule.step_number = memory["numbers"]
-        lessons = ((mean, target, Sightings(*seen), *rest) for mean, target, seen, *rest in memory["memory"])
-        self.history, self.memory = memory["history"], deque(lessons, maxlen=self.settings.memory)
+        examples = ((mean, target, GridObservations(*seen), *rest) for mean, target, seen, *rest in memory["memory"])
+        self.history, self.memory = memory["history"], deque(examples, maxlen=self.settings.memory)
         self.generator.set_state(memory["generator"])
         self.times, self.runs, self.state, self.networks = memory["trajectories"]
 
@@ -396,10 +397,10 @@ def train_on_policy(
     """
     if prior.dim != record.experiment.dim:
         raise ValueError(f"prior: expected one for states of size {record.experiment.dim}, got {prior.dim}")
-    if settings.foresight and members > 1:
-        raise ValueError("foresight: expected a single forecast, got an ensemble")
-    if len(record.targets) < settings.foresight + 3:
-        raise ValueError(f"record: expected at least {settings.foresight + 3} times, got {len(record.targets)}")
+    if settings.rollout and members > 1:
+        raise ValueError("rollout: expected a single forecast, got an ensemble")
+    if len(record.targets) < settings.rollout + 3:
+        raise ValueError(f"record: expected at least {settings.rollout + 3} times, got {len(record.targets)}")
     training = OnPolicyTraining(prior, record, policy, settings, members=members, seed=seed)
     path, fingerprint = (
         Path(checkpoint) if checkpoint else None,
@@ -413,7 +414,7 @@ def train_on_policy(
         with fitting_checkpoint(path):
             training.recall(memory["training"])
             best, found = memory["best"]
-    total = settings.cycles + (settings.foresight_cycles if settings.foresight else 0)
+    total = settings.cycles + (settings.rollout_cycles if settings.rollout else 0)
     points = {round(total * (i + 1) / settings.patience_points) for i in range(settings.patience_points)}
     bar = tqdm(
         total=total,
@@ -436,8 +437,8 @@ def train_on_policy(
     try:
         while training.cycle < total:
             if training.cycle == settings.cycles:
-                training.begin_foresight()
-            row = training.run_cycle() if training.cycle < settings.cycles else training.run_foresight_cycle()
+                training.begin_rollout()
+            row = training.run_cycle() if training.cycle < settings.cycles else training.run_rollout_cycle()
             if not math.isfinite(row["loss"]):
                 raise ValueError(f"training: the loss became non-finite in cycle {row['cycle']}; try a smaller learning rate")
             bar.update()

@@ -17,7 +17,7 @@ from ..core.random import standard_normal, stream
 from ..flow_matching.convolutions import ConvolutionNetwork, DenseNetwork, FieldNetwork, PyramidNetwork
 from ..flow_matching.prior import Denoiser, velocity_from_denoised
 from ..flow_matching.store import PriorFile, network_from
-from ..observing.observations import Observations, Sightings, on_grid
+from ..observing.observations import GridObservations, Observations, on_grid
 from ..observing.update import Residual, _taper
 
 # %% auto #0
@@ -109,7 +109,7 @@ class AnalysisPrior(PriorFile, kept_as="analysis_prior"):
         network.load_state_dict(weights | {"first.weight": torch.cat((old[:, :place], new, old[:, place:]), 1)})
         return AnalysisPrior(network, self.location, self.scale, self.increment, architecture, self.training)
 
-    def fields(self, background: Tensor, u: Tensor | None, seen: Sightings | None, extra: Tensor | None = None) -> Tensor:
+    def fields(self, background: Tensor, u: Tensor | None, seen: GridObservations | None, extra: Tensor | None = None) -> Tensor:
         """What the network is shown, `(..., channels, dim)`, for an increment `u` in its units (None: zero)."""
         blank = torch.zeros_like(background)
         rows = [(background - self.location) / self.scale, blank if u is None else u]
@@ -129,7 +129,7 @@ class AnalysisPrior(PriorFile, kept_as="analysis_prior"):
         background: Tensor,
         x: Tensor | None = None,
         tau: Tensor | float = 0.0,
-        seen: Sightings | None = None,
+        seen: GridObservations | None = None,
         extra: Tensor | None = None,
     ) -> tuple[Tensor, Residual]:
         """D_τ and what it leaves open, for backgrounds and noisy states `(..., dim)` (without `x`: the centre of the source)
@@ -150,7 +150,7 @@ class AnalysisPrior(PriorFile, kept_as="analysis_prior"):
         """The noise s z around the background."""
         return self.increment * standard_normal(shape, generator)
 
-    def seeing(self, observations: Observations | Sightings) -> "SeeingPrior":
+    def seeing(self, observations: Observations | GridObservations) -> "SeeingPrior":
         return SeeingPrior(self, on_grid(observations, self.dim))
 
     def __call__(self, background: Tensor) -> "LearnedDenoiser":
@@ -186,7 +186,7 @@ class LearnedDenoiser(Denoiser):
     answer left open.
     """
 
-    def __init__(self, prior: AnalysisPrior, background: Tensor, seen: Sightings | None):
+    def __init__(self, prior: AnalysisPrior, background: Tensor, seen: GridObservations | None):
         self.prior, self.background, self.seen, self.centre = prior, background, seen, background
         self.source, self.residual = prior.source, None
 
@@ -206,7 +206,7 @@ class SeeingPrior:
     """An `AnalysisPrior` to which observations have been shown: a `Prior` like any other."""
 
     prior: AnalysisPrior
-    seen: Sightings
+    seen: GridObservations
     leaves_open = True
 
     @property
@@ -268,7 +268,7 @@ class AmortisedAnalysis:
     def analyse(
         self,
         background: Tensor,
-        observations: Observations | Sightings,
+        observations: Observations | GridObservations,
         *,
         forecast: Callable | None,
         generator: torch.Generator | None,
@@ -279,7 +279,7 @@ class AmortisedAnalysis:
             seen = None if self.blind else on_grid(observations, self.prior.dim)
             analysis, residual = self.prior.look(background, seen=seen)
             if self.blind:
-                known = observations.observations() if isinstance(observations, Sightings) else observations
+                known = observations.observations() if isinstance(observations, GridObservations) else observations
                 analysis = residual.update(analysis, known)
             return analysis + self.spread * residual.draw(generator) if self.spread else analysis
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..core.checks import GappyFloat, Index, Mask, guard
 from ..core.random import standard_normal
-from ..observing.observations import Observations, Sightings, on_grid
+from ..observing.observations import GridObservations, Observations, on_grid
 from ..twin.cycle import Method, cycle
 from ..twin.experiment import TwinExperiment, watch_nature
 
@@ -80,14 +80,14 @@ class TruthRecord:
 
     def observe(
         self, times: Index, runs: Index, networks: tuple[Mask, Tensor] | None, generator: torch.Generator
-    ) -> Observations | Sightings:
+    ) -> Observations | GridObservations:
         """What is seen of the targets at `times` of `runs`, drawn anew at each call."""
         truth = self.targets[times, runs]
         if networks is None:
             return self.experiment.network.observe(truth, generator)
         mask, error = networks
         value = (truth + error * standard_normal(tuple(truth.shape), generator)).where(mask, 0.0)
-        return Sightings(*(x.unsqueeze(-2) for x in (value, mask, error)))
+        return GridObservations(*(x.unsqueeze(-2) for x in (value, mask, error)))
 
     def begin(self, times: Index, runs: Index, generator: torch.Generator) -> Tensor:
         """States from which a trajectory may begin at `times` of `runs`: `(trajectory, dim)`."""
@@ -186,11 +186,13 @@ class Records:
         out = torch.cat([part for _, part in parts])
         return out[torch.cat([here for here, _ in parts]).argsort()]
 
-    def observe(self, times: Index, runs: Index, networks: tuple[Mask, Tensor] | None, generator: torch.Generator) -> Sightings:
+    def observe(
+        self, times: Index, runs: Index, networks: tuple[Mask, Tensor] | None, generator: torch.Generator
+    ) -> GridObservations:
         dim = self.targets.shape[-1]
         shown = [(here, on_grid(record.observe(t, r, None, generator), dim)) for record, here, t, r in self._each(times, runs)]
         order = torch.cat([here for here, _ in shown]).argsort()
-        return Sightings(*(torch.cat([getattr(s, name) for _, s in shown])[order] for name in ("value", "mask", "error")))
+        return GridObservations(*(torch.cat([getattr(s, name) for _, s in shown])[order] for name in ("value", "mask", "error")))
 
     def begin(self, times: Index, runs: Index, generator: torch.Generator) -> Tensor:
         return self._gather(times, runs, lambda record, t, r, here: record.begin(t, r, generator))

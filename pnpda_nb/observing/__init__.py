@@ -7,6 +7,7 @@ __all__ = [
     "DiagonalCovariance",
     "ErrorCovariance",
     "FactoredError",
+    "GridObservations",
     "Interpolate",
     "Linear",
     "Nonlinear",
@@ -17,7 +18,6 @@ __all__ = [
     "Present",
     "Residual",
     "Select",
-    "Sightings",
     "anomalies",
     "kalman_gain",
     "on_grid",
@@ -26,6 +26,6 @@ __all__ = [
 
 # %% ../../nbs/99_public.ipynb #dfa26662
 from .covariance import Covariance, DiagonalCovariance
-from .observations import Observations, ObservingNetwork, Sightings, on_grid
+from .observations import GridObservations, Observations, ObservingNetwork, on_grid
 from .operators import Interpolate, Linear, Nonlinear, NumpyOperator, Operator, Present, Select, operator_from
 from .update import DenseError, ErrorCovariance, FactoredError, Residual, anomalies, kalman_gain

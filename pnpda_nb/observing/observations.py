@@ -15,7 +15,7 @@ from .covariance import Covariance, DiagonalCovariance
 from .operators import Operator, Present, Select
 
 # %% auto #0
-__all__ = ["Observations", "ObservingNetwork", "Sightings", "on_grid"]
+__all__ = ["Observations", "ObservingNetwork", "GridObservations", "on_grid"]
 
 
 # %% ../../nbs/02_observing.ipynb #f300329e
@@ -102,7 +102,7 @@ class ObservingNetwork:
 
 # %% ../../nbs/02_observing.ipynb #a5772dae
 @dataclass(frozen=True, eq=False)
-class Sightings:
+class GridObservations:
     """Observations on the grid of the state: `value`, `mask` and `error` (standard deviation), each `(..., dim)`; value and
     error are 0 where nothing was seen.
     """
@@ -111,8 +111,8 @@ class Sightings:
     mask: Mask
     error: Tensor
 
-    def __getitem__(self, index) -> "Sightings":
-        return Sightings(self.value[index], self.mask[index], self.error[index])
+    def __getitem__(self, index) -> "GridObservations":
+        return GridObservations(self.value[index], self.mask[index], self.error[index])
 
     def observations(self) -> Observations:
         """The same, if it is `(run, 1, dim)`, as `Observations` of every variable, of which most may be missing."""
@@ -125,13 +125,13 @@ class Sightings:
 
 
 # %% ../../nbs/02_observing.ipynb #cad817bb
-def on_grid(observations: Observations | Sightings, dim: int) -> Sightings:
+def on_grid(observations: Observations | GridObservations, dim: int) -> GridObservations:
     """What `observations` `(run, size)` of single variables show on a grid of size `dim`, beside members: `(run, 1, dim)`.
 
     Only the variances of their errors are kept; what is on the grid already stays as it is. Raises `ValueError` for an operator
     that mixes variables, or for states of another size.
     """
-    if isinstance(observations, Sightings):
+    if isinstance(observations, GridObservations):
         if observations.mask.shape[-1] != dim:
             raise ValueError(f"observations: expected a grid of {dim} points, got {observations.mask.shape[-1]}")
         return observations
@@ -149,7 +149,7 @@ def on_grid(observations: Observations | Sightings, dim: int) -> Sightings:
     value, error = (
         blank.index_copy(-1, torch.tensor(sites, dtype=torch.long), x.masked_fill(~there, 0.0)) for x in (values, deviations)
     )
-    return Sightings(*(x.unsqueeze(-2) for x in (value, mask, error)))
+    return GridObservations(*(x.unsqueeze(-2) for x in (value, mask, error)))
 
 
 # %% ../../nbs/02_observing.ipynb #2c21f37c

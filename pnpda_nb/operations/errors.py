@@ -119,7 +119,7 @@ def _points(count: int) -> str:
 # %% ../../nbs/29_your_files.ipynb #d127aa6d
 TAUS = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9)
 DRAWS = 4
-MOST = 100_000  # iterations or answers that anybody can mean
+MOST = 100_000  # iterations or members that anybody can mean
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,12 @@ from ..core.checks import GAPS, guard
 from ..core.random import RunStreams, stream
 from ..files.layout import layout_from_record
 from ..files.states import States
-from ..files.stations import Sightings
+from ..files.stations import StationObservations
 from ..flow_matching.flow import FlowPrior
 from ..flow_matching.pairs import PairSource, TrainingSettings
 from ..flow_matching.training import train_from
 from .errors import Part, _with, attach_errors, attached_unit, survey
-from .validation import Calibration, at_a_time, calibrate, choose_iterations, plug_and_play
+from .validation import Calibration, at_a_time, calibrate, choose_iterations, pnpda_with
 
 # %% auto #0
 __all__ = ["set_aside", "usual_settings", "Trained", "train_archive", "assimilate"]
@@ -135,21 +135,21 @@ def _held(layout: Mapping | None, low: Tensor, high: Tensor) -> dict | None:
 def assimilate(
     prior: FlowPrior,
     states: States,
-    sightings: Sightings,
+    sightings: StationObservations,
     *,
     iterations: int | None = None,
-    answers: int = 1,
+    ensemble: int = 1,
     seed: int = 0,
     progress: bool = False,
 ) -> Tensor:
     """The analyses of `states` given what was seen of them, `(run, member, dim)`: each run, and each member, by itself.
 
-    The mean of `answers` that differ by their noise. Where increments never change in the pairs of training, it is the background.
-    Raises `ValueError` for arguments out of range, for states or observations that do not fit the prior or one another, and if a
-    state or an analysis is not finite.
+    The mean of an `ensemble` of analyses that differ by their noise. Where increments never change in the pairs of training, it is
+    the background. Raises `ValueError` for arguments out of range, for states or observations that do not fit the prior or one
+    another, and if a state or an analysis is not finite.
     """
     _check_seed(seed)
-    method, parts, unit = plug_and_play(prior, iterations, answers), [], attached_unit(prior)
+    method, parts, unit = pnpda_with(prior, iterations, ensemble), [], attached_unit(prior)
     runs, members, dim = states.values.shape
     values = states.values.double()
     if dim != prior.dim:

@@ -31,7 +31,7 @@ from ..core.checks import guard
 from ..core.disk import write_whole
 from ..files.layout import Axis, Field
 from ..files.states import States
-from ..files.stations import Sightings
+from ..files.stations import StationObservations
 from ..flow_matching.flow import FlowPrior
 from .errors import _named, _points, attached_unit
 from .pipeline import Trained
@@ -292,7 +292,7 @@ def draw_ranks(ranks: np.ndarray) -> Figure:
 
 
 # %% ../../nbs/29_your_files.ipynb #7496a075
-def innovations(states: States, analysis: Tensor, sightings: Sightings) -> pd.DataFrame:
+def innovations(states: States, analysis: Tensor, sightings: StationObservations) -> pd.DataFrame:
     """For every field: how many values were seen and are missing, root mean squares of observation − background and −
     analysis, the error that the observations claim, and the root mean square and largest increment. If values were refused
     (`sightings.refused`), also how many.
@@ -323,7 +323,7 @@ def innovations(states: States, analysis: Tensor, sightings: Sightings) -> pd.Da
 
 # %% ../../nbs/29_your_files.ipynb #b2e2b826
 def assimilation_report(
-    prior: FlowPrior, states: States, analysis: Tensor, sightings: Sightings, name: str, how: str = ""
+    prior: FlowPrior, states: States, analysis: Tensor, sightings: StationObservations, name: str, how: str = ""
 ) -> Report:
     """The report of an assimilation of the background `name`: departures of observations, and increments; `how` is a
     sentence about what was done.
@@ -363,7 +363,7 @@ def assimilation_report(
 
 
 # %% ../../nbs/29_your_files.ipynb #ac6b74cc
-def draw_increments(spec: Field, states: States, analysis: Tensor, sightings: Sightings) -> Figure:
+def draw_increments(spec: Field, states: States, analysis: Tensor, sightings: StationObservations) -> Figure:
     """Increments of one field in the first state: a line over one dimension, a map over two, of more the mean over the
     first ones; crosses are stations.
     """

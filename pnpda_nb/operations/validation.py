@@ -33,7 +33,7 @@ __all__ = ["trial", "regression", "Calibration"]
 
 
 # %% ../../nbs/29_your_files.ipynb #e1039e07
-def plug_and_play(prior: FlowPrior, iterations: int | None = None, answers: int = 1) -> PnPDA:
+def pnpda_with(prior: FlowPrior, iterations: int | None = None, ensemble: int = 1) -> PnPDA:
     """PnP-DA with a prior from a file: Kalman steps, and `DRAWS` of noise, if the covariances of its errors are attached,
     gradient steps if not. Without `iterations`, as many as the file says, or 20. Raises `ValueError` for numbers out of range.
     """
@@ -44,13 +44,13 @@ def plug_and_play(prior: FlowPrior, iterations: int | None = None, answers: int 
                 f"prior: expected an attached number of iterations from 1 to {MOST}, got {said.flatten().tolist()[:3]}"
             )
         iterations = int(said)
-    for name, value in (("iterations", iterations), ("answers", answers)):
+    for name, value in (("iterations", iterations), ("ensemble", ensemble)):
         if not isinstance(value, Integral) or isinstance(value, bool) or not 1 <= value <= MOST:
             raise ValueError(f"{name}: expected a whole number from 1 to {MOST}, got {value!r}")
     errors = attached_errors(prior)
     # no gradient step is taken, so its length should not cost anything
     steps = {} if errors is None else {"data_step": "kalman", "residuals": errors, "draws": DRAWS, "step_rule": "paper"}
-    return PnPDA(prior, iterations=iterations, ensemble=answers, **steps)
+    return PnPDA(prior, iterations=iterations, ensemble=ensemble, **steps)
 
 
 # %% ../../nbs/29_your_files.ipynb #da518af3
@@ -146,7 +146,7 @@ def trial(
         return B.update(mean(background)[:, None], observations)[:, 0]
 
     def plug(n: int) -> Tensor:
-        method, answers = plug_and_play(prior, n), []
+        method, answers = pnpda_with(prior, n), []
         size = at_a_time(method, 1, prior.dim)
         for some, values in zip(background[:, None].split(size), observations.values.split(size)):
             seen = replace(observations, values=values)
@@ -336,7 +336,7 @@ def calibrate(
         inside = ((below >= edge) & (below <= samples - edge)).double().mean(-1)
         coverage[width] = (float(inside.mean()), _bar(inside))
     ranks = torch.bincount(below.flatten(), minlength=samples + 1).double().numpy() / below.numel()
-    tried = trial(prior, trained, tested, generator, sorted({1, plug_and_play(prior).iterations}), line)
+    tried = trial(prior, trained, tested, generator, sorted({1, pnpda_with(prior).iterations}), line)
     return Calibration(pd.DataFrame(rows), tried, ranks, coverage, len(analysis), _left_out(unit, points, layout))
 
 

@@ -82,7 +82,7 @@ class FreeRun:
 
 # %% ../../nbs/03_twin.ipynb #d118dd54
 @dataclass
-class Stretch:
+class Segment:
     """One interval of a cycle: nature's states `truth` and the `estimate` of them `(steps, run, dim)`,
     and what there is at its end: `observations`, and the ensembles `background`, `analysis` and
     `smoothed` (what later observations made of the analysis) `(run, member, dim)`.
@@ -110,7 +110,7 @@ def filter_cycle(
     state: Tensor,
     set_aside: Callable[[Tensor, int], Tensor],
     generator: torch.Generator,
-) -> Iterator[Stretch]:
+) -> Iterator[Segment]:
     """Cycle a filter: `advance(state)` forecasts one interval, `(steps + 1, run, member, dim)`, and
     `set_aside(state, k)` takes runs that failed at cycle k out of harm's way.
     """
@@ -118,7 +118,7 @@ def filter_cycle(
     if lag and weighted:
         raise ValueError(f"method: expected one with a lag or with weights, got {type(method).__name__} with both")
     weights = state.new_full(state.shape[:-1], 1 / state.shape[-2]) if weighted else None
-    waiting: deque[Stretch] = deque()
+    waiting: deque[Segment] = deque()
     for k, (truth, observations) in enumerate(nature):
         states = advance(state)
         background = set_aside(states[-1].clone(), k)
@@ -126,14 +126,14 @@ def filter_cycle(
         carried, before = {"weights": weights} if weighted else past, weights
         analysis = method.analyse(background, observations, forecast=forecast, generator=generator, **carried)
         if past:
-            for stretch, smoothed in zip(waiting, analysis[:-1]):
-                stretch.smoothed = set_aside(smoothed, k)
+            for segment, smoothed in zip(waiting, analysis[:-1]):
+                segment.smoothed = set_aside(smoothed, k)
             analysis = analysis[-1]
         if weighted:
             analysis, weights = _with_weights(method, background, analysis)
         _same_shape(method, background, analysis)
         states[-1] = state = set_aside(analysis, k)
-        waiting.append(Stretch(truth, observations, states[1:], background, state, state, before, weights))
+        waiting.append(Segment(truth, observations, states[1:], background, state, state, before, weights))
         if len(waiting) > lag:
             yield waiting.popleft()
     yield from waiting
@@ -176,14 +176,14 @@ def window_cycle(
     set_aside: Callable[[Tensor, int], Tensor],
     generator: torch.Generator,
     cycles: int,
-) -> Iterator[Stretch]:
+) -> Iterator[Segment]:
     """Cycle a method that analyses the start of a window; arguments as for `filter_cycle`. If the number
     of `cycles` is no multiple of the shift, the first move is shorter.
     """
     window, shift = method.window, getattr(method, "shift", method.window)
     if not 1 <= shift <= window:
         raise ValueError(f"shift: expected 1 to {window}, the method's window, got {shift}")
-    inside: deque[Stretch] = deque()
+    inside: deque[Segment] = deque()
     arrivals, end, path = iter(nature), 0, [state]
     for move in [cycles % shift] * bool(cycles % shift) + [shift] * (cycles // shift):
         arrived = list(itertools.islice(arrivals, move))
@@ -199,8 +199,8 @@ def window_cycle(
             before.append(trajectory(forecast.model, before[-1][-1], forecast.interval))
         for (truth, observations), states in zip(arrived, before[len(inside) :]):
             last = set_aside(states[-1], now)
-            inside.append(Stretch(truth, observations, states[1:], last, last, last))
-        seen = [stretch.observations for stretch in inside]
+            inside.append(Segment(truth, observations, states[1:], last, last, last))
+        seen = [segment.observations for segment in inside]
         analysed = method.analyse(background, seen, forecast=forecast, generator=generator)
         whole = analysed.ndim == background.ndim + 1
         if whole and len(analysed) != len(seen) + 1:
@@ -208,13 +208,13 @@ def window_cycle(
         _same_shape(method, background, analysed[0] if whole else analysed)
         path = [set_aside(x, now) for x in analysed] if whole else [set_aside(analysed, now)]
         start = path[0]
-        for j, stretch in enumerate(inside):
+        for j, segment in enumerate(inside):
             states = trajectory(forecast.model, path[j] if whole else start, forecast.interval)
             start = path[j + 1] if whole else set_aside(states[-1], now)
             if j >= len(inside) - len(arrived):
-                states[-1] = stretch.analysis = start
-                stretch.estimate = states[1:]
-            stretch.smoothed = start
+                states[-1] = segment.analysis = start
+                segment.estimate = states[1:]
+            segment.smoothed = start
     yield from inside
 
 
@@ -287,12 +287,12 @@ def cycle(
     loop = filter_cycle
     if getattr(method, "from_start", window > 1):
         loop = partial(window_cycle, cycles=experiment.cycles)
-    stretches = loop(
+    segments = loop(
         method, watched(), Forecast(model, interval), advance, first, set_aside, RunStreams(seed, split, "method", runs=runs)
     )
     # bars go away when done, and stay off where there is no terminal to draw them on
     bar = tqdm(
-        map(_averaged, stretches),
+        map(_averaged, segments),
         total=experiment.cycles,
         desc=progress if isinstance(progress, str) else type(method).__name__,
         disable=None if progress else True,
@@ -324,14 +324,14 @@ def cycle(
 
 
 # %% ../../nbs/03_twin.ipynb #26336e13
-def _averaged(stretch: Stretch) -> Stretch:
+def _averaged(segment: Segment) -> Segment:
     """Of the states between analyses only the mean is of use, and they are many."""
-    if stretch.weights is None:
-        stretch.estimate = stretch.estimate.mean(-2, keepdim=True)
+    if segment.weights is None:
+        segment.estimate = segment.estimate.mean(-2, keepdim=True)
     else:  # the last of them is the analysis
-        before, last = stretch.estimate[:-1], stretch.estimate[-1:]
-        stretch.estimate = torch.cat((_mean(before, stretch.background_weights), _mean(last, stretch.weights))).unsqueeze(-2)
-    return stretch
+        before, last = segment.estimate[:-1], segment.estimate[-1:]
+        segment.estimate = torch.cat((_mean(before, segment.background_weights), _mean(last, segment.weights))).unsqueeze(-2)
+    return segment
 
 
 def _mean(ensemble: Tensor, weights: Tensor | None) -> Tensor:
@@ -385,22 +385,22 @@ def _set_aside(state: Tensor, first: Tensor, failed: Tensor, k: int, limit: Tens
 
 
 # %% ../../nbs/03_twin.ipynb #f29b533a
-def _as_dataset(experiment, method, stretches: list[Stretch], first_cycle: int, failed: Tensor, keep_members: bool) -> xr.Dataset:
-    """Collect stretches of a cycle; set-aside runs become nan from the cycle of their failure on."""
-    interval, count = experiment.interval, len(stretches)
-    truth = torch.cat([s.truth for s in stretches])
+def _as_dataset(experiment, method, segments: list[Segment], first_cycle: int, failed: Tensor, keep_members: bool) -> xr.Dataset:
+    """Collect segments of a cycle; set-aside runs become nan from the cycle of their failure on."""
+    interval, count = experiment.interval, len(segments)
+    truth = torch.cat([s.truth for s in segments])
     bad_cycle = (failed >= 0)[None] & (first_cycle + torch.arange(count)[:, None] >= failed[None])
     bad_step = bad_cycle.repeat_interleave(interval, dim=0)
-    estimate = torch.cat([s.estimate.mean(-2) for s in stretches])
+    estimate = torch.cat([s.estimate.mean(-2) for s in segments])
     estimate = estimate.masked_fill(bad_step[..., None], torch.nan)
     background, analysis = (
         torch.stack(x).masked_fill(bad_cycle[..., None, None], torch.nan)
-        for x in ([s.background for s in stretches], [s.analysis for s in stretches])
+        for x in ([s.background for s in segments], [s.analysis for s in segments])
     )
     members, at_cycles = analysis.shape[2], truth[interval - 1 :: interval]
     weights = before = None
-    if stretches[0].weights is not None:
-        before, weights = (torch.stack(x) for x in ([s.background_weights for s in stretches], [s.weights for s in stretches]))
+    if segments[0].weights is not None:
+        before, weights = (torch.stack(x) for x in ([s.background_weights for s in segments], [s.weights for s in segments]))
 
     def spread(x: Tensor, weights: Tensor | None) -> Tensor:
         return _variance(x, weights).mean(-1).sqrt()
@@ -409,8 +409,8 @@ def _as_dataset(experiment, method, stretches: list[Stretch], first_cycle: int, 
         return x.transpose(0, 1).numpy()
 
     step, per_cycle = ("run", "time", "variable"), ("run", "cycle", "variable")
-    values = torch.stack([s.observations.values for s in stretches])
-    lost = [s.observations.missing for s in stretches]
+    values = torch.stack([s.observations.values for s in segments])
+    lost = [s.observations.missing for s in segments]
     missing = torch.stack([torch.zeros_like(v, dtype=bool) if m is None else m for v, m in zip(values, lost)])
     result = xr.Dataset(
         {
@@ -433,7 +433,7 @@ def _as_dataset(experiment, method, stretches: list[Stretch], first_cycle: int, 
         },
     )
     if getattr(method, "lag", 0) or getattr(method, "shift", method.window) < method.window:
-        smoothed = torch.stack([s.smoothed.mean(-2) for s in stretches])
+        smoothed = torch.stack([s.smoothed.mean(-2) for s in segments])
         # a failure reaches back as far as the method looks: nothing of such a run is kept
         result["smoothed"] = (per_cycle, by_run(smoothed.masked_fill((failed >= 0)[:, None], torch.nan)))
     if members > 1:
@@ -456,19 +456,19 @@ def _as_dataset(experiment, method, stretches: list[Stretch], first_cycle: int, 
 
 
 # %% ../../nbs/03_twin.ipynb #2e1cc207
-def _blocks_of_scores(experiment, method, stretches, failed: Tensor, most: int = 16) -> xr.Dataset:
+def _blocks_of_scores(experiment, method, segments, failed: Tensor, most: int = 16) -> xr.Dataset:
     """Statistics of blocks of at most 50 cycles, fewer if there are few or states are large; when there are `most`,
     neighbours are merged and blocks are twice as long from then on.
     """
     blocks: list[xr.Dataset] = []
-    missing, done, stretches = 0, experiment.burn_in, iter(stretches)
-    for _ in itertools.islice(stretches, experiment.burn_in):
+    missing, done, segments = 0, experiment.burn_in, iter(segments)
+    for _ in itertools.islice(segments, experiment.burn_in):
         pass
-    first = next(stretches)
-    stretches = itertools.chain([first], stretches)
+    first = next(segments)
+    segments = itertools.chain([first], segments)
     scored = experiment.cycles - experiment.burn_in
     length = full = max(1, min(50, scored // 5, 2_000_000 // first.analysis.numel()))
-    while part := list(itertools.islice(stretches, length)):
+    while part := list(itertools.islice(segments, length)):
         block = _as_dataset(experiment, method, part, done, failed, False)
         block.attrs["members"] = part[0].analysis.shape[1]
         missing, done = missing + block.missing.sum("cycle"), done + len(part)

@@ -4,8 +4,6 @@
 __all__ = [
     "BandedCholesky",
     "BandedPrecision",
-    "Calibration",
-    "Climate",
     "DensePrecision",
     "GaussianWindow",
     "IncrementalPrior",
@@ -14,6 +12,8 @@ __all__ = [
     "LowRankPrecision",
     "NeuralIncremental",
     "RandomSets",
+    "Recalibration",
+    "WindowClimatology",
     "WindowFourDVar",
     "background_information",
     "draw_windows",
@@ -31,7 +31,7 @@ __all__ = [
 # %% ../../nbs/99_public.ipynb #0dfe1c9b
 from .banded import BandedCholesky
 from .four_dvar import WindowFourDVar, levenberg_marquardt, window_four_dvar
-from .incremental import Calibration, IncrementalPrior, NeuralIncremental
-from .laws import Climate, GaussianWindow, Information, background_information, draw_windows, linearised, normalised_mse
+from .incremental import IncrementalPrior, NeuralIncremental, Recalibration
+from .laws import GaussianWindow, Information, WindowClimatology, background_information, draw_windows, linearised, normalised_mse
 from .precision import BandedPrecision, DensePrecision, LowRankPrecision, most_probable
 from .training import IncrementalSettings, RandomSets, incremental_loss, observe_windows, regular_sets, train_incremental

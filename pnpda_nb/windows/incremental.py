@@ -24,11 +24,11 @@ from ..flow_matching.store import PriorFile, network_from
 from ..observing.covariance import Covariance
 from ..observing.observations import Observations
 from .banded import BandedCholesky, band_gram, band_product, lift_bands
-from .laws import Climate, GaussianWindow, Information, background_information, linearised
+from .laws import GaussianWindow, Information, WindowClimatology, background_information, linearised
 from .precision import BandedPrecision, DensePrecision, LowRankPrecision, Precision, most_probable
 
 # %% auto #0
-__all__ = ["Calibration", "IncrementalPrior", "NeuralIncremental"]
+__all__ = ["Recalibration", "IncrementalPrior", "NeuralIncremental"]
 
 # %% ../../nbs/25_incremental.ipynb #003802bb
 KINDS = ("dense", "convolution", "constant")  # networks
@@ -50,7 +50,7 @@ class ConstantNetwork(FieldNetwork):
 
 # %% ../../nbs/25_incremental.ipynb #9bdde5db
 @dataclass(frozen=True, eq=False)
-class Calibration:
+class Recalibration:
     """What the standard deviations of a law must be multiplied by, as a function of themselves: log `factors` at log deviations
     `knots`, linear in between, constant beyond.
 
@@ -62,7 +62,7 @@ class Calibration:
     factors: tuple[float, ...]
 
     @classmethod
-    def fit(cls, error: Tensor, deviation: Tensor, coverage: float = 0.9, bins: int = 12) -> "Calibration":
+    def fit(cls, error: Tensor, deviation: Tensor, coverage: float = 0.9, bins: int = 12) -> "Recalibration":
         if not 0 < coverage < 1:
             raise ValueError(f"coverage: expected a share between 0 and 1, got {coverage}")
         error, deviation = error.abs().flatten().double(), deviation.flatten().double()
@@ -85,7 +85,8 @@ class Calibration:
 
     def __repr__(self) -> str:
         return (
-            f"Calibration({len(self.knots)} knots, factors {math.exp(min(self.factors)):.2f} to {math.exp(max(self.factors)):.2f})"
+            f"Recalibration({len(self.knots)} knots, factors {math.exp(min(self.factors)):.2f} to "
+            f"{math.exp(max(self.factors)):.2f})"
         )
 
     def __call__(self, deviation: Tensor) -> Tensor:
@@ -105,11 +106,11 @@ class IncrementalPrior(PriorFile, kept_as="incremental_prior"):
 
     def __init__(
         self,
-        climate: Climate,
+        climate: WindowClimatology,
         networks: nn.ModuleList,
         architecture: dict,
         training: dict | None = None,
-        calibration: Calibration | None = None,
+        calibration: Recalibration | None = None,
     ):
         self.climate, self.networks, self.architecture = climate, networks, architecture
         self.training, self.calibration = training or {}, calibration
@@ -119,7 +120,7 @@ class IncrementalPrior(PriorFile, kept_as="incremental_prior"):
     @classmethod
     def make(
         cls,
-        climate: Climate,
+        climate: WindowClimatology,
         *,
         levels: int = 3,
         network: str = "dense",
@@ -153,7 +154,7 @@ class IncrementalPrior(PriorFile, kept_as="incremental_prior"):
 
     @staticmethod
     def _architecture(
-        climate: Climate,
+        climate: WindowClimatology,
         *,
         levels: int,
         network: str,
@@ -295,9 +296,9 @@ class IncrementalPrior(PriorFile, kept_as="incremental_prior"):
         return lambda x: known
 
     def calibrated(self, law: GaussianWindow, truth: Tensor, coverage: float = 0.9, bins: int = 12) -> "IncrementalPrior":
-        """The same prior with a `Calibration` fitted to the errors of `law` against the `truth` `(..., T, n)`."""
+        """The same prior with a `Recalibration` fitted to the errors of `law` against the `truth` `(..., T, n)`."""
         scale = self.climate.scale
-        fitted = Calibration.fit((law.mean - truth) / scale, law.deviation / scale, coverage, bins)
+        fitted = Recalibration.fit((law.mean - truth) / scale, law.deviation / scale, coverage, bins)
         return IncrementalPrior(self.climate, self.networks, self.architecture, self.training, fitted)
 
     def contents(self) -> tuple[int, dict[str, Tensor], dict]:
@@ -309,11 +310,11 @@ class IncrementalPrior(PriorFile, kept_as="incremental_prior"):
     @classmethod
     def restored(cls, version: int, tensors: dict[str, Tensor], header: dict) -> "IncrementalPrior":
         training, calibration = (header[k] for k in ("training", "calibration"))
-        climate = Climate(*(tensors.get(f"climate.{k}") for k in _CLIMATE))
+        climate = WindowClimatology(*(tensors.get(f"climate.{k}") for k in _CLIMATE))
         architecture = cls._architecture(climate, **header["architecture"])
         weights = {k.removeprefix("networks."): v for k, v in tensors.items() if k.startswith("networks.")}
         networks = network_from(lambda: _networks(architecture, *climate.mean.shape, None), architecture, weights)
-        calibration = calibration and Calibration(tuple(calibration["knots"]), tuple(calibration["factors"]))
+        calibration = calibration and Recalibration(tuple(calibration["knots"]), tuple(calibration["factors"]))
         return cls(climate, networks.eval().requires_grad_(False), architecture, training, calibration)
 
 
@@ -330,7 +331,7 @@ def _changed_first(rows: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
 _CLIMATE = ("mean", "scale", "covariance", "precision")
 
 
-def _in_units(climate: Climate, z: Tensor, bands: Tensor) -> GaussianWindow:
+def _in_units(climate: WindowClimatology, z: Tensor, bands: Tensor) -> GaussianWindow:
     """The law of windows, from that of standardised ones."""
     inverse = 1 / climate.scale.flatten()
     scaled = bands.to(torch.float64, copy=True)

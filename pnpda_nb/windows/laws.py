@@ -23,7 +23,15 @@ from ..twin.experiment import TwinExperiment
 from .banded import BandedCholesky, add_bands, band_dense, band_gram, band_product, dense_band, lift_bands
 
 # %% auto #0
-__all__ = ["draw_windows", "GaussianWindow", "Information", "linearised", "background_information", "Climate", "normalised_mse"]
+__all__ = [
+    "draw_windows",
+    "GaussianWindow",
+    "Information",
+    "linearised",
+    "background_information",
+    "WindowClimatology",
+    "normalised_mse",
+]
 
 
 # %% ../../nbs/24_windows.ipynb #cd0567d3
@@ -164,7 +172,7 @@ def background_information(mean: Tensor, covariance: Covariance, steps: int, sca
 
 
 # %% ../../nbs/24_windows.ipynb #62acdfe4
-class Climate:
+class WindowClimatology:
     """A Gaussian law of windows, from many of them: `mean` and `scale` `(T, n)`, with either the `covariance` of standardised
     windows `(T·n, T·n)`, or the bands of their `precision` `(b + 1, T·n)`.
     """
@@ -175,7 +183,7 @@ class Climate:
         self.mean, self.scale, self.covariance, self.precision = mean, scale, covariance, precision
 
     @classmethod
-    def of(cls, windows: Tensor, order: int | None = None, stationary: bool = False) -> "Climate":
+    def of(cls, windows: Tensor, order: int | None = None, stationary: bool = False) -> "WindowClimatology":
         """That of `windows` `(N, T, n)`: their covariance, or a law of `order`, by regression on so many states before. If it is
         `stationary`, all times have the same mean, scale and regression. Raises `ValueError` for too few windows.
         """
@@ -193,7 +201,7 @@ class Climate:
             return cls(mean, scale, covariance=torch.cov(z.flatten(1).T))
         return cls(mean, scale, precision=band_gram(_regression(z, order, stationary)))
 
-    def on(self, steps: int) -> "Climate":
+    def on(self, steps: int) -> "WindowClimatology":
         """The same stationary law for windows of another length. Raises `ValueError` if it is not one, or was fitted to windows too
         short to say.
         """
@@ -207,11 +215,11 @@ class Climate:
         bands, edge = self.precision, n * order
         inner = bands[:, edge : edge + n].repeat(1, steps - 2 * order)
         mean, scale = (x[:1].expand(steps, -1) for x in (self.mean, self.scale))
-        return Climate(mean, scale, precision=torch.cat((bands[:, :edge], inner, bands[:, -edge:]), 1))
+        return WindowClimatology(mean, scale, precision=torch.cat((bands[:, :edge], inner, bands[:, -edge:]), 1))
 
     def __repr__(self) -> str:
         law = "full covariance" if self.covariance is not None else f"{len(self.precision) - 1} subdiagonals"
-        return f"Climate(steps={self.mean.shape[0]}, dim={self.mean.shape[1]}, {law})"
+        return f"WindowClimatology(steps={self.mean.shape[0]}, dim={self.mean.shape[1]}, {law})"
 
     def standardised(self, information: Information) -> Information:
         """The same information, about standardised windows. Raises `ValueError` for windows of another size."""

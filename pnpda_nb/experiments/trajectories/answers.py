@@ -108,7 +108,7 @@ def best_of(scene: Scene, starts: int, seed: int = 0) -> Answer:
 
 
 # %% ../../../nbs/26_few_points.ipynb #8d09644f
-def plug_and_play(
+def pnpda_of_windows(
     scene: Scene, prior: FlowPrior, residuals: Tensor | None = None, iterations: int = 10, members: int = 20, seed: int = 0
 ) -> Answer:
     """PnP-DA of whole standardised windows: mean and standard deviation of `members` answers, with Kalman steps."""
@@ -135,7 +135,7 @@ def _spread(members: Tensor) -> Tensor:
 
 
 # %% ../../../nbs/26_few_points.ipynb #1b6add8e
-def plug_and_play_4d(
+def pnpda_of_starts(
     scene: Scene, prior: FlowPrior, iterations: int = 30, alpha: float = 0.5, members: int = 1, seed: int = 0
 ) -> Answer:
     """PnP-DA's Algorithm 2 through the whole window, without what was seen of its first state beyond the background: mean and

@@ -30,8 +30,8 @@ from .answers import (
     incremental,
     interpolation,
     measured,
-    plug_and_play,
-    plug_and_play_4d,
+    pnpda_of_starts,
+    pnpda_of_windows,
 )
 from .scenes import held_out_sets, scene, window_climate, window_testbed
 from ...flow_matching.flow import FlowPrior
@@ -40,8 +40,8 @@ from ...flow_matching.training import train_prior
 from ...pnp.errors import residual_covariance
 from ...studies.parts import readable
 from ...windows.four_dvar import window_four_dvar
-from ...windows.incremental import Calibration, IncrementalPrior
-from ...windows.laws import Climate, Information, draw_windows, normalised_mse, pointwise
+from ...windows.incremental import IncrementalPrior, Recalibration
+from ...windows.laws import Information, WindowClimatology, draw_windows, normalised_mse, pointwise
 from ...windows.training import IncrementalSettings, train_incremental
 
 # %% auto #0
@@ -139,8 +139,8 @@ def window_case_part(settings: dict, **learned: Any) -> xr.Dataset:
         "best_of": lambda: best_of(here, **options),
         "four_dvar": lambda: four_dvar(here, start, **options),
         "floor": lambda: importance(here, seed=settings["seed"], **options),
-        "pnpda_window": lambda: plug_and_play(here, learned["prior"], **options),
-        "pnpda4d": lambda: plug_and_play_4d(here, learned["prior"], **options),
+        "pnpda_window": lambda: pnpda_of_windows(here, learned["prior"], **options),
+        "pnpda4d": lambda: pnpda_of_starts(here, learned["prior"], **options),
     }
     begin = time.perf_counter()
     answer = methods[name]()
@@ -150,7 +150,7 @@ def window_case_part(settings: dict, **learned: Any) -> xr.Dataset:
         before = interpolation(usual).mean if first == "oi" else incremental(usual, learned["prior"], spread=False).mean
         known = four_dvar(usual, before, **options)
         scale = here.climate.scale
-        fitted = Calibration.fit((known.mean - usual.truth) / scale, known.deviation / scale)
+        fitted = Recalibration.fit((known.mean - usual.truth) / scale, known.deviation / scale)
         answer = dataclasses.replace(answer, deviation=scale * fitted(answer.deviation / scale))
     return measured(
         here,
@@ -216,7 +216,9 @@ def probe(testbed: str, steps: int, batch: int, seed: int, path: str = "") -> di
         prior = IncrementalPrior.load(path)
     else:
         short = draw_windows(window_testbed(testbed).experiment, 500, stream(seed, "short"))
-        prior = IncrementalPrior.make(Climate.of(short, order=2, stationary=True), network="convolution", levels=3, width=32)
+        prior = IncrementalPrior.make(
+            WindowClimatology.of(short, order=2, stationary=True), network="convolution", levels=3, width=32
+        )
         prior.networks.requires_grad_(False)
     share = window_testbed(testbed).count / window_testbed(testbed).sets.steps
     sets = dataclasses.replace(bed.sets, count=round(share * steps), near_regular=0.0)

@@ -18,7 +18,7 @@ from ...observing.covariance import DiagonalCovariance
 from ...observing.observations import Observations, ObservingNetwork
 from ...observing.operators import Nonlinear, Select
 from ...twin.experiment import TwinExperiment
-from ...windows.laws import Climate, Information, draw_windows, linearised, pointwise
+from ...windows.laws import Information, WindowClimatology, draw_windows, linearised, pointwise
 from ...windows.training import RandomSets, regular_sets
 
 # %% auto #0
@@ -89,7 +89,7 @@ class Scene:
     """
 
     experiment: TwinExperiment
-    climate: Climate
+    climate: WindowClimatology
     windows: Tensor
     truth: Tensor
     present: Tensor
@@ -139,9 +139,9 @@ def training_windows(name: str, count: int, seed: int, steps: int = 0) -> Tensor
 
 
 # %% ../../../nbs/26_few_points.ipynb #f14ac7ee
-def window_climate(name: str, count: int, seed: int) -> Climate:
+def window_climate(name: str, count: int, seed: int) -> WindowClimatology:
     """The climate of a testbed, from `count` windows."""
-    return Climate.of(training_windows(name, count, seed), **_CLIMATES.get(name, {}))
+    return WindowClimatology.of(training_windows(name, count, seed), **_CLIMATES.get(name, {}))
 
 
 # %% ../../../nbs/26_few_points.ipynb #1f65cd8e
