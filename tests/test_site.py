@@ -1,6 +1,7 @@
 """The rendered book: the search, the reference, the themes and the links of its pages, without building all of it."""
 
 import importlib.util
+import inspect
 import re
 import shutil
 import subprocess
@@ -100,7 +101,7 @@ def test_that_the_reference_lists_what_a_module_defines_itself_with_exact_lines(
     lines = MODULE.splitlines()
     for entry in entries.values():
         assert re.search(rf"\b{entry.name}\b", lines[entry.line - 1]), entry.name
-    assert entries["widen"].signature == "def widen(x: 'Tensor', /, *more: int, factor: float = 2.0, **rest) -> 'Tensor'"
+    assert entries["widen"].signature == "def widen(x: Tensor, /, *more: int, factor: float = 2.0, **rest) -> Tensor"
     assert entries["widen"].summary == "Wider."
     assert library.modules["filters"].notebook == "05_filters.ipynb"
 
@@ -110,6 +111,16 @@ def test_that_a_dataclass_shows_its_parameters_with_those_that_it_inherits(libra
     assert entry.signature.splitlines()[-1].startswith("Filter(inflation: float = 1.0, names: list[str] = list(), rotate")
     assert [row[0] for row in entry.fields] == ["inflation", "names", "rotate"]  # `window` is no parameter
     assert entry.members[0].doc == "As in `Method.analyse`: The analysis `(run, dim)`."
+
+
+def test_that_the_reference_calls_everything_as_python_does():
+    library = reference.Library(ROOT / "pnpda_nb")
+    for module in library.modules.values():
+        here = importlib.import_module(f"pnpda_nb.{module.name}".rstrip("."))
+        for entry in module.entries.values():
+            if entry.kind == "dataclass" and entry.parameters:
+                named = [re.match(r"\**(\w*)", parameter)[1] for parameter in entry.parameters]
+                assert [name for name in named if name] == list(inspect.signature(getattr(here, entry.name)).parameters), entry.name
 
 
 def test_that_a_page_of_the_reference_is_plain_text_code_and_links(library, book):

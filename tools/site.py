@@ -256,8 +256,8 @@ def code_cell(book: Book, page: Page, files: Path, name: str, source: str, outpu
         fold = options.get("code-fold", book.html.get("code-fold", False))
         if fold:
             summary = html.escape(str(options.get("code-summary", book.html.get("code-summary", "Code"))))
-            # the signature and docstring stand above an exported source, so a long one starts folded
-            is_open = " open" if fold == "show" and code.count("\n") < 30 else ""
+            # what carries an idea stays open however long it is; plumbing says of itself that it is to be folded
+            is_open = " open" if fold == "show" and not options.get("folded") else ""
             opening = fence(f'<details class="code-fold"{is_open}><summary>{summary}</summary>', "=html")
             block = f"{opening}\n\n{block}\n\n{fence('</details>', '=html')}"
         blocks.append(block)

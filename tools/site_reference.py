@@ -1,4 +1,4 @@
-"""What the library's modules hold, read from their source, as the markdown of the site's reference.
+"""What the library's modules hold, as griffe reads it from their source, as the markdown of the site's reference.
 
 Nothing is imported or executed: names, signatures, docstrings and line numbers are those of the files. `tools/site.py`
 makes a page of entries and a page of highlighted source for every module, and one page that lists everything. With
@@ -7,14 +7,14 @@ Quarto the same entries stand in the chapters, where nbdev's `show_doc` puts the
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import griffe
+
 WIDTH = 88
-Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 @dataclass
@@ -29,7 +29,11 @@ class Entry:
     doc: str = ""
     bases: list[str] = field(default_factory=list)
     fields: list[tuple[str, str, str, str]] = field(default_factory=list)  # name, type, default, class it comes from
+    parameters: list[str] = field(default_factory=list)  # of a dataclass
     members: list[Entry] = field(default_factory=list)
+    above: list[tuple[str, str]] = field(
+        default_factory=list
+    )  # module and name of the library's classes it inherits from, nearest first
 
     @property
     def page(self) -> str:
@@ -52,10 +56,10 @@ class Entry:
 
 @dataclass
 class Module:
-    name: str  # "ensemble", "experiments.lorenz63"
+    name: str  # "classical.ensemble"
     path: Path
     doc: str
-    notebook: str  # "05_ensemble.ipynb", or "" if no notebook makes it
+    notebook: str  # "06_ensembles.ipynb", or "" if no notebook makes it
     text: str
     entries: dict[str, Entry]
     classes: dict[str, Entry] = field(default_factory=dict)  # private ones, too: public ones inherit from them
@@ -75,108 +79,126 @@ def call(name: str, parameters: list[str], end: str = "") -> str:
     return line if len(line) <= WIDTH else f"{name}(\n" + "".join(f"    {p},\n" for p in parameters) + f"){end}"
 
 
-def parameters_of(node: Function, skip_first: bool = False) -> list[str]:
+def parameters_of(function: griffe.Function, skip_first: bool = False) -> list[str]:
     """The parameters as Python writes them, `*` and `/` among them."""
-    arguments = node.args
-    plain = [*arguments.posonlyargs, *arguments.args]
-    defaults: list[ast.expr | None] = [None] * (len(plain) - len(arguments.defaults)) + list(arguments.defaults)
-
-    def text(argument: ast.arg, default: ast.expr | None) -> str:
-        hint = f": {ast.unparse(argument.annotation)}" if argument.annotation else ""
-        return argument.arg + hint + ("" if default is None else f"{' = ' if hint else '='}{ast.unparse(default)}")
-
-    result = [text(*pair) for pair in zip(plain, defaults, strict=True)]
-    if arguments.posonlyargs:
-        result.insert(len(arguments.posonlyargs), "/")
-    result = result[1:] if skip_first else result
-    if arguments.vararg or arguments.kwonlyargs:
-        result.append("*" + (text(arguments.vararg, None) if arguments.vararg else ""))
-    result += [text(*pair) for pair in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)]
-    return result + (["**" + text(arguments.kwarg, None)] if arguments.kwarg else [])
+    given = list(function.parameters)[1 if skip_first else 0 :]
+    result, starred = [], False
+    for place, parameter in enumerate(given):
+        kind = parameter.kind
+        starred |= kind is griffe.ParameterKind.var_positional
+        if kind is griffe.ParameterKind.keyword_only and not starred:
+            result, starred = [*result, "*"], True
+        result.append(_parameter(parameter))
+        after = given[place + 1].kind if place + 1 < len(given) else None
+        if kind is griffe.ParameterKind.positional_only and after is not kind:
+            result.append("/")
+    return result
 
 
-def decorators(node: Function | ast.ClassDef) -> list[str]:
-    return [ast.unparse(decorator).partition("(")[0].rpartition(".")[2] for decorator in node.decorator_list]
+def _parameter(parameter: griffe.Parameter) -> str:
+    stars = {griffe.ParameterKind.var_positional: "*", griffe.ParameterKind.var_keyword: "**"}.get(parameter.kind, "")
+    hint = f": {parameter.annotation}" if parameter.annotation is not None else ""
+    default = "" if parameter.default is None or stars else f"{' = ' if hint else '='}{_default(parameter.default)}"
+    return f"{stars}{parameter.name}{hint}{default}"
 
 
-def function_entry(node: Function, module: str, owner: str = "") -> Entry:
-    marks = decorators(node)
-    is_method = bool(owner) and "staticmethod" not in marks
-    end = f" -> {ast.unparse(node.returns)}" if node.returns else ""
-    if {"property", "cached_property"} & set(marks):
-        kind, signature = "property", node.name + end.replace(" -> ", ": ")
-    else:
-        kind = next((mark for mark in ("classmethod", "staticmethod") if mark in marks), "method" if owner else "function")
-        signature = call(("def " if not owner else "") + node.name, parameters_of(node, is_method), end)
-    name = f"{owner}.{node.name}" if owner else node.name
-    return Entry(name, kind, module, node.lineno, signature, ast.get_docstring(node) or "")
+def _default(value: object) -> str:
+    """What a field is when nothing is given; "" for none."""
+    text = "" if value is None else str(value)
+    text = re.sub(r"^(?:\w+\.)?field\(.*?default_factory=([\w.]+)[,)].*$", r"\1()", text, flags=re.DOTALL)
+    return re.sub(r"^\(lambda: (.*)\)\(\)$", r"\1", text)
 
 
-def class_entry(node: ast.ClassDef, module: str) -> Entry:
-    bases = [ast.unparse(base) for base in node.bases]
-    kind = "dataclass" if "dataclass" in decorators(node) else "protocol" if "Protocol" in bases else "class"
-    entry = Entry(node.name, kind, module, node.lineno, doc=ast.get_docstring(node) or "", bases=bases)
-    for item in node.body:
-        if isinstance(item, Function) and (not item.name.startswith("_") or item.name in ("__call__", "__init__")):
-            entry.members.append(function_entry(item, module, node.name))
-        elif isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and not item.target.id.startswith("_"):
-            hint, default = ast.unparse(item.annotation), ""
-            if isinstance(item.value, ast.Call) and ast.unparse(item.value.func).endswith("field"):
-                options = {keyword.arg: ast.unparse(keyword.value) for keyword in item.value.keywords}
-                factory = options.get("default_factory", "")
-                made = factory.removeprefix("lambda: ") if factory.startswith("lambda:") else f"{factory}()" * bool(factory)
-                default = options.get("default") or made
-                if options.get("init") == "False":  # not a parameter: a base's field of this name is none either
-                    hint = ""
-            elif item.value:
-                default = ast.unparse(item.value)
-            if not hint.startswith("ClassVar"):
-                entry.fields.append((item.target.id, hint, default, node.name))
+def _line(found: griffe.Function | griffe.Class) -> int:
+    """That of `def` or `class`, below the decorators."""
+    return found.decorators[-1].endlineno + 1 if found.decorators else found.lineno or 0
+
+
+def _doc(found: griffe.Object) -> str:
+    return found.docstring.value if found.docstring else ""
+
+
+def function_entry(found: griffe.Function, module: str, owner: str = "") -> Entry:
+    kind = next((mark for mark in ("classmethod", "staticmethod") if mark in found.labels), "method" if owner else "function")
+    end = f" -> {found.returns}" if found.returns is not None else ""
+    parameters = parameters_of(found, bool(owner) and kind != "staticmethod")
+    name = f"{owner}.{found.name}" if owner else found.name
+    return Entry(name, kind, module, _line(found), call(("" if owner else "def ") + found.name, parameters, end), _doc(found))
+
+
+def class_entry(found: griffe.Class, module: str, package: str) -> Entry:
+    bases = [str(base) for base in found.bases]
+    kind = "dataclass" if "dataclass" in found.labels else "class"
+    kind = "protocol" if any(base.partition("[")[0] == "Protocol" for base in bases) else kind
+    entry = Entry(found.name, kind, module, _line(found), doc=_doc(found), bases=bases)
+    for item in found.members.values():
+        if item.is_alias or not item.lineno:  # what a dataclass is given has no line
+            continue
+        if item.is_function and (not item.name.startswith("_") or item.name in ("__call__", "__init__")):
+            entry.members.append(function_entry(item, module, found.name))
+        elif item.is_attribute and not item.name.startswith("_"):
+            hint = f": {item.annotation}" if item.annotation is not None else ""
+            if "property" in item.labels:
+                entry.members.append(
+                    Entry(f"{found.name}.{item.name}", "property", module, item.lineno, item.name + hint, _doc(item))
+                )
+            elif hint and "instance-attribute" in item.labels or hint and item.value is None:
+                default = str(item.value) if "class-attribute" in item.labels and item.value is not None else ""
+                entry.fields.append((item.name, str(item.annotation), default, found.name))
+    ours = [base for base in found.mro() if base.package.name == package]
+    entry.above = [(base.module.path.removeprefix(package).lstrip("."), base.name) for base in ours]
+    if "dataclass" in found.labels:  # griffe knows what a dataclass is called with, and what it leaves out
+        owner = {name: base.name for base in [*reversed(ours), found] for name, item in base.members.items() if item.is_attribute}
+        rows = [p for p in found.parameters if p.name != "self"]
+        entry.fields = [(p.name, str(p.annotation), _default(p.default), owner[p.name]) for p in rows]
+        entry.parameters = parameters_of(found.members["__init__"], True)
     return entry
 
 
-def read_module(path: Path, package: Path) -> Module:
+def read_module(found: griffe.Module, package: str) -> Module:
     """The names in `__all__` that the module itself defines, in the order of the file."""
+    path = Path(str(found.filepath))
     text = path.read_text(encoding="utf-8")
-    tree = ast.parse(text)
-    name = ".".join(path.relative_to(package).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+    name = found.path.removeprefix(package).lstrip(".")
     notebook = re.search(r"^# AUTOGENERATED! .*?([\w.-]+\.ipynb)", text, re.MULTILINE)
-    module = Module(name, path, ast.get_docstring(tree) or "", notebook[1] if notebook else "", text.rstrip(), {})
-    public: set[str] = set()
-    for node in tree.body:
-        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            names = [target.id for target in targets if isinstance(target, ast.Name)]
-            if names == ["__all__"]:
-                public = set(ast.literal_eval(node.value))
-            hint = f": {ast.unparse(node.annotation)}" if isinstance(node, ast.AnnAssign) else ""
-            code = ast.unparse(node.value)
-            value = f" = {code}" if len(code) <= WIDTH else " = …"
-            module.entries |= {n: Entry(n, "constant", name, node.lineno, f"{n}{hint}{value}") for n in names}
-        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            module.entries[node.name] = function_entry(node, name)
-        elif isinstance(node, ast.ClassDef):
-            module.entries[node.name] = class_entry(node, name)
+    module = Module(name, path, _doc(found), notebook[1] if notebook else "", text.rstrip(), {})
+    public = {str(export) for export in found.exports or ()}
+    for item in sorted((m for m in found.members.values() if not m.is_alias and m.lineno), key=lambda m: m.lineno):
+        if item.is_function:
+            module.entries[item.name] = function_entry(item, name)
+        elif item.is_class:
+            module.entries[item.name] = class_entry(item, name, package)
+        elif item.is_attribute and item.name != "__all__":
+            hint = f": {item.annotation}" if item.annotation is not None else ""
+            value = f" = {item.value}" if len(str(item.value)) <= WIDTH else " = …"
+            module.entries[item.name] = Entry(item.name, "constant", name, item.lineno, f"{item.name}{hint}{value}")
     module.classes = {key: entry for key, entry in module.entries.items() if entry.kind in ("class", "dataclass", "protocol")}
     module.entries = {key: entry for key, entry in module.entries.items() if key in public}
     return module
+
+
+def modules_of(found: griffe.Module) -> list[griffe.Module]:
+    """A package and all modules below it whose names do not begin with an underscore."""
+    below = [module for name, module in sorted(found.modules.items()) if not module.is_alias and not name.startswith("_")]
+    here = [] if isinstance(found.filepath, list) else [found]
+    return here + [one for module in below for one in modules_of(module)]
 
 
 class Library:
     """All modules of a package, and what can only be said when all of them are known."""
 
     def __init__(self, package: Path):
-        paths = [path for path in sorted(package.rglob("*.py")) if not path.name.startswith("_") or path.name == "__init__.py"]
-        modules = [read_module(path, package) for path in paths]
+        read = griffe.load(package.name, search_paths=[package.parent], allow_inspection=False)
+        modules = [read_module(module, package.name) for module in modules_of(read)]
         self.package = package.name
         self.modules = {module.name: module for module in modules if module.entries}
+        self.classes = {(module.name, name): entry for module in modules for name, entry in module.classes.items()}
         self.by_name: dict[str, list[Entry]] = {}
         for module in self.modules.values():
             for entry in module.entries.values():
                 self.by_name.setdefault(entry.name, []).append(entry)
-        for module in self.modules.values():
-            for entry in module.classes.values():
-                self.finish_class(entry)
+        for entry in self.classes.values():
+            self.finish_class(entry)
 
     def entry(self, name: str, module: str) -> Entry | None:
         """The entry that `name` means in `module`: its own, or the only one in the library."""
@@ -188,10 +210,7 @@ class Library:
 
     def family(self, entry: Entry) -> list[Entry]:
         """A class and those of its bases that are the library's, farthest first."""
-        classes, names = self.modules[entry.module].classes, [base.partition("[")[0] for base in reversed(entry.bases)]
-        bases = [found for name in names if (found := classes.get(name) or self.entry(name, entry.module)) and found is not entry]
-        above = [ancestor for base in bases for ancestor in self.family(base)]
-        return [*(ancestor for i, ancestor in enumerate(above) if ancestor not in above[:i]), entry]
+        return [*(self.classes[place] for place in reversed(entry.above) if place in self.classes), entry]
 
     def finish_class(self, entry: Entry) -> None:
         """How it is made, with the fields that it inherits, and docstrings for methods that leave them to a base."""
@@ -208,11 +227,10 @@ class Library:
             lines.append(init.signature.replace("__init__", entry.name, 1))
             entry.members.remove(init)
         elif self.is_dataclass(entry):
-            rows: dict[str, tuple[str, str, str, str]] = {}
-            for relative in self.family(entry):
-                rows.update({row[0]: row for row in relative.fields})
-            entry.fields = [row for row in rows.values() if row[1]]
-            lines.append(call(entry.name, [f"{n}: {hint}" + (f" = {d}" if d else "") for n, hint, d, _ in entry.fields]))
+            if entry.kind != "dataclass":  # it only adds methods: it is made like its base
+                base = next(above for above in reversed(self.family(entry)) if above.kind == "dataclass")
+                entry.fields, entry.parameters = base.fields, base.parameters
+            lines.append(call(entry.name, entry.parameters))
         entry.signature = "\n".join(lines)
         for member in entry.members:
             if not member.doc:
