@@ -84,6 +84,11 @@ def test_that_modules_are_short():
     assert statistics.median(lengths.values()) <= 240
 
 
+def test_that_every_module_says_what_it_holds():
+    silent = [name for name, path in modules().items() if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))]
+    assert not silent, silent
+
+
 def test_that_the_map_in_contributing_is_the_house():
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     listed = {

@@ -190,6 +190,11 @@ def export(root: Path = ROOT) -> None:
             face = faces.get(f"{self.name.split('.')[0]}.__init__")
             return names if face is None else [name for name in names if name in face]
 
+        def _last_future(self, cells):
+            """`__all__` comes after this many cells: those up to imports from the future, or the first, if it says what the module is."""
+            said = bool(cells) and bool(tree := cells[0].parsed_()) and ast.get_docstring(ast.Module(list(tree), [])) is not None
+            return max(super()._last_future(cells), int(said))
+
     package, modules = root / "pnpda_nb", {}
     with working_directory(root):
         for path in sorted((root / "nbs").glob("*.ipynb")):
