@@ -191,7 +191,7 @@ def export(root: Path = ROOT) -> None:
             return names if face is None else [name for name in names if name in face]
 
         def _last_future(self, cells):
-            """`__all__` comes after this many cells: those up to imports from the future, or the first, if it says what the module is."""
+            """`__all__` comes after this many cells: up to imports from the future, or the first, if it says what the module is."""
             said = bool(cells) and bool(tree := cells[0].parsed_()) and ast.get_docstring(ast.Module(list(tree), [])) is not None
             return max(super()._last_future(cells), int(said))
 
