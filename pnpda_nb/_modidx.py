@@ -417,6 +417,7 @@ d = {
         },
         "pnpda_nb.core.settings": {
             "pnpda_nb.core.settings.Settings": ("engine.html#settings", "pnpda_nb/core/settings.py"),
+            "pnpda_nb.core.settings.Settings.__post_init__": ("engine.html#settings.__post_init__", "pnpda_nb/core/settings.py"),
             "pnpda_nb.core.settings.Settings.require_distinct": (
                 "engine.html#settings.require_distinct",
                 "pnpda_nb/core/settings.py",
@@ -425,7 +426,9 @@ d = {
             "pnpda_nb.core.settings._require_count": ("engine.html#_require_count", "pnpda_nb/core/settings.py"),
             "pnpda_nb.core.settings._require_numbers": ("engine.html#_require_numbers", "pnpda_nb/core/settings.py"),
             "pnpda_nb.core.settings._require_size": ("engine.html#_require_size", "pnpda_nb/core/settings.py"),
+            "pnpda_nb.core.settings.check_fields": ("engine.html#check_fields", "pnpda_nb/core/settings.py"),
             "pnpda_nb.core.settings.parse_as": ("engine.html#parse_as", "pnpda_nb/core/settings.py"),
+            "pnpda_nb.core.settings.rules_of_fields": ("engine.html#rules_of_fields", "pnpda_nb/core/settings.py"),
         },
         "pnpda_nb.dynamics.base": {
             "pnpda_nb.dynamics.base.AdditiveModelError": ("dynamics.html#additivemodelerror", "pnpda_nb/dynamics/base.py"),

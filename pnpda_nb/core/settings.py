@@ -5,12 +5,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import typing
 from dataclasses import dataclass
+from functools import cache
 from numbers import Integral, Real
-from typing import Any
+from typing import Annotated, Any
 
-from .checks import guard
+import annotated_types
+
+from .checks import guard, rule_of, shown
 
 # %% auto #0
 __all__ = ["Settings", "parse_as"]
@@ -49,9 +54,41 @@ def _require_count(name: str, value: object, least: int) -> None:
 
 
 # %% ../../nbs/92_engine.ipynb #e2fa0f2d
+Count = Annotated[int, annotated_types.Ge(1)]
+Size = Annotated[int, annotated_types.Ge(0)]
+Share = Annotated[float, annotated_types.Interval(ge=0, le=1)]
+PositiveNumber = Annotated[float, annotated_types.Gt(0)]
+NotNegative = Annotated[float, annotated_types.Ge(0)]
+
+
+# %% ../../nbs/92_engine.ipynb #5e77a002
+@cache
+def rules_of_fields(kind: type) -> dict[str, Any]:
+    """What the annotations of a dataclass ask of its fields, by name; None for a field of which nothing is asked."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return {field.name: rule_of(hints[field.name]) for field in dataclasses.fields(kind) if field.init}
+
+
+def check_fields(record: Any) -> None:
+    """Raise a `ValueError` that names the first field of a dataclass that is not what its annotation asks for."""
+    for name, rule in rules_of_fields(type(record)).items():
+        value = getattr(record, name)
+        if wanted := (rule and rule(value)) or (
+            "a finite number" if isinstance(value, float) and not math.isfinite(value) else None
+        ):
+            raise ValueError(f"{name}: expected {wanted}, got {shown(value)}")
+
+
+# %% ../../nbs/92_engine.ipynb #5e77a003
 @dataclass(frozen=True)
 class Settings:
-    """What the settings of all sweeps can do."""
+    """Settings of any kind: made, replaced or read from text, their fields are what the annotations ask for.
+
+    Raises `ValueError` that names the setting.
+    """
+
+    def __post_init__(self):
+        check_fields(self)
 
     def require_distinct(self, *names: str) -> None:
         """Raises `ValueError` if two values of a tuple would have the same label in a table."""
