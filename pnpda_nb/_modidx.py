@@ -1345,8 +1345,8 @@ d = {
                 "priors.html#fieldprior.widened",
                 "pnpda_nb/flow_matching/field_prior.py",
             ),
-            "pnpda_nb.flow_matching.field_prior.field_network": (
-                "priors.html#field_network",
+            "pnpda_nb.flow_matching.field_prior._field_network": (
+                "priors.html#_field_network",
                 "pnpda_nb/flow_matching/field_prior.py",
             ),
         },
@@ -2397,7 +2397,9 @@ d = {
             "pnpda_nb.pnp.errors.Residuals.at": ("covariance.html#residuals.at", "pnpda_nb/pnp/errors.py"),
             "pnpda_nb.pnp.errors._dense": ("covariance.html#_dense", "pnpda_nb/pnp/errors.py"),
             "pnpda_nb.pnp.errors._factored": ("covariance.html#_factored", "pnpda_nb/pnp/errors.py"),
+            "pnpda_nb.pnp.errors._measurable": ("covariance.html#_measurable", "pnpda_nb/pnp/errors.py"),
             "pnpda_nb.pnp.errors._require_grid": ("covariance.html#_require_grid", "pnpda_nb/pnp/errors.py"),
+            "pnpda_nb.pnp.errors._require_pairs": ("covariance.html#_require_pairs", "pnpda_nb/pnp/errors.py"),
             "pnpda_nb.pnp.errors.residual_covariance": ("covariance.html#residual_covariance", "pnpda_nb/pnp/errors.py"),
         },
         "pnpda_nb.pnp.loop": {

@@ -24,7 +24,7 @@ __all__ = []
 FIELDS = 6  # that every network is shown: background, noisy increment, innovation, value, mask, log error
 
 
-def field_network(architecture: dict, generator: torch.Generator | None) -> FieldNetwork:
+def _field_network(architecture: dict, generator: torch.Generator | None) -> FieldNetwork:
     """The network that an `architecture` describes; without a `generator` its weights wait to be loaded."""
     channels, outputs = FIELDS + architecture["extra"], 2 + architecture["rank"]
     size = {k: tuple(v) if isinstance(v, list) else v for k, v in architecture["size"].items()}
@@ -82,7 +82,7 @@ class FieldPrior(PriorFile):
         architecture = {"dim": dim, "geometry": geometry, "rank": rank, "half_width": half_width, "extra": extra, "size": size}
         architecture = json.loads(json.dumps(architecture))  # as it will be read back
         generator = stream(seed, "weights")
-        network = field_network(architecture, generator)
+        network = _field_network(architecture, generator)
         with torch.no_grad():  # a factor of zero would stay so: the gradient of a square
             rows = network.last.weight.view(2 + rank, -1)[1:-1]
             rows.copy_(0.3 * rows.shape[1] ** -0.5 * torch.randn(rows.shape, generator=generator))
@@ -104,7 +104,7 @@ class FieldPrior(PriorFile):
         if self.extra:
             raise ValueError(f"extra: expected a prior without extra fields, got one with {self.extra}")
         architecture = self.architecture | {"extra": extra}
-        network, weights = field_network(architecture, stream(0)), self.network.state_dict()
+        network, weights = _field_network(architecture, stream(0)), self.network.state_dict()
         old, rest = weights["first.weight"], network.state_dict()["first.weight"].shape[1] - weights["first.weight"].shape[1]
         place = FIELDS * (self.dim if self.architecture["geometry"] == "none" else 1)
         new = old.new_zeros(old.shape[0], rest, *old.shape[2:])
@@ -120,7 +120,7 @@ class FieldPrior(PriorFile):
     def restored(cls, version: int, tensors: dict[str, Tensor], header: dict) -> "FieldPrior":
         architecture = header["architecture"]
         weights = {k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")}
-        network = network_from(lambda: field_network(architecture, None), architecture, weights)
+        network = network_from(lambda: _field_network(architecture, None), architecture, weights)
         units = [tensors[name] for name in ("location", "scale", "increment")]
         return cls(network.eval().requires_grad_(False), *units, architecture, header["training"])
 
