@@ -67,26 +67,36 @@ class UserModel(FunctionModel):
 
     def step(self, state: Tensor) -> Tensor:
         _require_size(self, state)
-        function = per_state(self.function) if self.one_at_a_time else self.function
-        given = state.detach().cpu().numpy().copy() if self.numpy else state.clone()  # it may change what it is given
-        try:
-            moved = function(given)
-        except (Exception, SystemExit) as error:  # whatever a stranger's function may raise
-            said = _last_line(str(error)) or "no message"
-            raise ValueError(
-                f"{self.name}: raised {type(error).__name__}: {said} (given {'arrays' if self.numpy else 'tensors'} of shape "
-                f"{'(dim,), one at a time' if self.one_at_a_time else tuple(state.shape)}; see `numpy` and `one_at_a_time`)"
-            ) from error
-        if self.numpy:
-            moved = torch.from_numpy(_real_numbers(self.name, moved))
-        elif not isinstance(moved, Tensor):
-            raise ValueError(f"{self.name}: expected a tensor (numpy=True is for arrays), got {type(moved).__name__}")
-        if moved.is_complex():
-            raise ValueError(f"{self.name}: expected real numbers, got {moved.dtype}")
+        moved = _real_tensor(self, _called(self, state))
         if moved.shape != state.shape:
             raise ValueError(f"{self.name}: expected states of shape {tuple(state.shape)}, got {tuple(moved.shape)}")
-        moved = moved.to(state)
-        return _finite(self, state, moved)
+        return _finite(self, state, moved.to(state))
+
+
+# %% ../../nbs/28_your_model.ipynb #f7025dd3
+def _called(model: UserModel, state: Tensor) -> Any:
+    """What a model's function returns; it may change what it is given."""
+    function = per_state(model.function) if model.one_at_a_time else model.function
+    given = state.detach().cpu().numpy().copy() if model.numpy else state.clone()
+    try:
+        return function(given)
+    except (Exception, SystemExit) as error:  # whatever a stranger's function may raise
+        said = _last_line(str(error)) or "no message"
+        raise ValueError(
+            f"{model.name}: raised {type(error).__name__}: {said} (given {'arrays' if model.numpy else 'tensors'} of shape "
+            f"{'(dim,), one at a time' if model.one_at_a_time else tuple(state.shape)}; see `numpy` and `one_at_a_time`)"
+        ) from error
+
+
+# %% ../../nbs/28_your_model.ipynb #def9363a
+def _real_tensor(model: UserModel, moved: Any) -> Tensor:
+    if model.numpy:
+        moved = torch.from_numpy(_real_numbers(model.name, moved))
+    elif not isinstance(moved, Tensor):
+        raise ValueError(f"{model.name}: expected a tensor (numpy=True is for arrays), got {type(moved).__name__}")
+    if moved.is_complex():
+        raise ValueError(f"{model.name}: expected real numbers, got {moved.dtype}")
+    return moved
 
 
 # %% ../../nbs/28_your_model.ipynb #4e3b2658
@@ -136,16 +146,21 @@ class _RungeKutta:
 
     def _steps(self, slope: Callable, state: Tensor) -> Tensor:
         def checked(x: Tensor) -> Tensor:
-            k = slope(x)
-            if not isinstance(k, Tensor) or k.is_complex():
-                raise ValueError(f"tendency: expected a real tensor, got {k.dtype if isinstance(k, Tensor) else type(k).__name__}")
-            if k.shape != x.shape:  # it would be spread over all variables or states
-                raise ValueError(f"tendency: expected shape {tuple(x.shape)}, got {tuple(k.shape)}")
-            return k
+            return _fitting(slope(x), x)
 
         for _ in range(self.substeps):
             state = rk4(checked, state, self.dt / self.substeps)
         return state
+
+
+# %% ../../nbs/28_your_model.ipynb #1b208c12
+def _fitting(k: Any, x: Tensor) -> Tensor:
+    """The tendency `k` at the states `x`; one of another shape would be spread over all variables or states."""
+    if not isinstance(k, Tensor) or k.is_complex():
+        raise ValueError(f"tendency: expected a real tensor, got {k.dtype if isinstance(k, Tensor) else type(k).__name__}")
+    if k.shape != x.shape:
+        raise ValueError(f"tendency: expected shape {tuple(x.shape)}, got {tuple(k.shape)}")
+    return k
 
 
 # %% ../../nbs/28_your_model.ipynb #40770e81
