@@ -67,26 +67,36 @@ class UserModel(FunctionModel):
 
     def step(self, state: Tensor) -> Tensor:
         _require_size(self, state)
-        function = per_state(self.function) if self.one_at_a_time else self.function
-        given = state.detach().cpu().numpy().copy() if self.numpy else state.clone()  # it may change what it is given
-        try:
-            moved = function(given)
-        except (Exception, SystemExit) as error:  # whatever a stranger's function may raise
-            said = _last_line(str(error)) or "no message"
-            raise ValueError(
-                f"{self.name}: raised {type(error).__name__}: {said} (given {'arrays' if self.numpy else 'tensors'} of shape "
-                f"{'(dim,), one at a time' if self.one_at_a_time else tuple(state.shape)}; see `numpy` and `one_at_a_time`)"
-            ) from error
-        if self.numpy:
-            moved = torch.from_numpy(_real_numbers(self.name, moved))
-        elif not isinstance(moved, Tensor):
-            raise ValueError(f"{self.name}: expected a tensor (numpy=True is for arrays), got {type(moved).__name__}")
-        if moved.is_complex():
-            raise ValueError(f"{self.name}: expected real numbers, got {moved.dtype}")
+        moved = _real_tensor(self, _called(self, state))
         if moved.shape != state.shape:
             raise ValueError(f"{self.name}: expected states of shape {tuple(state.shape)}, got {tuple(moved.shape)}")
-        moved = moved.to(state)
-        return _finite(self, state, moved)
+        return _finite(self, state, moved.to(state))
+
+
+# %% ../../nbs/28_your_model.ipynb #f7025dd3
+def _called(model: UserModel, state: Tensor) -> Any:
+    """What a model's function returns; it may change what it is given."""
+    function = per_state(model.function) if model.one_at_a_time else model.function
+    given = state.detach().cpu().numpy().copy() if model.numpy else state.clone()
+    try:
+        return function(given)
+    except (Exception, SystemExit) as error:  # whatever a stranger's function may raise
+        said = _last_line(str(error)) or "no message"
+        raise ValueError(
+            f"{model.name}: raised {type(error).__name__}: {said} (given {'arrays' if model.numpy else 'tensors'} of shape "
+            f"{'(dim,), one at a time' if model.one_at_a_time else tuple(state.shape)}; see `numpy` and `one_at_a_time`)"
+        ) from error
+
+
+# %% ../../nbs/28_your_model.ipynb #def9363a
+def _real_tensor(model: UserModel, moved: Any) -> Tensor:
+    if model.numpy:
+        moved = torch.from_numpy(_real_numbers(model.name, moved))
+    elif not isinstance(moved, Tensor):
+        raise ValueError(f"{model.name}: expected a tensor (numpy=True is for arrays), got {type(moved).__name__}")
+    if moved.is_complex():
+        raise ValueError(f"{model.name}: expected real numbers, got {moved.dtype}")
+    return moved
 
 
 # %% ../../nbs/28_your_model.ipynb #4e3b2658
@@ -136,16 +146,21 @@ class _RungeKutta:
 
     def _steps(self, slope: Callable, state: Tensor) -> Tensor:
         def checked(x: Tensor) -> Tensor:
-            k = slope(x)
-            if not isinstance(k, Tensor) or k.is_complex():
-                raise ValueError(f"tendency: expected a real tensor, got {k.dtype if isinstance(k, Tensor) else type(k).__name__}")
-            if k.shape != x.shape:  # it would be spread over all variables or states
-                raise ValueError(f"tendency: expected shape {tuple(x.shape)}, got {tuple(k.shape)}")
-            return k
+            return _fitting(slope(x), x)
 
         for _ in range(self.substeps):
             state = rk4(checked, state, self.dt / self.substeps)
         return state
+
+
+# %% ../../nbs/28_your_model.ipynb #1b208c12
+def _fitting(k: Any, x: Tensor) -> Tensor:
+    """The tendency `k` at the states `x`; one of another shape would be spread over all variables or states."""
+    if not isinstance(k, Tensor) or k.is_complex():
+        raise ValueError(f"tendency: expected a real tensor, got {k.dtype if isinstance(k, Tensor) else type(k).__name__}")
+    if k.shape != x.shape:
+        raise ValueError(f"tendency: expected shape {tuple(x.shape)}, got {tuple(k.shape)}")
+    return k
 
 
 # %% ../../nbs/28_your_model.ipynb #40770e81
@@ -190,21 +205,13 @@ class ProgramModel:
     differentiable = False
 
     def __post_init__(self):
-        try:
-            words = shlex.split(self.command) if isinstance(self.command, str) else tuple(map(str, self.command))
-        except (TypeError, ValueError) as error:  # neither a line nor a list, or a quotation without an end
-            raise ValueError(f"command: expected a line or a list of words, got {self.command!r} ({error})") from error
+        words = _command_words(self.command)
         for setting, value in (
-            ("command", tuple(words)),
-            ("name", self.name or (Path(words[0]).name if words else "")),
+            ("command", words),
+            ("name", self.name or Path(words[0]).name),
             ("names", tuple(self.names) or (self.layout.names if self.layout else ())),
         ):
             object.__setattr__(self, setting, value)
-        for place in ("{input}", "{output}"):
-            if not any(place in word for word in self.command):
-                raise ValueError(f"command: expected {{input}} and {{output}} in it, got {' '.join(self.command)!r}")
-        if any(place in self.command[0] for place in ("{input}", "{output}")):
-            raise ValueError(f"command: expected a program as its first word, got {self.command[0]!r}")
         if self.layout and self.layout.dim != self.dim:
             raise ValueError(f"layout: expected {self.dim} numbers, got {self.layout.dim}")
         FunctionModel(_nothing, self.dim, self.dt, self.names)  # checks sizes and names
@@ -217,73 +224,14 @@ class ProgramModel:
         if not state.numel():
             return state.clone()
         states = state.detach().cpu().double().reshape(-1, self.dim).numpy()
+        fields = self.layout or Layout((Field("state", (self.dim,), ("variable",)),))
         with tempfile.TemporaryDirectory(prefix="model_") as folder:
             given, answer = Path(folder) / "input.nc", Path(folder) / "output.nc"
-            content = self._dataset(states).to_netcdf(
-                engine="scipy" if self.classic else "h5netcdf"
-            )  # in memory: the disk may be full
-            with naming(given, "write"):
-                given.write_bytes(content)
-            self._run(given, answer)
-            moved = self._read(answer, len(states))
+            _write_states(self, fields, states, given)
+            _run_program(self, given, answer)
+            moved = fields.join(_read_fields(self.name, answer, fields, len(states)))
         moved = torch.tensor(moved, dtype=state.dtype, device=state.device).reshape(state.shape)
         return _finite(self, state, moved)
-
-    @property
-    def _fields(self) -> Layout:
-        return self.layout or Layout((Field("state", (self.dim,), ("variable",)),))
-
-    def _dataset(self, states: np.ndarray) -> xr.Dataset:
-        data = self._fields.dataset(states).assign_attrs(dt=float(self.dt), title=f"states for {self.name}")
-        return data.assign_coords(variable=list(self.names)) if self.names and not self.layout else data
-
-    def _run(self, given: Path, answer: Path) -> None:
-        meant = {"{input}": str(given), "{output}": str(answer), "{dt}": repr(float(self.dt))}
-        words = list(self.command)
-        for place, value in meant.items():
-            words = [word.replace(place, value) for word in words]
-        said = given.with_name("stderr"), given.with_name("stdout")  # files: a pipe may be held open by others
-        with open(said[0], "wb") as errors, open(said[1], "wb") as out:
-            try:
-                process = subprocess.Popen(
-                    words, stdin=subprocess.DEVNULL, stdout=out, stderr=errors, start_new_session=os.name == "posix"
-                )
-            except (OSError, ValueError) as error:  # a zero byte in a word is a ValueError
-                raise ValueError(f"{self.name}: cannot start {words[0]!r} ({getattr(error, 'strerror', None) or error})") from error
-            try:
-                status = process.wait(self.timeout)
-            except subprocess.TimeoutExpired as error:
-                raise ValueError(f"{self.name}: expected an answer within {self.timeout:g} s, got none") from error
-            finally:
-                _end(process)
-        if status:
-            last = next(filter(None, (_last_line(path.read_text(errors="replace")) for path in said)), "it said nothing")
-            raise ValueError(f"{self.name}: ended with status {status}: {last}")
-
-    def _read(self, answer: Path, count: int) -> np.ndarray:
-        if not answer.is_file():
-            raise ValueError(f"{self.name}: expected an output file, got none")
-        try:
-            with xr.open_dataset(answer, decode_times=False) as opened:
-                data = opened.load()
-        except Exception as error:  # the many errors of NetCDF libraries mean one thing here
-            raise ValueError(f"{self.name}: its output is not a readable NetCDF file ({type(error).__name__})") from error
-        fields = {}
-        for f in self._fields.fields:
-            dims, shape = ("member", *f.dims), (count, *f.shape)
-            if f.title not in data.variables:
-                raise ValueError(
-                    f"{self.name}: expected {f.title!r} in its output, got {', '.join(map(str, data.variables)) or 'nothing'}"
-                )
-            if set(data[f.title].dims) != set(dims):
-                raise ValueError(f"{self.name}: expected {f.title!r} with dimensions {dims}, got {data[f.title].dims}")
-            values = data[f.title].transpose(*dims).values
-            if values.shape != shape or values.dtype.kind not in "iuf":
-                raise ValueError(
-                    f"{self.name}: expected {f.title!r} to be numbers of shape {shape}, got {values.dtype} of {values.shape}"
-                )
-            fields[f.name] = values
-        return self._fields.join(fields)
 
 
 # %% ../../nbs/28_your_model.ipynb #b031bd8f
@@ -291,6 +239,56 @@ def _nothing(state: Tensor) -> Tensor:
     return state
 
 
+def _command_words(command: object) -> tuple[str, ...]:
+    """The words of a command with places for its files, or a `ValueError`."""
+    try:
+        words = tuple(shlex.split(command) if isinstance(command, str) else map(str, command))
+    except (TypeError, ValueError) as error:  # neither a line nor a list, or a quotation without an end
+        raise ValueError(f"command: expected a line or a list of words, got {command!r} ({error})") from error
+    for place in ("{input}", "{output}"):
+        if not any(place in word for word in words):
+            raise ValueError(f"command: expected {{input}} and {{output}} in it, got {' '.join(words)!r}")
+    if any(place in words[0] for place in ("{input}", "{output}")):
+        raise ValueError(f"command: expected a program as its first word, got {words[0]!r}")
+    return words
+
+
+# %% ../../nbs/28_your_model.ipynb #a77433ba
+def _write_states(model: ProgramModel, fields: Layout, states: np.ndarray, path: Path) -> None:
+    """The input of a program: `states` `(member, dim)` as `fields`."""
+    data = fields.dataset(states).assign_attrs(dt=float(model.dt), title=f"states for {model.name}")
+    if model.names and not model.layout:
+        data = data.assign_coords(variable=list(model.names))
+    content = data.to_netcdf(engine="scipy" if model.classic else "h5netcdf")
+    with naming(path, "write"):
+        path.write_bytes(content)
+
+
+# %% ../../nbs/28_your_model.ipynb #45b4d151
+def _run_program(model: ProgramModel, given: Path, answer: Path) -> None:
+    """Run a program once, to its end; raises `ValueError` if it does not come to a good one."""
+    words = list(model.command)
+    for place, value in (("{input}", str(given)), ("{output}", str(answer)), ("{dt}", repr(float(model.dt)))):
+        words = [word.replace(place, value) for word in words]
+    said = given.with_name("stderr"), given.with_name("stdout")
+    with open(said[0], "wb") as errors, open(said[1], "wb") as out:
+        streams = dict(stdin=subprocess.DEVNULL, stdout=out, stderr=errors)
+        try:
+            process = subprocess.Popen(words, **streams, start_new_session=os.name == "posix")
+        except (OSError, ValueError) as error:  # a zero byte in a word is a ValueError
+            raise ValueError(f"{model.name}: cannot start {words[0]!r} ({getattr(error, 'strerror', None) or error})") from error
+        try:
+            status = process.wait(model.timeout)
+        except subprocess.TimeoutExpired as error:
+            raise ValueError(f"{model.name}: expected an answer within {model.timeout:g} s, got none") from error
+        finally:
+            _end(process)
+    if status:
+        last = next(filter(None, (_last_line(path.read_text(errors="replace")) for path in said)), "it said nothing")
+        raise ValueError(f"{model.name}: ended with status {status}: {last}")
+
+
+# %% ../../nbs/28_your_model.ipynb #9594d79f
 def _end(process: subprocess.Popen) -> None:
     """End a program that is still running, with all that it started."""
     if process.poll() is None:
@@ -299,6 +297,32 @@ def _end(process: subprocess.Popen) -> None:
         else:
             process.kill()
         process.wait()
+
+
+# %% ../../nbs/28_your_model.ipynb #0c9035ea
+def _read_fields(name: str, path: Path, fields: Layout, count: int) -> dict[str, np.ndarray]:
+    """The fields of `count` states from the output of the program `name`."""
+    if not path.is_file():
+        raise ValueError(f"{name}: expected an output file, got none")
+    try:
+        with xr.open_dataset(path, decode_times=False) as opened:
+            data = opened.load()
+    except Exception as error:  # the many errors of NetCDF libraries mean one thing here
+        raise ValueError(f"{name}: its output is not a readable NetCDF file ({type(error).__name__})") from error
+    return {f.name: _values_of(name, f, data, count) for f in fields.fields}
+
+
+# %% ../../nbs/28_your_model.ipynb #625cbcf0
+def _values_of(name: str, field: Field, data: xr.Dataset, count: int) -> np.ndarray:
+    dims, shape = ("member", *field.dims), (count, *field.shape)
+    if field.title not in data.variables:
+        raise ValueError(f"{name}: expected {field.title!r} in its output, got {', '.join(map(str, data.variables)) or 'nothing'}")
+    if set(data[field.title].dims) != set(dims):
+        raise ValueError(f"{name}: expected {field.title!r} with dimensions {dims}, got {data[field.title].dims}")
+    values = data[field.title].transpose(*dims).values
+    if values.shape != shape or values.dtype.kind not in "iuf":
+        raise ValueError(f"{name}: expected {field.title!r} to be numbers of shape {shape}, got {values.dtype} of {values.shape}")
+    return values
 
 
 # %% ../../nbs/28_your_model.ipynb #add794a8

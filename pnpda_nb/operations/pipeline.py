@@ -152,17 +152,7 @@ def assimilate(
     method, parts, unit = pnpda_with(prior, iterations, ensemble), [], attached_unit(prior)
     runs, members, dim = states.values.shape
     values = states.values.double()
-    if dim != prior.dim:
-        raise ValueError(f"states: expected {prior.dim} numbers in each as the prior has, got {dim}")
-    if not torch.isfinite(values).all():
-        raise ValueError(f"states: expected finite numbers, got {int((~torch.isfinite(values)).sum())} that are not")
-    if sightings.dim != dim or len(sightings.values) != runs:
-        raise ValueError(
-            (
-                f"sightings: expected {runs} states of {dim} numbers as there are backgrounds, got {len(sightings.values)} "
-                f"of {sightings.dim}"
-            )
-        )
+    _check_fit(prior, values, sightings)
     together = at_a_time(method, members, dim)
     with tqdm(total=runs, desc="assimilating", unit="state", disable=None if progress else True, leave=False) as bar:
         for first in range(0, runs, together):
@@ -173,15 +163,28 @@ def assimilate(
     analysis = torch.cat(parts)
     if unit is not None:
         analysis = torch.where(unit > 0, analysis, values)
+    _check_finite(analysis)
+    return analysis
+
+
+# %% ../../nbs/29_your_files.ipynb #3aec372a
+def _check_fit(prior: FlowPrior, values: Tensor, sightings: StationObservations) -> None:
+    """Raise `ValueError` unless states `(run, member, dim)`, observations and prior go together."""
+    runs, _, dim = values.shape
+    if dim != prior.dim:
+        raise ValueError(f"states: expected {prior.dim} numbers in each as the prior has, got {dim}")
+    if not torch.isfinite(values).all():
+        raise ValueError(f"states: expected finite numbers, got {int((~torch.isfinite(values)).sum())} that are not")
+    if sightings.dim != dim or len(sightings.values) != runs:
+        got = f"{len(sightings.values)} of {sightings.dim}"
+        raise ValueError(f"sightings: expected {runs} states of {dim} numbers as there are backgrounds, got {got}")
+
+
+def _check_finite(analysis: Tensor) -> None:
     lost = (~torch.isfinite(analysis)).any(-1).any(-1)
     if lost.any():
-        raise ValueError(
-            (
-                f"analysis: expected finite numbers, got some that are not in {int(lost.sum())} of {runs} states, first in "
-                f"{int(lost.nonzero()[0])}"
-            )
-        )
-    return analysis
+        where = f"{int(lost.sum())} of {len(lost)} states, first in {int(lost.nonzero()[0])}"
+        raise ValueError(f"analysis: expected finite numbers, got some that are not in {where}")
 
 
 # %% ../../nbs/29_your_files.ipynb #629c6ea8
