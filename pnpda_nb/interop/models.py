@@ -23,7 +23,7 @@ from ..core.checks import guard
 from ..core.disk import naming
 from ..dynamics.base import FunctionModel, Model, rk4
 from ..files.layout import Field, Layout
-from ..observing.operators import _last_line, _real_numbers
+from ..observing.functions import _last_line, _real_numbers
 
 # %% auto #0
 __all__ = ["per_state", "UserModel", "from_tendency", "ProgramModel", "ManySteps"]

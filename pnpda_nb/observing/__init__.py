@@ -26,6 +26,7 @@ __all__ = [
 
 # %% ../../nbs/99_public.ipynb #dfa26662
 from .covariance import Covariance, DiagonalCovariance
+from .functions import NumpyOperator, operator_from
 from .observations import GridObservations, Observations, ObservingNetwork, on_grid
-from .operators import Interpolate, Linear, Nonlinear, NumpyOperator, Operator, Present, Select, operator_from
+from .operators import Interpolate, Linear, Nonlinear, Operator, Present, Select
 from .update import DenseError, ErrorCovariance, FactoredError, Residual, anomalies, kalman_gain

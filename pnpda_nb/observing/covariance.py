@@ -23,28 +23,8 @@ class Covariance:
     """
 
     def __init__(self, matrix: Tensor | Sequence, name: str = "covariance"):
-        matrix = torch.as_tensor(matrix, dtype=torch.float64)
-        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
-            raise ValueError(f"{name}: expected a square matrix, got shape {tuple(matrix.shape)}")
-        if not torch.isfinite(matrix).all():
-            raise ValueError(f"{name}: expected finite numbers, got {int((~torch.isfinite(matrix)).sum())} that are not")
-        _check_variances(matrix.diagonal(), f"{name}: expected a positive definite matrix, got one with the variance")
-        deviations = matrix.diagonal().sqrt()
-        apart = (matrix - matrix.T) / deviations / deviations[:, None]
-        if not (apart.abs() <= 1e-8).all():
-            raise ValueError(f"{name}: expected a symmetric matrix, got one that differs from its transpose")
-        correlations = (matrix / deviations / deviations[:, None]).clamp(-2, 2)  # beyond 1, it is not one
-        eigenvalues = torch.linalg.eigvalsh(correlations)
-        # zero up to rounding is not positive
-        if len(matrix) and not eigenvalues[0] > 1e-14 * eigenvalues[-1]:
-            raise ValueError(
-                (
-                    f"{name}: expected a positive definite matrix, got one whose correlations have the smallest eigenvalue "
-                    f"{eigenvalues[0].item():.3g}"
-                )
-            )
-        self.matrix = matrix
-        self.factor = torch.linalg.cholesky(matrix)  # each entry as accurate as that of the correlations: no scaling is needed
+        self.matrix = _positive_definite(torch.as_tensor(matrix, dtype=torch.float64), name)
+        self.factor = torch.linalg.cholesky(self.matrix)  # each entry as accurate as that of the correlations: no scaling is needed
 
     def __repr__(self) -> str:
         between = f", variances {self.variances.min():.3g} to {self.variances.max():.3g}" if self.size else ""
@@ -94,6 +74,26 @@ class Covariance:
         # the largest precision of a part is at most that of the whole
         cut.__dict__["largest_precision"] = self.largest_precision
         return cut
+
+
+# %% ../../nbs/02_observing.ipynb #00cd2d5a
+def _positive_definite(matrix: Tensor, name: str) -> Tensor:
+    """`matrix`, if it is a covariance; raises `ValueError` with `name` if not."""
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise ValueError(f"{name}: expected a square matrix, got shape {tuple(matrix.shape)}")
+    if not torch.isfinite(matrix).all():
+        raise ValueError(f"{name}: expected finite numbers, got {int((~torch.isfinite(matrix)).sum())} that are not")
+    _check_variances(matrix.diagonal(), f"{name}: expected a positive definite matrix, got one with the variance")
+    deviations = matrix.diagonal().sqrt()
+    apart = (matrix - matrix.T) / deviations / deviations[:, None]
+    if not (apart.abs() <= 1e-8).all():
+        raise ValueError(f"{name}: expected a symmetric matrix, got one that differs from its transpose")
+    correlations = (matrix / deviations / deviations[:, None]).clamp(-2, 2)  # beyond 1, it is not one
+    eigenvalues = torch.linalg.eigvalsh(correlations)
+    if len(matrix) and not eigenvalues[0] > 1e-14 * eigenvalues[-1]:  # zero up to rounding is not positive
+        smallest = f"the smallest eigenvalue {eigenvalues[0].item():.3g}"
+        raise ValueError(f"{name}: expected a positive definite matrix, got one whose correlations have {smallest}")
+    return matrix
 
 
 # %% ../../nbs/02_observing.ipynb #c89e2cc0
