@@ -2563,8 +2563,10 @@ d = {
         "pnpda_nb.twin.nature": {
             "pnpda_nb.twin.nature._advancing": ("engine.html#_advancing", "pnpda_nb/twin/nature.py"),
             "pnpda_nb.twin.nature._is_plain": ("engine.html#_is_plain", "pnpda_nb/twin/nature.py"),
+            "pnpda_nb.twin.nature._moving": ("engine.html#_moving", "pnpda_nb/twin/nature.py"),
             "pnpda_nb.twin.nature._remembered": ("engine.html#_remembered", "pnpda_nb/twin/nature.py"),
             "pnpda_nb.twin.nature._spun_up": ("engine.html#_spun_up", "pnpda_nb/twin/nature.py"),
+            "pnpda_nb.twin.nature._started": ("engine.html#_started", "pnpda_nb/twin/nature.py"),
             "pnpda_nb.twin.nature.forget_nature_runs": ("engine.html#forget_nature_runs", "pnpda_nb/twin/nature.py"),
         },
         "pnpda_nb.twin.reanalysis": {

@@ -17,7 +17,7 @@ from ..core.random import RunStreams
 from ..core.settings import _require_count
 from ..dynamics.base import AdditiveModelError, Model
 from ..observing.observations import Observations, ObservingNetwork
-from .nature import _advancing, _is_plain, _remembered, _spun_up
+from .nature import _moving, _started
 
 # %% auto #0
 __all__ = ["TwinExperiment", "nature_start", "nature_run", "observe_truth", "watch_nature"]
@@ -106,8 +106,7 @@ def nature_start(experiment: TwinExperiment, runs: int, seed: int, split: str = 
     if runs < 1:
         raise ValueError(f"runs: expected at least 1, got {runs}")
     e = experiment
-    chosen = (e.nature, tuple(e.start), e.start_variance, e.spin_up, runs, seed, split)
-    return _spun_up(*chosen).clone() if _is_plain(e.nature) else _spun_up.__wrapped__(*chosen)
+    return _started(e.nature, tuple(e.start), e.start_variance, e.spin_up, runs, seed, split)
 
 
 # %% ../../nbs/03_twin.ipynb #990ff898
@@ -117,11 +116,8 @@ def nature_intervals(experiment: TwinExperiment, runs: int, seed: int, split: st
     """
     e, start = experiment, nature_start(experiment, runs, seed, split)
     yield e.resolved(start)[None]
-    chosen = (e.nature, e.nature_error.variance, e.interval, e.cycles, runs, seed, split)
-    if _is_plain(e.nature) and e.steps * runs * e.nature.dim <= 2_000_000:  # 16 MB
-        states = (x.clone() for x in _remembered(tuple(e.start), e.start_variance, e.spin_up, *chosen))
-    else:
-        states = _advancing(start, *chosen)
+    began = (tuple(e.start), e.start_variance, e.spin_up)
+    states = _moving(start, began, e.nature, e.nature_error.variance, e.interval, e.cycles, runs, seed, split)
     yield from map(e.resolved, states)
 
 

@@ -64,6 +64,22 @@ def _remembered(start: tuple[float, ...], start_variance: float, spin_up: int, *
     return tuple(_advancing(_spun_up(chosen[0], start, start_variance, spin_up, *chosen[-3:]), *chosen))
 
 
+# %% ../../nbs/92_engine.ipynb #a100d843
+def _started(nature: Model, *chosen: Any) -> Tensor:
+    """Nature's states after the spin-up; of what is remembered, a copy."""
+    return _spun_up(nature, *chosen).clone() if _is_plain(nature) else _spun_up.__wrapped__(nature, *chosen)
+
+
+def _moving(
+    start: Tensor, began: tuple, nature: Model, variance: float, interval: int, cycles: int, *chosen: Any
+) -> Iterator[Tensor]:
+    """The states of one interval after the other from `start`, which `began` as given to `_started`."""
+    run = (nature, variance, interval, cycles, *chosen)
+    if _is_plain(nature) and cycles * interval * len(start) * nature.dim <= 2_000_000:  # 16 MB
+        return (x.clone() for x in _remembered(*began, *run))
+    return _advancing(start, *run)
+
+
 # %% ../../nbs/92_engine.ipynb #6b41d14e
 def forget_nature_runs() -> None:
     """Free the memory of the nature runs that were kept for the next method, and let them be computed again."""
