@@ -42,7 +42,8 @@ UNANNOTATED = {
 
 def meta_of_setup() -> dict:
     """What setup.py hands to setuptools."""
-    program = "import json, setuptools; setuptools.setup = lambda **k: print(json.dumps(k)); exec(open('setup.py').read(), {'__file__': 'setup.py'})"
+    program = "import json, setuptools; setuptools.setup = lambda **k: print(json.dumps(k)); "
+    program += "exec(open('setup.py').read(), {'__file__': 'setup.py'})"
     return json.loads(subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
 
 
@@ -94,7 +95,9 @@ def test_that_what_is_imported_is_required():
 
 
 def test_that_help_imports_nothing_heavy():
-    program = "import sys\nsys.argv = ['pnpda', '--help']\nfrom pnpda_nb.cli import main\ntry: main()\nfinally: print({'torch', 'numpy', 'xarray', 'matplotlib', 'pandas', 'scipy'} & set(sys.modules))"
+    heavy = {"torch", "numpy", "xarray", "matplotlib", "pandas", "scipy"}
+    program = "import sys\nsys.argv = ['pnpda', '--help']\nfrom pnpda_nb.cli import main\n"
+    program += f"try: main()\nfinally: print({heavy} & set(sys.modules))"
     before = os.times()
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert answer.stdout.endswith("set()\n") and "Usage" in answer.stdout, answer.stdout + answer.stderr
@@ -140,7 +143,8 @@ def test_that_deprecations_are_found_in_files(tmp_path, monkeypatch):
     (tmp_path / "leaving").mkdir()
     (tmp_path / "leaving" / "__init__.py").write_text("")
     (tmp_path / "leaving" / "part.py").write_text(
-        '__all__ = ["f", "g", "C", "h"]\n@deprecated("0.1.0", "g")\ndef f(): ...\n@deprecated("0.1.0", old="new")\ndef g(new): ...\n'
+        '__all__ = ["f", "g", "C", "h"]\n@deprecated("0.1.0", "g")\ndef f(): ...\n'
+        '@deprecated("0.1.0", old="new")\ndef g(new): ...\n'
         '@deprecated(since="0.2.0", instead="f")\nclass C: ...\ndef h(): ...\n@deprecated("0.1.0", "h")\ndef _i(): ...\n'
     )
     monkeypatch.syspath_prepend(tmp_path)

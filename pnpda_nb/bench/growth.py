@@ -26,7 +26,8 @@ from ..observing.observations import ObservingNetwork
 from ..observing.operators import Select
 from ..pnp.loop import PnPDA
 from ..twin.cycle import cycle
-from ..twin.experiment import TwinExperiment, forget_nature_runs
+from ..twin.experiment import TwinExperiment
+from ..twin.nature import forget_nature_runs
 from ..twin.testbeds import sakov2012
 
 # %% auto #0

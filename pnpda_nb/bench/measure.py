@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..core.random import standard_normal, stream
-from ..twin.experiment import forget_nature_runs
+from ..twin.nature import forget_nature_runs
 
 # %% auto #0
 __all__ = ["QUICK", "Sizes"]

@@ -16,32 +16,7 @@ from ..core.settings import _require
 from .base import Model, _require_states, trajectory
 
 # %% auto #0
-__all__ = ["Forecast", "tangent_linear", "adjoint", "jacobian", "lyapunov_exponents"]
-
-
-# %% ../../nbs/91_models.ipynb #f1029884
-@dataclass(frozen=True, eq=False)
-class Forecast:
-    """The forecast `model`, without its error, over `interval` steps or as many as asked for."""
-
-    model: Model
-    interval: int
-
-    def __call__(self, states: Tensor, steps: int | None = None) -> Tensor:
-        for _ in range(self.interval if steps is None else steps):
-            states = self.model.step(states)
-        return states
-
-    def linearised(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """The forecast of `states` `(..., dim)` to the next observation time, and its derivatives
-        `(..., dim, dim)` with respect to them: the product of those of all steps.
-        """
-        path = trajectory(self.model, states, self.interval)
-        each = jacobian(self.model, path[:-1])  # of all steps at once
-        product = each[0]
-        for step in each[1:]:
-            product = step @ product
-        return path[-1], product
+__all__ = ["tangent_linear", "adjoint", "jacobian", "Forecast", "lyapunov_exponents"]
 
 
 # %% ../../nbs/91_models.ipynb #fba65024
@@ -96,6 +71,31 @@ def jacobian(model: Model, states: Tensor, steps: int = 1) -> Tensor:
     width = torch.finfo(states.dtype).eps ** (1 / 3) * states.abs().clamp(min=1).unsqueeze(-1)
     moved = (walk(states.unsqueeze(-2) + sign * width * unit) for sign in (1, -1))
     return ((next(moved) - next(moved)) / (2 * width)).mT
+
+
+# %% ../../nbs/91_models.ipynb #f1029884
+@dataclass(frozen=True, eq=False)
+class Forecast:
+    """The forecast `model`, without its error, over `interval` steps or as many as asked for."""
+
+    model: Model
+    interval: int
+
+    def __call__(self, states: Tensor, steps: int | None = None) -> Tensor:
+        for _ in range(self.interval if steps is None else steps):
+            states = self.model.step(states)
+        return states
+
+    def linearised(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """The forecast of `states` `(..., dim)` to the next observation time, and its derivatives
+        `(..., dim, dim)` with respect to them: the product of those of all steps.
+        """
+        path = trajectory(self.model, states, self.interval)
+        each = jacobian(self.model, path[:-1])  # of all steps at once
+        product = each[0]
+        for step in each[1:]:
+            product = step @ product
+        return path[-1], product
 
 
 # %% ../../nbs/91_models.ipynb #cbea615b

@@ -30,10 +30,12 @@ from ..dynamics.base import AdditiveModelError
 from ..dynamics.derivatives import Forecast
 from .models import UserModel
 from ..observing.covariance import Covariance, DiagonalCovariance
+from ..observing.functions import _last_line, _real_numbers, operator_from
 from ..observing.observations import ObservingNetwork
-from ..observing.operators import _last_line, _real_numbers, operator_from
-from ..twin.cycle import Method, filter_cycle, window_cycle
+from ..twin.cycle import filter_cycle
 from ..twin.experiment import TwinExperiment
+from ..twin.method import Method
+from ..twin.window import window_cycle
 
 # %% auto #0
 __all__ = ["dapper_model", "dapper_network", "dapper_experiment", "for_dapper"]

@@ -4,8 +4,9 @@
 """Observations: what is seen of a state, how wrong it may be, and the update that follows from it."""
 
 from .covariance import Covariance, DiagonalCovariance
+from .functions import NumpyOperator, operator_from
 from .observations import GridObservations, Observations, ObservingNetwork, on_grid
-from .operators import Interpolate, Linear, Nonlinear, NumpyOperator, Operator, Present, Select, operator_from
+from .operators import Interpolate, Linear, Nonlinear, Operator, Present, Select
 from .update import DenseError, ErrorCovariance, FactoredError, Residual, anomalies, kalman_gain
 
 # %% auto #0

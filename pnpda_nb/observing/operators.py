@@ -8,19 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from numbers import Integral
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..core.checks import Index, Mask, guard
-from ..core.random import standard_normal, stream
 from .covariance import _beside
 
 # %% auto #0
-__all__ = ["Operator", "Select", "Linear", "Interpolate", "Nonlinear", "Present", "NumpyOperator", "operator_from"]
+__all__ = ["Operator", "Select", "Linear", "Interpolate", "Nonlinear", "Present"]
 
 
 # %% ../../nbs/02_observing.ipynb #6d36892a
@@ -132,17 +129,7 @@ class Interpolate:
     linear = True
 
     def __post_init__(self):
-        if self.indices.ndim != 2 or self.indices.shape != self.weights.shape:
-            raise ValueError(
-                (
-                    f"weights: expected the shape (size, k) of the indices, got {tuple(self.indices.shape)} and "
-                    f"{tuple(self.weights.shape)}"
-                )
-            )
-        if self.indices.numel() and not 0 <= int(self.indices.min()) <= int(self.indices.max()) < self.dim:
-            raise ValueError(
-                f"indices: expected numbers from 0 to {self.dim - 1}, got {int(self.indices.min())} to {int(self.indices.max())}"
-            )
+        _check_weights(self.indices, self.weights, self.dim)
 
     @property
     def size(self) -> int:
@@ -164,6 +151,16 @@ class Interpolate:
     def adjoint(self, state: Tensor, misfit: Tensor) -> Tensor:
         parts = (misfit.unsqueeze(-1) * self.weights.to(state)).flatten(-2)
         return torch.zeros_like(state).index_add(-1, self.indices.flatten().to(state.device), parts)
+
+
+# %% ../../nbs/02_observing.ipynb #38f4bb41
+def _check_weights(indices: Index, weights: Tensor, dim: int) -> None:
+    if indices.ndim != 2 or indices.shape != weights.shape:
+        raise ValueError(
+            f"weights: expected the shape (size, k) of the indices, got {tuple(indices.shape)} and {tuple(weights.shape)}"
+        )
+    if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < dim:
+        raise ValueError(f"indices: expected numbers from 0 to {dim - 1}, got {int(indices.min())} to {int(indices.max())}")
 
 
 # %% ../../nbs/02_observing.ipynb #da188256
@@ -225,121 +222,6 @@ class Present:
 
     def adjoint(self, state: Tensor, misfit: Tensor) -> Tensor:
         return self.operator.adjoint(state, misfit * _beside(self.present, state.ndim - 1))
-
-
-# %% ../../nbs/02_observing.ipynb #4e3b2658
-def _real_numbers(name: str, values: Any) -> np.ndarray:
-    """`values` as an array of float64, nan where it is masked. Raises `ValueError` with `name` for what is not an array of real
-    numbers.
-    """
-    try:
-        array = np.ma.asanyarray(values) if isinstance(values, np.ma.MaskedArray) else np.asarray(values)
-    except Exception as error:  # a list of lists that differ in length, or an object that cannot be an array
-        raise ValueError(
-            f"{name}: expected an array of real numbers, got {type(values).__name__} ({_last_line(str(error))})"
-        ) from error
-    if array.dtype.kind not in "biuf":
-        got = type(values).__name__ + (f" of {array.dtype}" if array.ndim or hasattr(values, "dtype") else "")
-        raise ValueError(f"{name}: expected an array of real numbers, got {got}")
-    numbers = array.astype(np.float64)
-    return np.ascontiguousarray(np.ma.filled(numbers, np.nan)).reshape(array.shape)
-
-
-# %% ../../nbs/02_observing.ipynb #1003d2c1
-def _last_line(text: str, most: int = 300) -> str:
-    """The last line that is not empty, cropped."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:most] if lines else ""
-
-
-# %% ../../nbs/02_observing.ipynb #f1eb1943
-@dataclass(frozen=True, eq=False)
-class NumpyOperator:
-    """An observation operator from any `function` of arrays, `(n, dim) -> (n, size)`; its derivatives are central differences, over
-    steps in proportion to what each variable is in the batch. Raises `ValueError` for a function that raises anything, or returns
-    what is not real numbers, or another shape.
-    """
-
-    function: Callable[[np.ndarray], np.ndarray]
-    size: int
-    sites: tuple[int, ...] | None = None
-    linear = False
-
-    def __post_init__(self):
-        if not callable(self.function):
-            raise ValueError(f"function: expected one that can be called, got {self.function!r}")
-        if not (isinstance(self.size, Integral) and self.size >= 0):
-            raise ValueError(f"size: expected a whole number of at least 0, got {self.size!r}")
-
-    def __call__(self, state: Tensor) -> Tensor:
-        rows = state.detach().cpu().numpy().reshape(-1, state.shape[-1]).copy()
-        seen = _called(self.function, rows)
-        if seen.shape != (len(rows), self.size):
-            raise ValueError(f"function: expected observations of shape {(len(rows), self.size)}, got {seen.shape}")
-        return torch.tensor(seen, dtype=state.dtype, device=state.device).reshape(*state.shape[:-1], self.size)
-
-    def jacobian(self, state: Tensor) -> Tensor:
-        width = torch.finfo(state.dtype).eps ** (1 / 3) * _magnitude(state).unsqueeze(-1)
-        moved = [state.unsqueeze(-2) + sign * width * torch.eye(state.shape[-1]).to(state) for sign in (1, -1)]
-        return ((self(moved[0]) - self(moved[1])) / (2 * width)).mT
-
-    def adjoint(self, state: Tensor, misfit: Tensor) -> Tensor:
-        return (misfit.unsqueeze(-2) @ self.jacobian(state)).squeeze(-2)
-
-
-# %% ../../nbs/02_observing.ipynb #893809ad
-def operator_from(function: Callable[[np.ndarray], np.ndarray], size: int, dim: int, most: int = 4096) -> Operator:
-    """`function` of arrays, `(n, dim) -> (n, size)`, as the simplest operator that it is: `Select`, `Linear` or `NumpyOperator`. It
-    is tried on states of many magnitudes. Nothing is tried in more than `most` dimensions. Raises `ValueError` for a function that
-    raises anything, or returns what is not real numbers.
-    """
-    operator = NumpyOperator(function, size)
-    if dim > most:
-        return operator
-    nothing, matrix = _called(function, np.zeros((1, dim))), _called(function, np.eye(dim)).T
-    if matrix.shape != (size, dim) or nothing.any() or not np.isfinite(matrix).all():
-        return operator
-    directions = standard_normal((8, dim), stream(0, "probes")).numpy()
-    for magnitude in (10.0, 1e-6, 1e-3, 1e3, 1e6):
-        tried = magnitude * directions
-        try:
-            seen = _called(function, tried.copy())
-        except ValueError:
-            if magnitude == 10.0:
-                raise
-            return operator  # there are states that it does not take, so it is no matrix
-        if seen.shape != (8, size) or not (abs(seen - tried @ matrix.T) <= 1e-10 * (abs(tried) @ abs(matrix.T))).all():
-            return operator
-    picked = matrix.argmax(1)
-    if np.array_equal(matrix, np.eye(dim)[picked]) and len(set(picked)) == size:
-        return Select(picked, dim)
-    return Linear(torch.tensor(matrix, dtype=torch.float64))
-
-
-# %% ../../nbs/02_observing.ipynb #ad072016
-def _called(function: Callable, rows: np.ndarray) -> np.ndarray:
-    """What `function` makes of `rows`: real numbers, or a `ValueError` that names it."""
-    try:
-        seen = function(rows)
-    except (Exception, SystemExit) as error:  # whatever a stranger's function may raise
-        raise ValueError(f"function: raised {type(error).__name__}: {_last_line(str(error)) or 'no message'}") from error
-    return _real_numbers("function", seen)
-
-
-def _magnitude(state: Tensor) -> Tensor:
-    """How large each variable of `state` `(..., dim)` is: as it is there, but not less than what is usual in the batch, since a
-    value may happen to be near zero. What is usual is rounded to a power of 256, so that no state's derivatives depend on the
-    digits of another's.
-    """
-    rows = state.reshape(-1, state.shape[-1]).abs()
-    usual = (
-        torch.where(torch.isfinite(rows) & (rows > 0), rows, torch.nan).nanmedian(0).values
-        if len(rows)
-        else rows.new_zeros(rows.shape[-1])
-    )
-    others = usual.nanmedian()  # where a variable is zero in all states, what is known are the others
-    usual = torch.where(usual.isnan(), others, usual).nan_to_num(1.0)
-    return torch.maximum(state.abs(), 256 ** (usual.log2() / 8).round())
 
 
 # %% ../../nbs/02_observing.ipynb #cd7d3ffc

@@ -60,7 +60,7 @@ class ErrorCovariance(Protocol):
     """The covariance B of the errors of an estimate, as far as a data step needs it."""
 
     def update(self, x: Tensor, observations: Observations) -> Tensor:
-        """x + B Hᵀ (H B Hᵀ + P)⁻¹ (y − H(x)) for states x `(..., member, dim)`, with H linearised at x."""
+        """x + B Hᵀ (H B Hᵀ + R)⁻¹ (y − H(x)) for states x `(..., member, dim)`, with H linearised at x."""
 
 
 # %% ../../nbs/92_engine.ipynb #8e17c60b
@@ -156,12 +156,12 @@ class FactoredError:
     def _at_stations(self, x: Tensor, observations: Observations, H: csr_array, L: Tensor, d: Tensor) -> Tensor:
         """`update` where each observation is of a few variables: no matrix is as large as the observations times the state."""
         HL = torch.from_numpy(H @ L.numpy())
-        S, P = HL @ HL.T + torch.from_numpy(((H * d.numpy()) @ H.T).toarray()), observations.covariance.matrix
+        S, R = HL @ HL.T + torch.from_numpy(((H * d.numpy()) @ H.T).toarray()), observations.covariance.matrix
         if observations.missing is not None:
             present = (~observations.missing).to(S)
             S = S * present.unsqueeze(-1) * present.unsqueeze(-2)
         innovation = observations.innovation(x)
-        if (S := S + P).ndim == 2:
+        if (S := S + R).ndim == 2:
             weight = torch.linalg.solve_ex(S, innovation.flatten(0, -2).T).result.T.reshape(innovation.shape)
         else:
             weight = torch.linalg.solve_ex(S, innovation.mT).result.mT

@@ -3,8 +3,9 @@
 # %% ../../nbs/99_public.ipynb #f153d6bc
 """Twin experiments: a truth of our own, cycles of forecast and analysis, and scores."""
 
-from .cycle import FreeRun, Method, cycle
+from .cycle import FreeRun, cycle
 from .experiment import TwinExperiment, nature_run, nature_start, observe_truth, watch_nature
+from .method import Method
 from .reanalysis import check_archive, make_archive, pairs_of, read_archive
 from .scores import (
     ensemble_scores,

@@ -5,20 +5,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-import json
 import warnings
 from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
 from numbers import Integral
-from typing import Any, Callable, Iterator, Literal, Protocol, Sequence, runtime_checkable
+from typing import Any, Callable, Iterator, Literal, Sequence
 
-import numpy as np
 import torch
 import xarray as xr
-from scoringrules import crps_ensemble
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -28,43 +23,13 @@ from ..core.settings import _require_count
 from ..dynamics.base import trajectory
 from ..dynamics.derivatives import Forecast
 from ..observing.observations import Observations
+from .collecting import _as_dataset, _averaged, _blocks_of_scores, _described
 from .experiment import TwinExperiment, watch_nature
-from .scores import _statistics
+from .method import Method, Segment, _same_shape
+from .window import window_cycle
 
 # %% auto #0
-__all__ = ["Method", "FreeRun", "cycle"]
-
-
-# %% ../../nbs/03_twin.ipynb #a0857f8a
-@runtime_checkable
-class Method(Protocol):
-    """One question: background + observations -> analysis.
-
-    A **filter** (`window` 1) takes the background `(..., member, dim)` and what was seen at its time,
-    and returns the analysis in the same shape. `forecast(states, steps)` is the forecast model
-    without its error, for methods that need it (without `steps`: to the next observation time);
-    `generator` is the method's own stream.
-
-    Optional attributes make other methods. With `from_start` (implied by a `window` above 1)
-    the background is valid at the *start* of the window, one interval before the first of a list of
-    `window` observations; the analysis is one of that time, or of all times of the window, `(window
-    + 1, ..., member, dim)`. `shift` says by how many observation times the window moves on (default:
-    `window`). A method with a `lag` is also given `past` `(lag, ..., member, dim)`, the analyses
-    before, and returns them improved, followed by the new one. A filter that is `weighted` is also
-    given the `weights` `(..., member)` of the background, which add up to one, and returns a pair:
-    the analysis, and its weights.
-    """
-
-    window: int
-
-    def analyse(
-        self,
-        background: Tensor,
-        observations: Observations,
-        *,
-        forecast: Callable[[Tensor, int], Tensor],
-        generator: torch.Generator,
-    ) -> Tensor: ...
+__all__ = ["FreeRun", "cycle"]
 
 
 # %% ../../nbs/03_twin.ipynb #c5a649ef
@@ -78,27 +43,6 @@ class FreeRun:
         self, background: Tensor, observations: Observations, *, forecast: Callable | None, generator: torch.Generator | None
     ) -> Tensor:
         return background
-
-
-# %% ../../nbs/03_twin.ipynb #d118dd54
-@dataclass
-class Segment:
-    """One interval of a cycle: nature's states `truth` and the `estimate` of them `(steps, run, dim)`,
-    and what there is at its end: `observations`, and the ensembles `background`, `analysis` and
-    `smoothed` (what later observations made of the analysis) `(run, member, dim)`.
-
-    Where members carry weights `(run, member)`, `weights` are those of the analysis, and `background_weights` those of the
-    background and of all estimates before the analysis; None are equal ones.
-    """
-
-    truth: Tensor
-    observations: Observations
-    estimate: Tensor
-    background: Tensor
-    analysis: Tensor
-    smoothed: Tensor
-    background_weights: Tensor | None = None
-    weights: Tensor | None = None
 
 
 # %% ../../nbs/03_twin.ipynb #1de61724
@@ -125,7 +69,7 @@ def filter_cycle(
         past = {"past": torch.stack([s.smoothed for s in waiting])} if lag and waiting else {}
         carried, before = {"weights": weights} if weighted else past, weights
         analysis = method.analyse(background, observations, forecast=forecast, generator=generator, **carried)
-        if past:
+        if past:  # the analyses before, improved, and then the new one
             for segment, smoothed in zip(waiting, analysis[:-1]):
                 segment.smoothed = set_aside(smoothed, k)
             analysis = analysis[-1]
@@ -137,14 +81,6 @@ def filter_cycle(
         if len(waiting) > lag:
             yield waiting.popleft()
     yield from waiting
-
-
-# %% ../../nbs/03_twin.ipynb #e80f2886
-def _same_shape(method: Method, background: Tensor, analysis: Tensor) -> None:
-    if analysis.shape != background.shape:
-        raise ValueError(
-            f"{type(method).__name__}: expected an analysis of shape {tuple(background.shape)}, got {tuple(analysis.shape)}"
-        )
 
 
 # %% ../../nbs/03_twin.ipynb #9727ed41
@@ -166,56 +102,43 @@ def _with_weights(method: Method, background: Tensor, answer: Any) -> tuple[Tens
     return analysis.masked_fill(lost.unsqueeze(-1), torch.nan), weights
 
 
-# %% ../../nbs/03_twin.ipynb #4224b0f9
-def window_cycle(
-    method: Method,
-    nature: Iterator[tuple[Tensor, Observations]],
-    forecast: Forecast,
-    advance: Callable[[Tensor], Tensor],
-    state: Tensor,
-    set_aside: Callable[[Tensor, int], Tensor],
-    generator: torch.Generator,
-    cycles: int,
-) -> Iterator[Segment]:
-    """Cycle a method that analyses the start of a window; arguments as for `filter_cycle`. If the number
-    of `cycles` is no multiple of the shift, the first move is shorter.
-    """
-    window, shift = method.window, getattr(method, "shift", method.window)
-    if not 1 <= shift <= window:
-        raise ValueError(f"shift: expected 1 to {window}, the method's window, got {shift}")
-    inside: deque[Segment] = deque()
-    arrivals, end, path = iter(nature), 0, [state]
-    for move in [cycles % shift] * bool(cycles % shift) + [shift] * (cycles // shift):
-        arrived = list(itertools.islice(arrivals, move))
-        now = end  # the first cycle that this move adds, counted from 0
-        # move the start of the window on: along the analysed states if the method gave them, or by forecasts
-        for _ in range(max(0, len(inside) + len(arrived) - window)):
-            yield inside.popleft()
-            path = path[1:] if len(path) > 1 else [advance(path[0])[-1]]
-        end += len(arrived)
-        background = set_aside(path[0], now)
-        before = [trajectory(forecast.model, background, forecast.interval)]
-        for _ in range(len(inside) + len(arrived) - 1):
-            before.append(trajectory(forecast.model, before[-1][-1], forecast.interval))
-        for (truth, observations), states in zip(arrived, before[len(inside) :]):
-            last = set_aside(states[-1], now)
-            inside.append(Segment(truth, observations, states[1:], last, last, last))
-        seen = [segment.observations for segment in inside]
-        analysed = method.analyse(background, seen, forecast=forecast, generator=generator)
-        whole = analysed.ndim == background.ndim + 1
-        if whole and len(analysed) != len(seen) + 1:
-            raise ValueError(f"{type(method).__name__}: expected analyses of {len(seen) + 1} times, got {len(analysed)}")
-        _same_shape(method, background, analysed[0] if whole else analysed)
-        path = [set_aside(x, now) for x in analysed] if whole else [set_aside(analysed, now)]
-        start = path[0]
-        for j, segment in enumerate(inside):
-            states = trajectory(forecast.model, path[j] if whole else start, forecast.interval)
-            start = path[j + 1] if whole else set_aside(states[-1], now)
-            if j >= len(inside) - len(arrived):
-                states[-1] = segment.analysis = start
-                segment.estimate = states[1:]
-            segment.smoothed = start
-    yield from inside
+# %% ../../nbs/03_twin.ipynb #9be330d4
+class _Runs:
+    """The runs of a cycle: their first states, how they advance, how large nature is, and which of them failed when."""
+
+    def __init__(self, experiment: TwinExperiment, nature: Iterator, members: int, runs: int, seed: int, split: str):
+        self.experiment, self.nature, self.members = experiment, nature, members
+        self.noise = RunNoise(seed, split, "model error", runs)
+        error = RunNoise(seed, split, "first background", runs).draw(1, members, experiment.dim)[0]
+        truth = next(nature)[0][0].unsqueeze(-2)
+        if len(truth) != runs:
+            raise ValueError(f"nature: expected one of {runs} runs, got {len(truth)}")
+        if experiment.first_ensemble == "around_truth":
+            self.first = truth + experiment.background_variance**0.5 * error
+        else:
+            centre = torch.tensor(experiment.start, dtype=torch.float64)
+            self.first = centre + experiment.start_variance**0.5 * error
+        self.failed = torch.full((runs,), -1)
+        self.size = truth.abs().amax((1, 2), keepdim=True).clamp_min(1.0)  # of each run's nature
+
+    def watched(self) -> Iterator[tuple[Tensor, Observations]]:
+        for truth, observations in self.nature:
+            self.size = torch.maximum(self.size, truth.abs().amax((0, 2))[:, None, None])
+            yield truth, observations
+
+    def advance(self, state: Tensor) -> Tensor:
+        """States `(step, run, member, dim)` of the next interval, perturbed by the model error."""
+        e, error = self.experiment, None
+        if e.model_error.variance > 0:
+            error = e.model_error.variance**0.5 * self.noise.draw(e.interval, self.members, e.dim)
+        return trajectory(e.forecast_model, state, e.interval, error)
+
+    def set_aside(self, state: Tensor, k: int) -> Tensor:
+        """Note runs of `state` `(run, member, dim)` that are not finite, or about to be so; a harmless state takes their place."""
+        broken = ~(state.abs() <= 1e6 * self.size).flatten(1).all(1)
+        self.failed[broken & (self.failed < 0)] = k
+        gone = self.failed >= 0
+        return torch.where(gone[:, None, None], self.first, state) if gone.any() else state
 
 
 # %% ../../nbs/03_twin.ipynb #9f846bee
@@ -234,18 +157,40 @@ def cycle(
 ) -> xr.Dataset:
     """Run `method` through `runs` independent twin experiments at once.
 
-    Returns an `xarray.Dataset` with dimensions run, time (every model step, after the start),
-    cycle, variable: `truth` and `estimate` (the ensemble mean; at an observation time, the
-    analysis), `rmse` over variables at every step, `background` and `analysis` means and their
-    spreads, `smoothed` means for methods that look back, `observations`, the fair `crps` of the
-    analysis ensemble and the `rank` of the truth in it, the number of observations `missing`, and
-    `failed`, the cycle (counted from 0) at which a run became non-finite, or -1. With
-    `keep_members`, also the ensembles themselves. If members have weights, all of these use them; their `concentration` Σ w² is one
-    over the effective number of members, and `keep_members` keeps them, too. With `keep="scores"` only what `scores` and the
-    other summaries need, in memory that does not grow with the number of cycles. `nature` is what
-    `watch_nature` yields, if it is at hand. Raises
-    `ValueError` for fewer than one run or member, or a method without a `window`.
+    Returns an `xarray.Dataset` with dimensions run, time (every model step, after the start), cycle, variable: `truth` and
+    `estimate` (the ensemble mean; at an observation time, the analysis), `rmse` over variables at every step, `background` and
+    `analysis` means and their spreads, `smoothed` means for methods that look back, `observations`, the fair `crps` of the
+    analysis ensemble and the `rank` of the truth in it, the number of observations `missing`, and `failed`, the cycle (counted
+    from 0) at which a run became non-finite, or -1. With `keep_members`, also the ensembles themselves. If members have weights,
+    all of these use them; their `concentration` Σ w² is one over the effective number of members, and `keep_members` keeps them,
+    too. With `keep="scores"` only what `scores` and the other summaries need, in memory that does not grow with the number of
+    cycles. `nature` is what `watch_nature` yields, if it is at hand. Raises `ValueError` for fewer than one run or member, or a
+    method without a `window`.
     """
+    _check_cycle(method, members, runs, keep)
+    nature = iter(watch_nature(experiment, runs, seed, split) if nature is None else nature)
+    batch = _Runs(experiment, nature, members, runs, seed, split)
+    loop = filter_cycle
+    if getattr(method, "from_start", method.window > 1):
+        loop = partial(window_cycle, cycles=experiment.cycles)
+    forecast, own = Forecast(experiment.forecast_model, experiment.interval), RunStreams(seed, split, "method", runs=runs)
+    segments = loop(method, batch.watched(), forecast, batch.advance, batch.first, batch.set_aside, own)
+    # bars go away when done, and stay off where there is no terminal to draw them on
+    name, off = progress if isinstance(progress, str) else type(method).__name__, None if progress else True
+    bar = tqdm(map(_averaged, segments), total=experiment.cycles, desc=name, disable=off, leave=False)
+    if keep == "all":
+        result = _as_dataset(experiment, method, list(bar), 0, batch.failed, keep_members)
+    else:
+        result = _blocks_of_scores(experiment, method, bar, batch.failed)
+    result["failed"] = (("run",), batch.failed.numpy())
+    settings = {"members": members, "runs": runs, "seed": seed, "split": split, "burn_in": experiment.burn_in}
+    result.attrs = _described(experiment, method) | settings
+    _warn_of_failed(method, batch.failed)
+    return result
+
+
+# %% ../../nbs/03_twin.ipynb #f2703b95
+def _check_cycle(method: Method, members: int, runs: int, keep: str) -> None:
     for name, count in (("members", members), ("runs", runs)):
         _require_count(name, count, 1)
     window = getattr(method, "window", None)
@@ -253,239 +198,16 @@ def cycle(
         raise ValueError(f"method: expected one with a window of at least 1, got window={window}")
     if keep not in ("all", "scores"):
         raise ValueError(f"keep: expected 'all' or 'scores', got {keep!r}")
-    model, interval = experiment.forecast_model, experiment.interval
-    noise = RunNoise(seed, split, "model error", runs)
-    first_error = RunNoise(seed, split, "first background", runs).draw(1, members, experiment.dim)[0]
-    nature = iter(watch_nature(experiment, runs, seed, split) if nature is None else nature)
-    beginning = next(nature)[0][0].unsqueeze(-2)
-    if len(beginning) != runs:
-        raise ValueError(f"nature: expected one of {runs} runs, got {len(beginning)}")
-    if experiment.first_ensemble == "around_truth":
-        first = beginning + experiment.background_variance**0.5 * first_error
-    else:
-        centre = torch.tensor(experiment.start, dtype=torch.float64)
-        first = centre + experiment.start_variance**0.5 * first_error
-    failed = torch.full((runs,), -1)
-    size = beginning.abs().amax((1, 2), keepdim=True).clamp_min(1.0)  # of each run
 
-    def watched():
-        nonlocal size
-        for truth, observations in nature:
-            size = torch.maximum(size, truth.abs().amax((0, 2))[:, None, None])
-            yield truth, observations
 
-    def set_aside(state: Tensor, k: int) -> Tensor:
-        # a million times nature's size is no state
-        return _set_aside(state, first, failed, k, 1e6 * size)
-
-    def advance(state: Tensor) -> Tensor:
-        error = None
-        if experiment.model_error.variance > 0:
-            error = experiment.model_error.variance**0.5 * noise.draw(interval, members, experiment.dim)
-        return trajectory(model, state, interval, error)
-
-    loop = filter_cycle
-    if getattr(method, "from_start", window > 1):
-        loop = partial(window_cycle, cycles=experiment.cycles)
-    segments = loop(
-        method, watched(), Forecast(model, interval), advance, first, set_aside, RunStreams(seed, split, "method", runs=runs)
-    )
-    # bars go away when done, and stay off where there is no terminal to draw them on
-    bar = tqdm(
-        map(_averaged, segments),
-        total=experiment.cycles,
-        desc=progress if isinstance(progress, str) else type(method).__name__,
-        disable=None if progress else True,
-        leave=False,
-    )
-    if keep == "all":
-        result = _as_dataset(experiment, method, list(bar), 0, failed, keep_members)
-    else:
-        result = _blocks_of_scores(experiment, method, bar, failed)
-    result["failed"] = (("run",), failed.numpy())
-    result.attrs = {
-        "experiment": experiment.name,
-        "method": repr(method),
-        "method_settings": _settings_of(method),
-        "members": members,
-        "runs": runs,
-        "seed": seed,
-        "split": split,
-        "burn_in": experiment.burn_in,
-    }
+def _warn_of_failed(method: Method, failed: Tensor) -> None:
     if (failed >= 0).any():
         where = ", ".join(f"run {run} at cycle {failed[run]}" for run in (failed >= 0).nonzero()[:, 0].tolist()[:5])
         warnings.warn(
-            f"{type(method).__name__}: {int((failed >= 0).sum())} of {runs} runs became non-finite ({where}); they are "
+            f"{type(method).__name__}: {int((failed >= 0).sum())} of {len(failed)} runs became non-finite ({where}); they are "
             "left out of the scores",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return result
-
-
-# %% ../../nbs/03_twin.ipynb #26336e13
-def _averaged(segment: Segment) -> Segment:
-    """Of the states between analyses only the mean is of use, and they are many."""
-    if segment.weights is None:
-        segment.estimate = segment.estimate.mean(-2, keepdim=True)
-    else:  # the last of them is the analysis
-        before, last = segment.estimate[:-1], segment.estimate[-1:]
-        segment.estimate = torch.cat((_mean(before, segment.background_weights), _mean(last, segment.weights))).unsqueeze(-2)
-    return segment
-
-
-def _mean(ensemble: Tensor, weights: Tensor | None) -> Tensor:
-    """The mean over members of `ensemble` `(..., member, dim)` with their `weights` `(..., member)`."""
-    return ensemble.mean(-2) if weights is None else (weights.unsqueeze(-1) * ensemble).sum(-2)
-
-
-def _variance(ensemble: Tensor, weights: Tensor | None) -> Tensor:
-    """The unbiased variance over members of `ensemble` `(..., member, dim)` with their `weights` `(..., member)`."""
-    if weights is None:
-        return ensemble.var(-2, unbiased=True)
-    squared = (ensemble - _mean(ensemble, weights).unsqueeze(-2)).square()
-    return _mean(squared, weights) / _unlike(weights).unsqueeze(-1)
-
-
-# %% ../../nbs/03_twin.ipynb #d6e4f1c9
-def _unlike(weights: Tensor) -> Tensor:
-    """1 - Σ w²: how often two members drawn by their weights are two; what makes sample statistics unbiased."""
-    return (1 - weights.square().sum(-1)).clamp_min(1 / weights.shape[-1])
-
-
-# %% ../../nbs/03_twin.ipynb #6b6a4eb6
-def _fair_crps(truth: Tensor, ensemble: Tensor, weights: Tensor) -> Tensor:
-    """The fair CRPS of `truth` `(..., dim)` for members `(..., member, dim)` with `weights` `(..., member)`: in a sorted ensemble,
-    the mean distance between two members is a sum over one of them.
-    """
-    apart = (ensemble - truth.unsqueeze(-2)).movedim(-1, -2)  # sorted values then lose nothing to a large mean
-    order = apart.argsort(-1)
-    apart = apart.gather(-1, order)
-    w = weights.unsqueeze(-2).expand(apart.shape).gather(-1, order)
-    between = (w * apart * (2 * w.cumsum(-1) - w - 1)).sum(-1)  # half of it, over all pairs
-    return (w * apart.abs()).sum(-1) - between / _unlike(weights).unsqueeze(-1)
-
-
-# %% ../../nbs/03_twin.ipynb #6c44e815
-def _settings_of(method: Method) -> str:
-    """The plain settings of a method, as JSON: numbers and words, not priors or matrices."""
-    fields = dataclasses.fields(method) if dataclasses.is_dataclass(method) else ()
-    return json.dumps({f.name: v for f in fields if f.init and isinstance(v := getattr(method, f.name), (int, float, str))})
-
-
-# %% ../../nbs/03_twin.ipynb #801c210e
-def _set_aside(state: Tensor, first: Tensor, failed: Tensor, k: int, limit: Tensor) -> Tensor:
-    """Note runs of `state` `(run, member, dim)` that are not finite, or beyond `limit` and about to
-    be so, and put a harmless state in their place.
-    """
-    broken = ~(state.abs() <= limit).flatten(1).all(1)
-    failed[broken & (failed < 0)] = k
-    gone = failed >= 0
-    return torch.where(gone[:, None, None], first, state) if gone.any() else state
-
-
-# %% ../../nbs/03_twin.ipynb #f29b533a
-def _as_dataset(experiment, method, segments: list[Segment], first_cycle: int, failed: Tensor, keep_members: bool) -> xr.Dataset:
-    """Collect segments of a cycle; set-aside runs become nan from the cycle of their failure on."""
-    interval, count = experiment.interval, len(segments)
-    truth = torch.cat([s.truth for s in segments])
-    bad_cycle = (failed >= 0)[None] & (first_cycle + torch.arange(count)[:, None] >= failed[None])
-    bad_step = bad_cycle.repeat_interleave(interval, dim=0)
-    estimate = torch.cat([s.estimate.mean(-2) for s in segments])
-    estimate = estimate.masked_fill(bad_step[..., None], torch.nan)
-    background, analysis = (
-        torch.stack(x).masked_fill(bad_cycle[..., None, None], torch.nan)
-        for x in ([s.background for s in segments], [s.analysis for s in segments])
-    )
-    members, at_cycles = analysis.shape[2], truth[interval - 1 :: interval]
-    weights = before = None
-    if segments[0].weights is not None:
-        before, weights = (torch.stack(x) for x in ([s.background_weights for s in segments], [s.weights for s in segments]))
-
-    def spread(x: Tensor, weights: Tensor | None) -> Tensor:
-        return _variance(x, weights).mean(-1).sqrt()
-
-    def by_run(x: Tensor) -> np.ndarray:
-        return x.transpose(0, 1).numpy()
-
-    step, per_cycle = ("run", "time", "variable"), ("run", "cycle", "variable")
-    values = torch.stack([s.observations.values for s in segments])
-    lost = [s.observations.missing for s in segments]
-    missing = torch.stack([torch.zeros_like(v, dtype=bool) if m is None else m for v, m in zip(values, lost)])
-    result = xr.Dataset(
-        {
-            "truth": (step, by_run(truth)),
-            "estimate": (step, by_run(estimate)),
-            "rmse": (("run", "time"), by_run((estimate - truth).square().mean(-1).sqrt())),
-            "background": (per_cycle, by_run(_mean(background, before))),
-            "analysis": (per_cycle, by_run(_mean(analysis, weights))),
-            "observations": (("run", "cycle", "observation"), by_run(values.masked_fill(missing, torch.nan))),
-            "missing": (("run", "cycle"), by_run(missing.sum(-1))),
-        },
-        coords={
-            "time": (
-                "time",
-                (first_cycle * interval + np.arange(1, count * interval + 1)) * experiment.nature.dt,
-                {"units": "model time units"},
-            ),
-            "cycle_time": ("cycle", (first_cycle + np.arange(1, count + 1)) * interval * experiment.nature.dt),
-            "variable": experiment.variables,
-        },
-    )
-    if getattr(method, "lag", 0) or getattr(method, "shift", method.window) < method.window:
-        smoothed = torch.stack([s.smoothed.mean(-2) for s in segments])
-        # a failure reaches back as far as the method looks: nothing of such a run is kept
-        result["smoothed"] = (per_cycle, by_run(smoothed.masked_fill((failed >= 0)[:, None], torch.nan)))
-    if members > 1:
-        result["background_spread"] = (("run", "cycle"), by_run(spread(background, before)))
-        result["analysis_spread"] = (("run", "cycle"), by_run(spread(analysis, weights)))
-        below = analysis < at_cycles.unsqueeze(2)
-        if weights is None:
-            crps, rank = crps_ensemble(by_run(at_cycles), by_run(analysis), m_axis=2, estimator="pwm"), below.sum(2).double()
-        else:  # the rank among as many members drawn evenly from the weighted ones
-            crps, rank = by_run(_fair_crps(at_cycles, analysis, weights)), (members * _mean(below, weights)).round()
-            result["concentration"] = (("run", "cycle"), by_run(weights.square().sum(-1).masked_fill(bad_cycle, torch.nan)))
-        result["crps"] = (per_cycle, crps)
-        result["rank"] = (per_cycle, by_run(rank.masked_fill(bad_cycle[..., None], torch.nan)))
-    if keep_members:
-        whole = ("run", "cycle", "member", "variable")
-        result["background_members"], result["analysis_members"] = ((whole, by_run(background)), (whole, by_run(analysis)))
-        if weights is not None:
-            result["background_weights"], result["analysis_weights"] = ((whole[:-1], by_run(x)) for x in (before, weights))
-    return result
-
-
-# %% ../../nbs/03_twin.ipynb #2e1cc207
-def _blocks_of_scores(experiment, method, segments, failed: Tensor, most: int = 16) -> xr.Dataset:
-    """Statistics of blocks of at most 50 cycles, fewer if there are few or states are large; when there are `most`,
-    neighbours are merged and blocks are twice as long from then on.
-    """
-    blocks: list[xr.Dataset] = []
-    missing, done, segments = 0, experiment.burn_in, iter(segments)
-    for _ in itertools.islice(segments, experiment.burn_in):
-        pass
-    first = next(segments)
-    segments = itertools.chain([first], segments)
-    scored = experiment.cycles - experiment.burn_in
-    length = full = max(1, min(50, scored // 5, 2_000_000 // first.analysis.numel()))
-    while part := list(itertools.islice(segments, length)):
-        block = _as_dataset(experiment, method, part, done, failed, False)
-        block.attrs["members"] = part[0].analysis.shape[1]
-        missing, done = missing + block.missing.sum("cycle"), done + len(part)
-        block = _statistics(block).drop_vars("rmse").assign(cycles=float(len(part)))
-        if blocks and blocks[-1].cycles < full:
-            block = _merge((blocks.pop(), block))
-        blocks.append(block)
-        if len(blocks) == most:
-            blocks, full = [_merge(pair) for pair in zip(blocks[::2], blocks[1::2])], 2 * full
-    return xr.concat(blocks, "block").assign(missing=missing)
-
-
-# %% ../../nbs/03_twin.ipynb #573cd33f
-def _merge(blocks: tuple[xr.Dataset, ...]) -> xr.Dataset:
-    both = xr.concat(blocks, "block")
-    means = both.drop_vars("cycles").weighted(both.cycles).mean("block", skipna=False)
-    return means.assign(cycles=both.cycles.sum())
 
 
 # %% ../../nbs/03_twin.ipynb #c040b826

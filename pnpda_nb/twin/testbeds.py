@@ -213,8 +213,7 @@ def bocquet2013(cycles: int = 1000) -> TwinExperiment:
 # %% ../../nbs/91_models.ipynb #3bdfe5ab
 def bocquet2010(cycles: int = 1280) -> TwinExperiment:
     """Lorenz-96 with 10 variables, half observed, as in Bocquet et al. (2010): every second one seen every step of 0.05 with
-    variance
-    2.25, a perfect model, scores from time 20 on.
+    variance 2.25, a perfect model, scores from time 20 on.
     """
     model = Lorenz96(dim=10)
     return TwinExperiment(
