@@ -51,6 +51,7 @@ def vary_draws(settings: AblationSettings) -> Plan:
     return {(f"draws={n}", "pnpda"): cycle_63(settings, f"draws {n}", draws=n) for n in settings.draws}
 
 
+# %% ../../nbs/15_ablations.ipynb #a2d0aac6
 def vary_ensemble(settings: AblationSettings) -> Plan:
     """Answers whose mean is the analysis."""
     return {(f"ensemble={n}", "pnpda"): cycle_63(settings, f"ensemble {n}", ensemble=n) for n in settings.ensembles}
