@@ -79,13 +79,8 @@ class Lorenz63Settings:
 
     def world(self, **changes) -> dict:
         """The arguments of `lorenz63`, with `changes`."""
-        given = {
-            "observed": self.observed,
-            "cycles": self.cycles,
-            "variance": self.observation_variance,
-            "correlation": self.observation_correlation,
-            "model_error_variance": self.model_error_variance,
-        }
+        given = {"observed": self.observed, "cycles": self.cycles, "variance": self.observation_variance}
+        given |= {"correlation": self.observation_correlation, "model_error_variance": self.model_error_variance}
         return given | changes
 
     def experiment(self, **changes) -> TwinExperiment:
