@@ -580,48 +580,48 @@ d = {
                 "pnpda_nb/dynamics/models.py",
             ),
         },
+        "pnpda_nb.experiments.ablation_study": {
+            "pnpda_nb.experiments.ablation_study._bars": ("studies.html#_bars", "pnpda_nb/experiments/ablation_study.py"),
+            "pnpda_nb.experiments.ablation_study._lines": ("studies.html#_lines", "pnpda_nb/experiments/ablation_study.py"),
+            "pnpda_nb.experiments.ablation_study.figure_variants": (
+                "studies.html#figure_variants",
+                "pnpda_nb/experiments/ablation_study.py",
+            ),
+            "pnpda_nb.experiments.ablation_study.figures_ablations": (
+                "studies.html#figures_ablations",
+                "pnpda_nb/experiments/ablation_study.py",
+            ),
+            "pnpda_nb.experiments.ablation_study.plan_ablations": (
+                "studies.html#plan_ablations",
+                "pnpda_nb/experiments/ablation_study.py",
+            ),
+            "pnpda_nb.experiments.ablation_study.report_ablations": (
+                "studies.html#report_ablations",
+                "pnpda_nb/experiments/ablation_study.py",
+            ),
+        },
+        "pnpda_nb.experiments.ablation_tasks": {
+            "pnpda_nb.experiments.ablation_tasks.AblationSettings": (
+                "studies.html#ablationsettings",
+                "pnpda_nb/experiments/ablation_tasks.py",
+            ),
+            "pnpda_nb.experiments.ablation_tasks.AblationSettings.__post_init__": (
+                "studies.html#ablationsettings.__post_init__",
+                "pnpda_nb/experiments/ablation_tasks.py",
+            ),
+            "pnpda_nb.experiments.ablation_tasks.AblationSettings.lorenz63": (
+                "studies.html#ablationsettings.lorenz63",
+                "pnpda_nb/experiments/ablation_tasks.py",
+            ),
+            "pnpda_nb.experiments.ablation_tasks.AblationSettings.lorenz96": (
+                "studies.html#ablationsettings.lorenz96",
+                "pnpda_nb/experiments/ablation_tasks.py",
+            ),
+            "pnpda_nb.experiments.ablation_tasks.cycle_63": ("studies.html#cycle_63", "pnpda_nb/experiments/ablation_tasks.py"),
+            "pnpda_nb.experiments.ablation_tasks.cycle_96": ("studies.html#cycle_96", "pnpda_nb/experiments/ablation_tasks.py"),
+            "pnpda_nb.experiments.ablation_tasks.prior_96": ("studies.html#prior_96", "pnpda_nb/experiments/ablation_tasks.py"),
+        },
         "pnpda_nb.experiments.ablations": {
-            "pnpda_nb.experiments.ablations.AblationSettings": (
-                "ablations.html#ablationsettings",
-                "pnpda_nb/experiments/ablations.py",
-            ),
-            "pnpda_nb.experiments.ablations.AblationSettings.__post_init__": (
-                "ablations.html#ablationsettings.__post_init__",
-                "pnpda_nb/experiments/ablations.py",
-            ),
-            "pnpda_nb.experiments.ablations.AblationSettings.lorenz63": (
-                "ablations.html#ablationsettings.lorenz63",
-                "pnpda_nb/experiments/ablations.py",
-            ),
-            "pnpda_nb.experiments.ablations.AblationSettings.lorenz96": (
-                "ablations.html#ablationsettings.lorenz96",
-                "pnpda_nb/experiments/ablations.py",
-            ),
-            "pnpda_nb.experiments.ablations._lorenz63_cycle": (
-                "ablations.html#_lorenz63_cycle",
-                "pnpda_nb/experiments/ablations.py",
-            ),
-            "pnpda_nb.experiments.ablations._lorenz96_cycle": (
-                "ablations.html#_lorenz96_cycle",
-                "pnpda_nb/experiments/ablations.py",
-            ),
-            "pnpda_nb.experiments.ablations._lorenz96_prior": (
-                "ablations.html#_lorenz96_prior",
-                "pnpda_nb/experiments/ablations.py",
-            ),
-            "pnpda_nb.experiments.ablations.figure_variants": (
-                "ablations.html#figure_variants",
-                "pnpda_nb/experiments/ablations.py",
-            ),
-            "pnpda_nb.experiments.ablations.figures_ablations": (
-                "ablations.html#figures_ablations",
-                "pnpda_nb/experiments/ablations.py",
-            ),
-            "pnpda_nb.experiments.ablations.plan_ablations": ("ablations.html#plan_ablations", "pnpda_nb/experiments/ablations.py"),
-            "pnpda_nb.experiments.ablations.report_ablations": (
-                "ablations.html#report_ablations",
-                "pnpda_nb/experiments/ablations.py",
-            ),
             "pnpda_nb.experiments.ablations.shift_forcing": ("ablations.html#shift_forcing", "pnpda_nb/experiments/ablations.py"),
             "pnpda_nb.experiments.ablations.shift_sigma": ("ablations.html#shift_sigma", "pnpda_nb/experiments/ablations.py"),
             "pnpda_nb.experiments.ablations.vary_alpha": ("ablations.html#vary_alpha", "pnpda_nb/experiments/ablations.py"),
@@ -647,181 +647,228 @@ d = {
             "pnpda_nb.experiments.ablations.vary_step_rule": ("ablations.html#vary_step_rule", "pnpda_nb/experiments/ablations.py"),
         },
         "pnpda_nb.experiments.beyond": {
-            "pnpda_nb.experiments.beyond.BeyondSettings": ("one_forecast.html#beyondsettings", "pnpda_nb/experiments/beyond.py"),
-            "pnpda_nb.experiments.beyond.BeyondSettings.__post_init__": (
-                "one_forecast.html#beyondsettings.__post_init__",
-                "pnpda_nb/experiments/beyond.py",
+            "pnpda_nb.experiments.beyond._members": ("studies.html#_members", "pnpda_nb/experiments/beyond.py"),
+            "pnpda_nb.experiments.beyond._trial": ("studies.html#_trial", "pnpda_nb/experiments/beyond.py"),
+            "pnpda_nb.experiments.beyond._tuned": ("studies.html#_tuned", "pnpda_nb/experiments/beyond.py"),
+            "pnpda_nb.experiments.beyond.beyond_archive": ("studies.html#beyond_archive", "pnpda_nb/experiments/beyond.py"),
+            "pnpda_nb.experiments.beyond.beyond_study": ("studies.html#beyond_study", "pnpda_nb/experiments/beyond.py"),
+            "pnpda_nb.experiments.beyond.beyond_tuning": ("studies.html#beyond_tuning", "pnpda_nb/experiments/beyond.py"),
+            "pnpda_nb.experiments.beyond.draw_forecasts": ("studies.html#draw_forecasts", "pnpda_nb/experiments/beyond.py"),
+            "pnpda_nb.experiments.beyond.figure_beyond": ("studies.html#figure_beyond", "pnpda_nb/experiments/beyond.py"),
+            "pnpda_nb.experiments.beyond.figures_beyond": ("studies.html#figures_beyond", "pnpda_nb/experiments/beyond.py"),
+            "pnpda_nb.experiments.beyond.filter_cycle": ("studies.html#filter_cycle", "pnpda_nb/experiments/beyond.py"),
+            "pnpda_nb.experiments.beyond.kept_beyond": ("studies.html#kept_beyond", "pnpda_nb/experiments/beyond.py"),
+            "pnpda_nb.experiments.beyond.one_forecast_cycle": ("studies.html#one_forecast_cycle", "pnpda_nb/experiments/beyond.py"),
+            "pnpda_nb.experiments.beyond.plan_beyond": ("studies.html#plan_beyond", "pnpda_nb/experiments/beyond.py"),
+            "pnpda_nb.experiments.beyond.report_beyond": ("studies.html#report_beyond", "pnpda_nb/experiments/beyond.py"),
+            "pnpda_nb.experiments.beyond.table_beyond": ("studies.html#table_beyond", "pnpda_nb/experiments/beyond.py"),
+            "pnpda_nb.experiments.beyond.twenty_cycle": ("studies.html#twenty_cycle", "pnpda_nb/experiments/beyond.py"),
+        },
+        "pnpda_nb.experiments.beyond_testbeds": {
+            "pnpda_nb.experiments.beyond_testbeds.BeyondSettings": (
+                "studies.html#beyondsettings",
+                "pnpda_nb/experiments/beyond_testbeds.py",
             ),
-            "pnpda_nb.experiments.beyond.BeyondSettings.conditions": (
-                "one_forecast.html#beyondsettings.conditions",
-                "pnpda_nb/experiments/beyond.py",
+            "pnpda_nb.experiments.beyond_testbeds.BeyondSettings.__post_init__": (
+                "studies.html#beyondsettings.__post_init__",
+                "pnpda_nb/experiments/beyond_testbeds.py",
             ),
-            "pnpda_nb.experiments.beyond.BeyondSettings.following": (
-                "one_forecast.html#beyondsettings.following",
-                "pnpda_nb/experiments/beyond.py",
+            "pnpda_nb.experiments.beyond_testbeds.BeyondSettings.conditions": (
+                "studies.html#beyondsettings.conditions",
+                "pnpda_nb/experiments/beyond_testbeds.py",
             ),
-            "pnpda_nb.experiments.beyond.BeyondSettings.training": (
-                "one_forecast.html#beyondsettings.training",
-                "pnpda_nb/experiments/beyond.py",
+            "pnpda_nb.experiments.beyond_testbeds.BeyondSettings.following": (
+                "studies.html#beyondsettings.following",
+                "pnpda_nb/experiments/beyond_testbeds.py",
             ),
-            "pnpda_nb.experiments.beyond.beyond_archive": ("one_forecast.html#beyond_archive", "pnpda_nb/experiments/beyond.py"),
-            "pnpda_nb.experiments.beyond.beyond_priors": ("one_forecast.html#beyond_priors", "pnpda_nb/experiments/beyond.py"),
-            "pnpda_nb.experiments.beyond.beyond_record": ("one_forecast.html#beyond_record", "pnpda_nb/experiments/beyond.py"),
-            "pnpda_nb.experiments.beyond.beyond_study": ("one_forecast.html#beyond_study", "pnpda_nb/experiments/beyond.py"),
-            "pnpda_nb.experiments.beyond.beyond_tuning": ("one_forecast.html#beyond_tuning", "pnpda_nb/experiments/beyond.py"),
-            "pnpda_nb.experiments.beyond.figure_beyond": ("one_forecast.html#figure_beyond", "pnpda_nb/experiments/beyond.py"),
-            "pnpda_nb.experiments.beyond.figures_beyond": ("one_forecast.html#figures_beyond", "pnpda_nb/experiments/beyond.py"),
-            "pnpda_nb.experiments.beyond.kept_beyond": ("one_forecast.html#kept_beyond", "pnpda_nb/experiments/beyond.py"),
-            "pnpda_nb.experiments.beyond.plan_beyond": ("one_forecast.html#plan_beyond", "pnpda_nb/experiments/beyond.py"),
-            "pnpda_nb.experiments.beyond.report_beyond": ("one_forecast.html#report_beyond", "pnpda_nb/experiments/beyond.py"),
-            "pnpda_nb.experiments.beyond.table_beyond": ("one_forecast.html#table_beyond", "pnpda_nb/experiments/beyond.py"),
+            "pnpda_nb.experiments.beyond_testbeds.BeyondSettings.training": (
+                "studies.html#beyondsettings.training",
+                "pnpda_nb/experiments/beyond_testbeds.py",
+            ),
+            "pnpda_nb.experiments.beyond_testbeds._require_in_range": (
+                "studies.html#_require_in_range",
+                "pnpda_nb/experiments/beyond_testbeds.py",
+            ),
+        },
+        "pnpda_nb.experiments.beyond_training": {
+            "pnpda_nb.experiments.beyond_training._cycles": ("studies.html#_cycles", "pnpda_nb/experiments/beyond_training.py"),
+            "pnpda_nb.experiments.beyond_training._networks": ("studies.html#_networks", "pnpda_nb/experiments/beyond_training.py"),
+            "pnpda_nb.experiments.beyond_training._one_network": (
+                "studies.html#_one_network",
+                "pnpda_nb/experiments/beyond_training.py",
+            ),
+            "pnpda_nb.experiments.beyond_training._seconds": ("studies.html#_seconds", "pnpda_nb/experiments/beyond_training.py"),
+            "pnpda_nb.experiments.beyond_training.amortised_prior": (
+                "studies.html#amortised_prior",
+                "pnpda_nb/experiments/beyond_training.py",
+            ),
+            "pnpda_nb.experiments.beyond_training.beyond_priors": (
+                "studies.html#beyond_priors",
+                "pnpda_nb/experiments/beyond_training.py",
+            ),
+            "pnpda_nb.experiments.beyond_training.beyond_record": (
+                "studies.html#beyond_record",
+                "pnpda_nb/experiments/beyond_training.py",
+            ),
+            "pnpda_nb.experiments.beyond_training.blind_prior": (
+                "studies.html#blind_prior",
+                "pnpda_nb/experiments/beyond_training.py",
+            ),
+            "pnpda_nb.experiments.beyond_training.learned_mean_prior": (
+                "studies.html#learned_mean_prior",
+                "pnpda_nb/experiments/beyond_training.py",
+            ),
+            "pnpda_nb.experiments.beyond_training.rollout_prior": (
+                "studies.html#rollout_prior",
+                "pnpda_nb/experiments/beyond_training.py",
+            ),
+            "pnpda_nb.experiments.beyond_training.seeing_prior": (
+                "studies.html#seeing_prior",
+                "pnpda_nb/experiments/beyond_training.py",
+            ),
+            "pnpda_nb.experiments.beyond_training.teacher": ("studies.html#teacher", "pnpda_nb/experiments/beyond_training.py"),
         },
         "pnpda_nb.experiments.kuramoto_sivashinsky": {
             "pnpda_nb.experiments.kuramoto_sivashinsky.KuramotoSivashinskySettings": (
-                "kuramoto_sivashinsky.html#kuramotosivashinskysettings",
+                "studies.html#kuramotosivashinskysettings",
                 "pnpda_nb/experiments/kuramoto_sivashinsky.py",
             ),
             "pnpda_nb.experiments.kuramoto_sivashinsky.KuramotoSivashinskySettings.__post_init__": (
-                "kuramoto_sivashinsky.html#kuramotosivashinskysettings.__post_init__",
+                "studies.html#kuramotosivashinskysettings.__post_init__",
                 "pnpda_nb/experiments/kuramoto_sivashinsky.py",
             ),
             "pnpda_nb.experiments.kuramoto_sivashinsky.KuramotoSivashinskySettings.conditions": (
-                "kuramoto_sivashinsky.html#kuramotosivashinskysettings.conditions",
+                "studies.html#kuramotosivashinskysettings.conditions",
                 "pnpda_nb/experiments/kuramoto_sivashinsky.py",
             ),
             "pnpda_nb.experiments.kuramoto_sivashinsky.KuramotoSivashinskySettings.testbed": (
-                "kuramoto_sivashinsky.html#kuramotosivashinskysettings.testbed",
+                "studies.html#kuramotosivashinskysettings.testbed",
+                "pnpda_nb/experiments/kuramoto_sivashinsky.py",
+            ),
+            "pnpda_nb.experiments.kuramoto_sivashinsky.classical_ks": (
+                "studies.html#classical_ks",
                 "pnpda_nb/experiments/kuramoto_sivashinsky.py",
             ),
             "pnpda_nb.experiments.kuramoto_sivashinsky.figures_kuramoto_sivashinsky": (
-                "kuramoto_sivashinsky.html#figures_kuramoto_sivashinsky",
+                "studies.html#figures_kuramoto_sivashinsky",
                 "pnpda_nb/experiments/kuramoto_sivashinsky.py",
             ),
             "pnpda_nb.experiments.kuramoto_sivashinsky.kept_kuramoto_sivashinsky": (
-                "kuramoto_sivashinsky.html#kept_kuramoto_sivashinsky",
+                "studies.html#kept_kuramoto_sivashinsky",
                 "pnpda_nb/experiments/kuramoto_sivashinsky.py",
             ),
             "pnpda_nb.experiments.kuramoto_sivashinsky.ks_prior": (
-                "kuramoto_sivashinsky.html#ks_prior",
+                "studies.html#ks_prior",
+                "pnpda_nb/experiments/kuramoto_sivashinsky.py",
+            ),
+            "pnpda_nb.experiments.kuramoto_sivashinsky.learned_ks": (
+                "studies.html#learned_ks",
                 "pnpda_nb/experiments/kuramoto_sivashinsky.py",
             ),
             "pnpda_nb.experiments.kuramoto_sivashinsky.plan_kuramoto_sivashinsky": (
-                "kuramoto_sivashinsky.html#plan_kuramoto_sivashinsky",
+                "studies.html#plan_kuramoto_sivashinsky",
                 "pnpda_nb/experiments/kuramoto_sivashinsky.py",
             ),
             "pnpda_nb.experiments.kuramoto_sivashinsky.report_kuramoto_sivashinsky": (
-                "kuramoto_sivashinsky.html#report_kuramoto_sivashinsky",
+                "studies.html#report_kuramoto_sivashinsky",
                 "pnpda_nb/experiments/kuramoto_sivashinsky.py",
             ),
         },
         "pnpda_nb.experiments.ladder_parts": {
             "pnpda_nb.experiments.ladder_parts.PartsSettings": (
-                "one_forecast.html#partssettings",
+                "studies.html#partssettings",
                 "pnpda_nb/experiments/ladder_parts.py",
             ),
             "pnpda_nb.experiments.ladder_parts.PartsSettings.__post_init__": (
-                "one_forecast.html#partssettings.__post_init__",
+                "studies.html#partssettings.__post_init__",
                 "pnpda_nb/experiments/ladder_parts.py",
             ),
             "pnpda_nb.experiments.ladder_parts.PartsSettings.beyond": (
-                "one_forecast.html#partssettings.beyond",
+                "studies.html#partssettings.beyond",
                 "pnpda_nb/experiments/ladder_parts.py",
             ),
-            "pnpda_nb.experiments.ladder_parts._varied": ("one_forecast.html#_varied", "pnpda_nb/experiments/ladder_parts.py"),
-            "pnpda_nb.experiments.ladder_parts.dense_prior": (
-                "one_forecast.html#dense_prior",
+            "pnpda_nb.experiments.ladder_parts._gradient_cycle": (
+                "studies.html#_gradient_cycle",
                 "pnpda_nb/experiments/ladder_parts.py",
             ),
+            "pnpda_nb.experiments.ladder_parts._plan_limits": ("studies.html#_plan_limits", "pnpda_nb/experiments/ladder_parts.py"),
+            "pnpda_nb.experiments.ladder_parts._varied": ("studies.html#_varied", "pnpda_nb/experiments/ladder_parts.py"),
+            "pnpda_nb.experiments.ladder_parts.dense_prior": ("studies.html#dense_prior", "pnpda_nb/experiments/ladder_parts.py"),
             "pnpda_nb.experiments.ladder_parts.figures_parts": (
-                "one_forecast.html#figures_parts",
+                "studies.html#figures_parts",
                 "pnpda_nb/experiments/ladder_parts.py",
             ),
             "pnpda_nb.experiments.ladder_parts.off_policy_prior": (
-                "one_forecast.html#off_policy_prior",
+                "studies.html#off_policy_prior",
                 "pnpda_nb/experiments/ladder_parts.py",
             ),
-            "pnpda_nb.experiments.ladder_parts.plan_parts": (
-                "one_forecast.html#plan_parts",
-                "pnpda_nb/experiments/ladder_parts.py",
-            ),
-            "pnpda_nb.experiments.ladder_parts.report_parts": (
-                "one_forecast.html#report_parts",
-                "pnpda_nb/experiments/ladder_parts.py",
-            ),
+            "pnpda_nb.experiments.ladder_parts.parts_cycle": ("studies.html#parts_cycle", "pnpda_nb/experiments/ladder_parts.py"),
+            "pnpda_nb.experiments.ladder_parts.plan_parts": ("studies.html#plan_parts", "pnpda_nb/experiments/ladder_parts.py"),
+            "pnpda_nb.experiments.ladder_parts.report_parts": ("studies.html#report_parts", "pnpda_nb/experiments/ladder_parts.py"),
             "pnpda_nb.experiments.ladder_parts.small_archive_prior": (
-                "one_forecast.html#small_archive_prior",
+                "studies.html#small_archive_prior",
                 "pnpda_nb/experiments/ladder_parts.py",
             ),
         },
         "pnpda_nb.experiments.lorenz63": {
-            "pnpda_nb.experiments.lorenz63.Lorenz63Settings": (
-                "lorenz63.html#lorenz63settings",
-                "pnpda_nb/experiments/lorenz63.py",
-            ),
+            "pnpda_nb.experiments.lorenz63.Lorenz63Settings": ("studies.html#lorenz63settings", "pnpda_nb/experiments/lorenz63.py"),
             "pnpda_nb.experiments.lorenz63.Lorenz63Settings.__post_init__": (
-                "lorenz63.html#lorenz63settings.__post_init__",
+                "studies.html#lorenz63settings.__post_init__",
                 "pnpda_nb/experiments/lorenz63.py",
             ),
             "pnpda_nb.experiments.lorenz63.Lorenz63Settings.experiment": (
-                "lorenz63.html#lorenz63settings.experiment",
+                "studies.html#lorenz63settings.experiment",
                 "pnpda_nb/experiments/lorenz63.py",
             ),
             "pnpda_nb.experiments.lorenz63.Lorenz63Settings.training": (
-                "lorenz63.html#lorenz63settings.training",
+                "studies.html#lorenz63settings.training",
                 "pnpda_nb/experiments/lorenz63.py",
             ),
             "pnpda_nb.experiments.lorenz63.Lorenz63Settings.world": (
-                "lorenz63.html#lorenz63settings.world",
+                "studies.html#lorenz63settings.world",
                 "pnpda_nb/experiments/lorenz63.py",
             ),
-            "pnpda_nb.experiments.lorenz63._published": ("lorenz63.html#_published", "pnpda_nb/experiments/lorenz63.py"),
-            "pnpda_nb.experiments.lorenz63.figure_phase": ("lorenz63.html#figure_phase", "pnpda_nb/experiments/lorenz63.py"),
-            "pnpda_nb.experiments.lorenz63.figure_time": ("lorenz63.html#figure_time", "pnpda_nb/experiments/lorenz63.py"),
+            "pnpda_nb.experiments.lorenz63._published": ("studies.html#_published", "pnpda_nb/experiments/lorenz63.py"),
+            "pnpda_nb.experiments.lorenz63.classical_63": ("studies.html#classical_63", "pnpda_nb/experiments/lorenz63.py"),
+            "pnpda_nb.experiments.lorenz63.figure_phase": ("studies.html#figure_phase", "pnpda_nb/experiments/lorenz63.py"),
+            "pnpda_nb.experiments.lorenz63.figure_time": ("studies.html#figure_time", "pnpda_nb/experiments/lorenz63.py"),
             "pnpda_nb.experiments.lorenz63.figure_trajectories": (
-                "lorenz63.html#figure_trajectories",
+                "studies.html#figure_trajectories",
                 "pnpda_nb/experiments/lorenz63.py",
             ),
-            "pnpda_nb.experiments.lorenz63.figures_lorenz63": (
-                "lorenz63.html#figures_lorenz63",
-                "pnpda_nb/experiments/lorenz63.py",
-            ),
-            "pnpda_nb.experiments.lorenz63.kept_lorenz63": ("lorenz63.html#kept_lorenz63", "pnpda_nb/experiments/lorenz63.py"),
-            "pnpda_nb.experiments.lorenz63.lorenz63_archive": (
-                "lorenz63.html#lorenz63_archive",
-                "pnpda_nb/experiments/lorenz63.py",
-            ),
-            "pnpda_nb.experiments.lorenz63.lorenz63_prior": ("lorenz63.html#lorenz63_prior", "pnpda_nb/experiments/lorenz63.py"),
-            "pnpda_nb.experiments.lorenz63.plan_lorenz63": ("lorenz63.html#plan_lorenz63", "pnpda_nb/experiments/lorenz63.py"),
-            "pnpda_nb.experiments.lorenz63.report_lorenz63": ("lorenz63.html#report_lorenz63", "pnpda_nb/experiments/lorenz63.py"),
-            "pnpda_nb.experiments.lorenz63.table_1": ("lorenz63.html#table_1", "pnpda_nb/experiments/lorenz63.py"),
+            "pnpda_nb.experiments.lorenz63.figures_lorenz63": ("studies.html#figures_lorenz63", "pnpda_nb/experiments/lorenz63.py"),
+            "pnpda_nb.experiments.lorenz63.kept_lorenz63": ("studies.html#kept_lorenz63", "pnpda_nb/experiments/lorenz63.py"),
+            "pnpda_nb.experiments.lorenz63.learned_63": ("studies.html#learned_63", "pnpda_nb/experiments/lorenz63.py"),
+            "pnpda_nb.experiments.lorenz63.lorenz63_archive": ("studies.html#lorenz63_archive", "pnpda_nb/experiments/lorenz63.py"),
+            "pnpda_nb.experiments.lorenz63.lorenz63_prior": ("studies.html#lorenz63_prior", "pnpda_nb/experiments/lorenz63.py"),
+            "pnpda_nb.experiments.lorenz63.plan_lorenz63": ("studies.html#plan_lorenz63", "pnpda_nb/experiments/lorenz63.py"),
+            "pnpda_nb.experiments.lorenz63.report_lorenz63": ("studies.html#report_lorenz63", "pnpda_nb/experiments/lorenz63.py"),
+            "pnpda_nb.experiments.lorenz63.table_1": ("studies.html#table_1", "pnpda_nb/experiments/lorenz63.py"),
         },
         "pnpda_nb.experiments.lorenz96": {
-            "pnpda_nb.experiments.lorenz96.Lorenz96Settings": (
-                "lorenz96.html#lorenz96settings",
-                "pnpda_nb/experiments/lorenz96.py",
-            ),
+            "pnpda_nb.experiments.lorenz96.Lorenz96Settings": ("studies.html#lorenz96settings", "pnpda_nb/experiments/lorenz96.py"),
             "pnpda_nb.experiments.lorenz96.Lorenz96Settings.__post_init__": (
-                "lorenz96.html#lorenz96settings.__post_init__",
+                "studies.html#lorenz96settings.__post_init__",
                 "pnpda_nb/experiments/lorenz96.py",
             ),
             "pnpda_nb.experiments.lorenz96.Lorenz96Settings.conditions": (
-                "lorenz96.html#lorenz96settings.conditions",
+                "studies.html#lorenz96settings.conditions",
                 "pnpda_nb/experiments/lorenz96.py",
             ),
             "pnpda_nb.experiments.lorenz96.Lorenz96Settings.testbed": (
-                "lorenz96.html#lorenz96settings.testbed",
+                "studies.html#lorenz96settings.testbed",
                 "pnpda_nb/experiments/lorenz96.py",
             ),
-            "pnpda_nb.experiments.lorenz96.figure_lorenz96": ("lorenz96.html#figure_lorenz96", "pnpda_nb/experiments/lorenz96.py"),
-            "pnpda_nb.experiments.lorenz96.figures_lorenz96": (
-                "lorenz96.html#figures_lorenz96",
-                "pnpda_nb/experiments/lorenz96.py",
-            ),
-            "pnpda_nb.experiments.lorenz96.kept_lorenz96": ("lorenz96.html#kept_lorenz96", "pnpda_nb/experiments/lorenz96.py"),
-            "pnpda_nb.experiments.lorenz96.lorenz96_priors": ("lorenz96.html#lorenz96_priors", "pnpda_nb/experiments/lorenz96.py"),
-            "pnpda_nb.experiments.lorenz96.plan_lorenz96": ("lorenz96.html#plan_lorenz96", "pnpda_nb/experiments/lorenz96.py"),
-            "pnpda_nb.experiments.lorenz96.published_along": ("lorenz96.html#published_along", "pnpda_nb/experiments/lorenz96.py"),
-            "pnpda_nb.experiments.lorenz96.report_lorenz96": ("lorenz96.html#report_lorenz96", "pnpda_nb/experiments/lorenz96.py"),
+            "pnpda_nb.experiments.lorenz96._trainings_96": ("studies.html#_trainings_96", "pnpda_nb/experiments/lorenz96.py"),
+            "pnpda_nb.experiments.lorenz96.classical_96": ("studies.html#classical_96", "pnpda_nb/experiments/lorenz96.py"),
+            "pnpda_nb.experiments.lorenz96.figure_lorenz96": ("studies.html#figure_lorenz96", "pnpda_nb/experiments/lorenz96.py"),
+            "pnpda_nb.experiments.lorenz96.figures_lorenz96": ("studies.html#figures_lorenz96", "pnpda_nb/experiments/lorenz96.py"),
+            "pnpda_nb.experiments.lorenz96.kept_lorenz96": ("studies.html#kept_lorenz96", "pnpda_nb/experiments/lorenz96.py"),
+            "pnpda_nb.experiments.lorenz96.learned_96": ("studies.html#learned_96", "pnpda_nb/experiments/lorenz96.py"),
+            "pnpda_nb.experiments.lorenz96.lorenz96_priors": ("studies.html#lorenz96_priors", "pnpda_nb/experiments/lorenz96.py"),
+            "pnpda_nb.experiments.lorenz96.plan_lorenz96": ("studies.html#plan_lorenz96", "pnpda_nb/experiments/lorenz96.py"),
+            "pnpda_nb.experiments.lorenz96.published_along": ("studies.html#published_along", "pnpda_nb/experiments/lorenz96.py"),
+            "pnpda_nb.experiments.lorenz96.report_lorenz96": ("studies.html#report_lorenz96", "pnpda_nb/experiments/lorenz96.py"),
         },
         "pnpda_nb.experiments.trajectories.answers": {
             "pnpda_nb.experiments.trajectories.answers.Answer": (
@@ -2507,6 +2554,8 @@ d = {
             ),
             "pnpda_nb.studies.study.SweepSettings.pnpda": ("studies.html#sweepsettings.pnpda", "pnpda_nb/studies/study.py"),
             "pnpda_nb.studies.study.SweepSettings.training": ("studies.html#sweepsettings.training", "pnpda_nb/studies/study.py"),
+            "pnpda_nb.studies.study.at_least_one": ("studies.html#at_least_one", "pnpda_nb/studies/study.py"),
+            "pnpda_nb.studies.study.training_of": ("studies.html#training_of", "pnpda_nb/studies/study.py"),
         },
         "pnpda_nb.studies.tables": {
             "pnpda_nb.studies.tables.along": ("studies.html#along", "pnpda_nb/studies/tables.py"),

@@ -1,4 +1,4 @@
-"""The studies of the chapter beyond the paper: their plans, settings and tables, and one small training as a task."""
+"""The studies of one forecast against a hundred: their plans, settings and tables, and one small training as a task."""
 
 import dataclasses
 
@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from pnpda_nb.experiments import find_study
-from pnpda_nb.experiments.beyond import BEYOND_METHODS, BEYOND_PRESETS, beyond_priors, beyond_study, plan_beyond, table_beyond
+from pnpda_nb.experiments.beyond import BEYOND_METHODS, beyond_study, plan_beyond, table_beyond
+from pnpda_nb.experiments.beyond_testbeds import BEYOND_PRESETS
+from pnpda_nb.experiments.beyond_training import beyond_priors
 from pnpda_nb.experiments.ladder_parts import PARTS, off_policy_prior, plan_parts
 from pnpda_nb.learned import AnalysisPrior, OnPolicySettings
 from pnpda_nb.studies import learning_task, record_task

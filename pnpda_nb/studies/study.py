@@ -97,6 +97,20 @@ class Study:
 
 
 # %% ../../nbs/95_studies.ipynb #e2fa0f2d
+def at_least_one(settings: Any, *names: str) -> None:
+    """Raise `ValueError` if one of the settings called `names` is below one."""
+    for name in names:
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name}: expected at least 1, got {getattr(settings, name)}")
+
+
+def training_of(settings: Any) -> TrainingSettings:
+    """The paper's training, with those of its settings that a study's `settings` have too."""
+    names = {f.name for f in dataclasses.fields(TrainingSettings)} & {f.name for f in dataclasses.fields(settings)}
+    return dataclasses.replace(PAPER_TRAINING, **{name: getattr(settings, name) for name in names})
+
+
+# %% ../../nbs/95_studies.ipynb #71014193
 @dataclass(frozen=True)
 class SweepSettings(Settings):
     """What a sweep over conditions depends on: `members` and `large_members` of the two EnKFs; the archive's method, an EnKF
@@ -132,10 +146,7 @@ class SweepSettings(Settings):
     tuning_runs: int = 20
 
     def __post_init__(self):
-        counts = ("runs", "members", "large_members", "cycles", "archive_runs", "archive_cycles", "tuning_runs")
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        at_least_one(self, "runs", "members", "large_members", "cycles", "archive_runs", "archive_cycles", "tuning_runs")
         if not abs(self.seed) < 2**63:
             raise ValueError(f"seed: expected a number of at most 63 bits, got {self.seed}")
         for sigma in (self.sigma, *self.sigmas):
@@ -152,8 +163,7 @@ class SweepSettings(Settings):
 
     def training(self) -> TrainingSettings:
         """The paper's training with what these settings change in it."""
-        names = {f.name for f in dataclasses.fields(TrainingSettings)} & {f.name for f in dataclasses.fields(self)}
-        return dataclasses.replace(PAPER_TRAINING, **{name: getattr(self, name) for name in names})
+        return training_of(self)
 
     def pnpda(self, **changes: Any) -> dict:
         """PnP-DA as the settings say, as a method for `build_method`."""
