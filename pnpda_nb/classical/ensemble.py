@@ -98,13 +98,15 @@ class EnsembleFilter:
 
 
 # %% ../../nbs/06_ensembles.ipynb #71b98a87
+Update = Callable[[Tensor], Tensor]  # of ensembles (..., member, dim)
+
+
+# %% ../../nbs/06_ensembles.ipynb #207d566c
 @dataclass(frozen=True)
 class EnKF(EnsembleFilter):
     """Stochastic ensemble Kalman filter with perturbed observations (Burgers et al. 1998)."""
 
-    def update(
-        self, background: Tensor, observations: Observations, generator: torch.Generator | None
-    ) -> Callable[[Tensor], Tensor]:
+    def update(self, background: Tensor, observations: Observations, generator: torch.Generator | None) -> Update:
         """The map of ensembles `(..., member, dim)` that the observations ask for."""
         members = background.shape[-2]
         seen = observations.operator(background)
@@ -160,9 +162,7 @@ class ETKF(EnKF):
 
     rotate: bool = False
 
-    def update(
-        self, background: Tensor, observations: Observations, generator: torch.Generator | None
-    ) -> Callable[[Tensor], Tensor]:
+    def update(self, background: Tensor, observations: Observations, generator: torch.Generator | None) -> Update:
         seen = observations.operator(background)
         shown, centre = anomalies(seen), seen.mean(-2, keepdim=True)
         weighed = observations.covariance.solve(shown)
@@ -248,12 +248,14 @@ def _local_information(
     return weighed @ near.mT, (weighed @ miss.unsqueeze(-1)).squeeze(-1)
 
 
+# %% ../../nbs/06_ensembles.ipynb #4893bc77
 def _per_run(values: Tensor, batch: int, own: int = 1) -> Tensor:
     """`values` `(..., *own)`, common or one for each of `batch` runs, with one leading dimension."""
     leading = batch if values.ndim > own else 1
     return values.reshape(leading, *values.shape[values.ndim - own :])
 
 
+# %% ../../nbs/06_ensembles.ipynb #af31706f
 def _sites_of(observations: Observations, dim: int, method: str) -> tuple[int, ...]:
     sites = observations.operator.sites
     if sites is None:
@@ -280,9 +282,7 @@ class LocalEnKF(EnKF):
         if not self.half_width > 0:
             raise ValueError(f"half_width: expected a positive length, got {self.half_width}")
 
-    def update(
-        self, background: Tensor, observations: Observations, generator: torch.Generator | None
-    ) -> Callable[[Tensor], Tensor]:
+    def update(self, background: Tensor, observations: Observations, generator: torch.Generator | None) -> Update:
         members, dim = background.shape[-2:]
         between, among = tapers(dim, _sites_of(observations, dim, "LocalEnKF"), self.half_width, self.distance)
         seen = observations.operator(background)
