@@ -37,7 +37,7 @@ def plug_and_play(x: Tensor, towards: Callable, noise: Iterable, denoise: Callab
     for tau, draws in noise:
         w = towards(x, tau)  # step towards the observations
         blends = [torch.add(z, w, alpha=tau) for z in draws]  # blend with noise
-        x = _mean([denoise(blend, tau) for blend in blends])  # denoise, given the background
+        x = _mean([denoise(blend, tau) for blend in blends])  # denoise
         yield x
 
 
