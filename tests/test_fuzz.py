@@ -497,6 +497,12 @@ OWN = {  # arguments of one callable, where they are not those of the pool
         "embedding": lambda: 4,
         "wall_length": lambda: 2.0,
     },
+    "pnp.loop.plug_and_play": {
+        "x": ENSEMBLE,
+        "towards": lambda: lambda x, tau: x / 2,
+        "noise": lambda: [(tau, (1 - tau) * states(1, 2, 4, 3)) for tau in (0.0, 0.5)],
+        "denoise": lambda: lambda x, tau: x / 2,
+    },
     "pnp.PnPDA.noise": {"shape": lambda: (2, 4, 3)},
     "pnp.PnPDA4D.noise": {"shape": lambda: (2, 4, 3)},
     "pnp.PnPDA.states": {"misfit": lambda: Misfit(ENSEMBLE(), seen())},
@@ -765,7 +771,7 @@ LEFT_OUT = re.compile(
     r"twin\.cycle\.filter_cycle|twin\.window\.window_cycle|twin\.method\.Segment|twin\.Tuned|twin\.nature\.forget_nature_runs|learned\.(OnPolicyTraining\.(?!__init__)|train_on_policy|Records\.__init__|AnalysisPrior\.on)"
     r"|interop\.(ProgramModel|dapper|for_dapper|per_state|from_tendency)|sweep\.(code_version|run_task|run_tasks|workplace|HereExecutor|Store\.read)|studies\.(Study\.(__init__|run|kept)|[Pp]ublished)"
     r"|twin\.(lorenz|kura|pend|double|saka|sako|bocq)|studies\.(parts\.\w+_part|(parts\.)?(learning|costed|record)_task|parts\.passes|figure_along|SweepSettings\.require)|core\.(Settings|guard$|RunStreams|interface|deprecated|unchecked)|plotting\.(explore|book_style)"
-    r"|pnp\.Constraint\.|flow_matching\.(store\.PriorFile|field_prior\.FieldPrior)\.|windows\.IncrementalPrior\.on"
+    r"|pnp\.Constraint\.|flow_matching\.(store\.(PriorFile|FlowFile)|field_prior\.FieldPrior)\.|windows\.IncrementalPrior\.on"
 )
 MISSING = re.compile(  # results in which nan is documented: scores of runs that failed, and of single times
     r"twin\.(cycle|scores|summary|score_table|stack_methods|time_mean|mean_and_error|rank_histogram|spread_skill|tune|paired|make_archive)|studies\.(tables\.)?(stack|conditional|paired|along|table)|windows\.train_incremental"

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Callable
 
@@ -18,10 +17,10 @@ from ..core.checks import Index, Positive, guard
 from ..core.random import standard_normal
 from .networks import VelocityMLP
 from .prior import Denoiser
-from .store import PriorFile, _json, _variables, network_from
+from .store import FlowFile
 
 # %% auto #0
-__all__ = ["Coupling", "conditional_coupling", "FlowPrior", "flow_matching_loss"]
+__all__ = ["Coupling", "conditional_coupling", "flow_matching_loss", "FlowPrior"]
 
 
 # %% ../../nbs/09_flow_matching.ipynb #a5a54ed0
@@ -68,8 +67,19 @@ def _assignment(cost: np.ndarray) -> np.ndarray:
     return ot.emd([], [], cost - cost.min(), numItermax=10_000_000).argmax(1)
 
 
+# %% ../../nbs/09_flow_matching.ipynb #68202b45
+def flow_matching_loss(
+    network: Callable[[Tensor, Tensor, Tensor], Tensor], source: Tensor, analysis: Tensor, background: Tensor, tau: Tensor
+) -> Tensor:
+    """Mean squared error of the velocity at x_τ = (1 − τ) z + τ x_a, eq. 11 of PnP-DA; all `(batch,
+    dim)`, `tau` `(batch, 1)`.
+    """
+    target = analysis - source
+    return (network(source + tau * target, tau, background) - target).square().sum(-1).mean()
+
+
 # %% ../../nbs/09_flow_matching.ipynb #2a6879c0
-class FlowPrior(PriorFile, kept_as="prior"):
+class FlowPrior(FlowFile, kept_as="prior"):
     """A learned prior: a velocity network, and the `location` and `scale` `(dim,)` of the units
     that it works in.
 
@@ -80,8 +90,6 @@ class FlowPrior(PriorFile, kept_as="prior"):
     kept as JSON keeps them), and `attached` holds any other float64 tensors by name. Raises `ValueError` for a
     `factor` or `units` of another size, `units` without `factor`, and a `layout` or `attached` that no file can hold.
     """
-
-    newest = 2  # version of its files; without a `factor` they are of version 1, which early readers know
 
     def __init__(
         self,
@@ -99,34 +107,9 @@ class FlowPrior(PriorFile, kept_as="prior"):
         self.network, self.location, self.scale = network.eval().requires_grad_(False), location, scale
         self.architecture, self.training = architecture, training or {}
         self.dim, self.factor, self.units = len(location), factor, units
-        if not location.shape == scale.shape == (self.dim,):
-            raise ValueError(
-                (
-                    f"scale: expected one for each of the location's {self.dim} numbers, got shapes {tuple(location.shape)} "
-                    f"and {tuple(scale.shape)}"
-                )
-            )
-        if factor is not None and factor.shape not in ((self.dim,), (self.dim, self.dim)):
-            raise ValueError(f"factor: expected a size of {self.dim}, got {tuple(factor.shape)}")
-        if units is not None and (factor is None or units.shape != (self.dim,)):
-            raise ValueError(f"units: expected a size of {self.dim}, and a factor beside, got {tuple(units.shape)}")
-        self.layout = None if layout is None else json.loads(_json("layout", layout, allow_nan=False))  # as it will be read back
-        self.attached = dict(attached or {})
-        for name, value in self.attached.items():
-            if not isinstance(value, Tensor) or value.dtype != torch.float64 or not torch.isfinite(value).all():
-                raise ValueError(f"attached: expected finite float64 tensors, got something else as {name!r}")
+        self._require_fitting()
+        self._hold(layout, attached)
         self._times: dict[float, Tensor] = {}  # of the network, which is frozen
-
-    def __repr__(self) -> str:
-        seen = (
-            f", trained on {self.training.get('pairs', 'unknown')} pairs for {self.training.get('epochs', 'unknown')} epochs"
-            if self.training
-            else ""
-        )
-        around = "" if self.factor is None else ", source around the background"
-        names = list(filter(None, _variables(self.layout)))
-        of = f", of {', '.join(names[:4])}{' and others' if len(names) > 4 else ''}" if names else ""
-        return f"FlowPrior(dim={self.dim}{of}, hidden={list(self.architecture['hidden'])}{around}{seen})"
 
     def source(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """Draws of the source `(..., dim)`; if it is centred at the background, the centre is not in them."""
@@ -149,54 +132,11 @@ class FlowPrior(PriorFile, kept_as="prior"):
 
         return Denoiser(background, velocity, self.source, None if self.factor is None else background)
 
-    def contents(self) -> tuple[int, dict[str, Tensor], dict]:
-        tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}
-        tensors |= {"location": self.location, "scale": self.scale, "factor": self.factor, "units": self.units}
-        tensors |= {f"attached.{k}": v for k, v in self.attached.items()}
-        header = {"architecture": self.architecture, "training": self.training} | (
-            {} if self.layout is None else {"layout": self.layout}
-        )
-        version = 1 if self.factor is None else self.newest
-        return version, {k: v for k, v in tensors.items() if v is not None}, header
-
-    @classmethod
-    def restored(cls, version: int, tensors: dict[str, Tensor], header: dict) -> "FlowPrior":
-        def named(start: str) -> dict[str, Tensor]:
-            return {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
-
-        a = header["architecture"]
-        make = lambda: VelocityMLP(a["dim"], tuple(a["hidden"]), a["embedding"], None, linear_skip=a["linear_skip"])
-        location, scale = tensors["location"], tensors["scale"]
-        if not location.shape == scale.shape == (a["dim"],):
-            raise ValueError(f"location, scale: expected a size of {a['dim']}")
-        return cls(
-            network_from(make, a, named("network.")),
-            location,
-            scale,
-            a,
-            header["training"],
-            factor=tensors["factor"] if version > 1 else None,
-            units=tensors.get("units"),
-            layout=header.get("layout"),
-            attached=named("attached."),
-        )
-
 
 # %% ../../nbs/09_flow_matching.ipynb #5bb0ee93
 def _coloured(noise: Tensor, factor: Tensor) -> Tensor:
     """White `noise` `(..., dim)` with the covariance FFᵀ, for a `factor` as that of `FlowPrior`."""
     return noise * factor if factor.ndim == 1 else noise @ factor.T
-
-
-# %% ../../nbs/09_flow_matching.ipynb #68202b45
-def flow_matching_loss(
-    network: Callable[[Tensor, Tensor, Tensor], Tensor], source: Tensor, analysis: Tensor, background: Tensor, tau: Tensor
-) -> Tensor:
-    """Mean squared error of the velocity at x_τ = (1 − τ) z + τ x_a, eq. 11 of PnP-DA; all `(batch,
-    dim)`, `tau` `(batch, 1)`.
-    """
-    target = analysis - source
-    return (network(source + tau * target, tau, background) - target).square().sum(-1).mean()
 
 
 # %% ../../nbs/09_flow_matching.ipynb #393eaaf8

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .. import __version__
 from ..core.checks import guard
 from ..core.disk import BLANK, naming, require_seal, sealed, write_whole
+from .networks import VelocityMLP
 from ..sweep import FORMATS
 
 # %% auto #0
@@ -229,6 +230,78 @@ def _variables(layout: dict | None) -> dict[str, str | None]:
         found = [{"name": name} | (rest if isinstance(rest, dict) else {}) for name, rest in found.items()]
     rows = [row if isinstance(row, dict) else {"name": row} for row in found]
     return {str(row.get("name")): row.get("units") for row in rows}
+
+
+# %% ../../nbs/94_priors.ipynb #bcb7d9d5
+class FlowFile(PriorFile):
+    """What a `FlowPrior` has in its file: its parts, which must fit together, and how they come back."""
+
+    newest = 2  # version of its files; without a `factor` they are of version 1, which early readers know
+
+    def _require_fitting(self) -> None:
+        location, scale, factor, units = self.location, self.scale, self.factor, self.units
+        if not location.shape == scale.shape == (self.dim,):
+            raise ValueError(
+                (
+                    f"scale: expected one for each of the location's {self.dim} numbers, got shapes {tuple(location.shape)} "
+                    f"and {tuple(scale.shape)}"
+                )
+            )
+        if factor is not None and factor.shape not in ((self.dim,), (self.dim, self.dim)):
+            raise ValueError(f"factor: expected a size of {self.dim}, got {tuple(factor.shape)}")
+        if units is not None and (factor is None or units.shape != (self.dim,)):
+            raise ValueError(f"units: expected a size of {self.dim}, and a factor beside, got {tuple(units.shape)}")
+
+    def _hold(self, layout: dict | None, attached: dict[str, Tensor] | None) -> None:
+        """Keep what travels with the prior, as it will be read back."""
+        self.layout = None if layout is None else json.loads(_json("layout", layout, allow_nan=False))
+        self.attached = dict(attached or {})
+        for name, value in self.attached.items():
+            if not isinstance(value, Tensor) or value.dtype != torch.float64 or not torch.isfinite(value).all():
+                raise ValueError(f"attached: expected finite float64 tensors, got something else as {name!r}")
+
+    def __repr__(self) -> str:
+        seen = (
+            f", trained on {self.training.get('pairs', 'unknown')} pairs for {self.training.get('epochs', 'unknown')} epochs"
+            if self.training
+            else ""
+        )
+        around = "" if self.factor is None else ", source around the background"
+        names = list(filter(None, _variables(self.layout)))
+        of = f", of {', '.join(names[:4])}{' and others' if len(names) > 4 else ''}" if names else ""
+        return f"FlowPrior(dim={self.dim}{of}, hidden={list(self.architecture['hidden'])}{around}{seen})"
+
+    def contents(self) -> tuple[int, dict[str, Tensor], dict]:
+        tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}
+        tensors |= {"location": self.location, "scale": self.scale, "factor": self.factor, "units": self.units}
+        tensors |= {f"attached.{k}": v for k, v in self.attached.items()}
+        header = {"architecture": self.architecture, "training": self.training} | (
+            {} if self.layout is None else {"layout": self.layout}
+        )
+        version = 1 if self.factor is None else self.newest
+        return version, {k: v for k, v in tensors.items() if v is not None}, header
+
+    @classmethod
+    def restored(cls, version: int, tensors: dict[str, Tensor], header: dict) -> "FlowFile":
+        def named(start: str) -> dict[str, Tensor]:
+            return {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
+
+        a = header["architecture"]
+        make = lambda: VelocityMLP(a["dim"], tuple(a["hidden"]), a["embedding"], None, linear_skip=a["linear_skip"])
+        location, scale = tensors["location"], tensors["scale"]
+        if not location.shape == scale.shape == (a["dim"],):
+            raise ValueError(f"location, scale: expected a size of {a['dim']}")
+        return cls(
+            network_from(make, a, named("network.")),
+            location,
+            scale,
+            a,
+            header["training"],
+            factor=tensors["factor"] if version > 1 else None,
+            units=tensors.get("units"),
+            layout=header.get("layout"),
+            attached=named("attached."),
+        )
 
 
 # %% ../../nbs/94_priors.ipynb #8463ac1e

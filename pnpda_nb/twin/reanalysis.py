@@ -44,16 +44,7 @@ def make_archive(
     `truth`, each `(sample, variable)`. Raises `ValueError` if nothing is left, or the method has no such targets,
     or for pairs of members that have weights.
     """
-    if targets not in ("analysis", "smoothed", "truth"):
-        raise ValueError(f"targets: expected 'analysis', 'smoothed' or 'truth', got {targets!r}")
-    if pairs == "members" and targets != "analysis":
-        raise ValueError(f"targets: expected 'analysis' for pairs of members, got {targets!r}")
-    if pairs == "members" and getattr(method, "weighted", False):
-        raise ValueError(f"pairs: expected 'means' of {type(method).__name__}, whose members have weights, got 'members'")
-    if pairs not in ("means", "members"):
-        raise ValueError(f"pairs: expected 'means' or 'members', got {pairs!r}")
-    if not 0 <= discard < experiment.cycles:
-        raise ValueError(f"discard: expected fewer than the {experiment.cycles} cycles of a run, got {discard}")
+    _require_choices(experiment, method, pairs, targets, discard)
     result = cycle(
         experiment,
         method,
@@ -67,18 +58,8 @@ def make_archive(
     kept = result.isel(run=result.failed.values < 0, cycle=slice(discard, None))
     if kept.sizes["run"] == 0:
         raise ValueError(f"method: all {runs} runs of {type(method).__name__} became non-finite; there is no archive")
-    truth = (
-        kept.truth.isel(time=slice(experiment.interval - 1, None, experiment.interval))
-        .isel(time=slice(discard, None))
-        .rename(time="cycle")
-        .drop_vars("cycle")
-    )
-    if targets == "smoothed":
-        if "smoothed" not in kept:
-            raise ValueError(f"targets: {type(method).__name__} does not look back, there is nothing smoothed")
-        kept = kept.assign(analysis=kept.smoothed)
-    if targets == "truth":
-        kept = kept.assign(analysis=truth.transpose(*kept.analysis.dims))
+    truth = _truth_at_cycles(kept, experiment.interval, discard)
+    kept = _with_targets(kept, targets, truth, type(method).__name__)
     if pairs == "members":
         kept = kept.assign(background=kept.background_members, analysis=kept.analysis_members)
         truth = truth.expand_dims(member=kept.sizes["member"])
@@ -97,6 +78,36 @@ def make_archive(
             "title": f"{type(method).__name__} reanalysis of {experiment.name}",
         },
     )
+
+
+# %% ../../nbs/08_archive.ipynb #6bb70737
+def _require_choices(experiment: TwinExperiment, method: Method, pairs: str, targets: str, discard: int) -> None:
+    if targets not in ("analysis", "smoothed", "truth"):
+        raise ValueError(f"targets: expected 'analysis', 'smoothed' or 'truth', got {targets!r}")
+    if pairs == "members" and targets != "analysis":
+        raise ValueError(f"targets: expected 'analysis' for pairs of members, got {targets!r}")
+    if pairs == "members" and getattr(method, "weighted", False):
+        raise ValueError(f"pairs: expected 'means' of {type(method).__name__}, whose members have weights, got 'members'")
+    if pairs not in ("means", "members"):
+        raise ValueError(f"pairs: expected 'means' or 'members', got {pairs!r}")
+    if not 0 <= discard < experiment.cycles:
+        raise ValueError(f"discard: expected fewer than the {experiment.cycles} cycles of a run, got {discard}")
+
+
+def _truth_at_cycles(kept: xr.Dataset, interval: int, discard: int) -> xr.DataArray:
+    at_cycles = kept.truth.isel(time=slice(interval - 1, None, interval))
+    return at_cycles.isel(time=slice(discard, None)).rename(time="cycle").drop_vars("cycle")
+
+
+def _with_targets(kept: xr.Dataset, targets: str, truth: xr.DataArray, method: str) -> xr.Dataset:
+    """The cycles with what the archive shall call the analysis."""
+    if targets == "smoothed":
+        if "smoothed" not in kept:
+            raise ValueError(f"targets: {method} does not look back, there is nothing smoothed")
+        kept = kept.assign(analysis=kept.smoothed)
+    if targets == "truth":
+        kept = kept.assign(analysis=truth.transpose(*kept.analysis.dims))
+    return kept
 
 
 # %% ../../nbs/08_archive.ipynb #36f2ea48
