@@ -411,7 +411,7 @@ OWN = {  # arguments of one callable, where they are not those of the pool
     "windows.WindowClimatology.of": {"windows": A(40, 3, 2)},
     "windows.WindowClimatology": {"information": lambda: Information(torch.ones(1, 2, 10, dtype=DOUBLE), states(2, 10))},
     "windows.WindowClimatology.on": {"steps": lambda: 5},
-    "windows.four_dvar.Minimum.__init__": {
+    "windows.minimise.Minimum.__init__": {
         "x": A(2, 6),
         "cost": A(2),
         "iterations": lambda: torch.tensor([1, 2]),

@@ -30,8 +30,9 @@ __all__ = [
 
 # %% ../../nbs/99_public.ipynb #0dfe1c9b
 from .banded import BandedCholesky
-from .four_dvar import WindowFourDVar, levenberg_marquardt, window_four_dvar
+from .four_dvar import WindowFourDVar, window_four_dvar
 from .incremental import IncrementalPrior, NeuralIncremental, Recalibration
 from .laws import GaussianWindow, Information, WindowClimatology, background_information, draw_windows, linearised, normalised_mse
+from .minimise import levenberg_marquardt
 from .precision import BandedPrecision, DensePrecision, LowRankPrecision, most_probable
 from .training import IncrementalSettings, RandomSets, incremental_loss, observe_windows, regular_sets, train_incremental
