@@ -868,39 +868,36 @@ d = {
         },
         "pnpda_nb.experiments.trajectories.parts": {
             "pnpda_nb.experiments.trajectories.parts._memory": (
-                "few_points.html#_memory",
+                "studies.html#_memory",
                 "pnpda_nb/experiments/trajectories/parts.py",
             ),
             "pnpda_nb.experiments.trajectories.parts.flow_part": (
-                "few_points.html#flow_part",
+                "studies.html#flow_part",
                 "pnpda_nb/experiments/trajectories/parts.py",
             ),
             "pnpda_nb.experiments.trajectories.parts.levels_part": (
-                "few_points.html#levels_part",
+                "studies.html#levels_part",
                 "pnpda_nb/experiments/trajectories/parts.py",
             ),
-            "pnpda_nb.experiments.trajectories.parts.probe": (
-                "few_points.html#probe",
-                "pnpda_nb/experiments/trajectories/parts.py",
-            ),
+            "pnpda_nb.experiments.trajectories.parts.probe": ("studies.html#probe", "pnpda_nb/experiments/trajectories/parts.py"),
             "pnpda_nb.experiments.trajectories.parts.scaling_part": (
-                "few_points.html#scaling_part",
+                "studies.html#scaling_part",
                 "pnpda_nb/experiments/trajectories/parts.py",
             ),
             "pnpda_nb.experiments.trajectories.parts.timing_part": (
-                "few_points.html#timing_part",
+                "studies.html#timing_part",
                 "pnpda_nb/experiments/trajectories/parts.py",
             ),
             "pnpda_nb.experiments.trajectories.parts.window_case_part": (
-                "few_points.html#window_case_part",
+                "studies.html#window_case_part",
                 "pnpda_nb/experiments/trajectories/parts.py",
             ),
             "pnpda_nb.experiments.trajectories.parts.window_pairs": (
-                "few_points.html#window_pairs",
+                "studies.html#window_pairs",
                 "pnpda_nb/experiments/trajectories/parts.py",
             ),
             "pnpda_nb.experiments.trajectories.parts.window_prior_part": (
-                "few_points.html#window_prior_part",
+                "studies.html#window_prior_part",
                 "pnpda_nb/experiments/trajectories/parts.py",
             ),
         },
@@ -956,85 +953,101 @@ d = {
         },
         "pnpda_nb.experiments.trajectories.study": {
             "pnpda_nb.experiments.trajectories.study.WindowSettings": (
-                "few_points.html#windowsettings",
+                "studies.html#windowsettings",
                 "pnpda_nb/experiments/trajectories/study.py",
             ),
             "pnpda_nb.experiments.trajectories.study.WindowSettings.__post_init__": (
-                "few_points.html#windowsettings.__post_init__",
+                "studies.html#windowsettings.__post_init__",
                 "pnpda_nb/experiments/trajectories/study.py",
             ),
             "pnpda_nb.experiments.trajectories.study.WindowSettings.network": (
-                "few_points.html#windowsettings.network",
+                "studies.html#windowsettings.network",
+                "pnpda_nb/experiments/trajectories/study.py",
+            ),
+            "pnpda_nb.experiments.trajectories.study._check_windows": (
+                "studies.html#_check_windows",
+                "pnpda_nb/experiments/trajectories/study.py",
+            ),
+            "pnpda_nb.experiments.trajectories.study._method_task": (
+                "studies.html#_method_task",
+                "pnpda_nb/experiments/trajectories/study.py",
+            ),
+            "pnpda_nb.experiments.trajectories.study._strong": (
+                "studies.html#_strong",
                 "pnpda_nb/experiments/trajectories/study.py",
             ),
             "pnpda_nb.experiments.trajectories.study.kept_windows": (
-                "few_points.html#kept_windows",
+                "studies.html#kept_windows",
                 "pnpda_nb/experiments/trajectories/study.py",
             ),
             "pnpda_nb.experiments.trajectories.study.level_priors": (
-                "few_points.html#level_priors",
+                "studies.html#level_priors",
                 "pnpda_nb/experiments/trajectories/study.py",
             ),
             "pnpda_nb.experiments.trajectories.study.plan_windows": (
-                "few_points.html#plan_windows",
+                "studies.html#plan_windows",
+                "pnpda_nb/experiments/trajectories/study.py",
+            ),
+            "pnpda_nb.experiments.trajectories.study.window_case_task": (
+                "studies.html#window_case_task",
                 "pnpda_nb/experiments/trajectories/study.py",
             ),
             "pnpda_nb.experiments.trajectories.study.window_prior_task": (
-                "few_points.html#window_prior_task",
+                "studies.html#window_prior_task",
                 "pnpda_nb/experiments/trajectories/study.py",
             ),
             "pnpda_nb.experiments.trajectories.study.window_priors": (
-                "few_points.html#window_priors",
+                "studies.html#window_priors",
                 "pnpda_nb/experiments/trajectories/study.py",
             ),
             "pnpda_nb.experiments.trajectories.study.window_study": (
-                "few_points.html#window_study",
+                "studies.html#window_study",
                 "pnpda_nb/experiments/trajectories/study.py",
             ),
         },
         "pnpda_nb.experiments.trajectories.tables": {
             "pnpda_nb.experiments.trajectories.tables.coverage_cases": (
-                "few_points.html#coverage_cases",
+                "studies.html#coverage_cases",
                 "pnpda_nb/experiments/trajectories/tables.py",
             ),
             "pnpda_nb.experiments.trajectories.tables.figure_coverage": (
-                "few_points.html#figure_coverage",
+                "studies.html#figure_coverage",
                 "pnpda_nb/experiments/trajectories/tables.py",
             ),
             "pnpda_nb.experiments.trajectories.tables.figure_distribution": (
-                "few_points.html#figure_distribution",
+                "studies.html#figure_distribution",
                 "pnpda_nb/experiments/trajectories/tables.py",
             ),
             "pnpda_nb.experiments.trajectories.tables.figure_levels": (
-                "few_points.html#figure_levels",
+                "studies.html#figure_levels",
                 "pnpda_nb/experiments/trajectories/tables.py",
             ),
             "pnpda_nb.experiments.trajectories.tables.figure_scaling": (
-                "few_points.html#figure_scaling",
+                "studies.html#figure_scaling",
                 "pnpda_nb/experiments/trajectories/tables.py",
             ),
             "pnpda_nb.experiments.trajectories.tables.figures_windows": (
-                "few_points.html#figures_windows",
+                "studies.html#figures_windows",
                 "pnpda_nb/experiments/trajectories/tables.py",
             ),
             "pnpda_nb.experiments.trajectories.tables.report_windows": (
-                "few_points.html#report_windows",
+                "studies.html#report_windows",
                 "pnpda_nb/experiments/trajectories/tables.py",
             ),
             "pnpda_nb.experiments.trajectories.tables.stack_windows": (
-                "few_points.html#stack_windows",
+                "studies.html#stack_windows",
                 "pnpda_nb/experiments/trajectories/tables.py",
             ),
             "pnpda_nb.experiments.trajectories.tables.table_by_condition": (
-                "few_points.html#table_by_condition",
+                "studies.html#table_by_condition",
                 "pnpda_nb/experiments/trajectories/tables.py",
             ),
             "pnpda_nb.experiments.trajectories.tables.window_scores": (
-                "few_points.html#window_scores",
+                "studies.html#window_scores",
                 "pnpda_nb/experiments/trajectories/tables.py",
             ),
             "pnpda_nb.experiments.trajectories.tables.window_table": (
-                "few_points.html#window_table",
+                "studies.html#window_table",
                 "pnpda_nb/experiments/trajectories/tables.py",
             ),
         },
