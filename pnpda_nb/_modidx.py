@@ -2663,57 +2663,16 @@ d = {
             "pnpda_nb.windows.four_dvar.window_four_dvar": ("windows.html#window_four_dvar", "pnpda_nb/windows/four_dvar.py"),
         },
         "pnpda_nb.windows.incremental": {
-            "pnpda_nb.windows.incremental.ConstantNetwork": ("incremental.html#constantnetwork", "pnpda_nb/windows/incremental.py"),
-            "pnpda_nb.windows.incremental.ConstantNetwork.__init__": (
-                "incremental.html#constantnetwork.__init__",
-                "pnpda_nb/windows/incremental.py",
-            ),
-            "pnpda_nb.windows.incremental.ConstantNetwork.forward": (
-                "incremental.html#constantnetwork.forward",
-                "pnpda_nb/windows/incremental.py",
-            ),
             "pnpda_nb.windows.incremental.IncrementalPrior": (
                 "incremental.html#incrementalprior",
-                "pnpda_nb/windows/incremental.py",
-            ),
-            "pnpda_nb.windows.incremental.IncrementalPrior.__init__": (
-                "incremental.html#incrementalprior.__init__",
-                "pnpda_nb/windows/incremental.py",
-            ),
-            "pnpda_nb.windows.incremental.IncrementalPrior.__repr__": (
-                "incremental.html#incrementalprior.__repr__",
-                "pnpda_nb/windows/incremental.py",
-            ),
-            "pnpda_nb.windows.incremental.IncrementalPrior._architecture": (
-                "incremental.html#incrementalprior._architecture",
                 "pnpda_nb/windows/incremental.py",
             ),
             "pnpda_nb.windows.incremental.IncrementalPrior._descend": (
                 "incremental.html#incrementalprior._descend",
                 "pnpda_nb/windows/incremental.py",
             ),
-            "pnpda_nb.windows.incremental.IncrementalPrior._estimate": (
-                "incremental.html#incrementalprior._estimate",
-                "pnpda_nb/windows/incremental.py",
-            ),
-            "pnpda_nb.windows.incremental.IncrementalPrior._standard": (
-                "incremental.html#incrementalprior._standard",
-                "pnpda_nb/windows/incremental.py",
-            ),
             "pnpda_nb.windows.incremental.IncrementalPrior.analyse": (
                 "incremental.html#incrementalprior.analyse",
-                "pnpda_nb/windows/incremental.py",
-            ),
-            "pnpda_nb.windows.incremental.IncrementalPrior.calibrated": (
-                "incremental.html#incrementalprior.calibrated",
-                "pnpda_nb/windows/incremental.py",
-            ),
-            "pnpda_nb.windows.incremental.IncrementalPrior.contents": (
-                "incremental.html#incrementalprior.contents",
-                "pnpda_nb/windows/incremental.py",
-            ),
-            "pnpda_nb.windows.incremental.IncrementalPrior.deviation": (
-                "incremental.html#incrementalprior.deviation",
                 "pnpda_nb/windows/incremental.py",
             ),
             "pnpda_nb.windows.incremental.IncrementalPrior.estimates": (
@@ -2724,20 +2683,8 @@ d = {
                 "incremental.html#incrementalprior.laws",
                 "pnpda_nb/windows/incremental.py",
             ),
-            "pnpda_nb.windows.incremental.IncrementalPrior.make": (
-                "incremental.html#incrementalprior.make",
-                "pnpda_nb/windows/incremental.py",
-            ),
-            "pnpda_nb.windows.incremental.IncrementalPrior.on": (
-                "incremental.html#incrementalprior.on",
-                "pnpda_nb/windows/incremental.py",
-            ),
             "pnpda_nb.windows.incremental.IncrementalPrior.prior_at": (
                 "incremental.html#incrementalprior.prior_at",
-                "pnpda_nb/windows/incremental.py",
-            ),
-            "pnpda_nb.windows.incremental.IncrementalPrior.restored": (
-                "incremental.html#incrementalprior.restored",
                 "pnpda_nb/windows/incremental.py",
             ),
             "pnpda_nb.windows.incremental.NeuralIncremental": (
@@ -2752,22 +2699,8 @@ d = {
                 "incremental.html#neuralincremental.analyse",
                 "pnpda_nb/windows/incremental.py",
             ),
-            "pnpda_nb.windows.incremental.Recalibration": ("incremental.html#recalibration", "pnpda_nb/windows/incremental.py"),
-            "pnpda_nb.windows.incremental.Recalibration.__call__": (
-                "incremental.html#recalibration.__call__",
-                "pnpda_nb/windows/incremental.py",
-            ),
-            "pnpda_nb.windows.incremental.Recalibration.__repr__": (
-                "incremental.html#recalibration.__repr__",
-                "pnpda_nb/windows/incremental.py",
-            ),
-            "pnpda_nb.windows.incremental.Recalibration.fit": (
-                "incremental.html#recalibration.fit",
-                "pnpda_nb/windows/incremental.py",
-            ),
-            "pnpda_nb.windows.incremental._changed_first": ("incremental.html#_changed_first", "pnpda_nb/windows/incremental.py"),
+            "pnpda_nb.windows.incremental._around": ("incremental.html#_around", "pnpda_nb/windows/incremental.py"),
             "pnpda_nb.windows.incremental._in_units": ("incremental.html#_in_units", "pnpda_nb/windows/incremental.py"),
-            "pnpda_nb.windows.incremental._networks": ("incremental.html#_networks", "pnpda_nb/windows/incremental.py"),
         },
         "pnpda_nb.windows.laws": {
             "pnpda_nb.windows.laws.GaussianWindow": ("windows.html#gaussianwindow", "pnpda_nb/windows/laws.py"),
@@ -2822,6 +2755,34 @@ d = {
             "pnpda_nb.windows.minimise.Minimum": ("engine.html#minimum", "pnpda_nb/windows/minimise.py"),
             "pnpda_nb.windows.minimise.Minimum.__repr__": ("engine.html#minimum.__repr__", "pnpda_nb/windows/minimise.py"),
             "pnpda_nb.windows.minimise.levenberg_marquardt": ("engine.html#levenberg_marquardt", "pnpda_nb/windows/minimise.py"),
+        },
+        "pnpda_nb.windows.networks": {
+            "pnpda_nb.windows.networks.ConstantNetwork": ("engine.html#constantnetwork", "pnpda_nb/windows/networks.py"),
+            "pnpda_nb.windows.networks.ConstantNetwork.__init__": (
+                "engine.html#constantnetwork.__init__",
+                "pnpda_nb/windows/networks.py",
+            ),
+            "pnpda_nb.windows.networks.ConstantNetwork.forward": (
+                "engine.html#constantnetwork.forward",
+                "pnpda_nb/windows/networks.py",
+            ),
+            "pnpda_nb.windows.networks.WindowPrior": ("engine.html#windowprior", "pnpda_nb/windows/networks.py"),
+            "pnpda_nb.windows.networks.WindowPrior.__init__": ("engine.html#windowprior.__init__", "pnpda_nb/windows/networks.py"),
+            "pnpda_nb.windows.networks.WindowPrior.__repr__": ("engine.html#windowprior.__repr__", "pnpda_nb/windows/networks.py"),
+            "pnpda_nb.windows.networks.WindowPrior.calibrated": (
+                "engine.html#windowprior.calibrated",
+                "pnpda_nb/windows/networks.py",
+            ),
+            "pnpda_nb.windows.networks.WindowPrior.contents": ("engine.html#windowprior.contents", "pnpda_nb/windows/networks.py"),
+            "pnpda_nb.windows.networks.WindowPrior.deviation": (
+                "engine.html#windowprior.deviation",
+                "pnpda_nb/windows/networks.py",
+            ),
+            "pnpda_nb.windows.networks.WindowPrior.make": ("engine.html#windowprior.make", "pnpda_nb/windows/networks.py"),
+            "pnpda_nb.windows.networks.WindowPrior.on": ("engine.html#windowprior.on", "pnpda_nb/windows/networks.py"),
+            "pnpda_nb.windows.networks.WindowPrior.restored": ("engine.html#windowprior.restored", "pnpda_nb/windows/networks.py"),
+            "pnpda_nb.windows.networks._architecture": ("engine.html#_architecture", "pnpda_nb/windows/networks.py"),
+            "pnpda_nb.windows.networks._networks": ("engine.html#_networks", "pnpda_nb/windows/networks.py"),
         },
         "pnpda_nb.windows.precision": {
             "pnpda_nb.windows.precision.BandedPrecision": ("incremental.html#bandedprecision", "pnpda_nb/windows/precision.py"),
@@ -2900,8 +2861,26 @@ d = {
                 "incremental.html#_bandedsolve.forward",
                 "pnpda_nb/windows/precision.py",
             ),
+            "pnpda_nb.windows.precision._changed_first": ("incremental.html#_changed_first", "pnpda_nb/windows/precision.py"),
+            "pnpda_nb.windows.precision._mean_alone": ("incremental.html#_mean_alone", "pnpda_nb/windows/precision.py"),
+            "pnpda_nb.windows.precision._precision_of": ("incremental.html#_precision_of", "pnpda_nb/windows/precision.py"),
             "pnpda_nb.windows.precision.banded_solve": ("incremental.html#banded_solve", "pnpda_nb/windows/precision.py"),
             "pnpda_nb.windows.precision.most_probable": ("incremental.html#most_probable", "pnpda_nb/windows/precision.py"),
+        },
+        "pnpda_nb.windows.recalibration": {
+            "pnpda_nb.windows.recalibration.Recalibration": ("incremental.html#recalibration", "pnpda_nb/windows/recalibration.py"),
+            "pnpda_nb.windows.recalibration.Recalibration.__call__": (
+                "incremental.html#recalibration.__call__",
+                "pnpda_nb/windows/recalibration.py",
+            ),
+            "pnpda_nb.windows.recalibration.Recalibration.__repr__": (
+                "incremental.html#recalibration.__repr__",
+                "pnpda_nb/windows/recalibration.py",
+            ),
+            "pnpda_nb.windows.recalibration.Recalibration.fit": (
+                "incremental.html#recalibration.fit",
+                "pnpda_nb/windows/recalibration.py",
+            ),
         },
         "pnpda_nb.windows.training": {
             "pnpda_nb.windows.training.IncrementalSettings": (

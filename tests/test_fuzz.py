@@ -564,7 +564,7 @@ OWN = {  # arguments of one callable, where they are not those of the pool
         "law": lambda: incremental().analyse(information()),
     },
     "windows.most_probable": {"mean": A(2, 6), "precision": lambda: BandedPrecision(information().bands)},
-    "windows.incremental.ConstantNetwork.__init__": {"channels": lambda: 2, "outputs": lambda: 2},
+    "windows.networks.ConstantNetwork.__init__": {"channels": lambda: 2, "outputs": lambda: 2},
     "windows.Recalibration.__init__": {"knots": lambda: (0.0, 1.0), "factors": lambda: (0.0, 0.1)},
     "windows.Recalibration": {"error": A(200), "deviation": lambda: states(200).abs() + 0.1},
     "windows.IncrementalPrior.__init__": {
@@ -660,7 +660,10 @@ OWN = {  # arguments of one callable, where they are not those of the pool
 }
 
 
-OWN |= {module: OWN["windows.incremental"] for module in ("windows.training", "windows.precision")}
+OWN |= {
+    module: OWN["windows.incremental"]
+    for module in ("windows.training", "windows.precision", "windows.networks", "windows.recalibration")
+}
 
 
 def stacked():

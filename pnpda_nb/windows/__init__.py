@@ -31,8 +31,9 @@ __all__ = [
 # %% ../../nbs/99_public.ipynb #0dfe1c9b
 from .banded import BandedCholesky
 from .four_dvar import WindowFourDVar, window_four_dvar
-from .incremental import IncrementalPrior, NeuralIncremental, Recalibration
+from .incremental import IncrementalPrior, NeuralIncremental
 from .laws import GaussianWindow, Information, WindowClimatology, background_information, draw_windows, linearised, normalised_mse
 from .minimise import levenberg_marquardt
 from .precision import BandedPrecision, DensePrecision, LowRankPrecision, most_probable
+from .recalibration import Recalibration
 from .training import IncrementalSettings, RandomSets, incremental_loss, observe_windows, regular_sets, train_incremental
