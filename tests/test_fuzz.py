@@ -764,7 +764,7 @@ LEFT_OUT = re.compile(
     r"twin\.cycle\.(filter_cycle|window_cycle|Segment)|twin\.Tuned|twin\.experiment\.forget_nature_runs|learned\.(OnPolicyTraining\.(?!__init__)|train_on_policy|Records\.__init__|AnalysisPrior\.on)"
     r"|interop\.(ProgramModel|dapper|for_dapper|per_state|from_tendency)|sweep\.(code_version|run_task|run_tasks|workplace|HereExecutor|Store\.read)|studies\.(Study\.(__init__|run|kept)|[Pp]ublished)"
     r"|twin\.(lorenz|kura|pend|double|saka|sako|bocq)|studies\.(parts\.\w+_part|(parts\.)?(learning|costed|record)_task|parts\.passes|figure_along|SweepSettings\.require)|core\.(Settings|guard$|RunStreams|interface|deprecated|unchecked)|plotting\.(explore|book_style)"
-    r"|pnp\.Constraint\.|flow_matching\.store\.PriorFile\.|windows\.IncrementalPrior\.on"
+    r"|pnp\.Constraint\.|flow_matching\.store\.PriorFile\.|windows\.IncrementalPrior\.on|windows\.networks\.WindowPrior\."
 )
 MISSING = re.compile(  # results in which nan is documented: scores of runs that failed, and of single times
     r"twin\.(cycle|scores|summary|score_table|stack_methods|time_mean|mean_and_error|rank_histogram|spread_skill|tune|paired|make_archive)|studies\.(tables\.)?(stack|conditional|paired|along|table)|windows\.train_incremental"
