@@ -40,8 +40,9 @@ from ...flow_matching.training import train_prior
 from ...pnp.errors import residual_covariance
 from ...studies.parts import readable
 from ...windows.four_dvar import window_four_dvar
-from ...windows.incremental import IncrementalPrior, Recalibration
+from ...windows.incremental import IncrementalPrior
 from ...windows.laws import Information, WindowClimatology, draw_windows, normalised_mse, pointwise
+from ...windows.recalibration import Recalibration
 from ...windows.training import IncrementalSettings, train_incremental
 
 # %% auto #0
