@@ -919,39 +919,36 @@ d = {
         },
         "pnpda_nb.experiments.trajectories.parts": {
             "pnpda_nb.experiments.trajectories.parts._memory": (
-                "few_points.html#_memory",
+                "studies.html#_memory",
                 "pnpda_nb/experiments/trajectories/parts.py",
             ),
             "pnpda_nb.experiments.trajectories.parts.flow_part": (
-                "few_points.html#flow_part",
+                "studies.html#flow_part",
                 "pnpda_nb/experiments/trajectories/parts.py",
             ),
             "pnpda_nb.experiments.trajectories.parts.levels_part": (
-                "few_points.html#levels_part",
+                "studies.html#levels_part",
                 "pnpda_nb/experiments/trajectories/parts.py",
             ),
-            "pnpda_nb.experiments.trajectories.parts.probe": (
-                "few_points.html#probe",
-                "pnpda_nb/experiments/trajectories/parts.py",
-            ),
+            "pnpda_nb.experiments.trajectories.parts.probe": ("studies.html#probe", "pnpda_nb/experiments/trajectories/parts.py"),
             "pnpda_nb.experiments.trajectories.parts.scaling_part": (
-                "few_points.html#scaling_part",
+                "studies.html#scaling_part",
                 "pnpda_nb/experiments/trajectories/parts.py",
             ),
             "pnpda_nb.experiments.trajectories.parts.timing_part": (
-                "few_points.html#timing_part",
+                "studies.html#timing_part",
                 "pnpda_nb/experiments/trajectories/parts.py",
             ),
             "pnpda_nb.experiments.trajectories.parts.window_case_part": (
-                "few_points.html#window_case_part",
+                "studies.html#window_case_part",
                 "pnpda_nb/experiments/trajectories/parts.py",
             ),
             "pnpda_nb.experiments.trajectories.parts.window_pairs": (
-                "few_points.html#window_pairs",
+                "studies.html#window_pairs",
                 "pnpda_nb/experiments/trajectories/parts.py",
             ),
             "pnpda_nb.experiments.trajectories.parts.window_prior_part": (
-                "few_points.html#window_prior_part",
+                "studies.html#window_prior_part",
                 "pnpda_nb/experiments/trajectories/parts.py",
             ),
         },
@@ -1007,85 +1004,101 @@ d = {
         },
         "pnpda_nb.experiments.trajectories.study": {
             "pnpda_nb.experiments.trajectories.study.WindowSettings": (
-                "few_points.html#windowsettings",
+                "studies.html#windowsettings",
                 "pnpda_nb/experiments/trajectories/study.py",
             ),
             "pnpda_nb.experiments.trajectories.study.WindowSettings.__post_init__": (
-                "few_points.html#windowsettings.__post_init__",
+                "studies.html#windowsettings.__post_init__",
                 "pnpda_nb/experiments/trajectories/study.py",
             ),
             "pnpda_nb.experiments.trajectories.study.WindowSettings.network": (
-                "few_points.html#windowsettings.network",
+                "studies.html#windowsettings.network",
+                "pnpda_nb/experiments/trajectories/study.py",
+            ),
+            "pnpda_nb.experiments.trajectories.study._check_windows": (
+                "studies.html#_check_windows",
+                "pnpda_nb/experiments/trajectories/study.py",
+            ),
+            "pnpda_nb.experiments.trajectories.study._method_task": (
+                "studies.html#_method_task",
+                "pnpda_nb/experiments/trajectories/study.py",
+            ),
+            "pnpda_nb.experiments.trajectories.study._strong": (
+                "studies.html#_strong",
                 "pnpda_nb/experiments/trajectories/study.py",
             ),
             "pnpda_nb.experiments.trajectories.study.kept_windows": (
-                "few_points.html#kept_windows",
+                "studies.html#kept_windows",
                 "pnpda_nb/experiments/trajectories/study.py",
             ),
             "pnpda_nb.experiments.trajectories.study.level_priors": (
-                "few_points.html#level_priors",
+                "studies.html#level_priors",
                 "pnpda_nb/experiments/trajectories/study.py",
             ),
             "pnpda_nb.experiments.trajectories.study.plan_windows": (
-                "few_points.html#plan_windows",
+                "studies.html#plan_windows",
+                "pnpda_nb/experiments/trajectories/study.py",
+            ),
+            "pnpda_nb.experiments.trajectories.study.window_case_task": (
+                "studies.html#window_case_task",
                 "pnpda_nb/experiments/trajectories/study.py",
             ),
             "pnpda_nb.experiments.trajectories.study.window_prior_task": (
-                "few_points.html#window_prior_task",
+                "studies.html#window_prior_task",
                 "pnpda_nb/experiments/trajectories/study.py",
             ),
             "pnpda_nb.experiments.trajectories.study.window_priors": (
-                "few_points.html#window_priors",
+                "studies.html#window_priors",
                 "pnpda_nb/experiments/trajectories/study.py",
             ),
             "pnpda_nb.experiments.trajectories.study.window_study": (
-                "few_points.html#window_study",
+                "studies.html#window_study",
                 "pnpda_nb/experiments/trajectories/study.py",
             ),
         },
         "pnpda_nb.experiments.trajectories.tables": {
             "pnpda_nb.experiments.trajectories.tables.coverage_cases": (
-                "few_points.html#coverage_cases",
+                "studies.html#coverage_cases",
                 "pnpda_nb/experiments/trajectories/tables.py",
             ),
             "pnpda_nb.experiments.trajectories.tables.figure_coverage": (
-                "few_points.html#figure_coverage",
+                "studies.html#figure_coverage",
                 "pnpda_nb/experiments/trajectories/tables.py",
             ),
             "pnpda_nb.experiments.trajectories.tables.figure_distribution": (
-                "few_points.html#figure_distribution",
+                "studies.html#figure_distribution",
                 "pnpda_nb/experiments/trajectories/tables.py",
             ),
             "pnpda_nb.experiments.trajectories.tables.figure_levels": (
-                "few_points.html#figure_levels",
+                "studies.html#figure_levels",
                 "pnpda_nb/experiments/trajectories/tables.py",
             ),
             "pnpda_nb.experiments.trajectories.tables.figure_scaling": (
-                "few_points.html#figure_scaling",
+                "studies.html#figure_scaling",
                 "pnpda_nb/experiments/trajectories/tables.py",
             ),
             "pnpda_nb.experiments.trajectories.tables.figures_windows": (
-                "few_points.html#figures_windows",
+                "studies.html#figures_windows",
                 "pnpda_nb/experiments/trajectories/tables.py",
             ),
             "pnpda_nb.experiments.trajectories.tables.report_windows": (
-                "few_points.html#report_windows",
+                "studies.html#report_windows",
                 "pnpda_nb/experiments/trajectories/tables.py",
             ),
             "pnpda_nb.experiments.trajectories.tables.stack_windows": (
-                "few_points.html#stack_windows",
+                "studies.html#stack_windows",
                 "pnpda_nb/experiments/trajectories/tables.py",
             ),
             "pnpda_nb.experiments.trajectories.tables.table_by_condition": (
-                "few_points.html#table_by_condition",
+                "studies.html#table_by_condition",
                 "pnpda_nb/experiments/trajectories/tables.py",
             ),
             "pnpda_nb.experiments.trajectories.tables.window_scores": (
-                "few_points.html#window_scores",
+                "studies.html#window_scores",
                 "pnpda_nb/experiments/trajectories/tables.py",
             ),
             "pnpda_nb.experiments.trajectories.tables.window_table": (
-                "few_points.html#window_table",
+                "studies.html#window_table",
                 "pnpda_nb/experiments/trajectories/tables.py",
             ),
         },
@@ -2491,14 +2504,6 @@ d = {
             "pnpda_nb.pnp.windows.PnPDA4D.towards": ("windows_by_loop.html#pnpda4d.towards", "pnpda_nb/pnp/windows.py"),
             "pnpda_nb.pnp.windows.WindowMisfit": ("windows_by_loop.html#windowmisfit", "pnpda_nb/pnp/windows.py"),
             "pnpda_nb.pnp.windows.WindowMisfit.__init__": ("windows_by_loop.html#windowmisfit.__init__", "pnpda_nb/pnp/windows.py"),
-            "pnpda_nb.pnp.windows.WindowMisfit._linearise": (
-                "windows_by_loop.html#windowmisfit._linearise",
-                "pnpda_nb/pnp/windows.py",
-            ),
-            "pnpda_nb.pnp.windows.WindowMisfit._marginalise": (
-                "windows_by_loop.html#windowmisfit._marginalise",
-                "pnpda_nb/pnp/windows.py",
-            ),
             "pnpda_nb.pnp.windows.WindowMisfit.gradient": ("windows_by_loop.html#windowmisfit.gradient", "pnpda_nb/pnp/windows.py"),
             "pnpda_nb.pnp.windows.WindowMisfit.linearised_at": (
                 "windows_by_loop.html#windowmisfit.linearised_at",
@@ -2515,6 +2520,12 @@ d = {
             ),
             "pnpda_nb.pnp.windows.WindowMisfit.value": ("windows_by_loop.html#windowmisfit.value", "pnpda_nb/pnp/windows.py"),
             "pnpda_nb.pnp.windows.WindowMisfit.weigh": ("windows_by_loop.html#windowmisfit.weigh", "pnpda_nb/pnp/windows.py"),
+            "pnpda_nb.pnp.windows._along": ("windows_by_loop.html#_along", "pnpda_nb/pnp/windows.py"),
+            "pnpda_nb.pnp.windows._by_adjoint": ("windows_by_loop.html#_by_adjoint", "pnpda_nb/pnp/windows.py"),
+            "pnpda_nb.pnp.windows._factor": ("windows_by_loop.html#_factor", "pnpda_nb/pnp/windows.py"),
+            "pnpda_nb.pnp.windows._marginalised": ("windows_by_loop.html#_marginalised", "pnpda_nb/pnp/windows.py"),
+            "pnpda_nb.pnp.windows._mean_variance": ("windows_by_loop.html#_mean_variance", "pnpda_nb/pnp/windows.py"),
+            "pnpda_nb.pnp.windows._whitened": ("windows_by_loop.html#_whitened", "pnpda_nb/pnp/windows.py"),
         },
         "pnpda_nb.studies.parts": {
             "pnpda_nb.studies.parts._nature": ("studies.html#_nature", "pnpda_nb/studies/parts.py"),
@@ -2709,48 +2720,44 @@ d = {
         },
         "pnpda_nb.twin.window": {"pnpda_nb.twin.window.window_cycle": ("engine.html#window_cycle", "pnpda_nb/twin/window.py")},
         "pnpda_nb.windows.banded": {
-            "pnpda_nb.windows.banded.BandedCholesky": ("windows.html#bandedcholesky", "pnpda_nb/windows/banded.py"),
+            "pnpda_nb.windows.banded.BandedCholesky": ("engine.html#bandedcholesky", "pnpda_nb/windows/banded.py"),
             "pnpda_nb.windows.banded.BandedCholesky.__init__": (
-                "windows.html#bandedcholesky.__init__",
+                "engine.html#bandedcholesky.__init__",
                 "pnpda_nb/windows/banded.py",
             ),
             "pnpda_nb.windows.banded.BandedCholesky.__repr__": (
-                "windows.html#bandedcholesky.__repr__",
+                "engine.html#bandedcholesky.__repr__",
                 "pnpda_nb/windows/banded.py",
             ),
-            "pnpda_nb.windows.banded.BandedCholesky._back": ("windows.html#bandedcholesky._back", "pnpda_nb/windows/banded.py"),
-            "pnpda_nb.windows.banded.BandedCholesky._factored": (
-                "windows.html#bandedcholesky._factored",
-                "pnpda_nb/windows/banded.py",
-            ),
-            "pnpda_nb.windows.banded.BandedCholesky._fails": ("windows.html#bandedcholesky._fails", "pnpda_nb/windows/banded.py"),
-            "pnpda_nb.windows.banded.BandedCholesky._flat": ("windows.html#bandedcholesky._flat", "pnpda_nb/windows/banded.py"),
-            "pnpda_nb.windows.banded.BandedCholesky.broken": ("windows.html#bandedcholesky.broken", "pnpda_nb/windows/banded.py"),
+            "pnpda_nb.windows.banded.BandedCholesky._back": ("engine.html#bandedcholesky._back", "pnpda_nb/windows/banded.py"),
+            "pnpda_nb.windows.banded.BandedCholesky._flat": ("engine.html#bandedcholesky._flat", "pnpda_nb/windows/banded.py"),
+            "pnpda_nb.windows.banded.BandedCholesky.broken": ("engine.html#bandedcholesky.broken", "pnpda_nb/windows/banded.py"),
             "pnpda_nb.windows.banded.BandedCholesky.inverse_bands": (
-                "windows.html#bandedcholesky.inverse_bands",
+                "engine.html#bandedcholesky.inverse_bands",
                 "pnpda_nb/windows/banded.py",
             ),
             "pnpda_nb.windows.banded.BandedCholesky.log_determinant": (
-                "windows.html#bandedcholesky.log_determinant",
+                "engine.html#bandedcholesky.log_determinant",
                 "pnpda_nb/windows/banded.py",
             ),
-            "pnpda_nb.windows.banded.BandedCholesky.solve": ("windows.html#bandedcholesky.solve", "pnpda_nb/windows/banded.py"),
-            "pnpda_nb.windows.banded.BandedCholesky.whiten": ("windows.html#bandedcholesky.whiten", "pnpda_nb/windows/banded.py"),
-            "pnpda_nb.windows.banded._BandGram": ("windows.html#_bandgram", "pnpda_nb/windows/banded.py"),
-            "pnpda_nb.windows.banded._BandGram.backward": ("windows.html#_bandgram.backward", "pnpda_nb/windows/banded.py"),
-            "pnpda_nb.windows.banded._BandGram.forward": ("windows.html#_bandgram.forward", "pnpda_nb/windows/banded.py"),
-            "pnpda_nb.windows.banded._BandGram.pairs": ("windows.html#_bandgram.pairs", "pnpda_nb/windows/banded.py"),
-            "pnpda_nb.windows.banded.add_bands": ("windows.html#add_bands", "pnpda_nb/windows/banded.py"),
-            "pnpda_nb.windows.banded.band_dense": ("windows.html#band_dense", "pnpda_nb/windows/banded.py"),
-            "pnpda_nb.windows.banded.band_gram": ("windows.html#band_gram", "pnpda_nb/windows/banded.py"),
-            "pnpda_nb.windows.banded.band_product": ("windows.html#band_product", "pnpda_nb/windows/banded.py"),
-            "pnpda_nb.windows.banded.block_bands": ("windows.html#block_bands", "pnpda_nb/windows/banded.py"),
-            "pnpda_nb.windows.banded.dense_band": ("windows.html#dense_band", "pnpda_nb/windows/banded.py"),
-            "pnpda_nb.windows.banded.lift_bands": ("windows.html#lift_bands", "pnpda_nb/windows/banded.py"),
+            "pnpda_nb.windows.banded.BandedCholesky.solve": ("engine.html#bandedcholesky.solve", "pnpda_nb/windows/banded.py"),
+            "pnpda_nb.windows.banded.BandedCholesky.whiten": ("engine.html#bandedcholesky.whiten", "pnpda_nb/windows/banded.py"),
+            "pnpda_nb.windows.banded._BandGram": ("engine.html#_bandgram", "pnpda_nb/windows/banded.py"),
+            "pnpda_nb.windows.banded._BandGram.backward": ("engine.html#_bandgram.backward", "pnpda_nb/windows/banded.py"),
+            "pnpda_nb.windows.banded._BandGram.forward": ("engine.html#_bandgram.forward", "pnpda_nb/windows/banded.py"),
+            "pnpda_nb.windows.banded._BandGram.pairs": ("engine.html#_bandgram.pairs", "pnpda_nb/windows/banded.py"),
+            "pnpda_nb.windows.banded._factored": ("engine.html#_factored", "pnpda_nb/windows/banded.py"),
+            "pnpda_nb.windows.banded._fails": ("engine.html#_fails", "pnpda_nb/windows/banded.py"),
+            "pnpda_nb.windows.banded._takahashi": ("engine.html#_takahashi", "pnpda_nb/windows/banded.py"),
+            "pnpda_nb.windows.banded.add_bands": ("engine.html#add_bands", "pnpda_nb/windows/banded.py"),
+            "pnpda_nb.windows.banded.band_dense": ("engine.html#band_dense", "pnpda_nb/windows/banded.py"),
+            "pnpda_nb.windows.banded.band_gram": ("engine.html#band_gram", "pnpda_nb/windows/banded.py"),
+            "pnpda_nb.windows.banded.band_product": ("engine.html#band_product", "pnpda_nb/windows/banded.py"),
+            "pnpda_nb.windows.banded.block_bands": ("engine.html#block_bands", "pnpda_nb/windows/banded.py"),
+            "pnpda_nb.windows.banded.dense_band": ("engine.html#dense_band", "pnpda_nb/windows/banded.py"),
+            "pnpda_nb.windows.banded.lift_bands": ("engine.html#lift_bands", "pnpda_nb/windows/banded.py"),
         },
         "pnpda_nb.windows.four_dvar": {
-            "pnpda_nb.windows.four_dvar.Minimum": ("windows.html#minimum", "pnpda_nb/windows/four_dvar.py"),
-            "pnpda_nb.windows.four_dvar.Minimum.__repr__": ("windows.html#minimum.__repr__", "pnpda_nb/windows/four_dvar.py"),
             "pnpda_nb.windows.four_dvar.WindowFourDVar": ("windows.html#windowfourdvar", "pnpda_nb/windows/four_dvar.py"),
             "pnpda_nb.windows.four_dvar.WindowFourDVar._minimise": (
                 "windows.html#windowfourdvar._minimise",
@@ -2775,61 +2782,19 @@ d = {
             "pnpda_nb.windows.four_dvar._Weak.system": ("windows.html#_weak.system", "pnpda_nb/windows/four_dvar.py"),
             "pnpda_nb.windows.four_dvar._Weak.unknowns": ("windows.html#_weak.unknowns", "pnpda_nb/windows/four_dvar.py"),
             "pnpda_nb.windows.four_dvar._flat": ("windows.html#_flat", "pnpda_nb/windows/four_dvar.py"),
-            "pnpda_nb.windows.four_dvar.levenberg_marquardt": ("windows.html#levenberg_marquardt", "pnpda_nb/windows/four_dvar.py"),
             "pnpda_nb.windows.four_dvar.window_four_dvar": ("windows.html#window_four_dvar", "pnpda_nb/windows/four_dvar.py"),
         },
         "pnpda_nb.windows.incremental": {
-            "pnpda_nb.windows.incremental.ConstantNetwork": ("incremental.html#constantnetwork", "pnpda_nb/windows/incremental.py"),
-            "pnpda_nb.windows.incremental.ConstantNetwork.__init__": (
-                "incremental.html#constantnetwork.__init__",
-                "pnpda_nb/windows/incremental.py",
-            ),
-            "pnpda_nb.windows.incremental.ConstantNetwork.forward": (
-                "incremental.html#constantnetwork.forward",
-                "pnpda_nb/windows/incremental.py",
-            ),
             "pnpda_nb.windows.incremental.IncrementalPrior": (
                 "incremental.html#incrementalprior",
-                "pnpda_nb/windows/incremental.py",
-            ),
-            "pnpda_nb.windows.incremental.IncrementalPrior.__init__": (
-                "incremental.html#incrementalprior.__init__",
-                "pnpda_nb/windows/incremental.py",
-            ),
-            "pnpda_nb.windows.incremental.IncrementalPrior.__repr__": (
-                "incremental.html#incrementalprior.__repr__",
-                "pnpda_nb/windows/incremental.py",
-            ),
-            "pnpda_nb.windows.incremental.IncrementalPrior._architecture": (
-                "incremental.html#incrementalprior._architecture",
                 "pnpda_nb/windows/incremental.py",
             ),
             "pnpda_nb.windows.incremental.IncrementalPrior._descend": (
                 "incremental.html#incrementalprior._descend",
                 "pnpda_nb/windows/incremental.py",
             ),
-            "pnpda_nb.windows.incremental.IncrementalPrior._estimate": (
-                "incremental.html#incrementalprior._estimate",
-                "pnpda_nb/windows/incremental.py",
-            ),
-            "pnpda_nb.windows.incremental.IncrementalPrior._standard": (
-                "incremental.html#incrementalprior._standard",
-                "pnpda_nb/windows/incremental.py",
-            ),
             "pnpda_nb.windows.incremental.IncrementalPrior.analyse": (
                 "incremental.html#incrementalprior.analyse",
-                "pnpda_nb/windows/incremental.py",
-            ),
-            "pnpda_nb.windows.incremental.IncrementalPrior.calibrated": (
-                "incremental.html#incrementalprior.calibrated",
-                "pnpda_nb/windows/incremental.py",
-            ),
-            "pnpda_nb.windows.incremental.IncrementalPrior.contents": (
-                "incremental.html#incrementalprior.contents",
-                "pnpda_nb/windows/incremental.py",
-            ),
-            "pnpda_nb.windows.incremental.IncrementalPrior.deviation": (
-                "incremental.html#incrementalprior.deviation",
                 "pnpda_nb/windows/incremental.py",
             ),
             "pnpda_nb.windows.incremental.IncrementalPrior.estimates": (
@@ -2840,20 +2805,8 @@ d = {
                 "incremental.html#incrementalprior.laws",
                 "pnpda_nb/windows/incremental.py",
             ),
-            "pnpda_nb.windows.incremental.IncrementalPrior.make": (
-                "incremental.html#incrementalprior.make",
-                "pnpda_nb/windows/incremental.py",
-            ),
-            "pnpda_nb.windows.incremental.IncrementalPrior.on": (
-                "incremental.html#incrementalprior.on",
-                "pnpda_nb/windows/incremental.py",
-            ),
             "pnpda_nb.windows.incremental.IncrementalPrior.prior_at": (
                 "incremental.html#incrementalprior.prior_at",
-                "pnpda_nb/windows/incremental.py",
-            ),
-            "pnpda_nb.windows.incremental.IncrementalPrior.restored": (
-                "incremental.html#incrementalprior.restored",
                 "pnpda_nb/windows/incremental.py",
             ),
             "pnpda_nb.windows.incremental.NeuralIncremental": (
@@ -2868,22 +2821,8 @@ d = {
                 "incremental.html#neuralincremental.analyse",
                 "pnpda_nb/windows/incremental.py",
             ),
-            "pnpda_nb.windows.incremental.Recalibration": ("incremental.html#recalibration", "pnpda_nb/windows/incremental.py"),
-            "pnpda_nb.windows.incremental.Recalibration.__call__": (
-                "incremental.html#recalibration.__call__",
-                "pnpda_nb/windows/incremental.py",
-            ),
-            "pnpda_nb.windows.incremental.Recalibration.__repr__": (
-                "incremental.html#recalibration.__repr__",
-                "pnpda_nb/windows/incremental.py",
-            ),
-            "pnpda_nb.windows.incremental.Recalibration.fit": (
-                "incremental.html#recalibration.fit",
-                "pnpda_nb/windows/incremental.py",
-            ),
-            "pnpda_nb.windows.incremental._changed_first": ("incremental.html#_changed_first", "pnpda_nb/windows/incremental.py"),
+            "pnpda_nb.windows.incremental._around": ("incremental.html#_around", "pnpda_nb/windows/incremental.py"),
             "pnpda_nb.windows.incremental._in_units": ("incremental.html#_in_units", "pnpda_nb/windows/incremental.py"),
-            "pnpda_nb.windows.incremental._networks": ("incremental.html#_networks", "pnpda_nb/windows/incremental.py"),
         },
         "pnpda_nb.windows.laws": {
             "pnpda_nb.windows.laws.GaussianWindow": ("windows.html#gaussianwindow", "pnpda_nb/windows/laws.py"),
@@ -2911,7 +2850,6 @@ d = {
                 "windows.html#windowclimatology.__repr__",
                 "pnpda_nb/windows/laws.py",
             ),
-            "pnpda_nb.windows.laws.WindowClimatology._gain": ("windows.html#windowclimatology._gain", "pnpda_nb/windows/laws.py"),
             "pnpda_nb.windows.laws.WindowClimatology.interpolate": (
                 "windows.html#windowclimatology.interpolate",
                 "pnpda_nb/windows/laws.py",
@@ -2923,12 +2861,50 @@ d = {
                 "windows.html#windowclimatology.standardised",
                 "pnpda_nb/windows/laws.py",
             ),
+            "pnpda_nb.windows.laws._among": ("windows.html#_among", "pnpda_nb/windows/laws.py"),
+            "pnpda_nb.windows.laws._gain": ("windows.html#_gain", "pnpda_nb/windows/laws.py"),
+            "pnpda_nb.windows.laws._left_open": ("windows.html#_left_open", "pnpda_nb/windows/laws.py"),
+            "pnpda_nb.windows.laws._lengthened": ("windows.html#_lengthened", "pnpda_nb/windows/laws.py"),
+            "pnpda_nb.windows.laws._moments": ("windows.html#_moments", "pnpda_nb/windows/laws.py"),
             "pnpda_nb.windows.laws._regression": ("windows.html#_regression", "pnpda_nb/windows/laws.py"),
             "pnpda_nb.windows.laws.background_information": ("windows.html#background_information", "pnpda_nb/windows/laws.py"),
             "pnpda_nb.windows.laws.draw_windows": ("windows.html#draw_windows", "pnpda_nb/windows/laws.py"),
             "pnpda_nb.windows.laws.linearised": ("windows.html#linearised", "pnpda_nb/windows/laws.py"),
             "pnpda_nb.windows.laws.normalised_mse": ("windows.html#normalised_mse", "pnpda_nb/windows/laws.py"),
             "pnpda_nb.windows.laws.pointwise": ("windows.html#pointwise", "pnpda_nb/windows/laws.py"),
+        },
+        "pnpda_nb.windows.minimise": {
+            "pnpda_nb.windows.minimise.Minimum": ("engine.html#minimum", "pnpda_nb/windows/minimise.py"),
+            "pnpda_nb.windows.minimise.Minimum.__repr__": ("engine.html#minimum.__repr__", "pnpda_nb/windows/minimise.py"),
+            "pnpda_nb.windows.minimise.levenberg_marquardt": ("engine.html#levenberg_marquardt", "pnpda_nb/windows/minimise.py"),
+        },
+        "pnpda_nb.windows.networks": {
+            "pnpda_nb.windows.networks.ConstantNetwork": ("engine.html#constantnetwork", "pnpda_nb/windows/networks.py"),
+            "pnpda_nb.windows.networks.ConstantNetwork.__init__": (
+                "engine.html#constantnetwork.__init__",
+                "pnpda_nb/windows/networks.py",
+            ),
+            "pnpda_nb.windows.networks.ConstantNetwork.forward": (
+                "engine.html#constantnetwork.forward",
+                "pnpda_nb/windows/networks.py",
+            ),
+            "pnpda_nb.windows.networks.WindowPrior": ("engine.html#windowprior", "pnpda_nb/windows/networks.py"),
+            "pnpda_nb.windows.networks.WindowPrior.__init__": ("engine.html#windowprior.__init__", "pnpda_nb/windows/networks.py"),
+            "pnpda_nb.windows.networks.WindowPrior.__repr__": ("engine.html#windowprior.__repr__", "pnpda_nb/windows/networks.py"),
+            "pnpda_nb.windows.networks.WindowPrior.calibrated": (
+                "engine.html#windowprior.calibrated",
+                "pnpda_nb/windows/networks.py",
+            ),
+            "pnpda_nb.windows.networks.WindowPrior.contents": ("engine.html#windowprior.contents", "pnpda_nb/windows/networks.py"),
+            "pnpda_nb.windows.networks.WindowPrior.deviation": (
+                "engine.html#windowprior.deviation",
+                "pnpda_nb/windows/networks.py",
+            ),
+            "pnpda_nb.windows.networks.WindowPrior.make": ("engine.html#windowprior.make", "pnpda_nb/windows/networks.py"),
+            "pnpda_nb.windows.networks.WindowPrior.on": ("engine.html#windowprior.on", "pnpda_nb/windows/networks.py"),
+            "pnpda_nb.windows.networks.WindowPrior.restored": ("engine.html#windowprior.restored", "pnpda_nb/windows/networks.py"),
+            "pnpda_nb.windows.networks._architecture": ("engine.html#_architecture", "pnpda_nb/windows/networks.py"),
+            "pnpda_nb.windows.networks._networks": ("engine.html#_networks", "pnpda_nb/windows/networks.py"),
         },
         "pnpda_nb.windows.precision": {
             "pnpda_nb.windows.precision.BandedPrecision": ("incremental.html#bandedprecision", "pnpda_nb/windows/precision.py"),
@@ -3007,8 +2983,26 @@ d = {
                 "incremental.html#_bandedsolve.forward",
                 "pnpda_nb/windows/precision.py",
             ),
+            "pnpda_nb.windows.precision._changed_first": ("incremental.html#_changed_first", "pnpda_nb/windows/precision.py"),
+            "pnpda_nb.windows.precision._mean_alone": ("incremental.html#_mean_alone", "pnpda_nb/windows/precision.py"),
+            "pnpda_nb.windows.precision._precision_of": ("incremental.html#_precision_of", "pnpda_nb/windows/precision.py"),
             "pnpda_nb.windows.precision.banded_solve": ("incremental.html#banded_solve", "pnpda_nb/windows/precision.py"),
             "pnpda_nb.windows.precision.most_probable": ("incremental.html#most_probable", "pnpda_nb/windows/precision.py"),
+        },
+        "pnpda_nb.windows.recalibration": {
+            "pnpda_nb.windows.recalibration.Recalibration": ("incremental.html#recalibration", "pnpda_nb/windows/recalibration.py"),
+            "pnpda_nb.windows.recalibration.Recalibration.__call__": (
+                "incremental.html#recalibration.__call__",
+                "pnpda_nb/windows/recalibration.py",
+            ),
+            "pnpda_nb.windows.recalibration.Recalibration.__repr__": (
+                "incremental.html#recalibration.__repr__",
+                "pnpda_nb/windows/recalibration.py",
+            ),
+            "pnpda_nb.windows.recalibration.Recalibration.fit": (
+                "incremental.html#recalibration.fit",
+                "pnpda_nb/windows/recalibration.py",
+            ),
         },
         "pnpda_nb.windows.training": {
             "pnpda_nb.windows.training.IncrementalSettings": (

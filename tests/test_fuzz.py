@@ -411,7 +411,7 @@ OWN = {  # arguments of one callable, where they are not those of the pool
     "windows.WindowClimatology.of": {"windows": A(40, 3, 2)},
     "windows.WindowClimatology": {"information": lambda: Information(torch.ones(1, 2, 10, dtype=DOUBLE), states(2, 10))},
     "windows.WindowClimatology.on": {"steps": lambda: 5},
-    "windows.four_dvar.Minimum.__init__": {
+    "windows.minimise.Minimum.__init__": {
         "x": A(2, 6),
         "cost": A(2),
         "iterations": lambda: torch.tensor([1, 2]),
@@ -574,7 +574,7 @@ OWN = {  # arguments of one callable, where they are not those of the pool
         "law": lambda: incremental().analyse(information()),
     },
     "windows.most_probable": {"mean": A(2, 6), "precision": lambda: BandedPrecision(information().bands)},
-    "windows.incremental.ConstantNetwork.__init__": {"channels": lambda: 2, "outputs": lambda: 2},
+    "windows.networks.ConstantNetwork.__init__": {"channels": lambda: 2, "outputs": lambda: 2},
     "windows.Recalibration.__init__": {"knots": lambda: (0.0, 1.0), "factors": lambda: (0.0, 0.1)},
     "windows.Recalibration": {"error": A(200), "deviation": lambda: states(200).abs() + 0.1},
     "windows.IncrementalPrior.__init__": {
@@ -670,7 +670,10 @@ OWN = {  # arguments of one callable, where they are not those of the pool
 }
 
 
-OWN |= {module: OWN["windows.incremental"] for module in ("windows.training", "windows.precision")}
+OWN |= {
+    module: OWN["windows.incremental"]
+    for module in ("windows.training", "windows.precision", "windows.networks", "windows.recalibration")
+}
 
 
 def stacked():
@@ -772,6 +775,7 @@ LEFT_OUT = re.compile(
     r"|interop\.(ProgramModel|dapper|for_dapper|per_state|from_tendency)|sweep\.(code_version|run_task|run_tasks|workplace|HereExecutor|Store\.read)|studies\.(Study\.(__init__|run|kept)|[Pp]ublished)"
     r"|twin\.(lorenz|kura|pend|double|saka|sako|bocq)|studies\.(parts\.\w+_part|(parts\.)?(learning|costed|record)_task|parts\.passes|figure_along|SweepSettings\.require)|core\.(Settings|guard$|RunStreams|interface|deprecated|unchecked)|plotting\.(explore|book_style)"
     r"|pnp\.Constraint\.|flow_matching\.(store\.(PriorFile|FlowFile)|field_prior\.FieldPrior)\.|windows\.IncrementalPrior\.on"
+    r"|windows\.networks\.WindowPrior\."
 )
 MISSING = re.compile(  # results in which nan is documented: scores of runs that failed, and of single times
     r"twin\.(cycle|scores|summary|score_table|stack_methods|time_mean|mean_and_error|rank_histogram|spread_skill|tune|paired|make_archive)|studies\.(tables\.)?(stack|conditional|paired|along|table)|windows\.train_incremental"

@@ -4,10 +4,12 @@
 """Whole trajectories from observations of a window: banded Gaussian laws, 4D-Var and neural incremental assimilation."""
 
 from .banded import BandedCholesky
-from .four_dvar import WindowFourDVar, levenberg_marquardt, window_four_dvar
-from .incremental import IncrementalPrior, NeuralIncremental, Recalibration
+from .four_dvar import WindowFourDVar, window_four_dvar
+from .incremental import IncrementalPrior, NeuralIncremental
 from .laws import GaussianWindow, Information, WindowClimatology, background_information, draw_windows, linearised, normalised_mse
+from .minimise import levenberg_marquardt
 from .precision import BandedPrecision, DensePrecision, LowRankPrecision, most_probable
+from .recalibration import Recalibration
 from .training import IncrementalSettings, RandomSets, incremental_loss, observe_windows, regular_sets, train_incremental
 
 # %% auto #0

@@ -13,97 +13,16 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from ..core.checks import ALONE, Gappy, Index, Mask, guard
+from ..core.checks import ALONE, Gappy, guard
 from ..dynamics.derivatives import Forecast
 from ..observing.covariance import Covariance
 from ..twin.experiment import TwinExperiment
-from .banded import BandedCholesky, add_bands, band_dense, band_product, block_bands, dense_band, lift_bands
+from .banded import add_bands, band_dense, band_product, block_bands, dense_band, lift_bands
 from .laws import GaussianWindow, Information
+from .minimise import Minimum, levenberg_marquardt
 
 # %% auto #0
-__all__ = ["levenberg_marquardt", "WindowFourDVar", "window_four_dvar"]
-
-
-# %% ../../nbs/24_windows.ipynb #e787ec03
-@dataclass(frozen=True, eq=False)
-class Minimum:
-    """What a minimisation found: `x` `(N, d)`, its `cost` `(N,)`, the `iterations` `(N,)` that it took (one is one linear system
-    solved), and whether it `converged` `(N,)`.
-    """
-
-    x: Gappy
-    cost: Gappy
-    iterations: Index
-    converged: Mask
-
-    def __repr__(self) -> str:
-        return (
-            f"Minimum({len(self.cost)} windows, {int(self.converged.sum())} converged, {self.iterations.double().mean():.1f} "
-            "iterations on average)"
-        )
-
-
-# %% ../../nbs/24_windows.ipynb #ecd0765a
-def levenberg_marquardt(
-    cost: Callable[[Tensor, Tensor], Tensor],
-    system: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-    first: Gappy,
-    iterations: int = 200,
-    tolerance: float = 1e-6,
-    damping: float = 1e-3,
-) -> Minimum:
-    """Minimise over a batch of `first` guesses `(N, d)`: `cost(x, which)` `(M,)` and `system(x, which)`, the bands of the
-    Gauss-Newton Hessian `(b + 1, M, d)` and the downhill slope `(M, d)`, are asked for the elements `which` `(M,)` that have not
-    converged.
-
-    An element has converged when the linearised problem promises less than `tolerance` for each of its unknowns (the promise of the
-    damped step, times 1 + its damping). Its damping is chosen by how well the last promise was kept (Nielsen 1999). One whose cost
-    is not finite to begin with stays where it is, and has not converged.
-    """
-    if iterations < 1:
-        raise ValueError(f"iterations: expected at least 1, got {iterations}")
-    x = first.clone()
-    everyone = torch.arange(len(x))
-    value = cost(x, everyone)
-    spent, converged = torch.zeros(len(x), dtype=torch.long), torch.zeros(len(x), dtype=torch.bool)
-    weight, growth = torch.full_like(value, damping), torch.full_like(value, 2.0)
-    left = everyone[torch.isfinite(value)]
-    bands, slope = system(x[left], left)
-    for _ in range(iterations):
-        if not len(left):
-            break
-        damped = torch.cat((bands[:1] * (1 + weight[left, None]), bands[1:]))
-        step = BandedCholesky(damped).solve(slope)
-        spent[left] += 1
-        # what the linearised problem promises, with and without the damping
-        promise = (step * (slope - band_product(bands, step) / 2)).sum(-1)
-        trial = cost(x[left] + step, left)
-        ratio = (value[left] - trial) / promise
-        better = (ratio > 1e-4) & torch.isfinite(trial)
-        small = promise * (1 + weight[left]) <= tolerance * x.shape[-1]
-        went = left[better]
-        x[went] += step[better]
-        value[went] = trial[better]
-        good = ratio[better].clamp(max=1)
-        weight[went] *= (1 - (2 * good - 1) ** 3).clamp(1 / 3, 2)
-        growth[went] = 2.0
-        stayed = left[~better]
-        weight[stayed] *= growth[stayed]
-        growth[stayed] *= 2
-        finished = small | (weight[left] > 1e12)
-        converged[left[small]] = True
-        keep = ~finished
-        if better.any() or not keep.all():
-            changed = better & keep
-            left_now = left[keep]
-            bands, slope = bands[:, keep], slope[keep]
-            if changed.any():
-                at = changed[keep]
-                fresh_bands, fresh_slope = system(x[left_now[at]], left_now[at])
-                bands, slope = bands.clone(), slope.clone()
-                bands[:, at], slope[at] = fresh_bands, fresh_slope
-            left = left_now
-    return Minimum(x, value, spent, converged)
+__all__ = ["WindowFourDVar", "window_four_dvar"]
 
 
 # %% ../../nbs/24_windows.ipynb #542024bf
@@ -231,10 +150,8 @@ class _Strong:
     def _sensitive(self, first: Tensor) -> tuple[Tensor, Tensor]:
         """The path and its derivatives `(N, T·n, n)` with respect to the first state."""
         path = self._path(first).unflatten(-1, (self.steps, self.n))
-        each, M = (
-            [torch.eye(self.n).to(first).expand(len(first), -1, -1)],
-            self.method.forecast.linearised(path[:, :-1])[1],
-        )  # of all times at once
+        each = [torch.eye(self.n).to(first).expand(len(first), -1, -1)]
+        M = self.method.forecast.linearised(path[:, :-1])[1]  # of all times at once
         for t in range(self.steps - 1):
             each.append(M[:, t] @ each[-1])
         return path.flatten(1), torch.stack(each, 1).flatten(1, 2)

@@ -5,99 +5,26 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated
 
-import numpy as np
 import torch
-from numpy.linalg import LinAlgError
 from torch import Tensor, nn
 
-from ..core.checks import ALONE, Gappy, guard
-from ..core.random import stream
-from ..flow_matching.convolutions import ConvolutionNetwork
-from ..flow_matching.field_networks import DenseNetwork, FieldNetwork
-from ..flow_matching.store import PriorFile, network_from
+from ..core.checks import ALONE, guard
 from ..observing.covariance import Covariance
 from ..observing.observations import Observations
-from .banded import BandedCholesky, band_gram, band_product, lift_bands
 from .laws import GaussianWindow, Information, WindowClimatology, background_information, linearised
-from .precision import BandedPrecision, DensePrecision, LowRankPrecision, Precision, most_probable
+from .networks import _CLIMATE, WindowPrior  # noqa: F401
+from .precision import Precision, _mean_alone, _precision_of, most_probable
 
 # %% auto #0
-__all__ = ["Recalibration", "IncrementalPrior", "NeuralIncremental"]
-
-# %% ../../nbs/25_incremental.ipynb #003802bb
-KINDS = ("dense", "convolution", "constant")  # networks
-PRECISIONS = ("banded", "low_rank", "dense")
-
-
-class ConstantNetwork(FieldNetwork):
-    """Always the same answer `(outputs, dim)`, whatever the fields are: with it a prior is an ordinary Gaussian law, learned for
-    the analyses that it makes.
-    """
-
-    def __init__(self, channels: int, outputs: int, generator: torch.Generator | None, *, dim: int):
-        super().__init__(channels, outputs, generator)
-        self.answer = nn.Parameter(torch.zeros(outputs, dim))
-
-    def forward(self, fields: Tensor, tau: Tensor) -> Tensor:
-        return self.answer.expand(*fields.shape[:-2], -1, -1)
-
-
-# %% ../../nbs/25_incremental.ipynb #9bdde5db
-@dataclass(frozen=True, eq=False)
-class Recalibration:
-    """What the standard deviations of a law must be multiplied by, as a function of themselves: log `factors` at log deviations
-    `knots`, linear in between, constant beyond.
-
-    `fit` takes errors and predicted deviations of validation windows, any shape, and asks in each of `bins` of equally many that
-    intervals which should cover a share `coverage` do so. Raises `ValueError` for numbers that are not finite, or too few of them.
-    """
-
-    knots: tuple[float, ...]
-    factors: tuple[float, ...]
-
-    @classmethod
-    def fit(cls, error: Tensor, deviation: Tensor, coverage: float = 0.9, bins: int = 12) -> "Recalibration":
-        if not 0 < coverage < 1:
-            raise ValueError(f"coverage: expected a share between 0 and 1, got {coverage}")
-        error, deviation = error.abs().flatten().double(), deviation.flatten().double()
-        if error.shape != deviation.shape or len(error) < 10 * bins:
-            raise ValueError(
-                f"deviation: expected as many as errors, and at least {10 * bins}, got {len(deviation)} and {len(error)}"
-            )
-        quantile = math.sqrt(2) * torch.erfinv(torch.tensor(coverage, dtype=torch.float64))
-        if not torch.isfinite(error).all():
-            raise ValueError(f"error: expected finite numbers, got {int((~torch.isfinite(error)).sum())} that are not")
-        if not (torch.isfinite(deviation) & (deviation > 0)).all():
-            raise ValueError("deviation: expected finite positive numbers, got some that are not")
-        order = deviation.argsort()
-        knots, factors = [], []
-        for part in order.tensor_split(bins):
-            knots.append(float(deviation[part].log().median()))
-            needed = np.quantile((error[part] / deviation[part]).numpy(), coverage)
-            factors.append(math.log(max(float(needed / quantile), 1e-6)))
-        return cls(tuple(knots), tuple(factors))
-
-    def __repr__(self) -> str:
-        return (
-            f"Recalibration({len(self.knots)} knots, factors {math.exp(min(self.factors)):.2f} to "
-            f"{math.exp(max(self.factors)):.2f})"
-        )
-
-    def __call__(self, deviation: Tensor) -> Tensor:
-        """Calibrated standard deviations."""
-        log = np.interp(deviation.detach().log().numpy(), self.knots, self.factors)
-        return deviation * torch.from_numpy(np.exp(log))
+__all__ = ["IncrementalPrior", "NeuralIncremental"]
 
 
 # %% ../../nbs/25_incremental.ipynb #4df823b7
-class IncrementalPrior(PriorFile, kept_as="incremental_prior"):
+class IncrementalPrior(WindowPrior, kept_as="incremental_prior"):
     """Priors N(μ_θ(x_s, s), Λ_θ(x_s, s)⁻¹) of windows `(T, n)` at `levels` of coarseness s (Blanke et al. 2024), around a
     `climate`.
 
@@ -105,126 +32,14 @@ class IncrementalPrior(PriorFile, kept_as="incremental_prior"):
     `calibration` corrects the standard deviations that `deviation` gives.
     """
 
-    def __init__(
-        self,
-        climate: WindowClimatology,
-        networks: nn.ModuleList,
-        architecture: dict,
-        training: dict | None = None,
-        calibration: Recalibration | None = None,
-    ):
-        self.climate, self.networks, self.architecture = climate, networks, architecture
-        self.training, self.calibration = training or {}, calibration
-        self.steps, self.dim = climate.mean.shape
-        self.levels, self.update = architecture["levels"], architecture["update"]
-
-    @classmethod
-    def make(
-        cls,
-        climate: WindowClimatology,
-        *,
-        levels: int = 3,
-        network: str = "dense",
-        precision: str = "banded",
-        half_band: int = 0,
-        rank: int = 5,
-        shared: bool = False,
-        update: str = "estimate",
-        floor: float = 0.05,
-        seed: int = 0,
-        **size: Any,
-    ) -> "IncrementalPrior":
-        """An untrained prior: a "dense" network over the whole window, a "convolution" along time, which serves every length, or a
-        "constant" one; `size` goes to it. The precision is "banded" with `half_band` (default 2n − 1), "low_rank" with `rank`, or
-        "dense", and never below `floor`. With `shared` weights one network serves all levels. Raises `ValueError` for settings out
-        of range.
-        """
-        architecture = cls._architecture(
-            climate,
-            levels=levels,
-            network=network,
-            precision=precision,
-            half_band=half_band,
-            rank=rank,
-            shared=shared,
-            update=update,
-            floor=floor,
-            size=size,
-        )
-        return cls(climate, _networks(architecture, *climate.mean.shape, stream(seed, "weights")), architecture)
-
-    @staticmethod
-    def _architecture(
-        climate: WindowClimatology,
-        *,
-        levels: int,
-        network: str,
-        precision: str,
-        half_band: int,
-        rank: int,
-        shared: bool,
-        update: str,
-        floor: float,
-        size: dict,
-    ) -> dict:
-        """The settings of `make`, checked, as plain values."""
-        steps, n = climate.mean.shape
-        for name, value, known in (
-            ("network", network, KINDS),
-            ("precision", precision, PRECISIONS),
-            ("update", update, ("estimate", "average")),
-        ):
-            if value not in known:
-                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
-        for name, value in (("levels", levels), ("rank", rank)):
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
-        half_band = half_band or min(2 * n - 1, steps * n - 1)
-        if not 0 < half_band < steps * n:
-            raise ValueError(f"half_band: expected 1 to {steps * n - 1}, got {half_band}")
-        if not floor > 0:
-            raise ValueError(f"floor: expected a positive precision, got {floor}")
-        known = {
-            "levels": levels,
-            "network": network,
-            "precision": precision,
-            "half_band": half_band,
-            "rank": rank,
-            "shared": shared,
-        }
-        return json.loads(json.dumps(known | {"update": update, "floor": floor, "size": size}))
-
-    def __repr__(self) -> str:
-        weights, a = sum(p.numel() for p in self.networks.parameters()), self.architecture
-        return (
-            f"IncrementalPrior(steps={self.steps}, dim={self.dim}, levels={self.levels}, {a['network']} network, "
-            f"{a['precision']} precision, {weights} weights)"
-        )
-
-    def on(self, steps: int) -> "IncrementalPrior":
-        """The same prior for windows of another length. Raises `ValueError` unless the network is a convolution and the climate
-        stationary.
-        """
-        if self.architecture["network"] != "convolution":
-            raise ValueError("steps: a prior whose network reads the whole window works for one length")
-        return IncrementalPrior(self.climate.on(steps), self.networks, self.architecture, self.training, self.calibration)
-
     def prior_at(self, x: Tensor, level: int) -> tuple[Tensor, Precision]:
         """μ_θ `(..., T·n)` and Λ_θ for standardised windows `x` `(..., T, n)`, at `level` 0 (s = 1), 1, ..."""
         a, n = self.architecture, self.dim
         s = torch.tensor([1 - level / self.levels], dtype=torch.float32)
         out = self.networks[0 if a["shared"] else level](x.float().mT, s)  # (..., outputs, T)
         mean = out[..., :n, :].mT + (0 if a["network"] == "constant" else x)
-        # numbers in each row, first: (numbers, ..., T·n)
         rows = 3 * out[..., n:, :].unflatten(-2, (n, -1)).movedim(-2, 0).mT.contiguous().flatten(-2)
-        rows = _changed_first(rows, lambda first: 3 * nn.functional.softplus(first / 3))
-        if a["precision"] == "banded":
-            return mean.flatten(-2), BandedPrecision(_changed_first(band_gram(rows), lambda diagonal: diagonal + a["floor"]))
-        if a["precision"] == "low_rank":
-            return mean.flatten(-2), LowRankPrecision(rows[:1] ** 2 + a["floor"], rows[1:].movedim(0, -1))
-        size, rest = rows[0], rows.movedim(0, -1)
-        root = torch.tril(rest, -1) + torch.diag_embed(size)
-        return mean.flatten(-2), DensePrecision(root.mT @ root + a["floor"] * torch.eye(self.steps * n))
+        return mean.flatten(-2), _precision_of(rows, a["precision"], a["floor"])
 
     def estimates(self, x: Tensor, information: Information) -> Iterator[tuple[Tensor, Tensor, Precision]]:
         """From the first estimate `x` `(..., T, n)`, level by level: what the level was given, its x̂, and the precision of what is
@@ -251,85 +66,30 @@ class IncrementalPrior(PriorFile, kept_as="incremental_prior"):
 
     def _descend(self, information, all_laws: bool = False) -> list[tuple[Tensor, Precision]]:
         """Standardised estimates `(..., T, n)`, and the precision of what is known, after each level."""
-        climate, around = self.climate, self._standard(information)
-        known = around(climate.mean)
-        z = climate.interpolate(known)
-        if callable(information):
-            for _ in range(3):  # Gauss-Newton on optimal interpolation
-                known = around(climate.mean + climate.scale * z)
-                z = climate.interpolate(known)
+        around, z = _around(self.climate, information), torch.zeros_like(self.climate.mean)
+        for _ in range(4 if callable(information) else 1):  # Gauss-Newton on optimal interpolation
+            z = self.climate.interpolate(around(z))
         x, found = z, []
         with torch.inference_mode():
             for level in range(self.levels):
-                known = around(climate.mean + climate.scale * x) if callable(information) else known
-                mean, posterior = self._estimate(x, level, known, last=all_laws or level == self.levels - 1)
+                known, (mean, precision) = around(x), self.prior_at(x, level)
+                if all_laws or level == self.levels - 1:
+                    mean, precision = most_probable(mean, precision, known)
+                else:
+                    mean = _mean_alone(mean, precision, known)
                 mean = mean.unflatten(-1, (self.steps, self.dim))
                 x = mean if self.update == "estimate" else x + (mean - z) / self.levels
-                found.append((x, posterior))
+                found.append((x, precision))
         return found
-
-    def _estimate(self, x: Tensor, level: int, known: Information, last: bool) -> tuple[Tensor, Precision]:
-        """x̂ and what is then known; before the last level, in the same memory if all goes well, since nobody asks for the
-        precision.
-        """
-        mean, precision = self.prior_at(x, level)
-        if last or not isinstance(precision, BandedPrecision):
-            return most_probable(mean, precision, known)
-        posterior, mean = precision.given(known), mean.double()
-        pull = known.vector.double() - band_product(known.bands.double(), mean)
-        try:
-            shape = torch.broadcast_shapes(posterior.bands.shape[1:], pull.shape)
-            factor = BandedCholesky(lift_bands(posterior.bands, len(shape) - 1).expand(-1, *shape)[: shape[-1]], overwrite=True)
-        except LinAlgError:
-            return most_probable(mean, precision, known)
-        return mean + factor.solve(pull), precision
-
-    def deviation(self, law: GaussianWindow) -> Gappy:
-        """The standard deviations `(..., T, n)` of a law, calibrated if the prior is."""
-        return (
-            law.deviation if self.calibration is None else self.climate.scale * self.calibration(law.deviation / self.climate.scale)
-        )
-
-    def _standard(self, information) -> Callable[[Tensor], Information]:
-        if callable(information):
-            return lambda x: self.climate.standardised(information(x))
-        known = self.climate.standardised(information)
-        return lambda x: known
-
-    def calibrated(self, law: GaussianWindow, truth: Tensor, coverage: float = 0.9, bins: int = 12) -> "IncrementalPrior":
-        """The same prior with a `Recalibration` fitted to the errors of `law` against the `truth` `(..., T, n)`."""
-        scale = self.climate.scale
-        fitted = Recalibration.fit((law.mean - truth) / scale, law.deviation / scale, coverage, bins)
-        return IncrementalPrior(self.climate, self.networks, self.architecture, self.training, fitted)
-
-    def contents(self) -> tuple[int, dict[str, Tensor], dict]:
-        tensors = {f"networks.{k}": v for k, v in self.networks.state_dict().items()}
-        tensors |= {f"climate.{k}": getattr(self.climate, k) for k in _CLIMATE if getattr(self.climate, k) is not None}
-        header = {"architecture": self.architecture, "training": self.training}
-        return 1, tensors, header | {"calibration": self.calibration and dataclasses.asdict(self.calibration)}
-
-    @classmethod
-    def restored(cls, version: int, tensors: dict[str, Tensor], header: dict) -> "IncrementalPrior":
-        training, calibration = (header[k] for k in ("training", "calibration"))
-        climate = WindowClimatology(*(tensors.get(f"climate.{k}") for k in _CLIMATE))
-        architecture = cls._architecture(climate, **header["architecture"])
-        weights = {k.removeprefix("networks."): v for k, v in tensors.items() if k.startswith("networks.")}
-        networks = network_from(lambda: _networks(architecture, *climate.mean.shape, None), architecture, weights)
-        calibration = calibration and Recalibration(tuple(calibration["knots"]), tuple(calibration["factors"]))
-        return cls(climate, networks.eval().requires_grad_(False), architecture, training, calibration)
-
-
-# %% ../../nbs/25_incremental.ipynb #35b5ea94
-def _changed_first(rows: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """`rows` with the first one changed; in place where nothing is differentiated."""
-    if torch.is_grad_enabled():
-        return torch.cat((change(rows[:1]), rows[1:]))
-    rows[:1] = change(rows[:1])
-    return rows
 
 
 # %% ../../nbs/25_incremental.ipynb #78bdc64d
-_CLIMATE = ("mean", "scale", "covariance", "precision")
+def _around(climate: WindowClimatology, information: Information | Callable) -> Callable[[Tensor], Information]:
+    """What is known of standardised windows, linearised around some where it must be."""
+    if callable(information):
+        return lambda z: climate.standardised(information(climate.mean + climate.scale * z))
+    known = climate.standardised(information)
+    return lambda z: known
 
 
 def _in_units(climate: WindowClimatology, z: Tensor, bands: Tensor) -> GaussianWindow:
@@ -339,30 +99,6 @@ def _in_units(climate: WindowClimatology, z: Tensor, bands: Tensor) -> GaussianW
     for k, band in enumerate(scaled):
         band *= inverse * nn.functional.pad(inverse[k:], (0, k))
     return GaussianWindow(climate.mean + climate.scale * z, scaled)
-
-
-# %% ../../nbs/25_incremental.ipynb #8b28c48f
-def _networks(architecture: dict, steps: int, n: int, generator: torch.Generator | None) -> nn.ModuleList:
-    size = {k: tuple(v) if isinstance(v, list) else v for k, v in architecture["size"].items()}
-    numbers = {"banded": architecture["half_band"] + 1, "low_rank": architecture["rank"] + 1, "dense": steps * n}[
-        architecture["precision"]
-    ]
-    count = 1 if architecture["shared"] else architecture["levels"]
-    made, outputs = nn.ModuleList(), n * (1 + numbers)
-    for _ in range(count):
-        if architecture["network"] == "convolution":
-            network = ConvolutionNetwork(n, outputs, generator, boundary="walls", **size)
-        else:
-            kind = {"dense": DenseNetwork, "constant": ConstantNetwork}[architecture["network"]]
-            network = kind(n, outputs, generator, dim=steps, **size)
-        if (
-            architecture["precision"] == "low_rank" and generator is not None
-        ):  # a factor of zero would stay so: the gradient of a square
-            with torch.no_grad():
-                for parameter in [network.answer if architecture["network"] == "constant" else network.last.bias]:
-                    parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
-        made.append(network)
-    return made
 
 
 # %% ../../nbs/25_incremental.ipynb #bb3756dc

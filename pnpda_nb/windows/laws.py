@@ -187,35 +187,20 @@ class WindowClimatology:
         """That of `windows` `(N, T, n)`: their covariance, or a law of `order`, by regression on so many states before. If it is
         `stationary`, all times have the same mean, scale and regression. Raises `ValueError` for too few windows.
         """
-        if windows.ndim != 3:
-            raise ValueError(f"windows: expected three dimensions (N, T, n), got shape {tuple(windows.shape)}")
-        windows, over = windows.double(), (0, 1) if stationary else 0
-        mean, scale = (x.expand(windows.shape[1:]) for x in (windows.mean(over), windows.std(over)))
-        moves = (windows.amax(over) > windows.amin(over)).expand_as(scale)  # a constant's deviation is rounding, not always 0
-        if not (torch.isfinite(scale) & (scale > 0) & moves).all():
-            raise ValueError("windows: expected numbers that are finite and vary, at all times")
-        z = (windows - mean) / scale
-        if order is None:
-            if len(windows) <= z[0].numel():
-                raise ValueError(f"windows: expected more than {z[0].numel()} for a full covariance, got {len(windows)}")
-            return cls(mean, scale, covariance=torch.cov(z.flatten(1).T))
-        return cls(mean, scale, precision=band_gram(_regression(z, order, stationary)))
+        mean, scale = _moments(windows, stationary)
+        z = (windows.double() - mean) / scale
+        if order is not None:
+            return cls(mean, scale, precision=band_gram(_regression(z, order, stationary)))
+        if len(windows) <= z[0].numel():
+            raise ValueError(f"windows: expected more than {z[0].numel()} for a full covariance, got {len(windows)}")
+        return cls(mean, scale, covariance=torch.cov(z.flatten(1).T))
 
     def on(self, steps: int) -> "WindowClimatology":
         """The same stationary law for windows of another length. Raises `ValueError` if it is not one, or was fitted to windows too
         short to say.
         """
-        n = self.mean.shape[1]
-        same = self.precision is not None and all((x == x[:1]).all() for x in (self.mean, self.scale))
-        order = len(self.precision) // n - 1 if same else 0
-        if not same or self.mean.shape[0] <= 2 * order:
-            raise ValueError("steps: expected a stationary climate of some order, from windows of more than twice that")
-        if steps <= 2 * order:
-            raise ValueError(f"steps: expected more than {2 * order}, got {steps}")
-        bands, edge = self.precision, n * order
-        inner = bands[:, edge : edge + n].repeat(1, steps - 2 * order)
-        mean, scale = (x[:1].expand(steps, -1) for x in (self.mean, self.scale))
-        return WindowClimatology(mean, scale, precision=torch.cat((bands[:, :edge], inner, bands[:, -edge:]), 1))
+        mean, scale, precision = _lengthened(self, steps)
+        return WindowClimatology(mean, scale, precision=precision)
 
     def __repr__(self) -> str:
         law = "full covariance" if self.covariance is not None else f"{len(self.precision) - 1} subdiagonals"
@@ -233,51 +218,53 @@ class WindowClimatology:
         """The mean `(..., T, n)` of standardised windows, given `information` about standardised windows (see `standardised`);
         `law` does both.
         """
-        shape = (*information.vector.shape[:-1], *self.mean.shape)
+        batch = information.vector.shape[:-1]
         if self.precision is not None:
-            batch = information.vector.shape[:-1]
-            bands = add_bands(self.precision, information.bands.double())
-            return (
-                BandedCholesky(lift_bands(bands, len(batch)).expand(-1, *information.vector.shape))
-                .solve(information.vector)
-                .reshape(shape)
-            )
-        gain, at = self._gain(information)
-        seen = information.vector.double().gather(-1, at.expand(*information.vector.shape[:-1], -1))
-        return (gain @ seen.unsqueeze(-1)).squeeze(-1).reshape(shape)
-
-    def _gain(self, information: Information) -> tuple[Tensor, Tensor]:
-        """B (I + JB)⁻¹ `(..., T·n, m)`, where m numbers were seen, and which `(..., m)`."""
-        most = int((information.bands[0] != 0).sum(-1).max()) if information.bands.numel() else 0
-        at = (information.bands[0] != 0).to(torch.int8).topk(most, -1).indices  # what was seen, and zeros to fill up
-        B = self.covariance[:, at].movedim(0, -2)  # (..., T·n, m)
-        Bss = B.gather(-2, at.unsqueeze(-1).expand(*at.shape, most))
-        J = torch.diag_embed(information.bands[0].double().gather(-1, at))
-        if len(information.bands) > 1:
-            whole = band_dense(information.bands.double())
-            J = whole.gather(-2, at.unsqueeze(-1).expand(*at.shape, whole.shape[-1])).gather(
-                -1, at.unsqueeze(-2).expand(*at.shape, most)
-            )
-        return torch.linalg.solve(torch.eye(most).to(J) + J @ Bss, B, left=False), at
+            bands = lift_bands(add_bands(self.precision, information.bands.double()), len(batch))
+            z = BandedCholesky(bands.expand(-1, *information.vector.shape)).solve(information.vector)
+            return z.reshape(*batch, *self.mean.shape)
+        gain, at = _gain(self.covariance, information)
+        seen = information.vector.double().gather(-1, at.expand(*batch, -1))
+        return (gain @ seen.unsqueeze(-1)).squeeze(-1).reshape(*batch, *self.mean.shape)
 
     def law(self, information: Information) -> Annotated[tuple[Tensor, Tensor], ALONE]:
         """Mean and variance `(..., T, n)` of windows, in their units, given `information` about them."""
-        z, about = (self.standardised(information), self.scale)
-        mean = self.mean + about * self.interpolate(z)
+        z, scale = self.standardised(information), self.scale
+        mean = self.mean + scale * self.interpolate(z)
         if self.precision is not None:
-            return mean, GaussianWindow(mean, add_bands(self.precision, z.bands.double())).variance * about**2
-        gain, at = self._gain(z)
-        J = z.bands[0] if len(z.bands) == 1 else band_dense(z.bands)
-        rows = self.covariance[:, at].movedim(0, -2)  # B_s
-        if len(z.bands) == 1:
-            weighed = gain * J.gather(-1, at).unsqueeze(-2)
-        else:
-            whole = J.gather(-2, at.unsqueeze(-1).expand(*at.shape, J.shape[-1])).gather(
-                -1, at.unsqueeze(-2).expand(*at.shape, at.shape[-1])
-            )
-            weighed = gain @ whole
-        variance = self.covariance.diagonal() - (weighed * rows).sum(-1)
-        return mean, (variance.clamp_min(1e-12).reshape(*variance.shape[:-1], *self.mean.shape) * about**2).expand_as(mean)
+            return mean, GaussianWindow(mean, add_bands(self.precision, z.bands.double())).variance * scale**2
+        variance = _left_open(self.covariance, z)
+        return mean, (variance.reshape(*variance.shape[:-1], *self.mean.shape) * scale**2).expand_as(mean)
+
+
+# %% ../../nbs/24_windows.ipynb #10d77b50
+def _gain(B: Tensor, information: Information) -> tuple[Tensor, Tensor]:
+    """B (I + JB)⁻¹ `(..., T·n, m)`, where m numbers were seen, and which `(..., m)`."""
+    most = int((information.bands[0] != 0).sum(-1).max()) if information.bands.numel() else 0
+    at = (information.bands[0] != 0).to(torch.int8).topk(most, -1).indices  # what was seen, and zeros to fill up
+    rows = B[:, at].movedim(0, -2)  # (..., T·n, m)
+    Bss = rows.gather(-2, at.unsqueeze(-1).expand(*at.shape, most))
+    if len(information.bands) > 1:
+        J = _among(band_dense(information.bands.double()), at)
+    else:
+        J = torch.diag_embed(information.bands[0].double().gather(-1, at))
+    return torch.linalg.solve(torch.eye(most).to(J) + J @ Bss, rows, left=False), at
+
+
+def _left_open(B: Tensor, information: Information) -> Tensor:
+    """The variances `(..., T·n)` that are left, the diagonal of B − B (I + JB)⁻¹ J B."""
+    gain, at = _gain(B, information)
+    if len(information.bands) == 1:
+        weighed = gain * information.bands[0].gather(-1, at).unsqueeze(-2)
+    else:
+        weighed = gain @ _among(band_dense(information.bands), at)
+    return (B.diagonal() - (weighed * B[:, at].movedim(0, -2)).sum(-1)).clamp_min(1e-12)
+
+
+def _among(matrix: Tensor, at: Tensor) -> Tensor:
+    """The rows and columns `at` `(..., m)` of matrices `(..., d, d)`."""
+    rows = matrix.gather(-2, at.unsqueeze(-1).expand(*at.shape, matrix.shape[-1]))
+    return rows.gather(-1, at.unsqueeze(-2).expand(*at.shape, at.shape[-1]))
 
 
 # %% ../../nbs/24_windows.ipynb #b64bfc52
@@ -310,6 +297,34 @@ def _regression(z: Tensor, order: int, stationary: bool) -> Tensor:
             last = columns - n + i
             factor[: last + 1, t, i] = found[i, : last + 1].flip(0)
     return factor.flatten(1)
+
+
+# %% ../../nbs/24_windows.ipynb #0d6736c3
+def _moments(windows: Tensor, stationary: bool) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation `(T, n)` of windows `(N, T, n)`, the same for all times if the climate is stationary."""
+    if windows.ndim != 3:
+        raise ValueError(f"windows: expected three dimensions (N, T, n), got shape {tuple(windows.shape)}")
+    windows, over = windows.double(), (0, 1) if stationary else 0
+    mean, scale = (x.expand(windows.shape[1:]) for x in (windows.mean(over), windows.std(over)))
+    moves = (windows.amax(over) > windows.amin(over)).expand_as(scale)  # a constant's deviation is rounding, not always 0
+    if not (torch.isfinite(scale) & (scale > 0) & moves).all():
+        raise ValueError("windows: expected numbers that are finite and vary, at all times")
+    return mean, scale
+
+
+def _lengthened(climate: WindowClimatology, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, scale and precision of a stationary law, for windows of `steps` states."""
+    n = climate.mean.shape[1]
+    same = climate.precision is not None and all((x == x[:1]).all() for x in (climate.mean, climate.scale))
+    order = len(climate.precision) // n - 1 if same else 0
+    if not same or climate.mean.shape[0] <= 2 * order:
+        raise ValueError("steps: expected a stationary climate of some order, from windows of more than twice that")
+    if steps <= 2 * order:
+        raise ValueError(f"steps: expected more than {2 * order}, got {steps}")
+    bands, edge = climate.precision, n * order
+    inner = bands[:, edge : edge + n].repeat(1, steps - 2 * order)
+    mean, scale = (x[:1].expand(steps, -1) for x in (climate.mean, climate.scale))
+    return mean, scale, torch.cat((bands[:, :edge], inner, bands[:, -edge:]), 1)
 
 
 # %% ../../nbs/24_windows.ipynb #8539ef9f

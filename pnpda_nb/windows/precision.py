@@ -3,14 +3,16 @@
 # %% ../../nbs/25_incremental.ipynb #ad9c3cdf
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from numpy.linalg import LinAlgError
 from torch import Tensor, nn
 
 from ..core.checks import Gappy, guard
 from ..core.random import standard_normal
-from .banded import BandedCholesky, add_bands, band_dense, band_product, dense_band, lift_bands
+from .banded import BandedCholesky, add_bands, band_dense, band_gram, band_product, dense_band, lift_bands
 from .laws import Information
 
 # %% auto #0
@@ -143,10 +145,35 @@ class DensePrecision:
         return drawn.masked_fill((failed != 0).unsqueeze(-1), torch.nan)
 
 
-# %% ../../nbs/25_incremental.ipynb #2496ad5c
+# %% ../../nbs/25_incremental.ipynb #c96f64b6
 Precision = BandedPrecision | LowRankPrecision | DensePrecision
 
 
+# %% ../../nbs/25_incremental.ipynb #35b5ea94
+def _changed_first(rows: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """`rows` with the first one changed; in place where nothing is differentiated."""
+    if torch.is_grad_enabled():
+        return torch.cat((change(rows[:1]), rows[1:]))
+    rows[:1] = change(rows[:1])
+    return rows
+
+
+# %% ../../nbs/25_incremental.ipynb #bed243cf
+def _precision_of(rows: Tensor, kind: str, floor: float) -> Precision:
+    """The precision of a `kind`, "banded", "low_rank" or "dense", that a network's numbers stand for, `rows` `(numbers, ..., d)`,
+    the first on the diagonal: positive definite whatever they are, and not below the `floor`.
+    """
+    rows = _changed_first(rows, lambda first: 3 * nn.functional.softplus(first / 3))
+    if kind == "banded":
+        return BandedPrecision(_changed_first(band_gram(rows), lambda diagonal: diagonal + floor))
+    if kind == "low_rank":
+        return LowRankPrecision(rows[:1] ** 2 + floor, rows[1:].movedim(0, -1))
+    size, rest = rows[0], rows.movedim(0, -1)
+    root = torch.tril(rest, -1) + torch.diag_embed(size)
+    return DensePrecision(root.mT @ root + floor * torch.eye(rows.shape[-1]))
+
+
+# %% ../../nbs/25_incremental.ipynb #2496ad5c
 def most_probable(mean: Gappy, precision: Precision, information: Information) -> tuple[Gappy, Precision]:
     """The MAP estimate x̂ `(..., d)` of @eq-map from the prior of `mean` `(..., d)` and `precision`, and the precision of what is
     then known.
@@ -154,6 +181,21 @@ def most_probable(mean: Gappy, precision: Precision, information: Information) -
     posterior, mean = precision.given(information), mean.double()
     pull = information.vector.double() - band_product(information.bands.double(), mean)
     return mean + posterior.solve(pull), posterior
+
+
+# %% ../../nbs/25_incremental.ipynb #6cad5d84
+def _mean_alone(mean: Tensor, precision: Precision, information: Information) -> Tensor:
+    """x̂ alone; in the memory of a banded precision, which is lost, if all goes well."""
+    if not isinstance(precision, BandedPrecision):
+        return most_probable(mean, precision, information)[0]
+    posterior, middle = precision.given(information), mean.double()
+    pull = information.vector.double() - band_product(information.bands.double(), middle)
+    shape = torch.broadcast_shapes(posterior.bands.shape[1:], pull.shape)
+    bands = lift_bands(posterior.bands, len(shape) - 1).expand(-1, *shape)[: shape[-1]]
+    try:
+        return middle + BandedCholesky(bands, overwrite=True).solve(pull)
+    except LinAlgError:
+        return most_probable(mean, precision, information)[0]
 
 
 # %% ../../nbs/25_incremental.ipynb #bb17c308
