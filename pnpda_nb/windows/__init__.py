@@ -34,4 +34,5 @@ from .four_dvar import WindowFourDVar, levenberg_marquardt, window_four_dvar
 from .incremental import IncrementalPrior, NeuralIncremental, Recalibration
 from .laws import GaussianWindow, Information, WindowClimatology, background_information, draw_windows, linearised, normalised_mse
 from .precision import BandedPrecision, DensePrecision, LowRankPrecision, most_probable
-from .training import IncrementalSettings, RandomSets, incremental_loss, observe_windows, regular_sets, train_incremental
+from .sets import RandomSets, regular_sets
+from .training import IncrementalSettings, incremental_loss, observe_windows, train_incremental
