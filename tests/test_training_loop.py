@@ -9,6 +9,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import pnpda_nb.core.training as loop
 from pnpda_nb.core import standard_normal, stream
 from pnpda_nb.core.disk import write_checkpoint
 from pnpda_nb.core.training import Phase, Plan, Training, read_training, resume_training, run_training
@@ -19,6 +20,13 @@ from pnpda_nb.windows import IncrementalPrior, IncrementalSettings, RandomSets, 
 
 ONE = torch.tensor(1.0, dtype=torch.float64)
 DRAWS = standard_normal((300, 6, 2), stream(1, "windows"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def every_round_is_remembered():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_PAUSE", -1.0)
+        yield
 
 
 @cache

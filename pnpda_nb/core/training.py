@@ -226,7 +226,7 @@ def _copied(tree: Any) -> Any:
 
 
 # %% ../../nbs/94_priors.ipynb #7a0c51ea
-_EVERY = 10.0  # seconds between two checkpoints
+_EVERY, _PAUSE = 10.0, 0.2  # seconds between two files, and between two copies in memory
 _FORMAT = "training/1: "  # of checkpoints
 
 
@@ -245,7 +245,8 @@ def run_training(
     at the end the file is removed, unless it is to be kept. Raises `ValueError` if the loss is not finite, and `OSError` if the
     file cannot be written.
     """
-    plan, path, saved = training.plan, Path(checkpoint) if checkpoint else None, -math.inf  # the first round is written at once
+    plan, path = training.plan, Path(checkpoint) if checkpoint else None
+    copied = saved = -math.inf  # the first round is written at once
     memory = training.remember() if path else None
 
     def write() -> None:
@@ -264,11 +265,11 @@ def run_training(
             bar.update()
             if training.score is not None:
                 bar.set_postfix_str(f"validation {training.score:.4f}")
-            if path:
-                memory = training.remember()
-                if time.monotonic() - saved > _EVERY:
+            if path and time.monotonic() - copied > _PAUSE:
+                memory, copied = training.remember(), time.monotonic()
+                if copied - saved > _EVERY:
                     write()
-                    saved = time.monotonic()
+                    saved = copied
             if callback:
                 callback(training.round, row)
     except BaseException:
@@ -278,6 +279,7 @@ def run_training(
     finally:
         bar.close()
     if path and keep:
+        memory = training.remember()
         write()
     elif path:
         path.unlink(missing_ok=True)
