@@ -99,7 +99,7 @@ NATURE = lorenz63(cycles=5)
 
 
 def on_policy_training(path, stops=False):
-    import pnpda_nb.learned.on_policy as chapter
+    import pnpda_nb.core.training as loop
 
     settings = OnPolicySettings(trajectories=2, cycles=4, steps=1, batch=4, memory=3)
     record, count = TruthRecord(NATURE, runs=2, cycles=8, seed=1), []
@@ -112,7 +112,7 @@ def on_policy_training(path, stops=False):
 
     with pytest.MonkeyPatch.context() as patch:
         if stops:
-            patch.setattr(chapter.time, "monotonic", iter(range(0, 10**6, 100)).__next__)
+            patch.setattr(loop.time, "monotonic", iter(range(0, 10**6, 100)).__next__)
         return train_on_policy(
             an_analysis_prior(), record, policy=AmortisedAnalysis, settings=settings, validate=validate, checkpoint=path
         )

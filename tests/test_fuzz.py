@@ -771,7 +771,9 @@ OWN |= {
 
 # What is left out: trainings with a memory of their own, programs and clusters, other libraries, and reports of whole studies
 LEFT_OUT = re.compile(
-    r"twin\.cycle\.filter_cycle|twin\.window\.window_cycle|twin\.method\.Segment|twin\.Tuned|twin\.nature\.forget_nature_runs|learned\.(OnPolicyTraining\.(?!__init__)|train_on_policy|Records\.__init__|AnalysisPrior\.on)"
+    r"twin\.cycle\.filter_cycle|twin\.window\.window_cycle|twin\.method\.Segment|twin\.Tuned|twin\.nature\.forget_nature_runs|core\.training"
+    r"|learned\.(OnPolicyTraining\.(?!__init__)|on_policy\.rollout_loss|records\.(Trajectories|Examples)|train_on_policy)"
+    r"|learned\.(Records\.__init__|AnalysisPrior\.on)"
     r"|interop\.(ProgramModel|dapper|for_dapper|per_state|from_tendency)|sweep\.(code_version|run_task|run_tasks|workplace|HereExecutor|Store\.read)|studies\.(Study\.(__init__|run|kept)|[Pp]ublished)"
     r"|twin\.(lorenz|kura|pend|double|saka|sako|bocq)|studies\.(parts\.\w+_part|(parts\.)?(learning|costed|record)_task|parts\.passes|figure_along|SweepSettings\.require)|core\.(Settings|guard$|RunStreams|interface|deprecated|unchecked)|plotting\.(explore|book_style)"
     r"|pnp\.Constraint\.|flow_matching\.(store\.(PriorFile|FlowFile)|field_prior\.FieldPrior)\.|windows\.IncrementalPrior\.on"

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-import pnpda_nb.learned.on_policy as on_policy
+import pnpda_nb.core.training as loop
 from pnpda_nb.classical import EnKF, EnKS
 from pnpda_nb.core import standard_normal, stream
 from pnpda_nb.learned import (
@@ -191,7 +191,7 @@ def test_that_a_resumed_training_is_the_uninterrupted_one(kind, stop, nature, da
         options |= {"policy": lambda p: LearnedMean(p, EnKF(inflation=1.3)), "members": 5}
     whole, history = train_on_policy(prior, record, validate=lambda p: float(weights(p).abs().sum()), **options)
     ticks = itertools.count(0, 100)
-    monkeypatch.setattr(on_policy.time, "monotonic", lambda: next(ticks))  # every cycle is written
+    monkeypatch.setattr(loop.time, "monotonic", lambda: next(ticks))  # every cycle is written
     calls = itertools.count(1)
 
     def breaks(prior) -> float:
@@ -211,7 +211,7 @@ def test_that_a_resumed_training_is_the_uninterrupted_one(kind, stop, nature, da
 def test_that_checkpoints_of_others_and_broken_ones_are_named(nature, tmp_path, monkeypatch):
     path = tmp_path / "checkpoint"
     ticks = itertools.count(0, 100)
-    monkeypatch.setattr(on_policy.time, "monotonic", lambda: next(ticks))
+    monkeypatch.setattr(loop.time, "monotonic", lambda: next(ticks))
 
     calls = itertools.count()
 
@@ -266,8 +266,8 @@ def test_that_trajectories_that_are_lost_begin_anew_and_teach_nothing(nature):
             return analysis
 
     training = OnPolicyTraining(make(), nature, Wild, SETTINGS)
-    training.run_cycle()
-    assert torch.isfinite(training.state).all() and len(training.memory[0][0]) == SETTINGS.trajectories - 1
+    training.advance()
+    assert torch.isfinite(training.trajectories.state).all() and len(training.examples.cycles[0][0]) == SETTINGS.trajectories - 1
 
 
 def test_that_innovations_are_those_that_were_seen():

@@ -9,19 +9,16 @@ import copy
 import json
 import math
 import os
-import time
-from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterator
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..core.checks import guard
-from ..core.disk import fitting_checkpoint, read_checkpoint, write_checkpoint
 from ..core.random import stream
+from ..core.training import Phase, Plan, Training, read_training, resume_training, run_training
 from .flow import FlowPrior, _coloured, conditional_coupling, flow_matching_loss
 from .networks import VelocityMLP
 from .pairs import PairSource, TrainingSettings, _held_out, _HeldPairs, _read, _StreamedPairs
@@ -64,55 +61,28 @@ def _train(
     pairs, settings: TrainingSettings, seed: int, checkpoint, progress: bool, callback, keep: bool = False
 ) -> tuple[FlowPrior, pd.DataFrame]:
     """The training of `train_prior` and `train_from`, on `_HeldPairs` or `_StreamedPairs`."""
-    path = Path(checkpoint) if checkpoint else None
-    memory = _read_checkpoint(path, pairs.fingerprint) if path and path.exists() else None
-    pairs.prepare(memory, progress)
-    state = _Training(pairs, settings, seed)
-    if memory:
-        with fitting_checkpoint(path):
-            state.restore(memory)
-    elif path and pairs.kept():  # what took a pass over all pairs
-        state.write(path)
-    bar = tqdm(
-        total=settings.epochs, initial=state.epoch, desc="training", unit="epoch", disable=None if progress else True, leave=False
+    memory = read_training(checkpoint, pairs.fingerprint, "a training with other settings, seed or pairs")
+    pairs.prepare(memory and memory["subject"], progress)
+    plan = Plan(
+        phases=(Phase(rounds=settings.epochs, learning_rate=settings.learning_rate, average=settings.average),),
+        weight_decay=settings.weight_decay,
+        strict=True,
+        plateau=(settings.plateau_factor, settings.plateau_patience),
+        patience=settings.patience,
+        unit="epoch",
+        lost="training: the loss became non-finite in epoch {round}; try a smaller learning rate",
+        from_start_kept=bool(pairs.kept()),  # what took a pass over all pairs
     )
-    saved = -math.inf  # the first epoch is written at once
-    try:
-        while not state.finished:
-            row = state.run_epoch()
-            bar.update()
-            bar.set_postfix_str(f"validation {row['validation']:.4f}")
-            if path and time.monotonic() - saved > 10:
-                state.write(path)
-                saved = time.monotonic()
-            if callback:
-                callback(state.epoch, row)
-    except BaseException:
-        if path and state.epoch:
-            state.write(path)
-        raise
-    finally:
-        bar.close()
-    if path and keep:
-        state.write(path)
-    elif path:
-        path.unlink(missing_ok=True)
-    return state.prior(), pd.DataFrame(state.history)
-
-
-# %% ../../nbs/94_priors.ipynb #c7fb98e1
-def _read_checkpoint(path: Path, fingerprint: str) -> dict:
-    memory = read_checkpoint(path)
-    if memory.get("fingerprint") != fingerprint:
-        raise ValueError(f"checkpoint: {path} belongs to a training with other settings, seed or pairs; move it away to start anew")
-    return memory
+    subject = _FlowTraining(pairs, settings, seed)
+    training = Training(subject, plan)
+    resume_training(training, checkpoint, memory)
+    run_training(training, checkpoint, fingerprint=pairs.fingerprint, progress=progress, keep=keep, callback=callback)
+    return subject.prior(training), pd.DataFrame(training.history)
 
 
 # %% ../../nbs/94_priors.ipynb #648def09
-class _Training:
-    """Everything that changes while a prior is trained. `memory` is a copy of it as it was after
-    the last whole epoch.
-    """
+class _FlowTraining:
+    """Pairs, coupled with noise, and the loss of flow matching."""
 
     def __init__(self, pairs, settings: TrainingSettings, seed: int):
         self.pairs, self.settings, self.seed, dim = pairs, settings, seed, pairs.dim
@@ -130,23 +100,8 @@ class _Training:
             dim, settings.hidden, settings.embedding, stream(seed, "weights"), settings.embedding_scale, settings.linear_skip
         )
         self.averaged = copy.deepcopy(self.network).requires_grad_(False)
-        self.weights = [list(net.parameters()) for net in (self.averaged, self.network)]
-        self.steps = 0
         self.generator = stream(seed, "training noise")
-        self.optimiser = torch.optim.AdamW(
-            self.network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-        )
-        self.schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            self.optimiser, factor=settings.plateau_factor, patience=settings.plateau_patience
-        )
-        self.epoch, self.best_epoch, self.best_loss, self.history = 0, 0, math.inf, []
-        self.beta = settings.beta or (1.0 if settings.repaired_target else 0.0)
-        self.best = _copied(self.network.state_dict())
-        self.memory = self._remember()
-
-    @property
-    def finished(self) -> bool:
-        return self.epoch >= self.settings.epochs or self.epoch - self.best_epoch >= self.settings.patience
+        self.beta, self.coupled = settings.beta or (1.0 if settings.repaired_target else 0.0), []
 
     def start(self, noise: Tensor, background: Tensor) -> Tensor:
         """White noise as draws of the source, for backgrounds beside it; all `(sample, dim)`, in the network's units."""
@@ -155,8 +110,9 @@ class _Training:
         z = _coloured(noise, self.colour)
         return background + z if self.pairs.units is None else z
 
-    def run_epoch(self) -> dict:
-        settings, (b, a), losses, coupled = self.settings, self.pairs.of_epoch(self.epoch), [], []
+    def batches(self, epoch: int) -> Iterator[tuple[Tensor, ...]]:
+        """Starts, analyses, backgrounds and pseudo-times of an epoch."""
+        settings, (b, a), self.coupled = self.settings, self.pairs.of_epoch(epoch), []
         order, together = torch.randperm(len(a), generator=self.generator), settings.coupling_batch or settings.batch
         for portion in order.split(self.pairs.portion):  # as much noise as is wanted in memory
             noise = torch.randn(len(portion), a.shape[1], generator=self.generator)
@@ -169,42 +125,15 @@ class _Training:
                 given, target = b[portion[some]], a[portion[some]]
                 z = self.start(noise[some], given)
                 coupling = conditional_coupling(z, target, given, self.beta)
-                coupled.append((coupling.repaired, coupling.gain))
+                self.coupled.append((coupling.repaired, coupling.gain))
                 self._steer(coupling.repaired)
                 # the background stays with the noise: with it, an analysis of (almost) the same background is paired
-                split = (x.split(settings.batch) for x in (z, target[coupling.index], given, tau[some]))
-                for batch in zip(*split):
-                    loss = flow_matching_loss(self.network, *batch)
-                    self.optimiser.zero_grad(set_to_none=True)
-                    loss.backward()
-                    self.optimiser.step()
-                    self._average()
-                    losses.append(loss.detach())
-        validation = self._validation()
-        training = float(torch.stack(losses).mean())
-        if not (math.isfinite(validation) and math.isfinite(training)):
-            raise ValueError(f"training: the loss became non-finite in epoch {self.epoch + 1}; try a smaller learning rate")
-        rate = self.optimiser.param_groups[0]["lr"]
-        self.schedule.step(validation)
-        self.epoch += 1
-        if validation < self.best_loss:
-            self.best_loss, self.best_epoch, self.best = (validation, self.epoch, _copied(self.averaged.state_dict()))
-        repaired, gain = np.mean(coupled, axis=0)
-        self.history.append(
-            {
-                "epoch": self.epoch,
-                "training": training,
-                "validation": validation,
-                "learning_rate": rate,
-                "beta": self.beta,
-                "repaired": float(repaired),
-                "path_gain": float(gain),
-            }
-        )
-        self.memory = self._remember()
-        return self.history[-1]
+                yield from zip(*(x.split(settings.batch) for x in (z, target[coupling.index], given, tau[some])))
 
-    def _validation(self) -> float:
+    def loss(self, batch: tuple[Tensor, ...]) -> Tensor:
+        return flow_matching_loss(self.network, *batch)
+
+    def validate(self) -> float:
         """The loss of the averaged weights on pairs that are never trained on, always with the same noise."""
         (b, a), draws = self.pairs.validation, self.settings.validation_draws
         fixed, total = stream(self.seed, "validation noise"), 0.0
@@ -216,22 +145,31 @@ class _Training:
                 total += len(target) * float(flow_matching_loss(self.averaged, z, target, given, tau))
         return total / (draws * len(a))
 
+    def row(self, training: Training) -> dict:
+        repaired, gain = np.mean(self.coupled, axis=0)
+        return {
+            "epoch": training.round,
+            "training": float(torch.tensor(training.losses).mean()),
+            "validation": training.score,
+            "learning_rate": training.rate,
+            "beta": self.beta,
+            "repaired": float(repaired),
+            "path_gain": float(gain),
+        }
+
+    def remember(self) -> dict:
+        return {"beta": self.beta} | self.pairs.kept()
+
+    def recall(self, memory: dict) -> None:
+        self.beta = memory["beta"]
+
     def _steer(self, repaired: float) -> None:
         """Raise β if more than the wanted share of analyses has changed partners, and lower it if less has."""
         if self.settings.repaired_target:
             change = math.exp(2 * (repaired - self.settings.repaired_target))
             self.beta = min(max(self.beta * change, 1e-12), 1e12)
 
-    def _average(self) -> None:
-        """Let the averaged weights follow the trained ones; early on they follow faster, so that
-        the start is forgotten.
-        """
-        self.steps += 1
-        decay = min(self.settings.average, self.steps / (self.steps + 10)) if self.settings.average else 0.0
-        with torch.no_grad():
-            torch._foreach_lerp_(*self.weights, 1 - decay)
-
-    def prior(self) -> FlowPrior:
+    def prior(self, training: Training) -> FlowPrior:
         network = VelocityMLP(
             self.architecture["dim"],
             self.settings.hidden,
@@ -239,9 +177,9 @@ class _Training:
             stream(self.seed, "weights"),
             linear_skip=self.settings.linear_skip,
         )
-        network.load_state_dict(self.best)
-        record = {"pairs": self.pairs.count, "epochs": self.epoch, "best_epoch": self.best_epoch}
-        record |= {"validation_loss": self.best_loss, "seed": self.seed, "settings": self.settings.record()}
+        network.load_state_dict(training.best_weights)
+        record = {"pairs": self.pairs.count, "epochs": training.round, "best_epoch": training.best_round}
+        record |= {"validation_loss": training.best_score, "seed": self.seed, "settings": self.settings.record()}
         record |= self.pairs.record
         return FlowPrior(
             network,
@@ -253,46 +191,6 @@ class _Training:
             units=self.pairs.units,
             layout=self.pairs.layout,
         )
-
-    def _remember(self) -> dict:
-        return {
-            "fingerprint": self.pairs.fingerprint,
-            "network": _copied(self.network.state_dict()),
-            "averaged": _copied(self.averaged.state_dict()),
-            "optimiser": _copied(self.optimiser.state_dict()),
-            "schedule": _copied(self.schedule.state_dict()),
-            "generator": self.generator.get_state(),
-            "best": self.best,
-            "numbers": [self.epoch, self.best_epoch, self.best_loss, self.steps],
-            "beta": self.beta,
-            "history": list(self.history),
-        } | self.pairs.kept()
-
-    def write(self, path: Path) -> None:
-        write_checkpoint(self.memory, path)
-
-    def restore(self, memory: dict) -> None:
-        self.network.load_state_dict(memory["network"])
-        self.averaged.load_state_dict(memory["averaged"])
-        self.optimiser.load_state_dict(memory["optimiser"])
-        self.schedule.load_state_dict(memory["schedule"])
-        self.generator.set_state(memory["generator"])
-        self.best, self.history = memory["best"], memory["history"]
-        self.epoch, self.best_epoch, self.best_loss, self.steps = memory["numbers"]
-        self.beta = memory.get("beta", self.settings.beta)
-        self.memory = memory
-
-
-# %% ../../nbs/94_priors.ipynb #5ed4cbc0
-def _copied(tree):
-    """A deep copy of a state dictionary, tensors included."""
-    if isinstance(tree, Tensor):
-        return tree.detach().clone()
-    if isinstance(tree, dict):
-        return {k: _copied(v) for k, v in tree.items()}
-    if isinstance(tree, list):
-        return [_copied(v) for v in tree]
-    return tree
 
 
 # %% ../../nbs/94_priors.ipynb #8fcb56f0

@@ -7,33 +7,27 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
-import json
 import math
 import os
-import time
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..core.checks import guard
-from ..core.disk import fitting_checkpoint, read_checkpoint, write_checkpoint
-from ..core.random import standard_normal, stream
+from ..core.random import stream
+from ..core.training import Phase, Plan, Training, fingerprint_of, read_training, resume_training, run_training
 from .prior import AmortisedAnalysis, AnalysisPrior
-from .records import ObservedRecord, Records, TruthRecord
-from ..observing.observations import GridObservations, on_grid
+from .records import Examples, ObservedRecord, Records, Trajectories, TruthRecord, _rows
+from ..observing.observations import GridObservations, Observations, on_grid
 from ..observing.update import Residual
 from ..twin.cycle import Method
 
 # %% auto #0
-__all__ = ["TrainingBatch", "on_policy_loss", "OnPolicySettings", "OnPolicyTraining", "train_on_policy"]
+__all__ = ["TrainingBatch", "on_policy_loss", "OnPolicyTraining", "OnPolicySettings", "train_on_policy"]
 
 
 # %% ../../nbs/18_on_policy.ipynb #603e3bb3
@@ -75,6 +69,102 @@ def on_policy_loss(
         sites = torch.randperm(target.shape[-1], generator=generator)[:scored].sort().values
         loss = loss + likelihood * residual.negative_log_likelihood(error.detach(), sites).mean()
     return loss
+
+
+# %% ../../nbs/18_on_policy.ipynb #03ca7eab
+class OnPolicyTraining:
+    """Trajectories that cycle through `record` in the hands of `policy`, a function that makes a method of a prior, and the
+    examples that they leave behind for `prior`. A method with an attribute `training_batch(background, seen, generator)` chooses
+    itself what is learned from an ensemble.
+    """
+
+    def __init__(
+        self,
+        prior: AnalysisPrior,
+        record: TruthRecord | ObservedRecord | Records,
+        policy: Callable[[AnalysisPrior], Method],
+        settings: OnPolicySettings,
+        *,
+        members: int = 1,
+        seed: int = 0,
+    ):
+        self.record, self.settings, self.generator = record, settings, stream(seed, "on-policy training")
+        self.prior, self.slow = _copy(prior), _copy(prior, False)  # the second one's weights will be the first one's averages
+        self.prior.half_precision = self.slow.half_precision = settings.half_precision
+        self.method = policy(self.slow)
+        self.trajectories = Trajectories(record, settings.trajectories, members, settings.rollout, self.generator)
+        self.examples = Examples(settings.memory)
+
+    def advance(self) -> float:
+        """One cycle of all trajectories; their examples join the memory. Returns the error of the analyses, as measured by
+        the targets.
+        """
+        moving, record = self.trajectories, self.record
+        restart = torch.rand(len(moving.times), generator=self.generator) < self.settings.restart
+        moving.begin((moving.times >= len(record.targets) - 1) | restart)
+        with torch.no_grad():
+            background = moving.forecast(moving.state)
+            moving.times = moving.times + 1
+            seen = record.observe(moving.times, moving.runs, moving.networks, self.generator)
+            target = record.targets[moving.times, moving.runs]
+            analysis, mean, extra = _analysed(self.method, background, seen, self.generator)
+        lost = ~torch.isfinite(analysis).flatten(1).all(1) | ((mean - target).abs() > 1e3 * self.prior.scale).any(-1)
+        if lost.all() and not len(self.examples):
+            raise ValueError("policy: all trajectories became non-finite in their first cycle")
+        shown = None if extra is None else on_grid(seen, target.shape[-1])[:, 0]
+        parts = mean, target, shown, extra, moving.times, moving.runs, moving.networks
+        self.examples.add(tuple(_rows(part, ~lost) for part in parts))
+        moving.state = analysis
+        moving.begin(lost)
+        return float((analysis.mean(-2) - target)[~lost].square().mean(-1).sqrt().mean())
+
+    def training_batch(self) -> TrainingBatch:
+        """A batch from the memory; what is seen is drawn anew if the record can."""
+        mean, target, shown, extra, times, runs, networks = self.examples.draw(self.settings.batch, self.generator)
+        if extra is None:
+            shown = on_grid(self.record.observe(times, runs, networks, self.generator), mean.shape[-1])[:, 0]
+        return TrainingBatch(mean, target, shown, extra)
+
+
+# %% ../../nbs/18_on_policy.ipynb #7a0c53e2
+def _analysed(
+    method: Method, background: Tensor, seen: Observations | GridObservations, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Analyses `(trajectory, member, dim)`; and backgrounds `(trajectory, dim)` and extra fields, if any, to learn from."""
+    if hasattr(method, "training_batch"):
+        return method.training_batch(background, seen, generator)
+    grid = isinstance(seen, GridObservations) and not isinstance(method, AmortisedAnalysis)
+    known = seen.observations() if grid else seen
+    return method.analyse(background, known, forecast=None, generator=generator), background.mean(-2), None
+
+
+def _copy(prior: AnalysisPrior, gradient: bool = True) -> AnalysisPrior:
+    network = copy.deepcopy(prior.network).requires_grad_(gradient)
+    return AnalysisPrior(network, prior.location, prior.scale, prior.increment, prior.architecture, prior.training)
+
+
+# %% ../../nbs/18_on_policy.ipynb #7a0c53e3
+def rollout_loss(
+    prior: AnalysisPrior, moving: Trajectories, background: Tensor, settings: OnPolicySettings
+) -> tuple[Tensor, Tensor]:
+    """@eq-rollout of trajectories from a `background` `(trajectory, 1, dim)` on, averaged over them; and their first analyses."""
+    times, loss, first, generator = moving.times + 1, 0.0, None, moving.generator
+    for _ in range(settings.rollout):
+        seen = on_grid(moving.record.observe(times, moving.runs, moving.networks, generator), background.shape[-1])
+        analysis, residual = prior.look(background, seen=seen)
+        error = moving.record.targets[times, moving.runs] - analysis[:, 0]
+        if settings.rollout_anchor:
+            loss = loss + settings.rollout_anchor * (error / prior.scale).square().mean()
+        if settings.likelihood:
+            open_ = Residual(residual.factor[:, 0], residual.diagonal[:, 0], residual.taper)
+            sites = torch.randperm(error.shape[-1], generator=generator)[: settings.scored].sort().values
+            share = settings.likelihood * (prior.increment / prior.scale).square().mean()
+            loss = loss + share * open_.negative_log_likelihood(error.detach(), sites).mean()
+        first = analysis.detach() if first is None else first
+        background, times = moving.forecast(analysis), times + 1
+        miss = moving.record.miss(times, moving.runs, background[:, 0]) / prior.scale
+        loss = loss + miss.square().mean(-1).nan_to_num(10.0, 10.0).clamp_max(10.0).mean()
+    return loss / settings.rollout, first
 
 
 # %% ../../nbs/18_on_policy.ipynb #24da85d1
@@ -126,253 +216,82 @@ class OnPolicySettings:
                 raise ValueError(f"{name}: expected zero or a positive number, got {getattr(self, name)}")
 
 
-# %% ../../nbs/18_on_policy.ipynb #e2c810f1
-class _Schedule:
-    """A learning rate that warms up in a tenth of the steps (100 at most) and falls like a cosine."""
+# %% ../../nbs/18_on_policy.ipynb #7a0c53e5
+class _Taught:
+    """What the loop asks of an on-policy training."""
 
-    def __init__(self, optimiser, rate: float, total: int):
-        self.optimiser, self.rate, self.total, self.step_number = optimiser, rate, max(1, total), 0
+    def __init__(self, cycling: OnPolicyTraining, judge: Callable[[AnalysisPrior], float] | None):
+        self.cycling, self.judge, self.error, self.first = cycling, judge, math.nan, None
+        self.network, self.averaged, self.generator = cycling.prior.network, cycling.slow.network, cycling.generator
 
-    def step(self) -> None:
-        share = min(1.0, self.step_number / self.total)
-        warm = min(1.0, (self.step_number + 1) / min(100, 1 + self.total // 10))
-        self.optimiser.param_groups[0]["lr"] = self.rate * (warm * (1 + math.cos(math.pi * share)) / 2 + 1e-3)
-        self.step_number += 1
-
-
-# %% ../../nbs/18_on_policy.ipynb #03ca7eab
-class OnPolicyTraining:
-    """Everything that changes while `prior` is trained on `record`, in the hands of `policy`, a function that makes a method of
-    a prior. A method with an attribute `training_batch(background, seen, generator)` chooses itself what is learned from an
-    ensemble.
-    """
-
-    def __init__(
-        self,
-        prior: AnalysisPrior,
-        record: TruthRecord | ObservedRecord | Records,
-        policy: Callable[[AnalysisPrior], Method],
-        settings: OnPolicySettings,
-        *,
-        members: int = 1,
-        seed: int = 0,
-    ):
-        self.record, self.settings, self.members, self.experiment = record, settings, members, record.experiment
-        self.prior = _trainable(prior)
-        self.averaged = _trainable(prior, False)
-        self.prior.half_precision = self.averaged.half_precision = settings.half_precision
-        self.method = policy(self.averaged)
-        self.generator = stream(seed, "on-policy training")
-        self.weights = [list(p.network.parameters()) for p in (self.averaged, self.prior)]
-        self.optimiser = torch.optim.AdamW(
-            self.weights[1], lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-        )
-        self.schedule = _Schedule(self.optimiser, settings.learning_rate, settings.cycles * settings.steps)
-        self.forecast_spread = self.experiment.model_error.variance**0.5
-        self.times = torch.zeros(settings.trajectories, dtype=torch.long)
-        self.runs = torch.zeros_like(self.times)
-        self.state = torch.zeros(settings.trajectories, members, self.experiment.dim, dtype=torch.float64)
-        self.networks = None
-        self.memory, self.pool = deque(maxlen=settings.memory), None
-        self.cycle, self.updates, self.history = 0, 0, []
-        self._begin(torch.ones_like(self.times, dtype=torch.bool))
-
-    def _begin(self, which: Tensor) -> None:
-        """Trajectories that begin anew, each somewhere in the record."""
-        count = int(which.sum())
-        if not count:
+    def batches(self, cycle: int) -> Iterator[TrainingBatch | Tensor]:
+        cycling, moving, settings = self.cycling, self.cycling.trajectories, self.cycling.settings
+        if cycle < settings.cycles:
+            self.error = cycling.advance()
+            for _ in range(settings.steps):
+                yield cycling.training_batch()
             return
-        length, runs = self.record.targets.shape[:2]
-        last = max(1, length - 2 - self.settings.rollout)  # from which it can still go on
-        self.times[which] = torch.randint(0, last, (count,), generator=self.generator)
-        self.runs[which] = torch.randint(0, runs, (count,), generator=self.generator)
-        start = self.record.begin(self.times[which], self.runs[which], self.generator).unsqueeze(-2)
-        if self.members > 1:
-            noise = standard_normal((count, self.members, self.experiment.dim), self.generator)
-            start = start + self.experiment.background_variance**0.5 * noise
-        self.state[which] = start
-        networks = self.record.networks_of(self.runs[which], self.generator)
-        if networks is not None:
-            if self.networks is None:
-                self.networks = tuple(torch.zeros(len(which), *n.shape[1:], dtype=n.dtype) for n in networks)
-            for kept, new in zip(self.networks, networks):
-                kept[which] = new
+        if cycle == settings.cycles:
+            cycling.examples.cycles.clear()
+        self.error = math.nan
+        moving.begin(moving.times >= len(cycling.record.targets) - settings.rollout - 2)
+        yield moving.forecast(moving.state).detach()
+        moving.state, moving.times = self.first, moving.times + 1
+        moving.begin(~torch.isfinite(moving.state).flatten(1).all(1))
 
-    def forecast(self, states: Tensor, noisy: bool = True) -> Tensor:
-        """The next background, with the model's error."""
-        model = self.experiment.forecast_model
-        for _ in range(self.experiment.interval):
-            states = model.step(states)
-            if noisy and self.forecast_spread:
-                states = states + self.forecast_spread * standard_normal(tuple(states.shape), self.generator)
-        return states
+    def loss(self, batch: TrainingBatch | Tensor) -> Tensor:
+        prior, settings = self.cycling.prior, self.cycling.settings
+        if isinstance(batch, TrainingBatch):
+            shares = {name: getattr(settings, name) for name in ("start_fraction", "hidden", "likelihood", "scored")}
+            return on_policy_loss(prior, batch, self.generator, **shares)
+        loss, self.first = rollout_loss(prior, self.cycling.trajectories, batch, settings)
+        return loss
 
-    def advance(self) -> float:
-        """One cycle of all trajectories; their examples join the memory. Returns the error of the analyses, as measured by
-        the targets.
-        """
-        over = (self.times >= len(self.record.targets) - 1) | (
-            torch.rand(len(self.times), generator=self.generator) < self.settings.restart
-        )
-        self._begin(over)
-        with torch.no_grad():
-            background = self.forecast(self.state)
-            self.times = self.times + 1
-            networks = self.networks
-            seen = self.record.observe(self.times, self.runs, networks, self.generator)
-            target = self.record.targets[self.times, self.runs]
-            if hasattr(self.method, "training_batch"):
-                analysis, mean, extra = self.method.training_batch(background, seen, self.generator)
-            else:
-                grid = isinstance(seen, GridObservations) and not isinstance(self.method, AmortisedAnalysis)
-                known = seen.observations() if grid else seen
-                analysis = self.method.analyse(background, known, forecast=None, generator=self.generator)
-                mean, extra = background.mean(-2), None
-        lost = ~torch.isfinite(analysis).flatten(1).all(1) | ((mean - target).abs() > 1e3 * self.prior.scale).any(-1)
-        keep, self.pool = ~lost, None
-        if not keep.any() and not self.memory:
-            raise ValueError("policy: all trajectories became non-finite in their first cycle")
-        shown = on_grid(seen, target.shape[-1])[:, 0]
-        self.memory.append(
-            (
-                mean[keep],
-                target[keep],
-                shown[keep],
-                None if extra is None else extra[keep],
-                self.times[keep],
-                self.runs[keep],
-                None if networks is None else tuple(n[keep] for n in networks),
-            )
-        )
-        self.state = analysis
-        self._begin(lost)
-        return float((analysis.mean(-2) - target)[keep].square().mean(-1).sqrt().mean())
+    def validate(self) -> float:
+        self.cycling.slow.half_precision = False
+        score = float(self.judge(self.cycling.slow))
+        self.cycling.slow.half_precision = self.cycling.settings.half_precision
+        return score
 
-    def training_batch(self) -> TrainingBatch:
-        """A batch from the memory; what is seen is drawn anew if the record can."""
-        if self.pool is None:  # the whole memory, once per cycle
-            parts = list(zip(*self.memory))
-            mean, target, times, runs = (torch.cat(parts[i]) for i in (0, 1, 4, 5))
-            seen = extra = networks = None
-            if parts[3][0] is not None:
-                seen = GridObservations(*(torch.cat([getattr(s, name) for s in parts[2]]) for name in ("value", "mask", "error")))
-                extra = torch.cat(parts[3])
-            elif parts[6][0] is not None:
-                networks = tuple(torch.cat([n[i] for n in parts[6]]) for i in range(2))
-            self.pool = mean, target, times, runs, seen, extra, networks
-        mean, target, times, runs, seen, extra, networks = self.pool
-        pick = torch.randint(0, len(mean), (self.settings.batch,), generator=self.generator)
-        if extra is not None:
-            return TrainingBatch(mean[pick], target[pick], seen[pick], extra[pick])
-        networks = networks and tuple(n[pick] for n in networks)
-        seen = self.record.observe(times[pick], runs[pick], networks, self.generator)
-        return TrainingBatch(mean[pick], target[pick], on_grid(seen, mean.shape[-1])[:, 0])
+    def row(self, training: Training) -> dict:
+        row = {"cycle": training.round, "loss": float(np.mean(training.losses)), "analysis_error": self.error}
+        return row if training.score is None else row | {"validation": training.score}
 
-    def learn(self) -> float:
-        """One gradient step on a batch."""
-        settings = self.settings
-        loss = on_policy_loss(
-            self.prior,
-            self.training_batch(),
-            self.generator,
-            start_fraction=settings.start_fraction,
-            hidden=settings.hidden,
-            likelihood=settings.likelihood,
-            scored=settings.scored,
-        )
-        self.take_step(loss, settings.average)
-        return float(loss.detach())
-
-    def take_step(self, loss: Tensor, average: float) -> None:
-        self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.weights[1], 1.0)
-        self.schedule.step()
-        if torch.isfinite(norm):  # a trajectory that runs away must not take the weights with it
-            self.optimiser.step()
-        self.updates += 1
-        decay = min(average, self.updates / (self.updates + 10))
-        with torch.no_grad():
-            torch._foreach_lerp_(*self.weights, 1 - decay)
-
-    def run_cycle(self) -> dict:
-        error = self.advance()
-        loss = np.mean([self.learn() for _ in range(self.settings.steps)])
-        self.cycle += 1
-        self.history.append({"cycle": self.cycle, "loss": float(loss), "analysis_error": error})
-        return self.history[-1]
-
-    # the second half: through forecasts
-
-    def begin_rollout(self) -> None:
-        """From the averaged weights on, with an optimiser of its own."""
-        settings = self.settings
-        self.prior.network.load_state_dict(self.averaged.network.state_dict())
-        self.optimiser = torch.optim.AdamW(
-            self.weights[1], lr=settings.rollout_rate, weight_decay=settings.weight_decay, fused=True
-        )
-        self.schedule = _Schedule(self.optimiser, settings.rollout_rate, settings.rollout_cycles)
-        self.updates = 0
-        self.memory.clear()
-
-    def run_rollout_cycle(self) -> dict:
-        """One step down @eq-rollout; the trajectories move on by one cycle."""
-        length, settings = len(self.record.targets), self.settings
-        self._begin(self.times >= length - settings.rollout - 2)
-        background = self.forecast(self.state).detach()
-        times, loss, first = self.times + 1, 0.0, None
-        for _ in range(settings.rollout):
-            seen = on_grid(self.record.observe(times, self.runs, self.networks, self.generator), background.shape[-1])
-            analysis, residual = self.prior.look(background, seen=seen)
-            error = self.record.targets[times, self.runs] - analysis[:, 0]
-            if settings.rollout_anchor:
-                loss = loss + settings.rollout_anchor * (error / self.prior.scale).square().mean()
-            if settings.likelihood:
-                open_ = Residual(residual.factor[:, 0], residual.diagonal[:, 0], residual.taper)
-                sites = torch.randperm(error.shape[-1], generator=self.generator)[: settings.scored].sort().values
-                share = settings.likelihood * (self.prior.increment / self.prior.scale).square().mean()
-                loss = loss + share * open_.negative_log_likelihood(error.detach(), sites).mean()
-            first = analysis.detach() if first is None else first
-            background, times = self.forecast(analysis), times + 1
-            miss = self.record.miss(times, self.runs, background[:, 0]) / self.prior.scale
-            loss = loss + miss.square().mean(-1).nan_to_num(10.0, 10.0).clamp_max(10.0).mean()
-        self.take_step(loss / settings.rollout, min(self.settings.average, 0.99))
-        self.state, self.times, self.cycle = first, self.times + 1, self.cycle + 1
-        self._begin(~torch.isfinite(self.state).flatten(1).all(1))
-        self.history.append({"cycle": self.cycle, "loss": float(loss.detach()) / settings.rollout, "analysis_error": np.nan})
-        return self.history[-1]
-
-    def memorise(self) -> dict:
-        """All of it, for a checkpoint."""
-        return {
-            "weights": [[p.detach().clone() for p in some] for some in self.weights],
-            "optimiser": self.optimiser.state_dict(),
-            "numbers": [self.cycle, self.updates, self.schedule.step_number],
-            "history": self.history,
-            "memory": [(mean, target, (s.value, s.mask, s.error), *rest) for mean, target, s, *rest in self.memory],
-            "generator": self.generator.get_state(),
-            "trajectories": [self.times, self.runs, self.state, self.networks],
-        }
+    def remember(self) -> dict:
+        return {"trajectories": self.cycling.trajectories.remember(), "examples": self.cycling.examples.remember()}
 
     def recall(self, memory: dict) -> None:
-        """Go on from what `memorise` gave."""
-        if memory["numbers"][0] > self.settings.cycles:  # first, since it starts from the averages
-            self.begin_rollout()
-        with torch.no_grad():
-            for some, kept in zip(self.weights, memory["weights"]):
-                torch._foreach_copy_(some, kept)
-        self.optimiser.load_state_dict(memory["optimiser"])
-        self.cycle, self.updates, self.schedule.step_number = memory["numbers"]
-        examples = ((mean, target, GridObservations(*seen), *rest) for mean, target, seen, *rest in memory["memory"])
-        self.history, self.memory = memory["history"], deque(examples, maxlen=self.settings.memory)
-        self.generator.set_state(memory["generator"])
-        self.times, self.runs, self.state, self.networks = memory["trajectories"]
+        self.cycling.trajectories.recall(memory["trajectories"])
+        self.cycling.examples.recall(memory["examples"])
 
 
-# %% ../../nbs/18_on_policy.ipynb #9697fe9e
-def _trainable(prior: AnalysisPrior, gradient: bool = True) -> AnalysisPrior:
-    network = copy.deepcopy(prior.network).requires_grad_(gradient)
-    return AnalysisPrior(network, prior.location, prior.scale, prior.increment, prior.architecture, prior.training)
+# %% ../../nbs/18_on_policy.ipynb #7a0c53e6
+def _plan(settings: OnPolicySettings, judged: bool) -> Plan:
+    def phase(rounds: int, steps: int, rate: float, average: float) -> Phase:
+        """With a learning rate that warms up in a tenth of the steps (100 at most) and falls like a cosine."""
+
+        def schedule(step: int) -> float:
+            warm = min(1.0, (step + 1) / min(100, 1 + steps // 10))
+            return rate * (warm * (1 + math.cos(math.pi * (step / steps))) / 2 + 1e-3)
+
+        return Phase(rounds=rounds, learning_rate=rate, average=average, schedule=schedule)
+
+    phases = [phase(settings.cycles, settings.cycles * settings.steps, settings.learning_rate, settings.average)]
+    if settings.rollout:
+        cycles = settings.rollout_cycles
+        phases.append(phase(cycles, cycles, settings.rollout_rate, min(settings.average, 0.99)))
+    total, points = sum(p.rounds for p in phases), settings.patience_points
+    return Plan(
+        phases=tuple(phases),
+        weight_decay=settings.weight_decay,
+        clip=1.0,
+        lenient=True,  # a trajectory that runs away must not take the weights with it
+        checks=frozenset(round(total * (i + 1) / points) for i in range(points) if judged),
+        from_start=judged,  # what it starts from may be the best there is
+        unit="cycle",
+        title="on-policy training",
+        lost="training: the loss became non-finite in cycle {round}; try a smaller learning rate",
+    )
 
 
 # %% ../../nbs/18_on_policy.ipynb #28415319
@@ -401,80 +320,21 @@ def train_on_policy(
         raise ValueError("rollout: expected a single forecast, got an ensemble")
     if len(record.targets) < settings.rollout + 3:
         raise ValueError(f"record: expected at least {settings.rollout + 3} times, got {len(record.targets)}")
-    training = OnPolicyTraining(prior, record, policy, settings, members=members, seed=seed)
-    path, fingerprint = (
-        Path(checkpoint) if checkpoint else None,
-        _fingerprint(prior, record, training.method, settings, seed, members),
+    cycling = OnPolicyTraining(prior, record, policy, settings, members=members, seed=seed)
+    training, plain = Training(_Taught(cycling, validate), _plan(settings, validate is not None)), dataclasses.asdict(settings)
+    fingerprint = fingerprint_of(
+        [plain, prior.architecture, seed, members, type(cycling.method).__name__, repr(cycling.method)],
+        *(record.targets, prior.location, prior.scale, prior.increment, *prior.network.state_dict().values()),
     )
-    best, found = math.inf, None
-    if path and path.exists():
-        memory = read_checkpoint(path)
-        if memory.get("fingerprint") != fingerprint:
-            raise ValueError(f"checkpoint: {path} belongs to another training; move it away to start anew")
-        with fitting_checkpoint(path):
-            training.recall(memory["training"])
-            best, found = memory["best"]
-    total = settings.cycles + (settings.rollout_cycles if settings.rollout else 0)
-    points = {round(total * (i + 1) / settings.patience_points) for i in range(settings.patience_points)}
-    bar = tqdm(
-        total=total,
-        initial=training.cycle,
-        desc="on-policy training",
-        unit="cycle",
-        disable=None if progress else True,
-        leave=False,
-    )
-    saved = time.monotonic()
-
-    def score() -> float:
-        training.averaged.half_precision = False
-        value = float(validate(training.averaged))
-        training.averaged.half_precision = settings.half_precision
-        return value
-
-    if validate and not training.cycle:  # what it starts from may be the best there is
-        best, found = score(), copy.deepcopy(training.averaged.network.state_dict())
-    try:
-        while training.cycle < total:
-            if training.cycle == settings.cycles:
-                training.begin_rollout()
-            row = training.run_cycle() if training.cycle < settings.cycles else training.run_rollout_cycle()
-            if not math.isfinite(row["loss"]):
-                raise ValueError(f"training: the loss became non-finite in cycle {row['cycle']}; try a smaller learning rate")
-            bar.update()
-            if validate and training.cycle in points:
-                row["validation"] = score()
-                if row["validation"] < best:
-                    best, found = row["validation"], copy.deepcopy(training.averaged.network.state_dict())
-            if path and time.monotonic() - saved > 20:
-                write_checkpoint({"fingerprint": fingerprint, "training": training.memorise(), "best": (best, found)}, path)
-                saved = time.monotonic()
-    finally:
-        bar.close()
-    trained = _trainable(training.averaged, False)
-    if validate and not math.isfinite(best):
+    resume_training(training, checkpoint, read_training(checkpoint, fingerprint))
+    run_training(training, checkpoint, fingerprint=fingerprint, progress=progress)
+    if validate and not math.isfinite(training.best_score):
         raise ValueError("training: no validation gave a finite score")
-    if found is not None:
-        trained.network.load_state_dict(found)
-    trained.training = {
-        "settings": dataclasses.asdict(settings),
-        "seed": seed,
-        "cycles": training.cycle,
-        "validation": best if validate else None,
-    }
-    if path:
-        path.unlink(missing_ok=True)
+    trained = _copy(cycling.slow, False)
+    trained.network.load_state_dict(training.best_weights)
+    best = training.best_score if validate else None
+    trained.training = {"settings": plain, "seed": seed, "cycles": training.round, "validation": best}
     return trained, pd.DataFrame(training.history)
-
-
-# %% ../../nbs/18_on_policy.ipynb #197cfffa
-def _fingerprint(prior: AnalysisPrior, record, method: Method, settings: OnPolicySettings, seed: int, members: int) -> str:
-    """Everything that a training depends on, as one digest."""
-    plain = [dataclasses.asdict(settings), prior.architecture, seed, members, type(method).__name__, repr(method)]
-    digest = hashlib.sha256(json.dumps(plain).encode())
-    for x in (record.targets, prior.location, prior.scale, prior.increment, *prior.network.state_dict().values()):
-        digest.update(x.detach().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 # %% ../../nbs/18_on_policy.ipynb #798d7ede

@@ -10,7 +10,8 @@ from .laws import GaussianWindow, Information, WindowClimatology, background_inf
 from .minimise import levenberg_marquardt
 from .precision import BandedPrecision, DensePrecision, LowRankPrecision, most_probable
 from .recalibration import Recalibration
-from .training import IncrementalSettings, RandomSets, incremental_loss, observe_windows, regular_sets, train_incremental
+from .sets import RandomSets, regular_sets
+from .training import IncrementalSettings, incremental_loss, observe_windows, train_incremental
 
 # %% auto #0
 __all__ = [

@@ -7,105 +7,26 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
-import json
 import math
 import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch import Tensor
 
 from ..core.checks import Mask, guard
-from ..core.disk import fitting_checkpoint, read_checkpoint, write_checkpoint
 from ..core.random import stream
+from ..core.training import Phase, Plan, Training, fingerprint_of, read_training, resume_training, run_training
 from .incremental import _CLIMATE, IncrementalPrior
 from .laws import Information
 from .precision import most_probable
+from .sets import RandomSets
 
 # %% auto #0
-__all__ = ["RandomSets", "regular_sets", "IncrementalSettings", "observe_windows", "incremental_loss", "train_incremental"]
-
-
-# %% ../../nbs/25_incremental.ipynb #6fccf6d1
-@dataclass(frozen=True)
-class RandomSets:
-    """Sets of `count` points of a window of `steps` states of size `dim`, at which one variable of `variables` is seen.
-
-    A share `near_regular` of the sets, for which there must be only one variable, is a regular grid of times, each moved by up to
-    `jitter`. A set that is `held_out` (each a sorted tuple of flat indices, time × `dim` + variable) is never drawn. Raises
-    `ValueError` for settings out of range.
-    """
-
-    steps: int
-    dim: int
-    count: int
-    variables: tuple[int, ...] = (0,)
-    near_regular: float = 0.0
-    jitter: int = 2
-    held_out: tuple[tuple[int, ...], ...] = ()
-
-    def __post_init__(self):
-        for name in ("variables", "held_out"):
-            value = getattr(self, name)
-            object.__setattr__(
-                self, name, tuple(tuple(sorted(int(i) for i in v)) if isinstance(v, (tuple, list)) else int(v) for v in value)
-            )
-        if len(set(self.variables)) != len(self.variables):
-            raise ValueError(f"variables: expected different ones, got {self.variables}")
-        if self.jitter < 0:
-            raise ValueError(f"jitter: expected at least 0, got {self.jitter}")
-        if not self.variables or any(not 0 <= v < self.dim for v in self.variables):
-            raise ValueError(f"variables: expected some of 0 to {self.dim - 1}, got {self.variables}")
-        if not 1 <= self.count <= self.steps * len(self.variables):
-            raise ValueError(f"count: expected 1 to {self.steps * len(self.variables)}, got {self.count}")
-        if not 0 <= self.near_regular <= 1:
-            raise ValueError(f"near_regular: expected a share, got {self.near_regular}")
-        if self.near_regular and (len(self.variables) > 1 or self.steps // self.count < 2):
-            raise ValueError("near_regular: expected 0 for more than one variable, or for points at nearly every time")
-
-    def draw(self, sets: int, generator: torch.Generator) -> Tensor:
-        """Which points are seen, `(sets, steps, dim)`."""
-        out = torch.zeros(sets, self.steps * self.dim, dtype=torch.bool)
-        forbidden, spacing = set(self.held_out), self.steps // self.count
-        for i in range(sets):
-            for _ in range(1000):
-                if torch.rand((), generator=generator) < self.near_regular:
-                    offset = torch.randint(0, spacing, (), generator=generator)
-                    moved = torch.randint(-self.jitter, self.jitter + 1, (self.count,), generator=generator)
-                    times = (offset + spacing * torch.arange(self.count) + moved).clamp(0, self.steps - 1)
-                    points = times.unique() * self.dim + self.variables[0]
-                else:
-                    chosen = torch.randperm(self.steps * len(self.variables), generator=generator)[: self.count]
-                    lanes = torch.tensor(self.variables)[chosen % len(self.variables)]
-                    points = (chosen // len(self.variables) * self.dim + lanes).sort().values
-                if len(points) == self.count and tuple(points.tolist()) not in forbidden:
-                    break
-            else:
-                raise ValueError("held_out: nearly every set is held out")
-            out[i, points] = True
-        return out.unflatten(-1, (self.steps, self.dim))
-
-    def holding_out(self, present: Mask) -> "RandomSets":
-        """The same, without the sets `present` `(sets, steps, dim)`."""
-        sets = {tuple(one.flatten().nonzero()[:, 0].tolist()) for one in present}
-        return dataclasses.replace(self, held_out=tuple(sorted({*self.held_out, *sets})))
-
-
-# %% ../../nbs/25_incremental.ipynb #a387eada
-def regular_sets(steps: int, dim: int, spacing: int, variables: Sequence[int] = (0,)) -> Tensor:
-    """The `spacing` different grids {i, i + spacing, ...} of times, at which `variables` are seen: `(spacing, steps, dim)`."""
-    present = torch.zeros(spacing, steps, dim, dtype=torch.bool)
-    for i in range(spacing):
-        for v in variables:
-            present[i, i::spacing, v] = True
-    return present
+__all__ = ["IncrementalSettings", "observe_windows", "incremental_loss", "train_incremental"]
 
 
 # %% ../../nbs/25_incremental.ipynb #2dd880cf
@@ -234,157 +155,103 @@ def train_incremental(
     returns), `seconds`. With a `checkpoint` an interrupted training goes on where it was; the file is removed at the end. Raises
     `ValueError` for windows of another shape, a checkpoint of another training, or a loss that is not finite.
     """
-    training = _Training(prior, windows, sets, settings, validation, seed)
-    path = Path(checkpoint) if checkpoint else None
-    if path and path.exists():
-        training.restore(path)
-    bar = tqdm(
-        total=settings.iterations, initial=training.iteration, desc="training", disable=None if progress else True, leave=False
-    )
-    try:
-        while training.iteration < settings.iterations:
-            training.advance()
-            bar.update()
-            if path and (training.iteration % max(1, settings.iterations // 50) == 0):
-                training.write(path)  # between steps only: half a step cannot be gone on from
-    finally:
-        bar.close()
-    if path:
-        path.unlink(missing_ok=True)
-    return training.result(), pd.DataFrame(training.history)
+    shape = (prior.steps, prior.dim)
+    if (sets.steps, sets.dim) != shape:
+        raise ValueError(f"sets: expected windows of shape {shape} as the prior's, got {(sets.steps, sets.dim)}")
+    for name, given in (("windows", windows), ("validation", validation)):
+        if isinstance(given, Tensor) and tuple(given.shape[1:]) != shape:
+            raise ValueError(f"{name}: expected shape (N, {shape[0]}, {shape[1]}), got {tuple(given.shape)}")
+    tensors = [getattr(prior.climate, name) for name in _CLIMATE] + [*prior.networks.state_dict().values(), windows, validation]
+    known = prior.architecture, dataclasses.asdict(settings), dataclasses.asdict(sets), seed
+    fingerprint = fingerprint_of(known, *(x for x in tensors if isinstance(x, Tensor)))
+    subject = _IncrementalTraining(prior, windows, sets, settings, validation, seed)
+    training = Training(subject, _plan(settings))
+    resume_training(training, checkpoint, read_training(checkpoint, fingerprint))
+    run_training(training, checkpoint, fingerprint=fingerprint, progress=progress)
+    subject.averaged.load_state_dict(training.best_weights)
+    record = {"settings": dataclasses.asdict(settings), "history": training.history}
+    return IncrementalPrior(prior.climate, subject.averaged, prior.architecture, record), pd.DataFrame(training.history)
 
 
 # %% ../../nbs/25_incremental.ipynb #474a6453
-class _Training:
-    """Everything that changes during `train_incremental`."""
+class _IncrementalTraining:
+    """What [the loop](94_priors.ipynb#the-training-loop) asks: windows with information about them, and their loss."""
 
-    def __init__(self, prior, windows, sets: RandomSets, settings: IncrementalSettings, validation, seed: int):
-        shape = (prior.steps, prior.dim)
-        if (sets.steps, sets.dim) != shape:
-            raise ValueError(f"sets: expected windows of shape {shape} as the prior's, got {(sets.steps, sets.dim)}")
-        for name, given in (("windows", windows), ("validation", validation)):
-            if isinstance(given, Tensor) and tuple(given.shape[1:]) != shape:
-                raise ValueError(f"{name}: expected shape (N, {shape[0]}, {shape[1]}), got {tuple(given.shape)}")
-        self.windows, self.sets, self.settings = windows, sets, settings
-        self.prior = IncrementalPrior(prior.climate, copy.deepcopy(prior.networks).requires_grad_(True).train(), prior.architecture)
-        self.averaged = IncrementalPrior(
-            prior.climate, copy.deepcopy(prior.networks).requires_grad_(False).eval(), prior.architecture
-        )
+    def __init__(self, prior, windows, sets: RandomSets, settings: IncrementalSettings, validation: Tensor | None, seed: int):
+        self.windows, self.sets, self.settings, self.stock = windows, sets, settings, None
+        self.network = copy.deepcopy(prior.networks).requires_grad_(True).train()
+        self.averaged = copy.deepcopy(prior.networks).requires_grad_(False).eval()
+        self.prior, self.slow = (IncrementalPrior(prior.climate, n, prior.architecture) for n in (self.network, self.averaged))
         self.generator = stream(seed, "incremental training")
-        parameters = list(self.prior.networks.parameters())
-        self.optimiser = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
-        self.iteration, self.losses, self.history, self.stock = 0, [], [], None
-        self.best, self.best_score, self.seconds = None, math.inf, 0.0
         self.validation = None
         if validation is not None:
             present = sets.draw(4, stream(seed, "validation sets"))
             z = self._standard(validation).expand(4, *validation.shape)
             self.validation = z, observe_windows(z, present, settings.deviation, stream(seed, "validation errors"))
-        known = (prior.architecture, dataclasses.asdict(settings), dataclasses.asdict(sets), seed)
-        digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
-        climate = (getattr(prior.climate, name) for name in _CLIMATE)
-        for tensor in (*climate, *prior.networks.state_dict().values(), windows, validation):
-            if isinstance(tensor, Tensor):
-                digest.update(tensor.detach().contiguous().cpu().numpy().tobytes())
-        self.fingerprint = digest.hexdigest()
 
     def _standard(self, windows: Tensor) -> Tensor:
         return ((windows - self.prior.climate.mean) / self.prior.climate.scale).float()
 
-    def _batch(self) -> Tensor:
+    def batches(self, iteration: int) -> Iterator[tuple[Tensor, Information]]:
         s, size = self.settings, self.settings.processes * self.settings.windows
         if isinstance(self.windows, Tensor):
-            chosen = torch.randint(0, len(self.windows), (size,), generator=self.generator)
-            batch = self.windows[chosen]
+            batch = self.windows[torch.randint(0, len(self.windows), (size,), generator=self.generator)]
         else:
-            place = self.iteration % _STOCK
+            place = iteration % _STOCK
             if place == 0 or self.stock is None:
                 self.stock = self.windows(_STOCK * size, self.generator)
             batch = self.stock[place * size : (place + 1) * size]
-        return self._standard(batch).unflatten(0, (s.processes, s.windows))
+        z, present = self._standard(batch).unflatten(0, (s.processes, s.windows)), self.sets.draw(s.processes, self.generator)
+        yield z, observe_windows(z, present, s.deviation, self.generator, s.background, s.background_deviation)
 
-    def advance(self) -> None:
-        """One step; now and then, a look at the validation windows."""
-        begin, s = time.perf_counter(), self.settings
-        z, present = self._batch(), self.sets.draw(s.processes, self.generator)
-        information = observe_windows(z, present, s.deviation, self.generator, s.background, s.background_deviation)
-        loss = incremental_loss(self.prior, z, information, s, self.generator)
-        if not torch.isfinite(loss):
-            raise ValueError(f"settings: the loss became non-finite at iteration {self.iteration}; try a smaller learning_rate")
-        warm = min(1.0, (self.iteration + 1) / min(200, 1 + s.iterations // 10))
-        rate = s.learning_rate * warm * ((1 + math.cos(math.pi * self.iteration / s.iterations)) / 2 + 1e-3)
-        self.optimiser.param_groups[0]["lr"] = rate
-        self.optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.prior.networks.parameters(), 1.0)
-        self.optimiser.step()
-        self.iteration += 1
-        decay = min(s.average, self.iteration / (self.iteration + 10))
+    def loss(self, batch: tuple[Tensor, Information]) -> Tensor:
+        return incremental_loss(self.prior, *batch, self.settings, self.generator)
+
+    def validate(self) -> float:
+        """The mean squared error of what `analyse` returns; nan without validation windows."""
+        if self.validation is None:
+            return math.nan
+        z, information = self.validation
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.averaged.networks.parameters()), list(self.prior.networks.parameters()), 1 - decay)
-        self.losses.append(float(loss.detach()))
-        self.seconds += time.perf_counter() - begin
-        if self.iteration * s.checks // s.iterations > (self.iteration - 1) * s.checks // s.iterations:
-            self._check()
+            first = self.slow.climate.interpolate(information).float()
+            found = [x for _, x, _ in self.slow.estimates(first, information)]
+        last = found[-1] if self.slow.update == "estimate" else sum(found) / len(found)
+        return float((last - z).square().mean())
 
-    def _check(self) -> None:
-        score = math.nan
-        if self.validation is not None:
-            z, information = self.validation
-            with torch.no_grad():
-                first = self.averaged.climate.interpolate(information).float()
-                found = [x for _, x, _ in self.averaged.estimates(first, information)]
-            last = found[-1] if self.averaged.update == "estimate" else sum(found) / len(found)
-            score = float((last - z).square().mean())
-        if not score >= self.best_score:
-            self.best_score = score if math.isfinite(score) else math.inf
-            self.best = copy.deepcopy(self.averaged.networks.state_dict())
-        self.history.append(
-            {"iteration": self.iteration, "loss": float(np.mean(self.losses)), "validation": score, "seconds": self.seconds}
-        )
-        self.losses = []
+    def row(self, training: Training) -> dict | None:
+        if training.score is None:
+            return None
+        numbers = {"iteration": training.round, "loss": float(np.mean(training.losses)), "validation": training.score}
+        return numbers | {"seconds": training.seconds}
 
-    def result(self) -> IncrementalPrior:
-        networks = copy.deepcopy(self.averaged.networks)
-        networks.load_state_dict(self.best or networks.state_dict())
-        training = {"settings": dataclasses.asdict(self.settings), "history": self.history}
-        return IncrementalPrior(self.prior.climate, networks.eval().requires_grad_(False), self.prior.architecture, training)
+    def remember(self) -> dict:
+        return {"stock": self.stock}
 
-    def write(self, path: Path) -> None:
-        """Everything that is needed to go on, whole or not at all."""
-        content = {
-            "fingerprint": self.fingerprint,
-            "iteration": self.iteration,
-            "networks": self.prior.networks.state_dict(),
-            "averaged": self.averaged.networks.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
-            "generator": self.generator.get_state(),
-            "losses": self.losses,
-            "history": self.history,
-            "best": self.best,
-            "best_score": self.best_score,
-            "seconds": self.seconds,
-            "stock": self.stock,
-        }
-        write_checkpoint(content, path)
-
-    def restore(self, path: Path) -> None:
-        content = read_checkpoint(path)
-        if content.get("fingerprint") != self.fingerprint:
-            raise ValueError(f"checkpoint: {path} belongs to another training; move it away to start anew")
-        with fitting_checkpoint(path):
-            self._restore(content)
-
-    def _restore(self, content: dict) -> None:
-        self.prior.networks.load_state_dict(content["networks"])
-        self.averaged.networks.load_state_dict(content["averaged"])
-        self.optimiser.load_state_dict(content["optimiser"])
-        self.generator.set_state(content["generator"])
-        for name in ("iteration", "losses", "history", "best", "best_score", "seconds", "stock"):
-            setattr(self, name, content[name])
+    def recall(self, memory: dict) -> None:
+        self.stock = memory["stock"]
 
 
 _STOCK = 20  # batches that are drawn at a time
+
+
+# %% ../../nbs/25_incremental.ipynb #7a0c54e5
+def _plan(settings: IncrementalSettings) -> Plan:
+    total, rate = settings.iterations, settings.learning_rate
+
+    def schedule(step: int) -> float:
+        """A learning rate that warms up in a tenth of the steps (200 at most) and falls like a cosine."""
+        warm = min(1.0, (step + 1) / min(200, 1 + total // 10))
+        return rate * warm * ((1 + math.cos(math.pi * step / total)) / 2 + 1e-3)
+
+    return Plan(
+        phases=(Phase(rounds=total, learning_rate=rate, average=settings.average, schedule=schedule),),
+        weight_decay=settings.weight_decay,
+        clip=1.0,
+        checks=frozenset(-(-total * k // settings.checks) for k in range(1, settings.checks + 1)),
+        unit="iteration",
+        lost="settings: the loss became non-finite at iteration {done}; try a smaller learning_rate",
+    )
+
 
 # %% ../../nbs/25_incremental.ipynb #55d9c609
 guard(globals())

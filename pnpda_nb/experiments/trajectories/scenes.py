@@ -19,7 +19,7 @@ from ...observing.observations import Observations, ObservingNetwork
 from ...observing.operators import Nonlinear, Select
 from ...twin.experiment import TwinExperiment
 from ...windows.laws import Information, WindowClimatology, draw_windows, linearised, pointwise
-from ...windows.training import RandomSets, regular_sets
+from ...windows.sets import RandomSets, regular_sets
 
 # %% auto #0
 __all__ = []
