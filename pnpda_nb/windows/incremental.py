@@ -16,7 +16,7 @@ from ..core.checks import ALONE, guard
 from ..observing.covariance import Covariance
 from ..observing.observations import Observations
 from .laws import GaussianWindow, Information, WindowClimatology, background_information, linearised
-from .networks import _CLIMATE, WindowPrior  # noqa: F401
+from .networks import WindowPrior
 from .precision import Precision, _mean_alone, _precision_of, most_probable
 
 # %% auto #0

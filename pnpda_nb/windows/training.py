@@ -20,8 +20,9 @@ from torch import Tensor
 from ..core.checks import Mask, guard
 from ..core.random import stream
 from ..core.training import Phase, Plan, Training, fingerprint_of, read_training, resume_training, run_training
-from .incremental import _CLIMATE, IncrementalPrior
+from .incremental import IncrementalPrior
 from .laws import Information
+from .networks import _CLIMATE
 from .precision import most_probable
 from .sets import RandomSets
 
