@@ -135,8 +135,8 @@ class _Fields(_Points):
         return flat if self.land is None else flat.index_select(-1, self.cells.to(fields.device))
 
     def pad(self, fields: Tensor, width: int, flip: Sequence[int] = ()) -> Tensor:
-        """Fields `(…, channel, *shape)` with `width` more points on every side; over the pole, channels number `flip` (components of
-        vectors) change sign.
+        """Fields `(…, channel, *shape)` with `width` more points on every side; over the pole, the channels `flip` (the numbers of
+        those that are components of vectors) change sign.
         """
         _check_fields(self, fields)
         sign = fields.new_ones(len(self.channels), *[1] * len(self.shape))
@@ -217,10 +217,12 @@ def _names(channels: int | Sequence[str]) -> tuple[str, ...]:
 
 def _without_values(land: Tensor | None, names: tuple[str, ...], shape: tuple[int, ...]) -> Tensor | None:
     """Land as `(channel, *shape)` on the CPU, or None if there is none."""
-    if land is None or not land.any():
+    if land is None:
         return None
     wanted = f"a mask of shape {shape} or {(len(names), *shape)}"
     _require(tuple(land.shape) in (shape, (len(names), *shape)), "land", wanted, tuple(land.shape))
+    if not land.any():
+        return None
     land = land.cpu().expand(len(names), *shape).clone()
     _require(not land.all(), "land", "points with values", "none")
     return land

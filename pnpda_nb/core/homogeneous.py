@@ -24,8 +24,9 @@ __all__ = ["Homogeneous"]
 
 # %% ../../nbs/92_engine.ipynb #86ab32ec
 def correlation_blocks(grid: Grid, correlation: Callable[[Tensor], Tensor]) -> Tensor:
-    """The Fourier transform along the circular axes of the correlations of all points, `(*wavenumbers, others, others)`, where
-    `others` are the points along axes that are not circular (`(*wavenumbers,)` if that is one). What is negative in it is dropped, and the variance kept.
+    """The Fourier transform along the circular axes of the correlations of all points, without what is negative in it, and with the
+    variance kept: `(*wavenumbers, others, others)`, where `others` are the points along axes that are not circular, or
+    `(*wavenumbers,)` if that is one point.
 
     Raises `ValueError` for a grid without circular axes or with a metric, and if blocks are too large to be factored.
     """
@@ -100,7 +101,7 @@ class Homogeneous:
         return self.grid.flatten(_power(self, self.grid.unflatten(states), -1.0))
 
     def root(self, control: Tensor) -> Tensor:
-        """L z for L Lᵀ = C and z `(…, points)` at all points of all channels, on land too: `(…, dim)`. Without land, L is symmetric."""
+        """L z for L Lᵀ = C and z at all points of all channels, on land too, `(…, points)`: `(…, dim)`. Without land, L = Lᵀ."""
         fields = control.unflatten(-1, (len(self.grid.channels), *self.grid.shape))
         return self.grid.flatten(_power(self, fields, 0.5))
 
