@@ -1330,43 +1330,96 @@ d = {
                 "seeing.html#convolutionnetwork.forward",
                 "pnpda_nb/flow_matching/convolutions.py",
             ),
-            "pnpda_nb.flow_matching.convolutions.DenseNetwork": (
-                "seeing.html#densenetwork",
-                "pnpda_nb/flow_matching/convolutions.py",
+        },
+        "pnpda_nb.flow_matching.field_networks": {
+            "pnpda_nb.flow_matching.field_networks.DenseNetwork": (
+                "priors.html#densenetwork",
+                "pnpda_nb/flow_matching/field_networks.py",
             ),
-            "pnpda_nb.flow_matching.convolutions.DenseNetwork.__init__": (
-                "seeing.html#densenetwork.__init__",
-                "pnpda_nb/flow_matching/convolutions.py",
+            "pnpda_nb.flow_matching.field_networks.DenseNetwork.__init__": (
+                "priors.html#densenetwork.__init__",
+                "pnpda_nb/flow_matching/field_networks.py",
             ),
-            "pnpda_nb.flow_matching.convolutions.DenseNetwork.forward": (
-                "seeing.html#densenetwork.forward",
-                "pnpda_nb/flow_matching/convolutions.py",
+            "pnpda_nb.flow_matching.field_networks.DenseNetwork.forward": (
+                "priors.html#densenetwork.forward",
+                "pnpda_nb/flow_matching/field_networks.py",
             ),
-            "pnpda_nb.flow_matching.convolutions.FieldNetwork": (
-                "seeing.html#fieldnetwork",
-                "pnpda_nb/flow_matching/convolutions.py",
+            "pnpda_nb.flow_matching.field_networks.FieldNetwork": (
+                "priors.html#fieldnetwork",
+                "pnpda_nb/flow_matching/field_networks.py",
             ),
-            "pnpda_nb.flow_matching.convolutions.FieldNetwork.__init__": (
-                "seeing.html#fieldnetwork.__init__",
-                "pnpda_nb/flow_matching/convolutions.py",
+            "pnpda_nb.flow_matching.field_networks.FieldNetwork.__init__": (
+                "priors.html#fieldnetwork.__init__",
+                "pnpda_nb/flow_matching/field_networks.py",
             ),
-            "pnpda_nb.flow_matching.convolutions.FieldNetwork._begin": (
-                "seeing.html#fieldnetwork._begin",
-                "pnpda_nb/flow_matching/convolutions.py",
+            "pnpda_nb.flow_matching.field_networks.FieldNetwork._begin": (
+                "priors.html#fieldnetwork._begin",
+                "pnpda_nb/flow_matching/field_networks.py",
             ),
-            "pnpda_nb.flow_matching.convolutions.PyramidNetwork": (
-                "seeing.html#pyramidnetwork",
-                "pnpda_nb/flow_matching/convolutions.py",
+            "pnpda_nb.flow_matching.field_networks.GridNetwork": (
+                "priors.html#gridnetwork",
+                "pnpda_nb/flow_matching/field_networks.py",
             ),
-            "pnpda_nb.flow_matching.convolutions.PyramidNetwork.__init__": (
-                "seeing.html#pyramidnetwork.__init__",
-                "pnpda_nb/flow_matching/convolutions.py",
+            "pnpda_nb.flow_matching.field_networks.GridNetwork.__init__": (
+                "priors.html#gridnetwork.__init__",
+                "pnpda_nb/flow_matching/field_networks.py",
             ),
-            "pnpda_nb.flow_matching.convolutions.PyramidNetwork.forward": (
-                "seeing.html#pyramidnetwork.forward",
-                "pnpda_nb/flow_matching/convolutions.py",
+            "pnpda_nb.flow_matching.field_networks.GridNetwork._convolution": (
+                "priors.html#gridnetwork._convolution",
+                "pnpda_nb/flow_matching/field_networks.py",
             ),
-            "pnpda_nb.flow_matching.convolutions.walls": ("seeing.html#walls", "pnpda_nb/flow_matching/convolutions.py"),
+            "pnpda_nb.flow_matching.field_networks.GridNetwork._flat": (
+                "priors.html#gridnetwork._flat",
+                "pnpda_nb/flow_matching/field_networks.py",
+            ),
+            "pnpda_nb.flow_matching.field_networks.PyramidNetwork": (
+                "priors.html#pyramidnetwork",
+                "pnpda_nb/flow_matching/field_networks.py",
+            ),
+            "pnpda_nb.flow_matching.field_networks.PyramidNetwork.__init__": (
+                "priors.html#pyramidnetwork.__init__",
+                "pnpda_nb/flow_matching/field_networks.py",
+            ),
+            "pnpda_nb.flow_matching.field_networks.PyramidNetwork.forward": (
+                "priors.html#pyramidnetwork.forward",
+                "pnpda_nb/flow_matching/field_networks.py",
+            ),
+            "pnpda_nb.flow_matching.field_networks.walls": ("priors.html#walls", "pnpda_nb/flow_matching/field_networks.py"),
+        },
+        "pnpda_nb.flow_matching.field_prior": {
+            "pnpda_nb.flow_matching.field_prior.FieldPrior": ("priors.html#fieldprior", "pnpda_nb/flow_matching/field_prior.py"),
+            "pnpda_nb.flow_matching.field_prior.FieldPrior.__init__": (
+                "priors.html#fieldprior.__init__",
+                "pnpda_nb/flow_matching/field_prior.py",
+            ),
+            "pnpda_nb.flow_matching.field_prior.FieldPrior.__repr__": (
+                "priors.html#fieldprior.__repr__",
+                "pnpda_nb/flow_matching/field_prior.py",
+            ),
+            "pnpda_nb.flow_matching.field_prior.FieldPrior.contents": (
+                "priors.html#fieldprior.contents",
+                "pnpda_nb/flow_matching/field_prior.py",
+            ),
+            "pnpda_nb.flow_matching.field_prior.FieldPrior.make": (
+                "priors.html#fieldprior.make",
+                "pnpda_nb/flow_matching/field_prior.py",
+            ),
+            "pnpda_nb.flow_matching.field_prior.FieldPrior.on": (
+                "priors.html#fieldprior.on",
+                "pnpda_nb/flow_matching/field_prior.py",
+            ),
+            "pnpda_nb.flow_matching.field_prior.FieldPrior.restored": (
+                "priors.html#fieldprior.restored",
+                "pnpda_nb/flow_matching/field_prior.py",
+            ),
+            "pnpda_nb.flow_matching.field_prior.FieldPrior.widened": (
+                "priors.html#fieldprior.widened",
+                "pnpda_nb/flow_matching/field_prior.py",
+            ),
+            "pnpda_nb.flow_matching.field_prior._field_network": (
+                "priors.html#_field_network",
+                "pnpda_nb/flow_matching/field_prior.py",
+            ),
         },
         "pnpda_nb.flow_matching.flow": {
             "pnpda_nb.flow_matching.flow.Coupling": ("flow_matching.html#coupling", "pnpda_nb/flow_matching/flow.py"),
@@ -1830,17 +1883,10 @@ d = {
             ),
             "pnpda_nb.learned.prior.AnalysisPrior": ("seeing.html#analysisprior", "pnpda_nb/learned/prior.py"),
             "pnpda_nb.learned.prior.AnalysisPrior.__call__": ("seeing.html#analysisprior.__call__", "pnpda_nb/learned/prior.py"),
-            "pnpda_nb.learned.prior.AnalysisPrior.__init__": ("seeing.html#analysisprior.__init__", "pnpda_nb/learned/prior.py"),
-            "pnpda_nb.learned.prior.AnalysisPrior.__repr__": ("seeing.html#analysisprior.__repr__", "pnpda_nb/learned/prior.py"),
-            "pnpda_nb.learned.prior.AnalysisPrior.contents": ("seeing.html#analysisprior.contents", "pnpda_nb/learned/prior.py"),
             "pnpda_nb.learned.prior.AnalysisPrior.fields": ("seeing.html#analysisprior.fields", "pnpda_nb/learned/prior.py"),
             "pnpda_nb.learned.prior.AnalysisPrior.look": ("seeing.html#analysisprior.look", "pnpda_nb/learned/prior.py"),
-            "pnpda_nb.learned.prior.AnalysisPrior.make": ("seeing.html#analysisprior.make", "pnpda_nb/learned/prior.py"),
-            "pnpda_nb.learned.prior.AnalysisPrior.on": ("seeing.html#analysisprior.on", "pnpda_nb/learned/prior.py"),
-            "pnpda_nb.learned.prior.AnalysisPrior.restored": ("seeing.html#analysisprior.restored", "pnpda_nb/learned/prior.py"),
             "pnpda_nb.learned.prior.AnalysisPrior.seeing": ("seeing.html#analysisprior.seeing", "pnpda_nb/learned/prior.py"),
             "pnpda_nb.learned.prior.AnalysisPrior.source": ("seeing.html#analysisprior.source", "pnpda_nb/learned/prior.py"),
-            "pnpda_nb.learned.prior.AnalysisPrior.widened": ("seeing.html#analysisprior.widened", "pnpda_nb/learned/prior.py"),
             "pnpda_nb.learned.prior.BlindPrior": ("seeing.html#blindprior", "pnpda_nb/learned/prior.py"),
             "pnpda_nb.learned.prior.BlindPrior.__call__": ("seeing.html#blindprior.__call__", "pnpda_nb/learned/prior.py"),
             "pnpda_nb.learned.prior.BlindPrior.dim": ("seeing.html#blindprior.dim", "pnpda_nb/learned/prior.py"),
@@ -1863,7 +1909,7 @@ d = {
             "pnpda_nb.learned.prior.SeeingPrior.__call__": ("seeing.html#seeingprior.__call__", "pnpda_nb/learned/prior.py"),
             "pnpda_nb.learned.prior.SeeingPrior.dim": ("seeing.html#seeingprior.dim", "pnpda_nb/learned/prior.py"),
             "pnpda_nb.learned.prior.SeeingPrior.source": ("seeing.html#seeingprior.source", "pnpda_nb/learned/prior.py"),
-            "pnpda_nb.learned.prior._network": ("seeing.html#_network", "pnpda_nb/learned/prior.py"),
+            "pnpda_nb.learned.prior._observed_fields": ("seeing.html#_observed_fields", "pnpda_nb/learned/prior.py"),
         },
         "pnpda_nb.learned.records": {
             "pnpda_nb.learned.records.ObservedRecord": ("on_policy.html#observedrecord", "pnpda_nb/learned/records.py"),
@@ -2422,7 +2468,9 @@ d = {
             "pnpda_nb.pnp.errors.Residuals.at": ("covariance.html#residuals.at", "pnpda_nb/pnp/errors.py"),
             "pnpda_nb.pnp.errors._dense": ("covariance.html#_dense", "pnpda_nb/pnp/errors.py"),
             "pnpda_nb.pnp.errors._factored": ("covariance.html#_factored", "pnpda_nb/pnp/errors.py"),
+            "pnpda_nb.pnp.errors._measurable": ("covariance.html#_measurable", "pnpda_nb/pnp/errors.py"),
             "pnpda_nb.pnp.errors._require_grid": ("covariance.html#_require_grid", "pnpda_nb/pnp/errors.py"),
+            "pnpda_nb.pnp.errors._require_pairs": ("covariance.html#_require_pairs", "pnpda_nb/pnp/errors.py"),
             "pnpda_nb.pnp.errors.residual_covariance": ("covariance.html#residual_covariance", "pnpda_nb/pnp/errors.py"),
         },
         "pnpda_nb.pnp.loop": {

@@ -538,13 +538,17 @@ OWN = {  # arguments of one callable, where they are not those of the pool
     "flow_matching.TensorPairs.__init__": PAIRS | {"identity": lambda: "x"},
     "flow_matching.TensorPairs.read": {"first": lambda: 0, "last": lambda: 4},
     "flow_matching.train_from": {"source": lambda: TensorPairs(states(8, 3), states(8, 3, seed=1), "x"), "settings": SETTINGS},
-    "flow_matching.convolutions": {
+    "flow_matching.convolutions": {"channels": lambda: 2, "outputs": lambda: 2, "boundary": lambda: "ring", "width": lambda: 8},
+    "flow_matching.field_networks": {
         "channels": lambda: 2,
         "outputs": lambda: 2,
         "boundary": lambda: "ring",
         "dim": lambda: 4,
         "length": lambda: 2.0,
         "width": lambda: 8,
+        "kernel": lambda: 3,
+        "embedding": lambda: 4,
+        "wall_length": lambda: 2.0,
     },
     "pnp.PnPDA.noise": {"shape": lambda: (2, 4, 3)},
     "pnp.PnPDA4D.noise": {"shape": lambda: (2, 4, 3)},
@@ -816,7 +820,7 @@ LEFT_OUT = re.compile(
     r"twin\.cycle\.(filter_cycle|window_cycle|Segment)|twin\.Tuned|twin\.experiment\.forget_nature_runs|learned\.(OnPolicyTraining\.(?!__init__)|train_on_policy|Records\.__init__|AnalysisPrior\.on)"
     r"|interop\.(ProgramModel|dapper|for_dapper|per_state|from_tendency)|sweep\.(code_version|run_task|run_tasks|workplace|HereExecutor|Store\.read)|studies\.(Study\.(__init__|run|kept)|[Pp]ublished)"
     r"|twin\.(lorenz|kura|pend|double|saka|sako|bocq)|studies\.(parts\.\w+_part|(parts\.)?(learning|costed|record)_task|parts\.passes|figure_along|SweepSettings\.require)|core\.(Settings|guard$|RunStreams|interface|deprecated|unchecked)|plotting\.(explore|book_style)"
-    r"|pnp\.Constraint\.|flow_matching\.store\.PriorFile\.|windows\.IncrementalPrior\.on"
+    r"|pnp\.Constraint\.|flow_matching\.(store\.PriorFile|field_prior\.FieldPrior)\.|windows\.IncrementalPrior\.on"
 )
 MISSING = re.compile(  # results in which nan is documented: scores of runs that failed, and of single times
     r"twin\.(cycle|scores|summary|score_table|stack_methods|time_mean|mean_and_error|rank_histogram|spread_skill|tune|paired|make_archive)|studies\.(tables\.)?(stack|conditional|paired|along|table)|windows\.train_incremental"

@@ -5,7 +5,7 @@ import torch
 
 from pnpda_nb.core import stream
 from pnpda_nb.flow_matching import ConvolutionNetwork, DenseNetwork, PyramidNetwork
-from pnpda_nb.flow_matching.convolutions import walls
+from pnpda_nb.flow_matching.field_networks import walls
 
 TAU = torch.full((1,), 0.4)
 

@@ -26,7 +26,8 @@ __all__ = [
 ]
 
 # %% ../../nbs/99_public.ipynb #f2bd4571
-from .convolutions import ConvolutionNetwork, DenseNetwork, FieldNetwork, PyramidNetwork
+from .convolutions import ConvolutionNetwork
+from .field_networks import DenseNetwork, FieldNetwork, PyramidNetwork
 from .flow import Coupling, FlowPrior, conditional_coupling, flow_matching_loss
 from .networks import VelocityMLP
 from .pairs import PAPER_TRAINING, PairSource, TensorPairs, TrainingSettings

@@ -90,15 +90,7 @@ def residual_covariance(
     the variables that have residuals; one without any (up to the rounding of its values) has an error of exactly zero.
     Raises `ValueError` for pairs or settings that do not fit, and for residuals that are not finite, or whose squares are not.
     """
-    _require_grid(taus)
-    if background.ndim != 2 or background.shape != analysis.shape or background.shape[-1] != prior.dim:
-        raise ValueError(
-            f"background, analysis: expected shape (sample, {prior.dim}), got {tuple(background.shape)} and {tuple(analysis.shape)}"
-        )
-    if rank is not None and half_width is not None:
-        raise ValueError(f"rank, half_width: expected one of them at most, got {rank} and {half_width}")
-    if rank is not None and not 1 <= rank <= prior.dim:
-        raise ValueError(f"rank: expected a number from 1 to {prior.dim}, got {rank}")
+    _require_pairs(prior, background, analysis, taus, rank, half_width)
     taper = 1.0 if half_width is None else _taper(prior.dim, half_width, distance)
     denoiser, errors = prior(background), []
     centre = getattr(denoiser, "centre", None)
@@ -106,17 +98,7 @@ def residual_covariance(
         z = prior.source(tuple(analysis.shape), generator)
         z = z if centre is None else centre + z
         left = (analysis - denoiser((1 - tau) * z + tau * analysis, tau)).detach() / len(analysis) ** 0.5
-        if not torch.isfinite(left).all():
-            raise ValueError(f"prior: expected finite answers to the pairs, got some that are not at pseudo-time {tau}")
-        rounding = 8 * torch.finfo(left.dtype).eps * analysis.abs().amax(0)
-        left = left.masked_fill(left.abs().amax(0) * len(left) ** 0.5 <= rounding, 0.0)
-        if not torch.isfinite(left.square().sum(0)).all():
-            raise ValueError(
-                (
-                    "background, analysis: expected numbers whose squares are finite, got a residual of "
-                    f"{left.abs().max() * len(left) ** 0.5:.3g}"
-                )
-            )
+        left = _measurable(left, analysis, tau)
         errors.append(_dense(left, taper) if rank is None else _factored(left, rank))
     return ResidualCovariance(tuple(taus), tuple(errors))
 
@@ -136,6 +118,38 @@ def _factored(left: Tensor, rank: int) -> FactoredError:
     _, size, directions = torch.linalg.svd(left / deviations.where(deviations > 0, 1.0), full_matrices=False)
     L = directions[:rank].T * size[:rank] * deviations[:, None]
     return FactoredError(L, (variances - L.square().sum(-1)).maximum(_FLOOR * variances))
+
+
+# %% ../../nbs/16_covariance.ipynb #6663a9ad
+def _require_pairs(
+    prior: Prior, background: Tensor, analysis: Tensor, taus: Sequence[float], rank: int | None, half_width: float | None
+) -> None:
+    _require_grid(taus)
+    if background.ndim != 2 or background.shape != analysis.shape or background.shape[-1] != prior.dim:
+        raise ValueError(
+            f"background, analysis: expected shape (sample, {prior.dim}), got {tuple(background.shape)} and {tuple(analysis.shape)}"
+        )
+    if rank is not None and half_width is not None:
+        raise ValueError(f"rank, half_width: expected one of them at most, got {rank} and {half_width}")
+    if rank is not None and not 1 <= rank <= prior.dim:
+        raise ValueError(f"rank: expected a number from 1 to {prior.dim}, got {rank}")
+
+
+# %% ../../nbs/16_covariance.ipynb #f18186a6
+def _measurable(left: Tensor, analysis: Tensor, tau: float) -> Tensor:
+    """What is left, finite, and exactly zero where it is no more than rounding."""
+    if not torch.isfinite(left).all():
+        raise ValueError(f"prior: expected finite answers to the pairs, got some that are not at pseudo-time {tau}")
+    rounding = 8 * torch.finfo(left.dtype).eps * analysis.abs().amax(0)
+    left = left.masked_fill(left.abs().amax(0) * len(left) ** 0.5 <= rounding, 0.0)
+    if not torch.isfinite(left.square().sum(0)).all():
+        raise ValueError(
+            (
+                "background, analysis: expected numbers whose squares are finite, got a residual of "
+                f"{left.abs().max() * len(left) ** 0.5:.3g}"
+            )
+        )
+    return left
 
 
 # %% ../../nbs/16_covariance.ipynb #43d4f3bb

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from ..core.checks import ALONE, Gappy, guard
 from ..core.random import stream
-from ..flow_matching.convolutions import ConvolutionNetwork, DenseNetwork, FieldNetwork
+from ..flow_matching.convolutions import ConvolutionNetwork
+from ..flow_matching.field_networks import DenseNetwork, FieldNetwork
 from ..flow_matching.store import PriorFile, network_from
 from ..observing.covariance import Covariance
 from ..observing.observations import Observations
