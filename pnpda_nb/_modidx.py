@@ -1364,6 +1364,10 @@ d = {
                 "priors.html#gridnetwork.__init__",
                 "pnpda_nb/flow_matching/field_networks.py",
             ),
+            "pnpda_nb.flow_matching.field_networks.GridNetwork._beside": (
+                "priors.html#gridnetwork._beside",
+                "pnpda_nb/flow_matching/field_networks.py",
+            ),
             "pnpda_nb.flow_matching.field_networks.GridNetwork._convolution": (
                 "priors.html#gridnetwork._convolution",
                 "pnpda_nb/flow_matching/field_networks.py",
@@ -2248,7 +2252,6 @@ d = {
             "pnpda_nb.observing.update._linearised": ("engine.html#_linearised", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update._root": ("engine.html#_root", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update._selection": ("engine.html#_selection", "pnpda_nb/observing/update.py"),
-            "pnpda_nb.observing.update._taper": ("engine.html#_taper", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update.anomalies": ("engine.html#anomalies", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update.kalman_gain": ("engine.html#kalman_gain", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update.selects_alone": ("engine.html#selects_alone", "pnpda_nb/observing/update.py"),

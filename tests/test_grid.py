@@ -13,6 +13,7 @@ from pnpda_nb.classical import LETKF, LocalEnKF
 from pnpda_nb.core import Grid, Homogeneous, gaspari_cohn, neighbours, stream, tapers
 from pnpda_nb.core.grid import as_grid
 from pnpda_nb.core.padding import convolution
+from pnpda_nb.flow_matching import ConvolutionNetwork, PyramidNetwork
 from pnpda_nb.observing import DiagonalCovariance, ObservingNetwork, Select
 
 DOUBLE = torch.float64
@@ -461,3 +462,67 @@ def test_that_a_convolution_between_walls_along_one_axis_only_is_the_padded_one(
     fields = randn(2, 2, 5, 6)
     padded = torch.nn.functional.pad(torch.nn.functional.pad(fields, (1, 1, 0, 0), mode="circular"), (0, 0, 1, 1))
     torch.testing.assert_close(mixed(fields), torch.nn.functional.conv2d(padded, mixed.weight, mixed.bias))
+
+
+# networks
+
+
+def network(kind, boundary, channels=2):
+    sizes = {"levels": 3} if kind is PyramidNetwork else {"dilations": (1, 2)}
+    made = kind(channels, 2, stream(1), boundary=boundary, width=6, kernel=3, **sizes)
+    for parameter in made.last.parameters():  # an untrained network answers zero
+        parameter.data.normal_(generator=stream(2)).mul_(0.3)
+    return made.eval().requires_grad_(False).double()
+
+
+TAU = torch.full((1,), 0.4, dtype=DOUBLE)
+
+
+@pytest.mark.parametrize(("kind", "step"), [(ConvolutionNetwork, 1), (PyramidNetwork, 4)])
+@given(st.integers(0, 5), st.integers(0, 5))
+def test_that_a_network_on_a_torus_moves_with_its_fields(kind, step, down, right):
+    made, fields = network(kind, Grid((16, 8), "circular")), randn(3, 2, 16, 8)
+    shift = (down * step, right * step), (-2, -1)
+    answer = made(fields, TAU)
+    assert answer.std() > 0.01
+    torch.testing.assert_close(made(fields.roll(*shift), TAU), answer.roll(*shift))
+
+
+@pytest.mark.parametrize("kind", [ConvolutionNetwork, PyramidNetwork])
+def test_that_a_network_on_a_globe_moves_along_it_and_its_weights_fit_a_finer_one(kind):
+    made = network(kind, Grid.sphere(LATITUDE, LONGITUDE))
+    for shape in ((8, 12), (16, 32)):
+        fields = randn(2, 2, *shape)
+        torch.testing.assert_close(made(fields.roll(4, -1), TAU), made(fields, TAU).roll(4, -1))
+    other = fields.clone()
+    other[..., 0, 0] += 1
+    assert (made(other, TAU) - made(fields, TAU))[..., 0, 16].abs().max() > 1e-6  # over the pole
+
+
+@pytest.mark.parametrize("kind", [ConvolutionNetwork, PyramidNetwork])
+def test_that_a_channel_knows_its_walls_and_a_basin_any_size(kind):
+    made = network(kind, CHANNEL)
+    fields = torch.ones(1, 2, 13, 16, dtype=DOUBLE)
+    answer = made(fields, TAU)
+    torch.testing.assert_close(answer, answer[..., :1].expand_as(answer))  # the same along the circle, not across it
+    assert answer[0, 0, :, 0].diff().abs().max() > 1e-3
+    assert network(kind, Grid((5, 5)))(randn(3, 1, 2, 7, 11), TAU).shape == (3, 1, 2, 7, 11)
+
+
+@pytest.mark.parametrize("kind", [ConvolutionNetwork, PyramidNetwork])
+def test_that_states_with_land_go_through_a_network_and_back(kind):
+    grid = Grid.sphere(
+        tuple(-78.75 + 22.5 * k for k in range(8)), LONGITUDE, channels=2, land=torch.arange(96).reshape(8, 12) % 11 == 5
+    )
+    made, states = network(kind, grid, channels=3), randn(4, grid.dim)
+    sea = (~grid.land[:1]).double().expand(4, 1, 8, 12)
+    answer = grid.flatten(made(torch.cat((grid.unflatten(states, 0.0), sea), 1), TAU))
+    assert answer.shape == states.shape and answer.isfinite().all()
+
+
+def test_that_what_is_too_short_is_refused():
+    for kind in (ConvolutionNetwork, PyramidNetwork):
+        with pytest.raises(ValueError, match="^fields: expected a ring"):
+            network(kind, Grid((16, 16), "circular"))(randn(1, 2, 16, 1), TAU)
+        with pytest.raises(ValueError, match="^boundary"):
+            kind(2, 2, None, boundary="sphere")

@@ -330,13 +330,15 @@ def _sphere_edges(latitude: tuple[float, ...], longitude: tuple[float, ...]) -> 
 Distance = Literal["ring", "line"] | Callable[[Tensor, Tensor], Tensor]
 
 
-def as_grid(geometry: Grid | str | Callable, dim: int, name: str = "distance") -> Grid:
-    """The grid of a state of size `dim` that is said by a grid (which is returned), in a word ("ring", "line" or "walls"), or by
-    a function of two index tensors, the distance. Raises `ValueError`, calling it `name`, for anything else.
+def as_grid(geometry: Grid | str | Callable, dim: int | None = None, name: str = "distance") -> Grid:
+    """The grid of a state of size `dim` (None: where only the edges matter) that is said by a grid, which is returned, in a word,
+    "ring", "line" or "walls", or by a function of two index tensors, the distance. Raises `ValueError`, calling it `name`, for
+    anything else.
     """
     if isinstance(geometry, Grid):
-        _require(geometry.dim == dim, name, f"a grid of {dim} values", f"one of {geometry.dim}")
+        _require(dim in (None, geometry.dim), name, f"a grid of {dim} values", f"one of {geometry.dim}")
         return geometry
+    dim = 1 if dim is None else dim
     if callable(geometry):
         return Grid(dim, metric=geometry)
     edges = {"ring": "circular", "line": "zeros", "walls": "zeros"}
