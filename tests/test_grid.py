@@ -4,6 +4,7 @@ import math
 import pickle
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -13,6 +14,7 @@ from pnpda_nb.classical import LETKF, LocalEnKF
 from pnpda_nb.core import Grid, Homogeneous, gaspari_cohn, neighbours, stream, tapers
 from pnpda_nb.core.grid import as_grid
 from pnpda_nb.core.padding import convolution
+from pnpda_nb.files import Axis, Field, Layout
 from pnpda_nb.flow_matching import ConvolutionNetwork, PyramidNetwork
 from pnpda_nb.observing import DiagonalCovariance, ObservingNetwork, Select
 
@@ -427,6 +429,19 @@ def test_that_a_large_plane_needs_no_matrix():
     torch.testing.assert_close(covariance.root(covariance.root(x)), covariance.multiply(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+def test_that_nothing_leaves_the_device_or_the_precision_of_the_states(dtype):
+    elsewhere = torch.zeros(3, GLOBE.dim, device="meta", dtype=dtype)  # a device on which nothing else is
+    fields = GLOBE.unflatten(elsewhere, 0.0)
+    covariance = homogeneous("globe")
+    answers = [fields, GLOBE.flatten(fields), GLOBE.pad(fields, 2, (0,)), covariance.multiply(elsewhere)]
+    answers.append(covariance.root(covariance.root_transposed(elsewhere)))
+    for answer in answers:
+        assert answer.device.type == "meta" and answer.dtype == dtype
+    i = torch.zeros(3, device="meta", dtype=torch.long)
+    assert GLOBE(i, i).device.type == "meta"
+
+
 # convolutions
 
 
@@ -462,6 +477,27 @@ def test_that_a_convolution_between_walls_along_one_axis_only_is_the_padded_one(
     fields = randn(2, 2, 5, 6)
     padded = torch.nn.functional.pad(torch.nn.functional.pad(fields, (1, 1, 0, 0), mode="circular"), (0, 0, 1, 1))
     torch.testing.assert_close(mixed(fields), torch.nn.functional.conv2d(padded, mixed.weight, mixed.bias))
+
+
+# files
+
+
+def test_that_a_layout_of_a_file_says_a_grid():
+    turned = tuple(90.0 - 22.5 * k for k in range(9)), tuple((30.0 * k + 180) % 360 - 180 for k in range(12))
+    axes = {"lat": Axis(turned[0], "degrees_north"), "lon": Axis(turned[1], "degrees_east")}
+    layout = Layout((Field("h", (9, 12), ("lat", "lon")), Field("s", (9, 12), ("lat", "lon"))), axes, left_out=np.array([0, 150]))
+    grid = layout.grid
+    assert grid.edges == ("pole", "circular") and grid.on_pole == (True, True) and grid.dim == 214 and grid.radius == EARTH
+    states = randn(3, 214)
+    for name, field in zip(("h", "s"), grid.unflatten(states).unbind(1)):
+        assert torch.equal(field.nan_to_num(9.0), layout.split(states)[name].nan_to_num(9.0))
+    region = Layout((Field("x", (3, 4), ("y", "lon")),), {"lon": Axis((358.0, 359.0, 0.0, 1.0), "degrees_east")}).grid
+    assert region.edges == ("zeros", "zeros") and region(torch.tensor(0), torch.tensor(3)) == 3
+    ring = Layout((Field("x", (5,), ("site",)),), {"site": Axis((0.0, 2.0, 4.0, 6.0, 8.0), "", 10.0)}).grid
+    assert ring.periods == (10.0,) and ring(torch.tensor(0), torch.tensor(4)) == 2
+    assert torch.equal(every(Layout.plain(7).grid), every(as_grid("line", 7)))
+    with pytest.raises(ValueError, match="^fields"):
+        Layout((Field("x", (3,), ("a",)), Field("y", (3,), ("b",)))).grid  # noqa: B018
 
 
 # networks
