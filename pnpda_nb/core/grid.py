@@ -331,9 +331,10 @@ Distance = Literal["ring", "line"] | Callable[[Tensor, Tensor], Tensor]
 
 
 def as_grid(geometry: Grid | str | Callable, dim: int | None = None, name: str = "distance") -> Grid:
-    """The grid of a state of size `dim` (None: where only the edges matter) that is said by a grid, which is returned, in a word,
-    "ring", "line" or "walls", or by a function of two index tensors, the distance. Raises `ValueError`, calling it `name`, for
-    anything else.
+    """The grid of a state of size `dim`, or of any size if only the edges matter.
+
+    It is said in a word ("ring", "line" or "walls": points one apart), by a function of two index tensors, the distance, or by a
+    grid, which is returned. Raises `ValueError`, calling it `name`, for anything else.
     """
     if isinstance(geometry, Grid):
         _require(dim in (None, geometry.dim), name, f"a grid of {dim} values", f"one of {geometry.dim}")

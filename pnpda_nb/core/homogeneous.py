@@ -47,9 +47,39 @@ def correlation_blocks(grid: Grid, correlation: Callable[[Tensor], Tensor]) -> T
     return blocks * scale * scale.unsqueeze(-1)
 
 
+# %% ../../nbs/92_engine.ipynb #a2a1e604
+class _Powers:
+    """To multiply, to solve, to take a root and to draw, from a `grid` and what `_power` asks for."""
+
+    def multiply(self, states: Tensor) -> Tensor:
+        """C x for states x `(…, dim)`."""
+        return self.grid.flatten(_power(self, self.grid.unflatten(states, 0.0), 1.0))
+
+    def solve(self, states: Tensor) -> Tensor:
+        """C⁻¹ x for states x `(…, dim)`. Raises `ValueError` for a grid with land, or a covariance that is singular to rounding."""
+        _require(self.grid.land is None, "grid", "one without land", self.grid)
+        least, most = self._spectrum[0].aminmax()
+        regular = bool(least > torch.finfo(states.dtype).eps * most)
+        _require(regular, "correlation", "one that can be inverted", "eigenvalues near 0")
+        return self.grid.flatten(_power(self, self.grid.unflatten(states), -1.0))
+
+    def root(self, control: Tensor) -> Tensor:
+        """L z for L Lᵀ = C and z at all points of all channels, on land too, `(…, points)`: `(…, dim)`. Without land, L = Lᵀ."""
+        fields = control.unflatten(-1, (len(self.grid.channels), *self.grid.shape))
+        return self.grid.flatten(_power(self, fields, 0.5))
+
+    def root_transposed(self, states: Tensor) -> Tensor:
+        """Lᵀ x for states x `(…, dim)`: `(…, points)`."""
+        return _power(self, self.grid.unflatten(states, 0.0), 0.5).flatten(-1 - len(self.grid.shape))
+
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """States ~ N(0, C) `(*shape, dim)`, in double precision on the generator's device; land changes no draw elsewhere."""
+        return self.root(standard_normal((*shape, len(self.grid.channels) * math.prod(self.grid.shape)), generator))
+
+
 # %% ../../nbs/92_engine.ipynb #8aa052f4
 @dataclass(frozen=True, eq=False)
-class Homogeneous:
+class Homogeneous(_Powers):
     """The covariance of states on a `grid` of which an axis is circular: `correlation`, a function of distances (units of the
     grid), times a `variance`, one number or a symmetric positive definite matrix `(channel, channel)`.
 
@@ -62,15 +92,7 @@ class Homogeneous:
     variance: float | Tensor = 1.0
 
     def __post_init__(self):
-        between = torch.as_tensor(self.variance, dtype=torch.float64).cpu()
-        channels = len(self.grid.channels)
-        wanted = f"a positive number or a matrix of shape {(channels, channels)}"
-        _require(between.ndim == 0 or tuple(between.shape) == (channels, channels), "variance", wanted, self.variance)
-        between = between * torch.eye(channels, dtype=torch.float64) if between.ndim == 0 else between
-        values, vectors = torch.linalg.eigh(between)
-        symmetric = torch.allclose(between, between.mT) and bool(torch.isfinite(values).all())
-        _require(symmetric and bool(values[0] > 0), "variance", "a symmetric positive definite one", self.variance)
-        object.__setattr__(self, "_between", (values, vectors))
+        object.__setattr__(self, "_between", _channels(self.variance, len(self.grid.channels)))
         found = self._spectrum[0]
         _require(bool(torch.isfinite(found).all()) and bool(found.max() > 0), "correlation", "one that is 1 at 0", self.correlation)
 
@@ -85,40 +107,27 @@ class Homogeneous:
 
     @property
     def size(self) -> int:
+        """The number of values of a state."""
         return self.grid.dim
-
-    def multiply(self, states: Tensor) -> Tensor:
-        """C x for states x `(…, dim)`."""
-        return self.grid.flatten(_power(self, self.grid.unflatten(states, 0.0), 1.0))
-
-    def solve(self, states: Tensor) -> Tensor:
-        """C⁻¹ x for states x `(…, dim)`. Raises `ValueError` for a grid with land, or a covariance that is singular to rounding."""
-        _require(self.grid.land is None, "grid", "one without land", self.grid)
-        least, most = self._spectrum[0].aminmax()
-        _require(
-            bool(least > torch.finfo(states.dtype).eps * most), "correlation", "one that can be inverted", "eigenvalues near 0"
-        )
-        return self.grid.flatten(_power(self, self.grid.unflatten(states), -1.0))
-
-    def root(self, control: Tensor) -> Tensor:
-        """L z for L Lᵀ = C and z at all points of all channels, on land too, `(…, points)`: `(…, dim)`. Without land, L = Lᵀ."""
-        fields = control.unflatten(-1, (len(self.grid.channels), *self.grid.shape))
-        return self.grid.flatten(_power(self, fields, 0.5))
-
-    def root_transposed(self, states: Tensor) -> Tensor:
-        """Lᵀ x for states x `(…, dim)`: `(…, points)`."""
-        return _power(self, self.grid.unflatten(states, 0.0), 0.5).flatten(-1 - len(self.grid.shape))
-
-    def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        """States ~ N(0, C) `(*shape, dim)`, in double precision on the generator's device; land costs draws, and changes none."""
-        return self.root(standard_normal((*shape, len(self.grid.channels) * math.prod(self.grid.shape)), generator))
 
     def between(self, i: Index, j: Index) -> Tensor:
         """Covariances between numbers of a state; the index tensors broadcast."""
         values, vectors = self._between
-        channels = (vectors * values) @ vectors.mT
-        a, b = (self.grid.channel.to(k.device)[k].cpu() for k in (i, j))
-        return (_correlations(self, i.cpu(), j.cpu()) * channels[a, b]).to(i.device)
+        a, b = (self.grid.channel[k.cpu()] for k in (i, j))
+        return (_correlations(self, i.cpu(), j.cpu()) * ((vectors * values) @ vectors.mT)[a, b]).to(i.device)
+
+
+# %% ../../nbs/92_engine.ipynb #85f85c92
+def _channels(variance: float | Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors of the covariance between channels."""
+    between = torch.as_tensor(variance, dtype=torch.float64).cpu()
+    fits = between.ndim == 0 or tuple(between.shape) == (count, count)
+    _require(fits, "variance", f"a positive number or a matrix of shape {(count, count)}", variance)
+    between = between * torch.eye(count, dtype=torch.float64) if between.ndim == 0 else between
+    values, vectors = torch.linalg.eigh(between)
+    symmetric = torch.allclose(between, between.mT) and bool(torch.isfinite(values).all())
+    _require(symmetric and bool(values[0] > 0), "variance", "a symmetric positive definite one", variance)
+    return values, vectors
 
 
 # %% ../../nbs/92_engine.ipynb #5e33cc0d
@@ -143,19 +152,16 @@ def _power(of: Homogeneous, fields: Tensor, p: float) -> Tensor:
 # %% ../../nbs/92_engine.ipynb #fc8f2299
 def _correlations(of: Homogeneous, i: Index, j: Index) -> Tensor:
     grid, (values, vectors) = of.grid, of._spectrum
-    dims, shape = [], []
     points = [torch.unravel_index(grid.cells[k] % math.prod(grid.shape), grid.shape) for k in (i, j)]
-    round_, rest = (), ()
+    gaps, closed, shape = (), (), []
     for n, edge, a, b in zip(grid.shape, grid.edges, *points):
         if edge == "circular":
-            round_ += (torch.minimum((a - b).abs(), n - (a - b).abs()),)
+            gaps += (torch.minimum((a - b).abs(), n - (a - b).abs()),)
             shape.append(n)
-        else:
-            rest = (a, b)
+        elif vectors is not None:
+            closed = (a, b)
     blocks = values.squeeze(-1) if vectors is None else (vectors * values.unsqueeze(-2)) @ vectors.mT
-    dims = tuple(range(len(shape)))
-    table = torch.fft.irfftn(blocks, s=shape, dim=dims)
-    return table[round_ + (rest if vectors is not None else ())]
+    return torch.fft.irfftn(blocks, s=shape, dim=tuple(range(len(shape))))[gaps + closed]
 
 
 # %% ../../nbs/92_engine.ipynb #d667191a
