@@ -25,7 +25,7 @@ import torch
 import xarray as xr
 
 from pnpda_nb.classical import EnFF, EnKF, EnRDA, EnSF, FourDVar, ThreeDVar, WeakFourDVar
-from pnpda_nb.core import RunNoise, guarded, stream, write_netcdf, write_record
+from pnpda_nb.core import Grid, Homogeneous, RunNoise, guarded, stream, write_netcdf, write_record
 from pnpda_nb.core.disk import BLANK, netcdf_bytes, record_bytes, sealed, with_tail, write_checkpoint
 from pnpda_nb.dynamics import AdditiveModelError, Forecast, KuramotoSivashinsky, Lorenz63, Lorenz96, TwoScaleLorenz96
 from pnpda_nb.dynamics.kuramoto_sivashinsky import etdrk4_weights
@@ -313,6 +313,15 @@ POOL = {
 }
 
 
+GLOBE = Grid.sphere(
+    (-67.5, -22.5, 22.5, 67.5),
+    (0.0, 60.0, 120.0, 180.0, 240.0, 300.0),
+    channels=2,
+    land=torch.arange(24).reshape(4, 6) == 9,
+    radius=1.0,
+)
+
+
 def A(*shape):
     return lambda: states(*shape)
 
@@ -429,6 +438,50 @@ OWN = {  # arguments of one callable, where they are not those of the pool
     "classical.ensemble.ensemble_weights": {"information": lambda: spd(4), "pull": A(4)},
     "classical.ensemble.random_rotation": {"batch": lambda: (2,)},
     "core.neighbours": {"sites": lambda: (0, 2), "reach": lambda: 2.0},
+    "core.padding.beyond": {"size": lambda: 5, "width": lambda: 2, "edge": lambda: "reflected"},
+    "core.padding.padded": {"fields": A(3, 4, 6), "widths": lambda: (1, 2), "edges": lambda: ("pole", "circular")},
+    "core.padding.convolution": {"channels": lambda: 2, "outputs": lambda: 3, "kernel": lambda: 3},
+    "core.grid.unit_vectors": {"places": A(4, 2)},
+    "core.grid.great_circle": {"a": A(4, 2), "b": A(4, 2)},
+    "core.grid.as_grid": {"geometry": lambda: "ring", "name": lambda: "distance"},
+    "core.Grid.__init__": {
+        "shape": lambda: (4, 6),
+        "edges": lambda: ("pole", "circular"),
+        "channels": lambda: 2,
+        "coordinates": lambda: GLOBE.coordinates,
+        "land": lambda: GLOBE.land[0],
+        "radius": lambda: 1.0,
+    },
+    "core.Grid.sphere": {
+        "latitude": lambda: (-67.5, -22.5, 22.5, 67.5),
+        "longitude": lambda: (0.0, 60.0, 120.0, 180.0, 240.0, 300.0),
+        "channels": lambda: 2,
+        "land": lambda: GLOBE.land[0],
+    },
+    "core.Grid": {
+        "states": lambda: states(3, GLOBE.dim),
+        "fields": A(3, 2, 4, 6),
+        "width": lambda: 2,
+        "flip": lambda: (0, 1),
+        "places": A(5, 2),
+        "a": A(5, 2),
+        "b": A(5, 2),
+        "i": lambda: torch.tensor([0, 2, 7]),
+        "j": lambda: torch.tensor([1]),
+    },
+    "core.homogeneous.correlation_blocks": {"grid": lambda: GLOBE, "correlation": lambda: lambda r: torch.exp(-r)},
+    "core.Homogeneous.__init__": {
+        "grid": lambda: GLOBE,
+        "correlation": lambda: lambda r: torch.exp(-r),
+        "variance": lambda: spd(2),
+    },
+    "core.Homogeneous": {
+        "states": lambda: states(3, 24),
+        "control": A(3, 24),
+        "shape": lambda: (2, 3),
+        "i": lambda: torch.tensor([0, 2, 7]),
+        "j": lambda: torch.tensor([1]),
+    },
     "core.tapers": {"sites": lambda: (0, 2)},
     "classical.systematic_resampling": {"weights": lambda: torch.full((2, 4), 0.25, dtype=DOUBLE)},
     "classical.entropic_plan": {"source": A(2, 4, 3), "target": A(2, 4, 3), "iterations": lambda: 5},
@@ -703,6 +756,8 @@ SELF = {  # objects whose methods are called; without an entry they are made fro
     "observing.Nonlinear": lambda: Nonlinear(lambda x: x[..., :2] ** 2, 2, (0, 1)),
     "observing.DiagonalCovariance": lambda: DiagonalCovariance([0.5] * 3),
     "observing.Present": lambda: Present(select(), torch.tensor([True, False])),
+    "core.Grid": lambda: GLOBE,
+    "core.Homogeneous": lambda: Homogeneous(Grid((4, 6), "circular"), lambda r: torch.exp(-r)),
     "core.RunNoise": lambda: RunNoise(0, "test", "x", 2),
     "classical.FourDVar": lambda: FourDVar(Covariance(spd(3)), window=2, iterations=2),
     "classical.WeakFourDVar": lambda: WeakFourDVar(Covariance(spd(3)), Covariance(spd(3)), window=2, iterations=2),

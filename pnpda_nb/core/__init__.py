@@ -5,7 +5,8 @@
 
 from .checks import Complex, Converted, Gappy, GappyArray, GappyFloat, Index, Mask, Positive, guard, guarded, unchecked
 from .disk import read_record, write_netcdf, write_record, write_whole
-from .grid import Distance, gaspari_cohn, gaspari_cohn_matrix, neighbours, tapers
+from .grid import Distance, Grid, gaspari_cohn, gaspari_cohn_matrix, neighbours, tapers
+from .homogeneous import Homogeneous
 from .interface import deprecated
 from .random import RunNoise, RunStreams, standard_normal, stream
 from .settings import Settings, parse_as
@@ -18,6 +19,8 @@ __all__ = [
     "Gappy",
     "GappyArray",
     "GappyFloat",
+    "Grid",
+    "Homogeneous",
     "Index",
     "Mask",
     "Positive",

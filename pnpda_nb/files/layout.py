@@ -17,6 +17,7 @@ import xarray as xr
 from torch import Tensor
 
 from ..core.checks import GAPS, Gappy, GappyArray, guard
+from ..core.grid import Grid
 from .units import _brief, _units, conversion
 
 # %% auto #0
@@ -336,6 +337,44 @@ class Layout:
             if name in (field.name, field.title):
                 return field
         raise ValueError(f"{where}: expected one of {', '.join(f.title for f in self.fields)}, got {name!r}")
+
+    @cached_property
+    def grid(self) -> Grid:
+        """Where the numbers of a state are, by the coordinates of the last two dimensions (or the only one), which all fields have
+        in common; dimensions before them, levels for one, are channels, and what is left out is land. Latitudes and longitudes make
+        a sphere, with distances in metres. Raises `ValueError` for fields without common dimensions.
+        """
+        return _grid_of(self)
+
+
+# %% ../../nbs/93_files.ipynb #4c93b9ed
+LATITUDES = ("degrees_north", "degree_north", "degrees_N", "degree_N", "degreesN", "degreeN")
+
+
+def _grid_of(layout: Layout) -> Grid:
+    dims, shape = (x[-2:] for x in (layout.fields[0].dims, layout.fields[0].shape))
+    if not dims or any((f.dims[-2:], f.shape[-2:]) != (dims, shape) for f in layout.fields):
+        raise ValueError(f"fields: expected the same last dimensions for all of them, got {layout}")
+    numbers = (("[" + ",".join(map(str, i)) + "]" if i else "") for f in layout.fields for i in np.ndindex(f.shape[:-2]))
+    titles = (f.title for f in layout.fields for _ in np.ndindex(f.shape[:-2]))
+    names = tuple(map("".join, zip(titles, numbers)))
+    land = torch.from_numpy(layout.place < 0).reshape(len(names), *shape)
+    axes = [layout.axes.get(dim, Axis(tuple(range(n)))) for dim, n in zip(dims, shape)]
+    along = [_unwound(axis) for axis in axes]
+    if len(axes) == 2 and axes[1].period == 360 and (axes[0].units in LATITUDES or dims[0].lower() in ("lat", "latitude")):
+        return Grid.sphere(*along, channels=names, land=land)
+    grid = Grid(shape, tuple("circular" if a.closed else "zeros" for a in axes), channels=names, coordinates=along, land=land)
+    for axis, period in zip(axes, grid.periods):
+        if period is not None and abs(period - axis.period) > 1e-3 * axis.period:
+            raise ValueError(f"axes: expected equal steps that are {axis.period:g} together, got {axis}, which are {period:g}")
+    return grid
+
+
+def _unwound(axis: Axis) -> tuple[float, ...]:
+    """Coordinates without a jump by a full turn; of names, their numbers."""
+    if not axis.numeric:
+        return tuple(range(len(axis.values)))
+    return axis.values if axis.period is None else tuple(np.unwrap(axis.values, period=axis.period))
 
 
 # %% ../../nbs/93_files.ipynb #35d16599

@@ -17,9 +17,9 @@ __all__ = ["ConvolutionNetwork"]
 
 # %% ../../nbs/17_seeing.ipynb #e6a32dea
 class ConvolutionNetwork(GridNetwork):
-    """Residual dilated convolutions of one `width`, one block for each of `dilations`, for states on a "ring" or between
-    "walls"; cost and memory are linear in the size of the state, and the same weights work for every size. Other arguments
-    as in `FieldNetwork`.
+    """Residual dilated convolutions of one `width`, one block for each of `dilations`, for states on a "ring", between
+    "walls" or on a `Grid`; cost and memory are linear in the size of the state, and the same weights work for every size. Other
+    arguments as in `FieldNetwork`.
 
     Raises `ValueError` for an even `kernel` or an unknown `boundary`, and, when called, for a ring shorter than the kernel reaches.
     """
@@ -33,20 +33,21 @@ class ConvolutionNetwork(GridNetwork):
         self.first = self._convolution(self.shown, width)
         self.blocks = nn.ModuleList(self._convolution(width, width, dilation) for dilation in dilations)
         self.times = nn.ModuleList(nn.Linear(embedding, width) for _ in dilations)
-        self.mixes = nn.ModuleList(nn.Conv1d(width, width, 1) for _ in dilations)
+        self.mixes = nn.ModuleList(self.plain(width, width, 1) for _ in dilations)
         self.last = self._convolution(width, outputs)
         self._begin(generator, self.last)
 
     def forward(self, fields: Tensor, tau: Tensor) -> Tensor:
-        batch, dim = fields.shape[:-2], fields.shape[-1]
-        if self.boundary == "ring" and dim < self.reach:
-            raise ValueError(f"fields: expected a ring of at least {self.reach} points, got {dim}")
+        batch, shape = fields.shape[: -1 - len(self.edges)], fields.shape[-len(self.edges) :]
+        for dim, edge in zip(shape, self.edges):
+            if edge == "circular" and dim < self.reach:
+                raise ValueError(f"fields: expected a ring of at least {self.reach} points, got {dim}")
         h, tau = self._flat(fields, tau)
         h = self.first(h)
         for block, time, mix in zip(self.blocks, self.times, self.mixes):
-            inside = nn.functional.silu(block(nn.functional.silu(h + time(tau).unsqueeze(-1))))
+            inside = nn.functional.silu(block(nn.functional.silu(h + self._beside(time(tau)))))
             h = h + mix(inside)
-        return self.last(nn.functional.silu(h)).reshape(*batch, self.outputs, dim)
+        return self.last(nn.functional.silu(h)).reshape(*batch, self.outputs, *shape)
 
 
 # %% ../../nbs/17_seeing.ipynb #a9eb6e6a

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.checks import guard
+from ..core.grid import Grid, as_grid
+from ..core.padding import convolution
 from .networks import FourierEmbedding
 
 # %% auto #0
@@ -77,7 +79,7 @@ class DenseNetwork(FieldNetwork):
 
 
 # %% ../../nbs/94_priors.ipynb #afe851c8
-Boundary = Literal["ring", "walls"]
+Boundary = Literal["ring", "walls"] | Grid
 
 
 def walls(dim: int, length: float) -> Tensor:
@@ -88,7 +90,8 @@ def walls(dim: int, length: float) -> Tensor:
 
 # %% ../../nbs/94_priors.ipynb #b098e579
 class GridNetwork(FieldNetwork):
-    """What networks of convolutions share: a `kernel`, and what lies beyond the ends. Other arguments as in `FieldNetwork`.
+    """What networks of convolutions share: a `kernel`, and what lies beyond the ends, on a "ring", between "walls" or on a
+    `Grid` of one or two axes, whose sizes may be others. Other arguments as in `FieldNetwork`.
 
     Raises `ValueError` for an even `kernel` or an unknown `boundary`.
     """
@@ -106,23 +109,32 @@ class GridNetwork(FieldNetwork):
         super().__init__(channels, outputs, generator, embedding)
         if kernel < 1 or kernel % 2 == 0:
             raise ValueError(f"kernel: expected an odd number, got {kernel}")
-        if boundary not in ("ring", "walls"):
+        if not isinstance(boundary, Grid) and boundary not in ("ring", "walls"):
             raise ValueError(f"boundary: expected 'ring' or 'walls', got {boundary!r}")
-        self.boundary, self.kernel, self.wall_length = boundary, kernel, wall_length
-        self.shown = channels + 2 * (boundary == "walls")
+        self.boundary, self.kernel, self.wall_length, grid = boundary, kernel, wall_length, as_grid(boundary)
+        self.edges, self.on_pole = grid.edges, grid.on_pole
+        self.shown = channels + 2 * sum(edge in ("zeros", "reflected") for edge in grid.edges)
+        self.plain = (nn.Conv1d, nn.Conv2d)[len(grid.edges) - 1]
 
-    def _convolution(self, a: int, b: int, dilation: int = 1) -> nn.Conv1d:
-        """@eq-convolution from `a` to `b` fields."""
-        mode = {"ring": "circular", "walls": "zeros"}[self.boundary]
-        padding = self.kernel // 2 * dilation
-        return nn.Conv1d(a, b, self.kernel, padding=padding, dilation=dilation, padding_mode=mode)
+    def _convolution(self, a: int, b: int, dilation: int = 1, fine: bool = True) -> nn.Module:
+        """@eq-convolution from `a` to `b` fields, on the grid itself or a coarser one (which has no points on a pole)."""
+        on_pole = self.on_pole if fine else (False, False)
+        return convolution(a, b, self.kernel, edges=self.edges, dilation=dilation, on_pole=on_pole)
+
+    def _beside(self, features: Tensor) -> Tensor:
+        """Features `(n, width)` that are the same at all points: `(n, width, 1)`, or one more for a second axis."""
+        return features[(..., *[None] * len(self.edges))]
 
     def _flat(self, fields: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
-        """One batch `(n, shown, dim)` of the fields, and of the walls if there are any; and the pseudo-times' features."""
-        batch, dim = fields.shape[:-2], fields.shape[-1]
-        h, tau = fields.reshape(-1, *fields.shape[-2:]), self.embed(tau)
-        if self.boundary == "walls":
-            h = torch.cat((h, walls(dim, self.wall_length).expand(len(h), -1, -1)), 1)
+        """One batch `(n, shown, *shape)` of the fields, and of the walls if there are any; and the pseudo-times' features."""
+        axes = len(self.edges)
+        batch, shape = fields.shape[: -1 - axes], fields.shape[-axes:]
+        h, tau = fields.reshape(-1, *fields.shape[-1 - axes :]), self.embed(tau)
+        for axis, (size, edge) in enumerate(zip(shape, self.edges)):
+            if edge in ("zeros", "reflected"):
+                near = walls(size, self.wall_length)[(..., *[None] * (axes - 1 - axis))]
+                near = near if axes == 1 else near.unflatten(0, (2, *[1] * axis))
+                h = torch.cat((h, near.to(h).expand(len(h), 2, *shape)), 1)
         return h, tau.expand(*batch, -1).reshape(-1, tau.shape[-1])
 
 
@@ -131,8 +143,8 @@ class PyramidNetwork(GridNetwork):
     """Convolutions on `levels` grids, each of half the points of the one before, and back (a U-Net, Ronneberger et al. 2015);
     `width` features on the finest, twice as many on the coarsest. Arguments, cost and boundaries as in `ConvolutionNetwork`.
 
-    Raises `ValueError` for an even `kernel` or an unknown `boundary`, and, when called, for a ring whose size is no multiple of
-    2^(levels − 1).
+    Raises `ValueError` for an even `kernel` or an unknown `boundary`, and, when called, for a ring (or any axis that does not end
+    with zeros) whose size is no multiple of 2^(levels − 1).
     """
 
     def __init__(
@@ -154,29 +166,33 @@ class PyramidNetwork(GridNetwork):
         self.coarsest = 2 ** (levels - 1)
         widths = [round(width * min(2.0, 1 + i / 2)) for i in range(levels)]
 
-        def blocks(sizes: list[int]) -> nn.ModuleList:
-            return nn.ModuleList(
-                nn.ModuleList((self._convolution(w, w), self._convolution(w, w), nn.Linear(embedding, w))) for w in sizes
-            )
+        def blocks(sizes: list[int], level: int = 0) -> nn.ModuleList:
+            parts = nn.ModuleList()
+            for fine, w in ((level + i == 0, w) for i, w in enumerate(sizes)):
+                first, second = (self._convolution(w, w, fine=fine) for _ in range(2))
+                parts.append(nn.ModuleList((first, second, nn.Linear(embedding, w))))
+            return parts
 
         self.first = self._convolution(self.shown, width)
-        self.before, self.after, self.middle = blocks(widths[:-1]), blocks(widths[:-1]), blocks(2 * widths[-1:])
-        self.down = nn.ModuleList(nn.Conv1d(a, b, 2, stride=2) for a, b in zip(widths, widths[1:]))
-        self.up = nn.ModuleList(nn.Conv1d(b, a, 1) for a, b in zip(widths, widths[1:]))
+        self.before, self.after, self.middle = blocks(widths[:-1]), blocks(widths[:-1]), blocks(2 * widths[-1:], levels)
+        self.down = nn.ModuleList(self.plain(a, b, 2, stride=2) for a, b in zip(widths, widths[1:]))
+        self.up = nn.ModuleList(self.plain(b, a, 1) for a, b in zip(widths, widths[1:]))
         self.last = self._convolution(width, outputs)
         self._begin(generator, self.last)
 
     def forward(self, fields: Tensor, tau: Tensor) -> Tensor:
-        batch, dim = fields.shape[:-2], fields.shape[-1]
-        if self.boundary == "ring" and (dim % self.coarsest or dim // self.coarsest < 2):
-            raise ValueError(f"fields: expected a ring of 2 or more times {self.coarsest} points, got {dim}")
+        axes = len(self.edges)
+        batch, shape = fields.shape[: -1 - axes], fields.shape[-axes:]
+        for dim, edge in zip(shape, self.edges):
+            if edge != "zeros" and (dim % self.coarsest or dim // self.coarsest < 2):
+                kind = "a ring" if edge == "circular" else "an axis"
+                raise ValueError(f"fields: expected {kind} of 2 or more times {self.coarsest} points, got {dim}")
         h, tau = self._flat(fields, tau)
-        if self.boundary == "walls":
-            h = nn.functional.pad(h, (0, -dim % self.coarsest))
+        h = nn.functional.pad(h, [x for dim in reversed(shape) for x in (0, -dim % self.coarsest)])
 
         def block(h: Tensor, parts: nn.ModuleList) -> Tensor:
             first, second, time = parts
-            return h + second(nn.functional.silu(first(nn.functional.silu(h + time(tau).unsqueeze(-1)))))
+            return h + second(nn.functional.silu(first(nn.functional.silu(h + self._beside(time(tau))))))
 
         h, seen = self.first(h), []
         for parts, down in zip(self.before, self.down):
@@ -185,8 +201,12 @@ class PyramidNetwork(GridNetwork):
         for parts in self.middle:
             h = block(h, parts)
         for parts, up, fine in zip(reversed(self.after), reversed(self.up), reversed(seen)):
-            h = block(fine + up(h).repeat_interleave(2, -1), parts)
-        return self.last(nn.functional.silu(h))[..., :dim].reshape(*batch, self.outputs, dim)
+            h = up(h)
+            for axis in range(1, axes + 1):
+                h = h.repeat_interleave(2, -axis)
+            h = block(fine + h, parts)
+        h = self.last(nn.functional.silu(h))[(..., *(slice(dim) for dim in shape))]
+        return h.reshape(*batch, self.outputs, *shape)
 
 
 # %% ../../nbs/94_priors.ipynb #1ddc84fc

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from ..core.checks import guard
+from ..core.grid import _taper
 from ..core.random import standard_normal
 from ..flow_matching.field_prior import FieldPrior
 from ..flow_matching.prior import Denoiser, velocity_from_denoised
 from ..observing.observations import GridObservations, Observations, on_grid
-from ..observing.update import Residual, _taper
+from ..observing.update import Residual
 
 # %% auto #0
 __all__ = ["AnalysisPrior", "SeeingPrior", "BlindPrior", "AmortisedAnalysis"]
@@ -73,7 +74,8 @@ class AnalysisPrior(FieldPrior, kept_as="analysis_prior"):
         factor = self.increment.reshape(-1, 1) * out[..., 1 : rank + 1, :].mT
         # before training: variances of one increment squared
         diagonal = self.increment**2 * (1e-4 + torch.nn.functional.softplus(out[..., -1, :] + 0.5413))
-        residual = Residual(factor, diagonal, _taper(self.dim, half_width, self.architecture["geometry"] == "ring"))
+        taper = _taper(self.dim, half_width, "ring" if self.architecture["geometry"] == "ring" else "line") if half_width else None
+        residual = Residual(factor, diagonal, taper)
         return background + self.increment * out[..., 0, :], residual
 
     def source(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

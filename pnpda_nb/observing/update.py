@@ -15,7 +15,6 @@ from scipy.sparse import csr_array
 from torch import Tensor
 
 from ..core.checks import Gappy, Index, guard
-from ..core.grid import gaspari_cohn_matrix
 from ..core.random import standard_normal
 from .covariance import DiagonalCovariance
 from .observations import Observations
@@ -246,12 +245,6 @@ class Residual:
             z = z @ _root(self.taper).mT
         white = standard_normal(tuple(self.diagonal.shape), generator)
         return (self.factor * z.mT).sum(-1) + self.diagonal.sqrt() * white
-
-
-# %% ../../nbs/92_engine.ipynb #f7c1f825
-@lru_cache(maxsize=8)
-def _taper(dim: int, half_width: float, ring: bool) -> Tensor | None:
-    return gaspari_cohn_matrix(dim, half_width, ring) if half_width else None
 
 
 # %% ../../nbs/92_engine.ipynb #0cc23082
