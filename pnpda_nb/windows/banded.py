@@ -221,5 +221,4 @@ def _takahashi(lower: Tensor) -> Tensor:
 
 
 # %% ../../nbs/92_engine.ipynb #ebf62ac0
-#| eval: false
 guard(globals())
