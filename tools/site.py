@@ -331,10 +331,10 @@ def cell_output(book: Book, page: Page, stem: Path, output: Node, alt: str, as_i
     return body if as_is else f"::: {{.cell-output .cell-output-display}}\n{body}\n:::"
 
 
-def module_of(page: Page) -> str:
-    """The module that a notebook exports, below the package; "" if it exports none."""
-    found = re.search(r"#\| *default_exp +([\w.]+)", page.source.read_text(encoding="utf-8"))
-    return found[1] if found else ""
+def modules_of(page: Page) -> list[str]:
+    """The modules that a notebook exports, below the package, in its order."""
+    found = re.findall(r"#\| *(?:default_exp|exports?) +([\w.]+)", page.source.read_text(encoding="utf-8"))
+    return list(dict.fromkeys(found))
 
 
 def library_entry(book: Book, page: Page, text: str) -> str:
@@ -347,19 +347,24 @@ def library_entry(book: Book, page: Page, text: str) -> str:
     if not match:
         return text
     # the chapter's own name comes first: nbdev's link goes to any module that has one of that name
-    for module in (module_of(page), match[1].replace("/", ".").removesuffix("__init__").rstrip(".")):
-        entry = book.library.entry(match[3].replace("\\", ""), module)
-        if entry and entry.module == module:
-            break
-    else:
+    linked = match[1].replace("/", ".").removesuffix("__init__").rstrip(".")
+    entries = [book.library.inner(match[3].replace("\\", ""), module) for module in (*modules_of(page), linked)]
+    entry = next(filter(None, entries), None)
+    if entry is None:
         return text
+    module = entry.module
+    public = book.library.entry(entry.name.partition(".")[0], module)
+    shown = public is not None and public.module == module
+    links = ([f"[reference]({entry.target})"] if shown else []) + (
+        [f"[source]({entry.source})"] if module in book.library.modules else []
+    )
     doc = re.sub(r"\A\s*\*(?!\*)(.+)\*$", r"\1", text[match.end() :], count=1, flags=re.MULTILINE)  # half in italics
     names = set(re.findall(r"\b\w+(?=[:=,)])", entry.signature))
     doc = re.sub(r"\[`(\w+)`\]\([^)]*\)", lambda link: f"`{link[1]}`" if link[1] in names else link[0], doc)
     return "\n\n".join(
         [
             f"{match[2]} {match[3]} {{.entry}}",
-            f"::: {{.entry-links}}\n[{entry.kind}]{{.kind}} [reference]({entry.target}) [source]({entry.source})\n:::",
+            f"::: {{.entry-links}}\n[{entry.kind}]{{.kind}} {' '.join(links)}\n:::",
             f"``` {{.python .signature}}\n{entry.signature}\n```",
             doc.strip(),
         ]

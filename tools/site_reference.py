@@ -62,7 +62,7 @@ class Module:
     notebook: str  # "06_ensembles.ipynb", or "" if no notebook makes it
     text: str
     entries: dict[str, Entry]
-    classes: dict[str, Entry] = field(default_factory=dict)  # private ones, too: public ones inherit from them
+    everything: dict[str, Entry] = field(default_factory=dict)  # what is not public, too: chapters show it, classes inherit from it
 
     @property
     def page(self) -> str:
@@ -172,7 +172,7 @@ def read_module(found: griffe.Module, package: str) -> Module:
             hint = f": {item.annotation}" if item.annotation is not None else ""
             value = f" = {item.value}" if len(str(item.value)) <= WIDTH else " = …"
             module.entries[item.name] = Entry(item.name, "constant", name, item.lineno, f"{item.name}{hint}{value}")
-    module.classes = {key: entry for key, entry in module.entries.items() if entry.kind in ("class", "dataclass", "protocol")}
+    module.everything = module.entries
     module.entries = {key: entry for key, entry in module.entries.items() if key in public}
     return module
 
@@ -192,13 +192,14 @@ class Library:
         modules = [read_module(module, package.name) for module in modules_of(read)]
         self.package = package.name
         self.modules = {module.name: module for module in modules if module.entries}
-        self.classes = {(module.name, name): entry for module in modules for name, entry in module.classes.items()}
+        self.everything = {(module.name, name): entry for module in modules for name, entry in module.everything.items()}
         self.by_name: dict[str, list[Entry]] = {}
         for module in self.modules.values():
             for entry in module.entries.values():
                 self.by_name.setdefault(entry.name, []).append(entry)
-        for entry in self.classes.values():
-            self.finish_class(entry)
+        for entry in self.everything.values():
+            if entry.kind in ("class", "dataclass", "protocol"):
+                self.finish_class(entry)
 
     def entry(self, name: str, module: str) -> Entry | None:
         """The entry that `name` means in `module`: its own, or the only one in the library."""
@@ -208,12 +209,18 @@ class Library:
             return found[0] if len(found) == 1 else None
         return next((item for item in found[0].members if item.name == f"{base}.{member}"), None)
 
+    def inner(self, name: str, module: str) -> Entry | None:
+        """The entry of `name` in `module`, public or not."""
+        base, _, member = name.removesuffix("()").partition(".")
+        entry = self.everything.get((module, base))
+        return entry if entry is None or not member else next((m for m in entry.members if m.name == f"{base}.{member}"), None)
+
     def is_public(self, entry: Entry) -> bool:
         return any(entry is other for other in self.by_name.get(entry.name, []))
 
     def family(self, entry: Entry) -> list[Entry]:
         """A class and those of its bases that are the library's, farthest first."""
-        return [*(self.classes[place] for place in reversed(entry.above) if place in self.classes), entry]
+        return [*(self.everything[place] for place in reversed(entry.above) if place in self.everything), entry]
 
     def finish_class(self, entry: Entry) -> None:
         """How it is made, with the fields that it inherits, and docstrings for methods that leave them to a base."""
