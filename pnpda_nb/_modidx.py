@@ -115,14 +115,15 @@ d = {
         },
         "pnpda_nb.classical.four_dvar": {
             "pnpda_nb.classical.four_dvar.FourDVar": ("four_dvar.html#fourdvar", "pnpda_nb/classical/four_dvar.py"),
-            "pnpda_nb.classical.four_dvar.FourDVar.__post_init__": (
-                "four_dvar.html#fourdvar.__post_init__",
-                "pnpda_nb/classical/four_dvar.py",
-            ),
             "pnpda_nb.classical.four_dvar.FourDVar.analyse": ("four_dvar.html#fourdvar.analyse", "pnpda_nb/classical/four_dvar.py"),
             "pnpda_nb.classical.four_dvar.WeakFourDVar": ("four_dvar.html#weakfourdvar", "pnpda_nb/classical/four_dvar.py"),
             "pnpda_nb.classical.four_dvar.WeakFourDVar.analyse": (
                 "four_dvar.html#weakfourdvar.analyse",
+                "pnpda_nb/classical/four_dvar.py",
+            ),
+            "pnpda_nb.classical.four_dvar._Windowed": ("four_dvar.html#_windowed", "pnpda_nb/classical/four_dvar.py"),
+            "pnpda_nb.classical.four_dvar._Windowed.__post_init__": (
+                "four_dvar.html#_windowed.__post_init__",
                 "pnpda_nb/classical/four_dvar.py",
             ),
             "pnpda_nb.classical.four_dvar._misfit": ("four_dvar.html#_misfit", "pnpda_nb/classical/four_dvar.py"),

@@ -144,7 +144,7 @@ WRONG_WORDS = [
     (["run", "lorenz63", "--set", "alpha=steep"], "alpha: expected zero or a positive number, got 'steep'"),
     (["run", "lorenz63", "--set", "alpha=-1"], "alpha: expected zero or a positive number, got '-1'"),
     (["run", "lorenz63", "--set", "step_rule=fast"], "step_rule: expected 'paper'"),
-    (["run", "lorenz63", "--runs", "0"], "runs: expected a whole number of at least 1, got 0"),
+    (["run", "lorenz63", "--runs", "0"], "runs: expected at least 1, got 0"),
     (["run", "lorenz63", "--runs", "many"], "--runs"),
     (["run", "lorenz63", "--members", "1", "--methods", "enkf"], "members: EnKF needs an ensemble of at least 2"),
     (["run", "lorenz63", "--set", "model_error_variance=-0.1"], "model_error_variance: expected zero or a positive number"),

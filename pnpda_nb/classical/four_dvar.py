@@ -21,9 +21,22 @@ from ..observing.observations import Observations
 __all__ = ["FourDVar", "WeakFourDVar"]
 
 
+# %% ../../nbs/05_four_dvar.ipynb #7202c621
+class _Windowed(Settings):
+    """A method whose window moves on by no more than its length."""
+
+    window: int
+    shift: int
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.shift > self.window:
+            raise ValueError(f"shift: expected 1 to {self.window}, the window, got {self.shift}")
+
+
 # %% ../../nbs/05_four_dvar.ipynb #7202c622
 @dataclass(frozen=True, eq=False)
-class FourDVar(Settings):
+class FourDVar(_Windowed):
     """Strong-constraint 4D-Var (eq. 6 of PnP-DA): the state at the start of a window of `window`
     observation times, by Gauss-Newton, with a static background covariance `scale` · `covariance`.
 
@@ -37,11 +50,6 @@ class FourDVar(Settings):
     shift: Count = 1
     iterations: Count = 10
     from_start: bool = field(default=True, init=False, repr=False)
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.shift > self.window:
-            raise ValueError(f"shift: expected 1 to {self.window}, the window, got {self.shift}")
 
     def analyse(
         self, background: Tensor, observations: Sequence[Observations], *, forecast: Callable, generator: torch.Generator | None
@@ -115,7 +123,7 @@ def solve_block_tridiagonal(diagonal: Gappy, below: Gappy, right: Gappy) -> Gapp
 
 # %% ../../nbs/05_four_dvar.ipynb #d41f6eb0
 @dataclass(frozen=True, eq=False)
-class WeakFourDVar:
+class WeakFourDVar(_Windowed):
     """Weak-constraint 4D-Var: the states at the start and at all observation times of a window, with
     model errors of covariance `model_error` per observation interval, by Gauss-Newton (Trémolet 2006).
 
@@ -126,13 +134,11 @@ class WeakFourDVar:
 
     covariance: Covariance
     model_error: Covariance
-    scale: float = 1.0
-    window: int = 1
-    shift: int = 1
-    iterations: int = 10
+    scale: PositiveNumber = 1.0
+    window: Count = 1
+    shift: Count = 1
+    iterations: Count = 10
     from_start: bool = field(default=True, init=False, repr=False)
-
-    __post_init__ = FourDVar.__post_init__
 
     def analyse(
         self, background: Tensor, observations: Sequence[Observations], *, forecast: Callable, generator: torch.Generator | None
