@@ -230,7 +230,7 @@ def export(root: Path = ROOT) -> None:
 
 
 def _relative_imports(package: Path, name: str) -> None:
-    """nbdev overlooks imports of several lines."""
+    """nbdev overlooks imports of several lines, and leaves directives of pages behind."""
     path, above = package / f"{name.replace('.', '/')}.py", name.split(".")[:-1]
 
     def relative(match: re.Match) -> str:
@@ -238,7 +238,7 @@ def _relative_imports(package: Path, name: str) -> None:
         shared = next((i for i, (a, b) in enumerate(zip(above, parts)) if a != b), min(len(above), len(parts)))
         return f"{match[1]}from {'.' * (1 + len(above) - shared)}{'.'.join(parts[shared:])} import"
 
-    text = path.read_text(encoding="utf-8")
+    text = re.sub(r"^#\| .*\n", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE)  # what only a page makes use of
     path.write_text(re.sub(rf"^(\s*)from {package.name}\.([\w.]+) import", relative, text, flags=re.MULTILINE), encoding="utf-8")
 
 

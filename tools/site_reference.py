@@ -208,6 +208,9 @@ class Library:
             return found[0] if len(found) == 1 else None
         return next((item for item in found[0].members if item.name == f"{base}.{member}"), None)
 
+    def is_public(self, entry: Entry) -> bool:
+        return any(entry is other for other in self.by_name.get(entry.name, []))
+
     def family(self, entry: Entry) -> list[Entry]:
         """A class and those of its bases that are the library's, farthest first."""
         return [*(self.classes[place] for place in reversed(entry.above) if place in self.classes), entry]
@@ -219,7 +222,7 @@ class Library:
         lines.append(f"class {entry.name}{bases}")
         own = {member.name.partition(".")[2] for member in entry.members}
         for relative in self.family(entry)[:-1]:  # what a private base has stands nowhere else
-            if relative.name.startswith("_"):
+            if not self.is_public(relative):
                 added = [(member, member.name.partition(".")[2]) for member in relative.members]
                 entry.members += [replace(m, name=f"{entry.name}.{short}") for m, short in added if short not in own]
         init = next((item for item in entry.members if item.name.endswith(".__init__")), None)
@@ -306,7 +309,9 @@ def table_code(text: str) -> str:
 
 
 def entry_markdown(entry: Entry, library: Library, chapter: str = "", level: int = 2) -> str:
-    links = ([f"[chapter]({chapter})"] if chapter else []) + [f"[source]({entry.source})"]
+    links = [f"[chapter]({chapter})"] if chapter else []
+    if entry.module in library.modules:  # what a class has from a module without public names stands on no page
+        links.append(f"[source]({entry.source})")
     short = entry.name.rpartition(".")[2]
     parts = [
         f"{'#' * level} {plain(short)} {{#{entry.name} .entry}}",
@@ -325,7 +330,7 @@ def entry_markdown(entry: Entry, library: Library, chapter: str = "", level: int
     own = {member.name.partition(".")[2] for member in entry.members}
     if entry.kind in ("class", "dataclass"):
         inherited: dict[str, Entry] = {}
-        for relative in [relative for relative in library.family(entry)[:-1] if not relative.name.startswith("_")]:
+        for relative in [relative for relative in library.family(entry)[:-1] if library.is_public(relative)]:
             inherited |= {m.name.partition(".")[2]: m for m in relative.members if not m.name.endswith("__")}
         links = [f"[{code(member.name)}]({member.target})" for name, member in inherited.items() if name not in own]
         if links:

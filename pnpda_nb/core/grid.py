@@ -445,5 +445,4 @@ def _taper(dim: int, half_width: float, distance: Distance) -> Tensor:
 
 
 # %% ../../nbs/92_engine.ipynb #b224cb95
-#| eval: false
 guard(globals())

@@ -165,5 +165,4 @@ def _correlations(of: Homogeneous, i: Index, j: Index) -> Tensor:
 
 
 # %% ../../nbs/92_engine.ipynb #d667191a
-#| eval: false
 guard(globals())

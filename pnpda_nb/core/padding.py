@@ -103,5 +103,4 @@ def convolution(
 
 
 # %% ../../nbs/92_engine.ipynb #adedda2e
-#| eval: false
 guard(globals())

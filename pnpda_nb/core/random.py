@@ -81,5 +81,4 @@ class RunNoise:
 
 
 # %% ../../nbs/92_engine.ipynb #ddc7f948
-#| eval: false
 guard(globals())

@@ -248,5 +248,4 @@ class Residual:
 
 
 # %% ../../nbs/92_engine.ipynb #0cc23082
-#| eval: false
 guard(globals())

@@ -185,5 +185,4 @@ def _merge(blocks: tuple[xr.Dataset, ...]) -> xr.Dataset:
 
 
 # %% ../../nbs/92_engine.ipynb #de56a489
-#| eval: false
 guard(globals())

@@ -87,5 +87,4 @@ def forget_nature_runs() -> None:
 
 
 # %% ../../nbs/92_engine.ipynb #f7056b9d
-#| eval: false
 guard(globals())

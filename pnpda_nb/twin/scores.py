@@ -294,5 +294,4 @@ def _series(result: xr.Dataset, metric: str) -> np.ndarray:
 
 
 # %% ../../nbs/92_engine.ipynb #97796b01
-#| eval: false
 guard(globals())

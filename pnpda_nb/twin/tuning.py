@@ -79,5 +79,4 @@ def tune(
 
 
 # %% ../../nbs/92_engine.ipynb #0503d029
-#| eval: false
 guard(globals())

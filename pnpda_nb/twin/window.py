@@ -75,5 +75,4 @@ def window_cycle(
 
 
 # %% ../../nbs/92_engine.ipynb #e87161f8
-#| eval: false
 guard(globals())

@@ -101,5 +101,4 @@ def levenberg_marquardt(
 
 
 # %% ../../nbs/92_engine.ipynb #9f74c884
-#| eval: false
 guard(globals())

@@ -193,5 +193,4 @@ class WindowPrior(PriorFile):
 
 
 # %% ../../nbs/92_engine.ipynb #ff6f616c
-#| eval: false
 guard(globals())
