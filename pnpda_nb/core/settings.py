@@ -128,5 +128,4 @@ def parse_as(name: str, text: str, annotation: Any) -> Any:
 
 
 # %% ../../nbs/92_engine.ipynb #31d0e3b5
-#| eval: false
 guard(globals())

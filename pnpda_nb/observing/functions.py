@@ -132,5 +132,4 @@ def _magnitude(state: Tensor) -> Tensor:
 
 
 # %% ../../nbs/92_engine.ipynb #8fdc7bec
-#| eval: false
 guard(globals())

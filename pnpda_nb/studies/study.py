@@ -75,7 +75,7 @@ class Study:
         if preset not in self.presets:
             raise ValueError(f"preset: unknown preset {preset!r}; known: {', '.join(self.presets)}")
         base = self.presets[preset]
-        known = annotations_of(type(base))
+        known = annotations_of(base.__class__)
         values = {name: value for name, value in overrides.items() if value is not None}
         if missing := [name for name in values if name not in known]:
             raise ValueError(f"{missing[0]}: {self.name} has no such setting; known: {', '.join(known)}")
