@@ -85,16 +85,8 @@ d = {
             "pnpda_nb.classical.ensemble.EnKF.analyse": ("ensembles.html#enkf.analyse", "pnpda_nb/classical/ensemble.py"),
             "pnpda_nb.classical.ensemble.EnKF.update": ("ensembles.html#enkf.update", "pnpda_nb/classical/ensemble.py"),
             "pnpda_nb.classical.ensemble.EnKS": ("ensembles.html#enks", "pnpda_nb/classical/ensemble.py"),
-            "pnpda_nb.classical.ensemble.EnKS.__post_init__": (
-                "ensembles.html#enks.__post_init__",
-                "pnpda_nb/classical/ensemble.py",
-            ),
             "pnpda_nb.classical.ensemble.EnKS.analyse": ("ensembles.html#enks.analyse", "pnpda_nb/classical/ensemble.py"),
             "pnpda_nb.classical.ensemble.EnsembleFilter": ("ensembles.html#ensemblefilter", "pnpda_nb/classical/ensemble.py"),
-            "pnpda_nb.classical.ensemble.EnsembleFilter.__post_init__": (
-                "ensembles.html#ensemblefilter.__post_init__",
-                "pnpda_nb/classical/ensemble.py",
-            ),
             "pnpda_nb.classical.ensemble.EnsembleFilter.inflated": (
                 "ensembles.html#ensemblefilter.inflated",
                 "pnpda_nb/classical/ensemble.py",
@@ -104,16 +96,8 @@ d = {
                 "pnpda_nb/classical/ensemble.py",
             ),
             "pnpda_nb.classical.ensemble.LETKF": ("ensembles.html#letkf", "pnpda_nb/classical/ensemble.py"),
-            "pnpda_nb.classical.ensemble.LETKF.__post_init__": (
-                "ensembles.html#letkf.__post_init__",
-                "pnpda_nb/classical/ensemble.py",
-            ),
             "pnpda_nb.classical.ensemble.LETKF.analyse": ("ensembles.html#letkf.analyse", "pnpda_nb/classical/ensemble.py"),
             "pnpda_nb.classical.ensemble.LocalEnKF": ("ensembles.html#localenkf", "pnpda_nb/classical/ensemble.py"),
-            "pnpda_nb.classical.ensemble.LocalEnKF.__post_init__": (
-                "ensembles.html#localenkf.__post_init__",
-                "pnpda_nb/classical/ensemble.py",
-            ),
             "pnpda_nb.classical.ensemble.LocalEnKF.update": ("ensembles.html#localenkf.update", "pnpda_nb/classical/ensemble.py"),
             "pnpda_nb.classical.ensemble._local_information": (
                 "ensembles.html#_local_information",
@@ -131,14 +115,15 @@ d = {
         },
         "pnpda_nb.classical.four_dvar": {
             "pnpda_nb.classical.four_dvar.FourDVar": ("four_dvar.html#fourdvar", "pnpda_nb/classical/four_dvar.py"),
-            "pnpda_nb.classical.four_dvar.FourDVar.__post_init__": (
-                "four_dvar.html#fourdvar.__post_init__",
-                "pnpda_nb/classical/four_dvar.py",
-            ),
             "pnpda_nb.classical.four_dvar.FourDVar.analyse": ("four_dvar.html#fourdvar.analyse", "pnpda_nb/classical/four_dvar.py"),
             "pnpda_nb.classical.four_dvar.WeakFourDVar": ("four_dvar.html#weakfourdvar", "pnpda_nb/classical/four_dvar.py"),
             "pnpda_nb.classical.four_dvar.WeakFourDVar.analyse": (
                 "four_dvar.html#weakfourdvar.analyse",
+                "pnpda_nb/classical/four_dvar.py",
+            ),
+            "pnpda_nb.classical.four_dvar._Windowed": ("four_dvar.html#_windowed", "pnpda_nb/classical/four_dvar.py"),
+            "pnpda_nb.classical.four_dvar._Windowed.__post_init__": (
+                "four_dvar.html#_windowed.__post_init__",
                 "pnpda_nb/classical/four_dvar.py",
             ),
             "pnpda_nb.classical.four_dvar._misfit": ("four_dvar.html#_misfit", "pnpda_nb/classical/four_dvar.py"),
@@ -150,17 +135,9 @@ d = {
         },
         "pnpda_nb.classical.particles": {
             "pnpda_nb.classical.particles.EnRDA": ("models.html#enrda", "pnpda_nb/classical/particles.py"),
-            "pnpda_nb.classical.particles.EnRDA.__post_init__": (
-                "models.html#enrda.__post_init__",
-                "pnpda_nb/classical/particles.py",
-            ),
             "pnpda_nb.classical.particles.EnRDA._weight": ("models.html#enrda._weight", "pnpda_nb/classical/particles.py"),
             "pnpda_nb.classical.particles.EnRDA.analyse": ("models.html#enrda.analyse", "pnpda_nb/classical/particles.py"),
             "pnpda_nb.classical.particles.ParticleFilter": ("models.html#particlefilter", "pnpda_nb/classical/particles.py"),
-            "pnpda_nb.classical.particles.ParticleFilter.__post_init__": (
-                "models.html#particlefilter.__post_init__",
-                "pnpda_nb/classical/particles.py",
-            ),
             "pnpda_nb.classical.particles.ParticleFilter._resampled": (
                 "models.html#particlefilter._resampled",
                 "pnpda_nb/classical/particles.py",
@@ -189,10 +166,6 @@ d = {
             "pnpda_nb.classical.training_free.EnFF.analyse": ("models.html#enff.analyse", "pnpda_nb/classical/training_free.py"),
             "pnpda_nb.classical.training_free.EnFF.guided": ("models.html#enff.guided", "pnpda_nb/classical/training_free.py"),
             "pnpda_nb.classical.training_free.EnSF": ("models.html#ensf", "pnpda_nb/classical/training_free.py"),
-            "pnpda_nb.classical.training_free.EnSF.__post_init__": (
-                "models.html#ensf.__post_init__",
-                "pnpda_nb/classical/training_free.py",
-            ),
             "pnpda_nb.classical.training_free.EnSF.alpha": ("models.html#ensf.alpha", "pnpda_nb/classical/training_free.py"),
             "pnpda_nb.classical.training_free.EnSF.analyse": ("models.html#ensf.analyse", "pnpda_nb/classical/training_free.py"),
             "pnpda_nb.classical.training_free.EnSF.back": ("models.html#ensf.back", "pnpda_nb/classical/training_free.py"),
@@ -202,14 +175,6 @@ d = {
             ),
             "pnpda_nb.classical.training_free.EnSF.variance": ("models.html#ensf.variance", "pnpda_nb/classical/training_free.py"),
             "pnpda_nb.classical.training_free._Generative": ("models.html#_generative", "pnpda_nb/classical/training_free.py"),
-            "pnpda_nb.classical.training_free._Generative.__post_init__": (
-                "models.html#_generative.__post_init__",
-                "pnpda_nb/classical/training_free.py",
-            ),
-            "pnpda_nb.classical.training_free._Generative._one_of": (
-                "models.html#_generative._one_of",
-                "pnpda_nb/classical/training_free.py",
-            ),
             "pnpda_nb.classical.training_free.ensemble_score": (
                 "models.html#ensemble_score",
                 "pnpda_nb/classical/training_free.py",
@@ -243,16 +208,11 @@ d = {
                 "pnpda_nb/classical/variational.py",
             ),
             "pnpda_nb.classical.variational.ThreeDVar": ("variational.html#threedvar", "pnpda_nb/classical/variational.py"),
-            "pnpda_nb.classical.variational.ThreeDVar.__post_init__": (
-                "variational.html#threedvar.__post_init__",
-                "pnpda_nb/classical/variational.py",
-            ),
             "pnpda_nb.classical.variational.ThreeDVar.analyse": (
                 "variational.html#threedvar.analyse",
                 "pnpda_nb/classical/variational.py",
             ),
             "pnpda_nb.classical.variational._apply": ("variational.html#_apply", "pnpda_nb/classical/variational.py"),
-            "pnpda_nb.classical.variational._check_scale": ("variational.html#_check_scale", "pnpda_nb/classical/variational.py"),
             "pnpda_nb.classical.variational._check_size": ("variational.html#_check_size", "pnpda_nb/classical/variational.py"),
             "pnpda_nb.classical.variational._for_members": ("variational.html#_for_members", "pnpda_nb/classical/variational.py"),
             "pnpda_nb.classical.variational.archive_background": (
@@ -360,6 +320,7 @@ d = {
             "pnpda_nb.core.checks._step_by_step": ("engine.html#_step_by_step", "pnpda_nb/core/checks.py"),
             "pnpda_nb.core.checks._tensor": ("engine.html#_tensor", "pnpda_nb/core/checks.py"),
             "pnpda_nb.core.checks._whole": ("engine.html#_whole", "pnpda_nb/core/checks.py"),
+            "pnpda_nb.core.checks._whole_words": ("engine.html#_whole_words", "pnpda_nb/core/checks.py"),
             "pnpda_nb.core.checks._why": ("engine.html#_why", "pnpda_nb/core/checks.py"),
             "pnpda_nb.core.checks.guard": ("engine.html#guard", "pnpda_nb/core/checks.py"),
             "pnpda_nb.core.checks.guarded": ("engine.html#guarded", "pnpda_nb/core/checks.py"),
@@ -492,17 +453,14 @@ d = {
         "pnpda_nb.core.settings": {
             "pnpda_nb.core.settings.Settings": ("engine.html#settings", "pnpda_nb/core/settings.py"),
             "pnpda_nb.core.settings.Settings.__post_init__": ("engine.html#settings.__post_init__", "pnpda_nb/core/settings.py"),
-            "pnpda_nb.core.settings.Settings.require_distinct": (
-                "engine.html#settings.require_distinct",
-                "pnpda_nb/core/settings.py",
-            ),
+            "pnpda_nb.core.settings._differ": ("engine.html#_differ", "pnpda_nb/core/settings.py"),
+            "pnpda_nb.core.settings._infinite": ("engine.html#_infinite", "pnpda_nb/core/settings.py"),
             "pnpda_nb.core.settings._require": ("engine.html#_require", "pnpda_nb/core/settings.py"),
-            "pnpda_nb.core.settings._require_count": ("engine.html#_require_count", "pnpda_nb/core/settings.py"),
-            "pnpda_nb.core.settings._require_numbers": ("engine.html#_require_numbers", "pnpda_nb/core/settings.py"),
-            "pnpda_nb.core.settings._require_size": ("engine.html#_require_size", "pnpda_nb/core/settings.py"),
+            "pnpda_nb.core.settings._some": ("engine.html#_some", "pnpda_nb/core/settings.py"),
+            "pnpda_nb.core.settings._value": ("engine.html#_value", "pnpda_nb/core/settings.py"),
+            "pnpda_nb.core.settings.annotations_of": ("engine.html#annotations_of", "pnpda_nb/core/settings.py"),
             "pnpda_nb.core.settings.check_fields": ("engine.html#check_fields", "pnpda_nb/core/settings.py"),
             "pnpda_nb.core.settings.parse_as": ("engine.html#parse_as", "pnpda_nb/core/settings.py"),
-            "pnpda_nb.core.settings.rules_of_fields": ("engine.html#rules_of_fields", "pnpda_nb/core/settings.py"),
         },
         "pnpda_nb.core.training": {
             "pnpda_nb.core.training.Phase": ("priors.html#phase", "pnpda_nb/core/training.py"),
@@ -535,10 +493,6 @@ d = {
         },
         "pnpda_nb.dynamics.base": {
             "pnpda_nb.dynamics.base.AdditiveModelError": ("dynamics.html#additivemodelerror", "pnpda_nb/dynamics/base.py"),
-            "pnpda_nb.dynamics.base.AdditiveModelError.__post_init__": (
-                "dynamics.html#additivemodelerror.__post_init__",
-                "pnpda_nb/dynamics/base.py",
-            ),
             "pnpda_nb.dynamics.base.AdditiveModelError.draw": (
                 "dynamics.html#additivemodelerror.draw",
                 "pnpda_nb/dynamics/base.py",
@@ -554,7 +508,6 @@ d = {
             ),
             "pnpda_nb.dynamics.base.FunctionModel.step": ("dynamics.html#functionmodel.step", "pnpda_nb/dynamics/base.py"),
             "pnpda_nb.dynamics.base.Lorenz63": ("dynamics.html#lorenz63", "pnpda_nb/dynamics/base.py"),
-            "pnpda_nb.dynamics.base.Lorenz63.__post_init__": ("dynamics.html#lorenz63.__post_init__", "pnpda_nb/dynamics/base.py"),
             "pnpda_nb.dynamics.base.Lorenz63.step": ("dynamics.html#lorenz63.step", "pnpda_nb/dynamics/base.py"),
             "pnpda_nb.dynamics.base.Lorenz63.tendency": ("dynamics.html#lorenz63.tendency", "pnpda_nb/dynamics/base.py"),
             "pnpda_nb.dynamics.base.Model": ("dynamics.html#model", "pnpda_nb/dynamics/base.py"),
@@ -593,10 +546,6 @@ d = {
             ),
             "pnpda_nb.dynamics.kuramoto_sivashinsky.KuramotoSivashinsky": (
                 "models.html#kuramotosivashinsky",
-                "pnpda_nb/dynamics/kuramoto_sivashinsky.py",
-            ),
-            "pnpda_nb.dynamics.kuramoto_sivashinsky.KuramotoSivashinsky.__post_init__": (
-                "models.html#kuramotosivashinsky.__post_init__",
                 "pnpda_nb/dynamics/kuramoto_sivashinsky.py",
             ),
             "pnpda_nb.dynamics.kuramoto_sivashinsky.KuramotoSivashinsky._advection": (
@@ -647,31 +596,15 @@ d = {
         },
         "pnpda_nb.dynamics.models": {
             "pnpda_nb.dynamics.models.DoubleWell": ("models.html#doublewell", "pnpda_nb/dynamics/models.py"),
-            "pnpda_nb.dynamics.models.DoubleWell.__post_init__": (
-                "models.html#doublewell.__post_init__",
-                "pnpda_nb/dynamics/models.py",
-            ),
             "pnpda_nb.dynamics.models.DoubleWell.step": ("models.html#doublewell.step", "pnpda_nb/dynamics/models.py"),
             "pnpda_nb.dynamics.models.DoubleWell.tendency": ("models.html#doublewell.tendency", "pnpda_nb/dynamics/models.py"),
             "pnpda_nb.dynamics.models.Lorenz96": ("models.html#lorenz96", "pnpda_nb/dynamics/models.py"),
-            "pnpda_nb.dynamics.models.Lorenz96.__post_init__": (
-                "models.html#lorenz96.__post_init__",
-                "pnpda_nb/dynamics/models.py",
-            ),
             "pnpda_nb.dynamics.models.Lorenz96.step": ("models.html#lorenz96.step", "pnpda_nb/dynamics/models.py"),
             "pnpda_nb.dynamics.models.Lorenz96.tendency": ("models.html#lorenz96.tendency", "pnpda_nb/dynamics/models.py"),
             "pnpda_nb.dynamics.models.Pendulum": ("models.html#pendulum", "pnpda_nb/dynamics/models.py"),
-            "pnpda_nb.dynamics.models.Pendulum.__post_init__": (
-                "models.html#pendulum.__post_init__",
-                "pnpda_nb/dynamics/models.py",
-            ),
             "pnpda_nb.dynamics.models.Pendulum.step": ("models.html#pendulum.step", "pnpda_nb/dynamics/models.py"),
             "pnpda_nb.dynamics.models.Pendulum.tendency": ("models.html#pendulum.tendency", "pnpda_nb/dynamics/models.py"),
             "pnpda_nb.dynamics.models.TwoScaleLorenz96": ("models.html#twoscalelorenz96", "pnpda_nb/dynamics/models.py"),
-            "pnpda_nb.dynamics.models.TwoScaleLorenz96.__post_init__": (
-                "models.html#twoscalelorenz96.__post_init__",
-                "pnpda_nb/dynamics/models.py",
-            ),
             "pnpda_nb.dynamics.models.TwoScaleLorenz96.dim": ("models.html#twoscalelorenz96.dim", "pnpda_nb/dynamics/models.py"),
             "pnpda_nb.dynamics.models.TwoScaleLorenz96.resolved": (
                 "models.html#twoscalelorenz96.resolved",
@@ -706,10 +639,6 @@ d = {
         "pnpda_nb.experiments.ablation_tasks": {
             "pnpda_nb.experiments.ablation_tasks.AblationSettings": (
                 "studies.html#ablationsettings",
-                "pnpda_nb/experiments/ablation_tasks.py",
-            ),
-            "pnpda_nb.experiments.ablation_tasks.AblationSettings.__post_init__": (
-                "studies.html#ablationsettings.__post_init__",
                 "pnpda_nb/experiments/ablation_tasks.py",
             ),
             "pnpda_nb.experiments.ablation_tasks.AblationSettings.lorenz63": (
@@ -772,10 +701,6 @@ d = {
                 "studies.html#beyondsettings",
                 "pnpda_nb/experiments/beyond_testbeds.py",
             ),
-            "pnpda_nb.experiments.beyond_testbeds.BeyondSettings.__post_init__": (
-                "studies.html#beyondsettings.__post_init__",
-                "pnpda_nb/experiments/beyond_testbeds.py",
-            ),
             "pnpda_nb.experiments.beyond_testbeds.BeyondSettings.conditions": (
                 "studies.html#beyondsettings.conditions",
                 "pnpda_nb/experiments/beyond_testbeds.py",
@@ -786,10 +711,6 @@ d = {
             ),
             "pnpda_nb.experiments.beyond_testbeds.BeyondSettings.training": (
                 "studies.html#beyondsettings.training",
-                "pnpda_nb/experiments/beyond_testbeds.py",
-            ),
-            "pnpda_nb.experiments.beyond_testbeds._require_in_range": (
-                "studies.html#_require_in_range",
                 "pnpda_nb/experiments/beyond_testbeds.py",
             ),
         },
@@ -836,10 +757,6 @@ d = {
                 "studies.html#kuramotosivashinskysettings",
                 "pnpda_nb/experiments/kuramoto_sivashinsky.py",
             ),
-            "pnpda_nb.experiments.kuramoto_sivashinsky.KuramotoSivashinskySettings.__post_init__": (
-                "studies.html#kuramotosivashinskysettings.__post_init__",
-                "pnpda_nb/experiments/kuramoto_sivashinsky.py",
-            ),
             "pnpda_nb.experiments.kuramoto_sivashinsky.KuramotoSivashinskySettings.conditions": (
                 "studies.html#kuramotosivashinskysettings.conditions",
                 "pnpda_nb/experiments/kuramoto_sivashinsky.py",
@@ -880,10 +797,6 @@ d = {
         "pnpda_nb.experiments.ladder_parts": {
             "pnpda_nb.experiments.ladder_parts.PartsSettings": (
                 "studies.html#partssettings",
-                "pnpda_nb/experiments/ladder_parts.py",
-            ),
-            "pnpda_nb.experiments.ladder_parts.PartsSettings.__post_init__": (
-                "studies.html#partssettings.__post_init__",
                 "pnpda_nb/experiments/ladder_parts.py",
             ),
             "pnpda_nb.experiments.ladder_parts.PartsSettings.beyond": (
@@ -950,10 +863,6 @@ d = {
         },
         "pnpda_nb.experiments.lorenz96": {
             "pnpda_nb.experiments.lorenz96.Lorenz96Settings": ("studies.html#lorenz96settings", "pnpda_nb/experiments/lorenz96.py"),
-            "pnpda_nb.experiments.lorenz96.Lorenz96Settings.__post_init__": (
-                "studies.html#lorenz96settings.__post_init__",
-                "pnpda_nb/experiments/lorenz96.py",
-            ),
             "pnpda_nb.experiments.lorenz96.Lorenz96Settings.conditions": (
                 "studies.html#lorenz96settings.conditions",
                 "pnpda_nb/experiments/lorenz96.py",
@@ -1115,10 +1024,6 @@ d = {
             ),
             "pnpda_nb.experiments.trajectories.study.WindowSettings.network": (
                 "studies.html#windowsettings.network",
-                "pnpda_nb/experiments/trajectories/study.py",
-            ),
-            "pnpda_nb.experiments.trajectories.study._check_windows": (
-                "studies.html#_check_windows",
                 "pnpda_nb/experiments/trajectories/study.py",
             ),
             "pnpda_nb.experiments.trajectories.study._method_task": (
@@ -1839,10 +1744,6 @@ d = {
         },
         "pnpda_nb.interop.models": {
             "pnpda_nb.interop.models.ManySteps": ("your_model.html#manysteps", "pnpda_nb/interop/models.py"),
-            "pnpda_nb.interop.models.ManySteps.__post_init__": (
-                "your_model.html#manysteps.__post_init__",
-                "pnpda_nb/interop/models.py",
-            ),
             "pnpda_nb.interop.models.ManySteps.differentiable": (
                 "your_model.html#manysteps.differentiable",
                 "pnpda_nb/interop/models.py",
@@ -1858,10 +1759,6 @@ d = {
             ),
             "pnpda_nb.interop.models.ProgramModel.step": ("your_model.html#programmodel.step", "pnpda_nb/interop/models.py"),
             "pnpda_nb.interop.models.UserModel": ("your_model.html#usermodel", "pnpda_nb/interop/models.py"),
-            "pnpda_nb.interop.models.UserModel.__post_init__": (
-                "your_model.html#usermodel.__post_init__",
-                "pnpda_nb/interop/models.py",
-            ),
             "pnpda_nb.interop.models.UserModel.step": ("your_model.html#usermodel.step", "pnpda_nb/interop/models.py"),
             "pnpda_nb.interop.models._RungeKutta": ("your_model.html#_rungekutta", "pnpda_nb/interop/models.py"),
             "pnpda_nb.interop.models._RungeKutta.__call__": ("your_model.html#_rungekutta.__call__", "pnpda_nb/interop/models.py"),
@@ -1871,7 +1768,6 @@ d = {
             "pnpda_nb.interop.models._end": ("your_model.html#_end", "pnpda_nb/interop/models.py"),
             "pnpda_nb.interop.models._finite": ("your_model.html#_finite", "pnpda_nb/interop/models.py"),
             "pnpda_nb.interop.models._fitting": ("your_model.html#_fitting", "pnpda_nb/interop/models.py"),
-            "pnpda_nb.interop.models._known_choice": ("your_model.html#_known_choice", "pnpda_nb/interop/models.py"),
             "pnpda_nb.interop.models._nothing": ("your_model.html#_nothing", "pnpda_nb/interop/models.py"),
             "pnpda_nb.interop.models._read_fields": ("your_model.html#_read_fields", "pnpda_nb/interop/models.py"),
             "pnpda_nb.interop.models._real_tensor": ("your_model.html#_real_tensor", "pnpda_nb/interop/models.py"),
@@ -2033,7 +1929,6 @@ d = {
         "pnpda_nb.methods": {
             "pnpda_nb.methods.ClimateMoments": ("studies.html#climatemoments", "pnpda_nb/methods.py"),
             "pnpda_nb.methods.Misspecified": ("studies.html#misspecified", "pnpda_nb/methods.py"),
-            "pnpda_nb.methods.Misspecified.__post_init__": ("studies.html#misspecified.__post_init__", "pnpda_nb/methods.py"),
             "pnpda_nb.methods.Misspecified.analyse": ("studies.html#misspecified.analyse", "pnpda_nb/methods.py"),
             "pnpda_nb.methods._amortised": ("studies.html#_amortised", "pnpda_nb/methods.py"),
             "pnpda_nb.methods._distance": ("studies.html#_distance", "pnpda_nb/methods.py"),
@@ -2153,10 +2048,6 @@ d = {
             "pnpda_nb.observing.functions.NumpyOperator": ("engine.html#numpyoperator", "pnpda_nb/observing/functions.py"),
             "pnpda_nb.observing.functions.NumpyOperator.__call__": (
                 "engine.html#numpyoperator.__call__",
-                "pnpda_nb/observing/functions.py",
-            ),
-            "pnpda_nb.observing.functions.NumpyOperator.__post_init__": (
-                "engine.html#numpyoperator.__post_init__",
                 "pnpda_nb/observing/functions.py",
             ),
             "pnpda_nb.observing.functions.NumpyOperator.adjoint": (
@@ -2465,10 +2356,6 @@ d = {
             "pnpda_nb.pnp.constraints.Constraint.slope": ("laws.html#constraint.slope", "pnpda_nb/pnp/constraints.py"),
             "pnpda_nb.pnp.constraints.Constraint.terms": ("laws.html#constraint.terms", "pnpda_nb/pnp/constraints.py"),
             "pnpda_nb.pnp.constraints.FunctionConstraint": ("laws.html#functionconstraint", "pnpda_nb/pnp/constraints.py"),
-            "pnpda_nb.pnp.constraints.FunctionConstraint.__post_init__": (
-                "laws.html#functionconstraint.__post_init__",
-                "pnpda_nb/pnp/constraints.py",
-            ),
             "pnpda_nb.pnp.constraints.FunctionConstraint.nearest": (
                 "laws.html#functionconstraint.nearest",
                 "pnpda_nb/pnp/constraints.py",
@@ -2508,10 +2395,6 @@ d = {
                 "pnpda_nb/pnp/constraints.py",
             ),
             "pnpda_nb.pnp.constraints.RigidBody": ("laws.html#rigidbody", "pnpda_nb/pnp/constraints.py"),
-            "pnpda_nb.pnp.constraints.RigidBody.__post_init__": (
-                "laws.html#rigidbody.__post_init__",
-                "pnpda_nb/pnp/constraints.py",
-            ),
             "pnpda_nb.pnp.constraints.RigidBody.energy": ("laws.html#rigidbody.energy", "pnpda_nb/pnp/constraints.py"),
             "pnpda_nb.pnp.constraints.RigidBody.momentum": ("laws.html#rigidbody.momentum", "pnpda_nb/pnp/constraints.py"),
             "pnpda_nb.pnp.constraints.RigidBody.step": ("laws.html#rigidbody.step", "pnpda_nb/pnp/constraints.py"),
@@ -2527,10 +2410,6 @@ d = {
         },
         "pnpda_nb.pnp.errors": {
             "pnpda_nb.pnp.errors.EnsembleResidual": ("covariance.html#ensembleresidual", "pnpda_nb/pnp/errors.py"),
-            "pnpda_nb.pnp.errors.EnsembleResidual.__post_init__": (
-                "covariance.html#ensembleresidual.__post_init__",
-                "pnpda_nb/pnp/errors.py",
-            ),
             "pnpda_nb.pnp.errors.EnsembleResidual.at": ("covariance.html#ensembleresidual.at", "pnpda_nb/pnp/errors.py"),
             "pnpda_nb.pnp.errors.GaussianResidual": ("covariance.html#gaussianresidual", "pnpda_nb/pnp/errors.py"),
             "pnpda_nb.pnp.errors.GaussianResidual.at": ("covariance.html#gaussianresidual.at", "pnpda_nb/pnp/errors.py"),
@@ -2556,7 +2435,6 @@ d = {
             "pnpda_nb.pnp.loop.PnPDA.states": ("pnp.html#pnpda.states", "pnpda_nb/pnp/loop.py"),
             "pnpda_nb.pnp.loop.PnPDA.towards": ("pnp.html#pnpda.towards", "pnpda_nb/pnp/loop.py"),
             "pnpda_nb.pnp.loop._LoopSettings": ("pnp.html#_loopsettings", "pnpda_nb/pnp/loop.py"),
-            "pnpda_nb.pnp.loop._LoopSettings.__post_init__": ("pnp.html#_loopsettings.__post_init__", "pnpda_nb/pnp/loop.py"),
             "pnpda_nb.pnp.loop._PlugAndPlay": ("pnp.html#_plugandplay", "pnpda_nb/pnp/loop.py"),
             "pnpda_nb.pnp.loop._PlugAndPlay._iterates": ("pnp.html#_plugandplay._iterates", "pnpda_nb/pnp/loop.py"),
             "pnpda_nb.pnp.loop._PlugAndPlay.analyse": ("pnp.html#_plugandplay.analyse", "pnpda_nb/pnp/loop.py"),
@@ -2647,13 +2525,8 @@ d = {
             "pnpda_nb.studies.study.Study.settings": ("studies.html#study.settings", "pnpda_nb/studies/study.py"),
             "pnpda_nb.studies.study.Study.with_preset": ("studies.html#study.with_preset", "pnpda_nb/studies/study.py"),
             "pnpda_nb.studies.study.SweepSettings": ("studies.html#sweepsettings", "pnpda_nb/studies/study.py"),
-            "pnpda_nb.studies.study.SweepSettings.__post_init__": (
-                "studies.html#sweepsettings.__post_init__",
-                "pnpda_nb/studies/study.py",
-            ),
             "pnpda_nb.studies.study.SweepSettings.pnpda": ("studies.html#sweepsettings.pnpda", "pnpda_nb/studies/study.py"),
             "pnpda_nb.studies.study.SweepSettings.training": ("studies.html#sweepsettings.training", "pnpda_nb/studies/study.py"),
-            "pnpda_nb.studies.study.at_least_one": ("studies.html#at_least_one", "pnpda_nb/studies/study.py"),
             "pnpda_nb.studies.study.training_of": ("studies.html#training_of", "pnpda_nb/studies/study.py"),
         },
         "pnpda_nb.studies.tables": {

@@ -21,6 +21,7 @@ from .classical.particles import EnRDA, ParticleFilter
 from .classical.training_free import EnFF, EnSF
 from .classical.variational import Climatology, OptimalInterpolation, ThreeDVar, archive_background, gaspari_cohn_background
 from .core.checks import guard
+from .core.settings import PositiveNumber, Settings
 from .flow_matching.flow import FlowPrior
 from .flow_matching.prior import GaussianPrior
 from .learned.methods import LearnedMean
@@ -195,16 +196,12 @@ def experiment_of(testbed: Mapping[str, Any]) -> TwinExperiment:
 
 # %% ../nbs/95_studies.ipynb #f9600d0c
 @dataclass(frozen=True, eq=False)
-class Misspecified:
+class Misspecified(Settings):
     """A `method` with a misspecified **R**: it assumes that all observation errors have `variance`, whatever they have."""
 
     method: Method
-    variance: float
+    variance: PositiveNumber
     window: int = field(default=1, init=False, repr=False)
-
-    def __post_init__(self):
-        if not 0 < self.variance < float("inf"):
-            raise ValueError(f"variance: expected a positive number, got {self.variance}")
 
     def analyse(
         self, background: Tensor, observations: Observations, *, forecast: Callable | None, generator: torch.Generator

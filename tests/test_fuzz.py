@@ -690,7 +690,7 @@ OWN = {  # arguments of one callable, where they are not those of the pool
     "core.disk.read_checkpoint": {"path": lambda: written("checkpoint")},
     "sweep.Store.__init__": {"folder": folder},
     "sweep.Task.__init__": {"function": lambda: answer},
-    "core.parse_as": {"text": lambda: "1.5", "like": lambda: 2.5},
+    "core.parse_as": {"text": lambda: "1.5", "annotation": lambda: float},
     "studies.Study.settings": {"preset": lambda: "quick", "changes": lambda: {"runs": "2"}, "overrides": lambda: {"runs": 2}},
     "studies.Study.choose": {"methods": lambda: ("enkf",)},
     "methods.method_by_name": {"name": lambda: "enkf", "settings": lambda: {"inflation": 1.1}},

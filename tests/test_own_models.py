@@ -177,7 +177,7 @@ def test_that_a_function_on_arrays_that_is_taken_for_one_on_tensors_is_told_so()
         (lambda: NumpyOperator(None, 3), "function: expected "),
         (lambda: NumpyOperator(np.abs, 2.5), "size: expected a whole number"),
         (lambda: ProgramModel("model {input} {output}", 4, layout=LAYOUT), "layout: expected 4 numbers, got 3"),
-        (lambda: ProgramModel("model {input} {output}", 3, timeout=0), "timeout: expected a positive number of seconds, got 0"),
+        (lambda: ProgramModel("model {input} {output}", 3, timeout=0), "timeout: expected a positive number, got 0"),
         (lambda: Layout((Field("a"), Field("a"))), r"fields: expected distinct names, got \['a', 'a'\]"),
         (
             lambda: Layout((Field("a", (2,), ("x",)), Field("b", (3,), ("x",)))),

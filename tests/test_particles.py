@@ -286,7 +286,7 @@ def test_that_a_weighted_method_must_return_a_pair_and_cannot_look_back():
     [
         (lambda: ParticleFilter(resample_below=-0.1), "resample_below: expected a share from 0 to 1, got -0.1"),
         (lambda: ParticleFilter(resample_below=1.5), "resample_below: expected a share from 0 to 1, got 1.5"),
-        (lambda: ParticleFilter(resample_below=float("nan")), "resample_below: expected a number, got nan"),
+        (lambda: ParticleFilter(resample_below=float("nan")), "resample_below: expected a share from 0 to 1, got nan"),
         (lambda: ParticleFilter(kernel="wide"), "kernel: expected 'student' or 'gaussian', got 'wide'"),
         (lambda: ParticleFilter(jitter=-1), "jitter: expected zero or a positive number, got -1"),
     ],

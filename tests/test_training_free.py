@@ -127,10 +127,10 @@ def test_that_both_beat_a_free_run_where_half_the_state_is_seen():
     [
         (lambda: EnSF(steps=0), "steps: expected a whole number of at least 1, got 0"),
         (lambda: EnFF(steps=2.5), "steps"),
-        (lambda: EnSF(bandwidth=1.5), "bandwidth: expected a number from 0 to 1, got 1.5"),
+        (lambda: EnSF(bandwidth=1.5), "bandwidth: expected a share from 0 to 1, got 1.5"),
         (lambda: EnFF(bandwidth=-0.1), "bandwidth"),
-        (lambda: EnSF(scale=0.0), "scale: expected None or a positive number, got 0.0"),
-        (lambda: EnSF(epsilon=0.0), "epsilon: expected a number between 0 and 1, got 0.0"),
+        (lambda: EnSF(scale=0.0), "scale: expected a positive number or None, got 0.0"),
+        (lambda: EnSF(epsilon=0.0), "epsilon: expected a share between 0 and 1, got 0.0"),
         (lambda: EnSF(score="some"), "score: expected 'all' or 'own', got 'some'"),
         (lambda: EnFF(path="straight"), "path: expected 'ot' or 'background'"),
         (lambda: EnFF(guidance="none"), "guidance"),

@@ -80,7 +80,7 @@ def test_that_every_condition_shows_what_it_says(condition):
 def test_that_an_unknown_condition_or_testbed_is_refused():
     with pytest.raises(ValueError, match="^condition: unknown condition 'windy'"):
         scene("lorenz63", "windy", 2, 400, 1)
-    with pytest.raises(ValueError, match="^testbed: expected one of lorenz63"):
+    with pytest.raises(ValueError, match="^testbed: expected 'lorenz63', 'pendulum' or 'lorenz96'"):
         WindowSettings("lorenz64")
     with pytest.raises(ValueError, match="^climate_windows: expected more than 96"):
         WindowSettings(climate_windows=50)

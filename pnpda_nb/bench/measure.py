@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..core.random import standard_normal, stream
+from ..core.settings import Count, Members, PositiveNumber, Settings, Some
 from ..twin.nature import forget_nature_runs
 
 # %% auto #0
@@ -58,7 +59,7 @@ def speed_ratio(ours: Sequence[float], peer: Sequence[float]) -> dict[str, float
 
 # %% ../../nbs/97_bench.ipynb #34cce853
 @dataclass(frozen=True)
-class Sizes:
+class Sizes(Settings):
     """How large the parts of the benchmark are.
 
     `runs`, `members`, `cycles` and `peer_runs` (done by the peer in each of the `repeats`, and scaled) of the EnKF; `batches` of
@@ -68,23 +69,23 @@ class Sizes:
     its shortest length in seconds.
     """
 
-    runs: int = 50
-    members: int = 20
-    cycles: int = 250
-    peer_runs: int = 2
-    batches: tuple[int, ...] = (1, 50, 1000, 100_000)
-    states: int = 50
-    steps: int = 10
-    ensembles: tuple[int, ...] = (20, 63, 200, 632, 2000)
-    dimensions: tuple[int, ...] = (40, 400, 4000, 40_000, 100_000)
-    lengths: tuple[int, ...] = (250, 1000, 4000)
-    fields: tuple[int, ...] = (40, 200, 1000, 4000, 10_000)
-    iterations: int = 100
-    minibatches: tuple[int, ...] = (32, 256, 1000)
-    examples: int = 10_000
-    learning: int = 900
-    repeats: int = 5
-    arithmetic: float = 0.2
+    runs: Count = 50
+    members: Members = 20
+    cycles: Count = 250
+    peer_runs: Count = 2
+    batches: Some[Count] = (1, 50, 1000, 100_000)
+    states: Count = 50
+    steps: Count = 10
+    ensembles: Some[Count] = (20, 63, 200, 632, 2000)
+    dimensions: Some[Count] = (40, 400, 4000, 40_000, 100_000)
+    lengths: Some[Count] = (250, 1000, 4000)
+    fields: Some[Count] = (40, 200, 1000, 4000, 10_000)
+    iterations: Count = 100
+    minibatches: Some[Count] = (32, 256, 1000)
+    examples: Count = 10_000
+    learning: Count = 900
+    repeats: Count = 5
+    arithmetic: PositiveNumber = 0.2
 
 
 QUICK = Sizes(

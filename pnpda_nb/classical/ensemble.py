@@ -15,6 +15,7 @@ from torch import Tensor
 from ..core.checks import Gappy, guard
 from ..core.grid import Distance, gaspari_cohn, neighbours, tapers
 from ..core.random import standard_normal
+from ..core.settings import Count, NotNegative, PositiveNumber, Settings, Share, Unbounded
 from ..observing.covariance import DiagonalCovariance
 from ..observing.observations import Observations
 from ..observing.update import anomalies
@@ -66,7 +67,7 @@ def inflate(
 
 # %% ../../nbs/06_ensembles.ipynb #a3710bd4
 @dataclass(frozen=True)
-class EnsembleFilter:
+class EnsembleFilter(Settings):
     """What all ensemble Kalman filters share: `inflation` multiplies the anomalies after the analysis,
     `relaxation` is RTPS's α, `additive` the standard deviation of added noise. All three act at every
     analysis, also where nothing was observed.
@@ -74,18 +75,10 @@ class EnsembleFilter:
     Raises `ValueError` for an ensemble of one, and for settings out of range.
     """
 
-    inflation: float = 1.0
-    relaxation: float = 0.0
-    additive: float = 0.0
+    inflation: PositiveNumber = 1.0
+    relaxation: Share = 0.0
+    additive: NotNegative = 0.0
     window: int = field(default=1, init=False, repr=False)
-
-    def __post_init__(self):
-        if not 0 < self.inflation < float("inf"):
-            raise ValueError(f"inflation: expected a positive factor, got {self.inflation}")
-        if not 0 <= self.relaxation <= 1:
-            raise ValueError(f"relaxation: expected a number from 0 to 1, got {self.relaxation}")
-        if not 0 <= self.additive < float("inf"):
-            raise ValueError(f"additive: expected zero or a positive number, got {self.additive}")
 
     def require_ensemble(self, background: Tensor) -> None:
         if background.shape[-2] < 2:
@@ -185,14 +178,9 @@ class LETKF(EnsembleFilter):
     not say at which `sites` it observes.
     """
 
-    half_width: float = 4.0
+    half_width: Unbounded = 4.0
     distance: Distance = "ring"
     rotate: bool = False
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.half_width > 0:
-            raise ValueError(f"half_width: expected a positive length, got {self.half_width}")
 
     def analyse(
         self, background: Tensor, observations: Observations, *, forecast: Callable | None, generator: torch.Generator | None
@@ -274,13 +262,8 @@ class LocalEnKF(EnKF):
     `distance` as in `neighbours`. Raises `ValueError` for an operator that does not say at which `sites` it observes.
     """
 
-    half_width: float = 4.0
+    half_width: Unbounded = 4.0
     distance: Distance = "ring"
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.half_width > 0:
-            raise ValueError(f"half_width: expected a positive length, got {self.half_width}")
 
     def update(self, background: Tensor, observations: Observations, generator: torch.Generator | None) -> Update:
         members, dim = background.shape[-2:]
@@ -302,16 +285,9 @@ class EnKS(EnsembleFilter):
     `kind` is the filter's update: "stochastic" (EnKF) or "symmetric" (ETKF, with `rotate`).
     """
 
-    lag: int = 5
+    lag: Count = 5
     kind: Literal["stochastic", "symmetric"] = "stochastic"
     rotate: bool = False
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not (isinstance(self.lag, int) and self.lag >= 1):
-            raise ValueError(f"lag: expected a whole number of at least 1, got {self.lag}")
-        if self.kind not in ("stochastic", "symmetric"):
-            raise ValueError(f"kind: expected 'stochastic' or 'symmetric', got {self.kind!r}")
 
     def analyse(
         self, background: Tensor, observations: Observations, *, forecast: Callable | None, generator: torch.Generator | None,

@@ -11,8 +11,9 @@ from typing import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .variational import _apply, _check_scale, _check_size, _for_members, gauss_newton
+from .variational import _apply, _check_size, _for_members, gauss_newton
 from ..core.checks import Gappy, guard
+from ..core.settings import Count, PositiveNumber, Settings
 from ..observing.covariance import Covariance
 from ..observing.observations import Observations
 
@@ -20,9 +21,22 @@ from ..observing.observations import Observations
 __all__ = ["FourDVar", "WeakFourDVar"]
 
 
+# %% ../../nbs/05_four_dvar.ipynb #7202c621
+class _Windowed(Settings):
+    """A method whose window moves on by no more than its length."""
+
+    window: int
+    shift: int
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.shift > self.window:
+            raise ValueError(f"shift: expected 1 to {self.window}, the window, got {self.shift}")
+
+
 # %% ../../nbs/05_four_dvar.ipynb #7202c622
 @dataclass(frozen=True, eq=False)
-class FourDVar:
+class FourDVar(_Windowed):
     """Strong-constraint 4D-Var (eq. 6 of PnP-DA): the state at the start of a window of `window`
     observation times, by Gauss-Newton, with a static background covariance `scale` · `covariance`.
 
@@ -31,20 +45,11 @@ class FourDVar:
     """
 
     covariance: Covariance
-    scale: float = 1.0
-    window: int = 1
-    shift: int = 1
-    iterations: int = 10
+    scale: PositiveNumber = 1.0
+    window: Count = 1
+    shift: Count = 1
+    iterations: Count = 10
     from_start: bool = field(default=True, init=False, repr=False)
-
-    def __post_init__(self):
-        _check_scale(self.scale)
-        if not (isinstance(self.window, int) and self.window >= 1):
-            raise ValueError(f"window: expected a whole number of at least 1, got {self.window!r}")
-        if not (isinstance(self.shift, int) and 1 <= self.shift <= self.window):
-            raise ValueError(f"shift: expected 1 to {self.window}, the window, got {self.shift}")
-        if not self.iterations >= 1:
-            raise ValueError(f"iterations: expected at least 1, got {self.iterations}")
 
     def analyse(
         self, background: Tensor, observations: Sequence[Observations], *, forecast: Callable, generator: torch.Generator | None
@@ -118,7 +123,7 @@ def solve_block_tridiagonal(diagonal: Gappy, below: Gappy, right: Gappy) -> Gapp
 
 # %% ../../nbs/05_four_dvar.ipynb #d41f6eb0
 @dataclass(frozen=True, eq=False)
-class WeakFourDVar:
+class WeakFourDVar(_Windowed):
     """Weak-constraint 4D-Var: the states at the start and at all observation times of a window, with
     model errors of covariance `model_error` per observation interval, by Gauss-Newton (Trémolet 2006).
 
@@ -129,13 +134,11 @@ class WeakFourDVar:
 
     covariance: Covariance
     model_error: Covariance
-    scale: float = 1.0
-    window: int = 1
-    shift: int = 1
-    iterations: int = 10
+    scale: PositiveNumber = 1.0
+    window: Count = 1
+    shift: Count = 1
+    iterations: Count = 10
     from_start: bool = field(default=True, init=False, repr=False)
-
-    __post_init__ = FourDVar.__post_init__
 
     def analyse(
         self, background: Tensor, observations: Sequence[Observations], *, forecast: Callable, generator: torch.Generator | None

@@ -14,6 +14,7 @@ from torch import Tensor
 from .ensemble import perturbed_observations
 from ..core.checks import Index, guard
 from ..core.random import standard_normal
+from ..core.settings import Count, NotNegative, PositiveNumber, Settings, Share
 from ..observing.covariance import Covariance
 from ..observing.observations import Observations
 
@@ -35,7 +36,7 @@ def systematic_resampling(weights: Tensor, generator: torch.Generator) -> Index:
 
 # %% ../../nbs/91_models.ipynb #5ba1e24e
 @dataclass(frozen=True)
-class ParticleFilter:
+class ParticleFilter(Settings):
     """Bootstrap particle filter (Gordon et al. 1993): a run is resampled, systematically, when its effective number of particles is
     less than a share `resample_below` of them (0: never, 1: at every analysis); `jitter` scales the kernel that moves copies apart
     (Musso et al. 2001). The `kernel` is a "student" t of six degrees of freedom, with a width for the effective number of
@@ -47,18 +48,10 @@ class ParticleFilter:
     Raises `ValueError` for settings out of range, and for `weights` of another shape, below zero, or all zero.
     """
 
-    jitter: float = 0.75
-    resample_below: float = 0.2
+    jitter: NotNegative = 0.75
+    resample_below: Share = 0.2
     kernel: Literal["student", "gaussian"] = "student"
     window: int = field(default=1, init=False, repr=False)
-
-    def __post_init__(self):
-        if not 0 <= self.jitter < float("inf"):
-            raise ValueError(f"jitter: expected zero or a positive number, got {self.jitter}")
-        if not 0 <= self.resample_below <= 1:
-            raise ValueError(f"resample_below: expected a share from 0 to 1, got {self.resample_below}")
-        if self.kernel not in ("student", "gaussian"):
-            raise ValueError(f"kernel: expected 'student' or 'gaussian', got {self.kernel!r}")
 
     @property
     def weighted(self) -> bool:
@@ -138,7 +131,7 @@ def entropic_plan(source: Tensor, target: Tensor, regularisation: float = 10.0, 
 
 # %% ../../nbs/91_models.ipynb #bb853392
 @dataclass(frozen=True)
-class EnRDA:
+class EnRDA(Settings):
     """Ensemble Riemannian data assimilation (Tamang et al. 2021), as in the appendix of PnP-DA.
 
     `weight` is the η of the background; `None` takes tr(R) / (tr(R) + tr(B)) from the ensemble of
@@ -146,16 +139,10 @@ class EnRDA:
     ensemble of one.
     """
 
-    weight: float | None = None
-    regularisation: float = 10.0
-    iterations: int = 300
+    weight: Share | None = None
+    regularisation: PositiveNumber = 10.0
+    iterations: Count = 300
     window: int = field(default=1, init=False, repr=False)
-
-    def __post_init__(self):
-        if self.weight is not None and not 0 <= self.weight <= 1:
-            raise ValueError(f"weight: expected a number from 0 to 1, got {self.weight}")
-        if not self.regularisation > 0:
-            raise ValueError(f"regularisation: expected a positive number, got {self.regularisation}")
 
     def analyse(
         self, background: Tensor, observations: Observations, *, forecast: Callable | None, generator: torch.Generator

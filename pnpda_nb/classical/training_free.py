@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Callable, Literal
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from .ensemble import EnsembleFilter
 from ..core.checks import guard
 from ..core.random import standard_normal
+from ..core.settings import Count, InnerShare, PositiveNumber, Share
 from ..observing.observations import Observations
 
 # %% auto #0
@@ -71,22 +71,9 @@ def towards_observations(states: Tensor, observations: Observations, spread: Ten
 class _Generative(EnsembleFilter):
     """What both filters share."""
 
-    steps: int = 50
-    bandwidth: float = 0.5
-    scale: float | None = None
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not (isinstance(self.steps, Integral) and self.steps >= 1):
-            raise ValueError(f"steps: expected a whole number of at least 1, got {self.steps}")
-        if not 0 <= self.bandwidth <= 1:
-            raise ValueError(f"bandwidth: expected a number from 0 to 1, got {self.bandwidth}")
-        if self.scale is not None and not 0 < self.scale < math.inf:
-            raise ValueError(f"scale: expected None or a positive number, got {self.scale}")
-
-    def _one_of(self, name: str, *known: str) -> None:
-        if getattr(self, name) not in known:
-            raise ValueError(f"{name}: expected {' or '.join(map(repr, known))}, got {getattr(self, name)!r}")
+    steps: Count = 50
+    bandwidth: Share = 0.5
+    scale: PositiveNumber | None = None
 
 
 # %% ../../nbs/91_models.ipynb #556290c0
@@ -99,14 +86,8 @@ class EnSF(_Generative):
     where nothing was seen. Raises `ValueError` for settings out of range and for an ensemble of one.
     """
 
-    epsilon: float = 0.05
+    epsilon: InnerShare = 0.05
     score: Literal["all", "own"] = "all"
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 < self.epsilon < 1:
-            raise ValueError(f"epsilon: expected a number between 0 and 1, got {self.epsilon}")
-        self._one_of("score", "all", "own")
 
     def alpha(self, t: float) -> float:
         return 1 - (1 - self.epsilon) * t
@@ -164,19 +145,15 @@ class EnFF(_Generative):
     for an ensemble of one.
     """
 
-    steps: int = 20
+    steps: Count = 20
     path: Literal["ot", "background"] = "ot"
     guidance: Literal["local", "gaussian"] = "local"
-    strength: float = 1.0
+    strength: PositiveNumber = 1.0
 
     def __post_init__(self):
         super().__post_init__()
-        self._one_of("path", "ot", "background")
-        self._one_of("guidance", "local", "gaussian")
         if self.path == "background" and self.guidance == "gaussian":
             raise ValueError("guidance: expected 'local' with path='background', got 'gaussian'")
-        if not 0 < self.strength < math.inf:
-            raise ValueError(f"strength: expected a positive number, got {self.strength}")
 
     def analyse(
         self, background: Tensor, observations: Observations, *, forecast: Callable | None, generator: torch.Generator

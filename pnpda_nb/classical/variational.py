@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..core.checks import guard
 from ..core.grid import gaspari_cohn_matrix
+from ..core.settings import Count, PositiveNumber, Settings
 from ..observing.covariance import Covariance
 from ..observing.observations import Observations
 from ..observing.update import kalman_gain
@@ -63,20 +64,15 @@ def gauss_newton(
 
 # %% ../../nbs/04_variational.ipynb #2db52850
 @dataclass(frozen=True, eq=False)
-class ThreeDVar:
+class ThreeDVar(Settings):
     """3D-Var with a static background covariance `scale` · `covariance`: in closed form for a linear
     observation operator (eq. 5 of PnP-DA), by at most `iterations` of Gauss-Newton for a nonlinear one.
     """
 
     covariance: Covariance
-    scale: float = 1.0
-    iterations: int = 20
+    scale: PositiveNumber = 1.0
+    iterations: Count = 20
     window: int = field(default=1, init=False, repr=False)
-
-    def __post_init__(self):
-        _check_scale(self.scale)
-        if not self.iterations >= 1:
-            raise ValueError(f"iterations: expected at least 1, got {self.iterations}")
 
     def analyse(
         self, background: Tensor, observations: Observations, *, forecast: Callable | None, generator: torch.Generator | None
@@ -110,11 +106,6 @@ def _apply(matrix: Tensor, vector: Tensor) -> Tensor:
 def _for_members(matrix: Tensor) -> Tensor:
     """A matrix for each run `(run, n, n)` beside members; a common one `(n, n)` as it is."""
     return matrix.unsqueeze(-3) if matrix.ndim > 2 else matrix
-
-
-def _check_scale(scale: float) -> None:
-    if not 0 < scale < float("inf"):
-        raise ValueError(f"scale: expected a positive factor, got {scale}")
 
 
 def _check_size(covariance: Covariance, background: Tensor) -> None:

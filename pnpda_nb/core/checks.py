@@ -117,6 +117,15 @@ _RANGES = {
     annotated_types.Le: ("<=", "at most"),
     annotated_types.Lt: ("<", "less than"),
 }
+_KINDER = {
+    "more than 0": "a positive number",
+    "more than 0 and less than inf": "a positive number",
+    "at least 0": "zero or a positive number",
+    "at least 0 and at most 1": "a share from 0 to 1",
+    "at least 0 and less than 1": "a share from 0 to less than 1",
+    "more than 0 and at most 1": "a share above 0, at most 1",
+    "more than 0 and less than 1": "a share between 0 and 1",
+}
 _COMPARE = {">=": lambda a, b: a >= b, ">": lambda a, b: a > b, "<=": lambda a, b: a <= b, "<": lambda a, b: a < b}
 
 
@@ -132,7 +141,7 @@ def rule_of(annotation: Any) -> Rule | None:
     if origin is Annotated:
         of = next((word for word in parts[1:] if word in ("True and False", "whole numbers", "real or complex numbers")), None)
         rules = [rule_of(parts[0]) if of is None else partial(_tensor, of=of), *map(_range, parts[1:])]
-        return _all_of([r for r in rules if r])
+        return _whole_words(parts, _all_of([r for r in rules if r]))
     if origin in (Union, types.UnionType):
         return _one_of([rule_of(p) for p in parts])
     if origin is Literal:
@@ -151,14 +160,16 @@ def rule_of(annotation: Any) -> Rule | None:
 
 # %% ../../nbs/92_engine.ipynb #0dbf3b69
 def _made_anew(value: object, kind: type) -> bool:
-    """Whether `value` is of a class that whoever runs a chapter has just defined again."""
-    return any(k.__module__ == "__main__" and k.__qualname__ == kind.__qualname__ for k in type(value).__mro__)
+    """Whether `value` is of a class that whoever runs a chapter has just defined again, or `kind` is."""
+    return any("__main__" in (k.__module__, kind.__module__) and k.__qualname__ == kind.__qualname__ for k in type(value).__mro__)
 
 
 # %% ../../nbs/92_engine.ipynb #8b8771ff
 def _range(bound: Any) -> Rule | None:
     if isinstance(bound, annotated_types.Interval):  # which gives its ends as bounds of their own
         return _all_of([r for r in map(_range, bound) if r])
+    if isinstance(bound, annotated_types.Predicate):
+        return lambda v: None if bound.func(v) else bound.func.__doc__
     if type(bound) not in _RANGES:
         return None
     sign, words = _RANGES[type(bound)]
@@ -169,6 +180,16 @@ def _range(bound: Any) -> Rule | None:
         return None if (fine.all() if isinstance(fine, Tensor) else fine) else f"{words} {limit}"
 
     return rule
+
+
+def _whole_words(parts: tuple, rule: Rule) -> Rule:
+    """The rule for a number with a range, which says all that is asked for to a number that is not in it, and to what is none."""
+    ends = [end for part in parts[1:] for end in (part if isinstance(part, annotated_types.Interval) else (part,))]
+    words = " and ".join(f"{_RANGES[type(end)][1]} {dataclasses.astuple(end)[0]}" for end in ends if type(end) in _RANGES)
+    if parts[0] not in (int, float) or not words:
+        return rule
+    whole = f"a whole number of {words}" if parts[0] is int else _KINDER.get(words, f"a number of {words}")
+    return lambda v: (whole if "bits" not in wanted else wanted) if (wanted := rule(v)) else None
 
 
 def _all_of(rules: list[Rule]) -> Rule:

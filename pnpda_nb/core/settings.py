@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import types
 import typing
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cache
-from numbers import Integral, Real
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-import annotated_types
+from annotated_types import Ge, Gt, Interval, Predicate
 
-from .checks import guard, rule_of, shown
+from .checks import GAPS, _may_miss, guard, rule_of, shown
 
 # %% auto #0
 __all__ = ["Settings", "parse_as"]
@@ -28,89 +28,103 @@ def _require(holds: bool, argument: str, expected: str, got: object) -> None:
         raise ValueError(f"{argument}: expected {expected}, got {got}")
 
 
-# %% ../../nbs/92_engine.ipynb #e7a1df68
-def _require_numbers(record: object, *arguments: str, positive: bool = True) -> None:
-    """Ask that these fields of a record are finite numbers (and positive ones)."""
-    for argument in arguments:
-        value = getattr(record, argument)
-        expected = "a positive number" if positive else "a finite number"
-        holds = isinstance(value, Real) and math.isfinite(value) and (value > 0 or not positive)
-        _require(holds, argument, expected, value)
-
-
-# %% ../../nbs/92_engine.ipynb #373331dc
-def _require_size(record: object, argument: str, least: int) -> None:
-    """Ask that this field of a record is a whole number, `least` or more."""
-    value = getattr(record, argument)
-    _require(isinstance(value, Integral) and value >= least, argument, f"a whole number of {least} or more", value)
-
-
-# %% ../../nbs/92_engine.ipynb #cf0d14c8
-def _require_count(name: str, value: object, least: int) -> None:
-    if not isinstance(value, Integral):
-        raise ValueError(f"{name}: expected a whole number, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name}: expected at least {least}, got {value}")
-
-
 # %% ../../nbs/92_engine.ipynb #e2fa0f2d
-Count = Annotated[int, annotated_types.Ge(1)]
-Size = Annotated[int, annotated_types.Ge(0)]
-Share = Annotated[float, annotated_types.Interval(ge=0, le=1)]
-PositiveNumber = Annotated[float, annotated_types.Gt(0)]
-NotNegative = Annotated[float, annotated_types.Ge(0)]
+Count = Annotated[int, Ge(1)]
+Size = Annotated[int, Ge(0)]
+Members = Annotated[int, Ge(2)]
+Share = Annotated[float, Interval(ge=0, le=1)]
+PositiveShare = Annotated[float, Interval(gt=0, le=1)]
+InnerShare = Annotated[float, Interval(gt=0, lt=1)]
+BelowOne = Annotated[float, Interval(ge=0, lt=1)]
+PositiveNumber = Annotated[float, Gt(0)]
+Unbounded = Annotated[float, Gt(0), GAPS]  # may be inf
+NotNegative = Annotated[float, Ge(0)]
+
+# %% ../../nbs/92_engine.ipynb #5e77a0d1
+T = TypeVar("T")
+
+
+def _some(values: Sequence) -> bool:
+    "at least one value"
+    return len(values) > 0
+
+
+def _differ(values: Sequence) -> bool:
+    "values that differ"  # as labels of a table
+    return 0 < len(values) == len({f"{value:g}" for value in values})
+
+
+Some = Annotated[tuple[T, ...], Predicate(_some)]
+Distinct = Annotated[tuple[T, ...], Predicate(_differ)]
 
 
 # %% ../../nbs/92_engine.ipynb #5e77a002
 @cache
-def rules_of_fields(kind: type) -> dict[str, Any]:
-    """What the annotations of a dataclass ask of its fields, by name; None for a field of which nothing is asked."""
-    hints = typing.get_type_hints(kind, include_extras=True)
-    return {field.name: rule_of(hints[field.name]) for field in dataclasses.fields(kind) if field.init}
+def annotations_of(kind: type) -> dict[str, Any]:
+    """The annotations of the fields with which a dataclass is made, by name."""
+    try:
+        hints = typing.get_type_hints(kind, include_extras=True)
+    except NameError:  # a name that somebody's own class has for type checkers alone
+        hints = annotations_of(kind.__base__)
+    return {field.name: hints.get(field.name, Any) for field in dataclasses.fields(kind) if field.init}
+
+
+def _infinite(value: object) -> bool:
+    """Whether a number is not finite, or one in a tuple."""
+    return any(map(_infinite, value)) if isinstance(value, (tuple, list)) else isinstance(value, float) and not math.isfinite(value)
 
 
 def check_fields(record: Any) -> None:
     """Raise a `ValueError` that names the first field of a dataclass that is not what its annotation asks for."""
-    for name, rule in rules_of_fields(type(record)).items():
-        value = getattr(record, name)
-        if wanted := (rule and rule(value)) or (
-            "a finite number" if isinstance(value, float) and not math.isfinite(value) else None
-        ):
+    for name, annotation in annotations_of(type(record)).items():
+        value, rule = getattr(record, name), rule_of(annotation)
+        wanted = rule and rule(value)
+        if not wanted and _infinite(value) and not _may_miss(annotation):
+            wanted = "finite numbers" if isinstance(value, (tuple, list)) else "a finite number"
+        if wanted:
             raise ValueError(f"{name}: expected {wanted}, got {shown(value)}")
 
 
 # %% ../../nbs/92_engine.ipynb #5e77a003
-@dataclass(frozen=True)
 class Settings:
-    """Settings of any kind: made, replaced or read from text, their fields are what the annotations ask for.
+    """A base of dataclasses: made, replaced or read from text, their fields are what the annotations ask for.
 
-    Raises `ValueError` that names the setting.
+    Raises `ValueError` that names the field.
     """
 
     def __post_init__(self):
         check_fields(self)
 
-    def require_distinct(self, *names: str) -> None:
-        """Raises `ValueError` if two values of a tuple would have the same label in a table."""
-        for name in names:
-            labels = [f"{value:g}" for value in getattr(self, name)]
-            if not labels or len(set(labels)) < len(labels):
-                raise ValueError(f"{name}: expected values that differ, got {getattr(self, name)}")
-
 
 # %% ../../nbs/92_engine.ipynb #03afecae
-def parse_as(name: str, text: str, like: Any) -> Any:
-    """`text` as a value of the type of `like`; raises `ValueError` that names the setting."""
+def _value(text: str, annotation: Any) -> Any:
+    """A text as what an annotation asks for, or as it is where it cannot be that."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _value(text, parts[0])
+    if origin in (Union, types.UnionType):
+        values = [None if part is type(None) and text.lower() == "none" else _value(text, part) for part in parts]
+        return next((value for value in values if value is None or value != text), text)
+    if origin is Literal:
+        return next((word for word in parts if str(word) == text), text)
+    if origin is tuple:
+        texts = text.split(",")
+        kinds = parts[:1] * len(texts) if parts[-1] is Ellipsis else parts
+        return tuple(map(_value, texts, kinds)) if len(kinds) == len(texts) else text
+    if annotation is bool:
+        return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}.get(text.lower(), text)
     try:
-        if isinstance(like, bool):
-            return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[text.lower()]
-        if isinstance(like, (int, float)):
-            return type(like)(text)
-        if isinstance(like, tuple):
-            return tuple(type(like[0])(part) for part in text.split(","))
+        return annotation(text) if annotation in (int, float) else text
+    except ValueError:
         return text
-    except (ValueError, KeyError):
-        raise ValueError(f"set: expected {name} to be like {like!r}, got {text!r}") from None
+
+
+def parse_as(name: str, text: str, annotation: Any) -> Any:
+    """`text` as what `annotation` asks of the setting `name`; raises `ValueError` that names the setting."""
+    value, rule = _value(text, annotation), rule_of(annotation)
+    if wanted := rule and rule(value):
+        raise ValueError(f"{name}: expected {wanted}, got {text!r}")
+    return value
 
 
 # %% ../../nbs/92_engine.ipynb #31d0e3b5

@@ -5,7 +5,6 @@
 # %% ../../nbs/01_dynamics.ipynb #53c8d95a
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Callable, Protocol, runtime_checkable
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from ..core.checks import guard
 from ..core.random import standard_normal
-from ..core.settings import _require, _require_numbers, _require_size
+from ..core.settings import Count, NotNegative, PositiveNumber, Settings, _require
 
 # %% auto #0
 __all__ = ["Model", "rk4", "Lorenz63", "FunctionModel", "trajectory", "AdditiveModelError"]
@@ -57,20 +56,16 @@ def _require_states(model: Model, argument: str, states: Tensor) -> None:
 
 # %% ../../nbs/01_dynamics.ipynb #5e0a6a1b
 @dataclass(frozen=True)
-class Lorenz63:
+class Lorenz63(Settings):
     """Lorenz (1963), eq. 15 of PnP-DA, stepped by RK4. Dimensionless; the paper's operational model is
     `Lorenz63(sigma=10.5, rho=27, beta=10/3)`."""
 
     sigma: float = 10.0
     rho: float = 28.0
     beta: float = 8 / 3
-    dt: float = 0.01
+    dt: PositiveNumber = 0.01
     dim: int = field(default=3, init=False, repr=False)
     names: tuple[str, ...] = field(default=("x", "y", "z"), init=False, repr=False)
-
-    def __post_init__(self):
-        _require_numbers(self, "dt")
-        _require_numbers(self, "sigma", "rho", "beta", positive=False)
 
     def tendency(self, state: Tensor) -> Tensor:
         x, y, z = state.unbind(-1)
@@ -84,7 +79,7 @@ class Lorenz63:
 
 # %% ../../nbs/01_dynamics.ipynb #ad7265ea
 @dataclass(frozen=True)
-class FunctionModel:
+class FunctionModel(Settings):
     """Any function `(..., dim) -> (..., dim)` over one time step `dt` as a `Model`.
 
     With `numpy=True` the function is given numpy arrays, its own copies, and returns arrays; such a model is
@@ -92,14 +87,13 @@ class FunctionModel:
     """
 
     function: Callable[[Tensor], Tensor] | Callable[[np.ndarray], np.ndarray]
-    dim: int
-    dt: float = 1.0
+    dim: Count
+    dt: PositiveNumber = 1.0
     names: tuple[str, ...] = ()
     numpy: bool = False
 
     def __post_init__(self):
-        _require_size(self, "dim", 1)
-        _require_numbers(self, "dt")
+        super().__post_init__()
         _require(len(self.names) in (0, self.dim), "names", f"{self.dim} variable names", len(self.names))
 
     @property
@@ -138,16 +132,12 @@ def trajectory(model: Model, initial: Tensor, steps: int, error: Tensor | None =
 
 # %% ../../nbs/01_dynamics.ipynb #a05fc542
 @dataclass(frozen=True)
-class AdditiveModelError:
+class AdditiveModelError(Settings):
     """White additive model error η ~ N(0, `variance` · I), drawn at every time step (eq. 3 of
     PnP-DA).
     """
 
-    variance: float
-
-    def __post_init__(self):
-        holds = math.isfinite(self.variance) and self.variance >= 0
-        _require(holds, "variance", "zero or a positive number", self.variance)
+    variance: NotNegative
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         return self.variance**0.5 * standard_normal(shape, generator)

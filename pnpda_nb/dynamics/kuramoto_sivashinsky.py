@@ -9,7 +9,7 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Annotated, Callable, NamedTuple
+from typing import Annotated, Callable, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
 from ..core.checks import Complex, guard
-from ..core.settings import _require, _require_numbers, _require_size
+from ..core.settings import Count, PositiveNumber, Settings
 from .base import _require_states
 
 # %% auto #0
@@ -104,7 +104,7 @@ def _ks_spectrum(model: KuramotoSivashinsky, dtype: torch.dtype, device: torch.d
 
 # %% ../../nbs/91_models.ipynb #872da50e
 @dataclass(frozen=True)
-class KuramotoSivashinsky:
+class KuramotoSivashinsky(Settings):
     """Kuramoto-Sivashinsky, eq. 18 of PnP-DA: u_t = -u u_x - u_xx - ν u_xxxx on a domain of `length`, stepped by
     `substeps` ETDRK4 steps (Kassam and Trefethen 2005) per `dt`.
 
@@ -116,20 +116,13 @@ class KuramotoSivashinsky:
     thirty times less with `substeps=3`.
     """
 
-    dim: int = 127
-    length: float = 50.0
-    viscosity: float = 0.5
-    boundary: str = "clamped"
-    dt: float = 0.25
-    substeps: int = 1
+    dim: Annotated[int, Ge(4)] = 127
+    length: PositiveNumber = 50.0
+    viscosity: PositiveNumber = 0.5
+    boundary: Literal["clamped", "hinged", "periodic"] = "clamped"
+    dt: PositiveNumber = 0.25
+    substeps: Count = 1
     names: tuple[str, ...] = field(default=(), init=False, repr=False)
-
-    def __post_init__(self):
-        _require_size(self, "dim", 4)
-        _require_numbers(self, "length", "viscosity", "dt")
-        known = ("clamped", "hinged", "periodic")
-        _require(self.boundary in known, "boundary", " or ".join(known), repr(self.boundary))
-        _require_size(self, "substeps", 1)
 
     @property
     def dx(self) -> float:

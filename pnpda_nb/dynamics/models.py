@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from ..core.checks import guard
-from ..core.settings import _require, _require_numbers, _require_size
+from ..core.settings import Count, NotNegative, PositiveNumber, Settings
 from .base import _require_states, rk4
 
 # %% auto #0
@@ -20,20 +22,15 @@ __all__ = ["Lorenz96", "TwoScaleLorenz96", "DoubleWell", "Pendulum"]
 
 # %% ../../nbs/91_models.ipynb #98ec047b
 @dataclass(frozen=True)
-class Lorenz96:
+class Lorenz96(Settings):
     """Lorenz (1996) on a ring of `dim` sites, eq. 17 of PnP-DA, stepped by RK4. Dimensionless; the cost of a
     step grows linearly with `dim` (at least 4). The paper's operational model is
     `Lorenz96(dim=8, forcing=18, dt=0.005)`."""
 
-    dim: int = 40
+    dim: Annotated[int, Ge(4)] = 40
     forcing: float = 8.0
-    dt: float = 0.05
+    dt: PositiveNumber = 0.05
     names: tuple[str, ...] = field(default=(), init=False, repr=False)
-
-    def __post_init__(self):
-        _require_size(self, "dim", 4)
-        _require_numbers(self, "dt")
-        _require_numbers(self, "forcing", positive=False)
 
     def tendency(self, state: Tensor) -> Tensor:
         ring = torch.cat((state[..., -2:], state, state[..., :1]), dim=-1)
@@ -46,7 +43,7 @@ class Lorenz96:
 
 # %% ../../nbs/91_models.ipynb #712d43b6
 @dataclass(frozen=True)
-class TwoScaleLorenz96:
+class TwoScaleLorenz96(Settings):
     """The two-scale model of Lorenz (1996), eq. 16 of PnP-DA, stepped by RK4: `slow` variables X, then for each
     of them `fast` variables Y, as a state of size `dim = slow * (1 + fast)`.
 
@@ -54,22 +51,15 @@ class TwoScaleLorenz96:
     of X: -1 in Lorenz's paper, +1 as printed in PnP-DA.
     """
 
-    slow: int = 8
-    fast: int = 32
+    slow: Annotated[int, Ge(4)] = 8
+    fast: Count = 32
     forcing: float = 18.0
     coupling: float = 1.0
-    amplitude_ratio: float = 10.0
-    time_ratio: float = 10.0
-    dt: float = 0.005
-    feedback: int = -1
+    amplitude_ratio: PositiveNumber = 10.0
+    time_ratio: PositiveNumber = 10.0
+    dt: PositiveNumber = 0.005
+    feedback: Literal[-1, 1] = -1
     names: tuple[str, ...] = field(default=(), init=False, repr=False)
-
-    def __post_init__(self):
-        _require_size(self, "slow", 4)
-        _require_size(self, "fast", 1)
-        _require_numbers(self, "dt", "amplitude_ratio", "time_ratio")
-        _require_numbers(self, "forcing", "coupling", positive=False)
-        _require(self.feedback in (-1, 1), "feedback", "-1 or +1", self.feedback)
 
     @property
     def dim(self) -> int:
@@ -97,17 +87,14 @@ class TwoScaleLorenz96:
 
 # %% ../../nbs/91_models.ipynb #1c443f68
 @dataclass(frozen=True)
-class DoubleWell:
+class DoubleWell(Settings):
     """The scalar double well dx/dt = `rate` x (1 - x²) of Miller, Ghil and Gauthiez (1994), without its noise,
     stepped by RK4. Still at ±1 (stable) and 0 (unstable)."""
 
-    rate: float = 4.0
-    dt: float = 0.01
+    rate: PositiveNumber = 4.0
+    dt: PositiveNumber = 0.01
     dim: int = field(default=1, init=False, repr=False)
     names: tuple[str, ...] = field(default=("x",), init=False, repr=False)
-
-    def __post_init__(self):
-        _require_numbers(self, "rate", "dt")
 
     def tendency(self, state: Tensor) -> Tensor:
         return self.rate * state * (1 - state**2)
@@ -119,20 +106,15 @@ class DoubleWell:
 
 # %% ../../nbs/91_models.ipynb #ac539729
 @dataclass(frozen=True)
-class Pendulum:
+class Pendulum(Settings):
     """A pendulum with friction, q'' = -`omega2` sin q - `friction` q', stepped by RK4. The state is the angle q in
     radians (not wrapped) and the velocity p = q'."""
 
-    omega2: float = 2.0
-    friction: float = 0.1
-    dt: float = 0.1
+    omega2: PositiveNumber = 2.0
+    friction: NotNegative = 0.1
+    dt: PositiveNumber = 0.1
     dim: int = field(default=2, init=False, repr=False)
     names: tuple[str, ...] = field(default=("angle", "velocity"), init=False, repr=False)
-
-    def __post_init__(self):
-        _require_numbers(self, "omega2", "dt")
-        _require_numbers(self, "friction", positive=False)
-        _require(self.friction >= 0, "friction", "zero or a positive number", self.friction)
 
     def tendency(self, state: Tensor) -> Tensor:
         q, p = state.unbind(-1)

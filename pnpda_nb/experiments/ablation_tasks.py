@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from ..core.settings import Settings
+from annotated_types import Ge
+
+from ..core.settings import Count, Distinct, Members, NotNegative, Settings
 from .lorenz63 import Lorenz63Settings, lorenz63_prior
 from .lorenz96 import Lorenz96Settings
 from ..studies.parts import archive_task, cycle_task, prior_task
-from ..studies.study import at_least_one
+from ..studies.study import Deviation
 from ..sweep import Task
 
 # %% auto #0
@@ -27,42 +29,21 @@ class AblationSettings(Settings):
     `epochs` and `patience` from here.
     """
 
-    runs: int = 50
-    members: int = 20
+    runs: Count = 50
+    members: Members = 20
     seed: int = 1
-    epochs: int = 1000
-    patience: int = 50
-    iterations: tuple[int, ...] = (10, 20, 50, 100, 200, 400)
-    alphas: tuple[float, ...] = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
-    draws: tuple[int, ...] = (1, 2, 5, 20)
-    ensembles: tuple[int, ...] = (1, 2, 5, 20)
-    betas: tuple[float, ...] = (0.0, 1.0, 10.0, 100.0, 1000.0)
-    batches: tuple[int, ...] = (32, 256)
-    sizes: tuple[int, ...] = (100, 400, 1600, 6400, 25_000)
-    sigmas: tuple[float, ...] = (0.5, 1.5, 2.5)
-    forcings: tuple[float, ...] = (14.0, 16.0, 18.0, 20.0, 22.0)
+    epochs: Count = 1000
+    patience: Count = 50
+    iterations: Distinct[Count] = (10, 20, 50, 100, 200, 400)
+    alphas: Distinct[NotNegative] = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+    draws: Distinct[Count] = (1, 2, 5, 20)
+    ensembles: Distinct[Count] = (1, 2, 5, 20)
+    betas: Distinct[NotNegative] = (0.0, 1.0, 10.0, 100.0, 1000.0)
+    batches: Distinct[Count] = (32, 256)
+    sizes: Distinct[Annotated[int, Ge(50)]] = (100, 400, 1600, 6400, 25_000)
+    sigmas: Distinct[Deviation] = (0.5, 1.5, 2.5)
+    forcings: Distinct[float] = (14.0, 16.0, 18.0, 20.0, 22.0)
     field: bool = True
-
-    def __post_init__(self):
-        at_least_one(self, "runs", "members", "epochs", "patience")
-        for name in ("iterations", "draws", "ensembles", "batches"):
-            if min(getattr(self, name)) < 1:
-                raise ValueError(f"{name}: expected numbers of at least 1, got {getattr(self, name)}")
-        if min(self.sizes) < 50:
-            raise ValueError(f"sizes: expected at least 50 pairs, got {min(self.sizes)}")
-        lists = ("iterations", "alphas", "draws", "ensembles", "betas", "batches", "sizes", "sigmas", "forcings")
-        self.require_distinct(*lists)
-        if self.members < 2:
-            raise ValueError(f"members: expected an ensemble of at least 2, got {self.members}")
-        for forcing in self.forcings:
-            if not abs(forcing) < float("inf"):
-                raise ValueError(f"forcings: expected finite numbers, got {forcing}")
-        for alpha in self.alphas:
-            self.lorenz63(alpha=alpha)
-        for sigma in self.sigmas:
-            self.lorenz96(sigma=sigma)
-        for beta in self.betas:
-            self.lorenz63(beta=beta)
 
     def lorenz63(self, **changes: Any) -> Lorenz63Settings:
         """The settings of the Lorenz-63 study with `changes`."""

@@ -5,11 +5,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from ..core.settings import Settings
+from ..core.settings import Count, Members, PositiveNumber, PositiveShare, Settings, Size
 from ..learned.on_policy import OnPolicySettings
 
 # %% auto #0
@@ -71,38 +70,34 @@ class BeyondSettings(Settings):
     Plug-and-play averages `draws` of noise. Raises `ValueError` for settings out of range.
     """
 
-    testbed: str = "lorenz63"
-    runs: int = 50
-    members: int = 20
+    testbed: Literal["lorenz63", "lorenz96", "kuramoto_sivashinsky"] = "lorenz63"
+    runs: Count = 50
+    members: Members = 20
     seed: int = 1
-    cycles: int = 25
-    tuning_runs: int = 15
-    validation_runs: int = 30
-    particles: int = 1000
-    truth_runs: int = 256
-    truth_cycles: int = 200
-    record_runs: int = 256
-    record_cycles: int = 105
-    record_members: int = 100
-    trajectories: int = 256
-    learning_cycles: int = 2000
-    learning_steps: int = 4
-    batch: int = 512
-    width: int = 128
-    learning_rate: float = 2e-3
-    follow: float = 0.3
-    follow_blind: float = 0.4
-    follow_ensemble: float = 0.3
-    record_share: float = 1.0
+    cycles: Count = 25
+    tuning_runs: Count = 15
+    validation_runs: Count = 30
+    particles: Count = 1000
+    truth_runs: Count = 256
+    truth_cycles: Count = 200
+    record_runs: Count = 256
+    record_cycles: Count = 105
+    record_members: Members = 100
+    trajectories: Count = 256
+    learning_cycles: Count = 2000
+    learning_steps: Count = 4
+    batch: Count = 512
+    width: Count = 128
+    learning_rate: PositiveNumber = 2e-3
+    follow: PositiveShare = 0.3
+    follow_blind: PositiveShare = 0.4
+    follow_ensemble: PositiveShare = 0.3
+    record_share: PositiveShare = 1.0
     half_precision: bool = False
-    ensemble_trajectories: int = 64
-    rollout: int = 3
-    rollout_cycles: int = 300
-    draws: int = 8
-
-    def __post_init__(self):
-        _require_in_range(self)
-        self.training()
+    ensemble_trajectories: Count = 64
+    rollout: Size = 3
+    rollout_cycles: Size = 300
+    draws: Count = 8
 
     def training(self, **changes: Any) -> OnPolicySettings:
         """The training of the first prior, with `changes`."""
@@ -122,26 +117,6 @@ class BeyondSettings(Settings):
         if self.testbed != "kuramoto_sivashinsky":
             return {"": testbed}
         return {f"points={n}, sigma={sigma:g}": testbed | {"points": n, "variance": sigma**2} for n, sigma in _KS_NETWORKS}
-
-
-# %% ../../nbs/95_studies.ipynb #c0128660
-_SHARES = ("follow", "follow_blind", "follow_ensemble", "record_share")
-
-
-def _require_in_range(settings: BeyondSettings) -> None:
-    """Raise `ValueError` for the first setting that is out of range."""
-    if settings.testbed not in BEYOND_TESTBEDS:
-        raise ValueError(f"testbed: expected one of {', '.join(BEYOND_TESTBEDS)}, got {settings.testbed!r}")
-    for field in dataclasses.fields(settings):
-        value, least = getattr(settings, field.name), 0 if field.name.startswith("rollout") else 1
-        whole = isinstance(value, int) and not isinstance(value, bool) and field.name not in ("seed", *_SHARES)
-        if whole and value < least:
-            raise ValueError(f"{field.name}: expected at least {least}, got {value}")
-    for name in _SHARES:
-        if not 0 < getattr(settings, name) <= 1:
-            raise ValueError(f"{name}: expected a share above 0, at most 1, got {getattr(settings, name)}")
-    if settings.members < 2 or settings.record_members < 2:
-        raise ValueError("members: expected ensembles of at least 2")
 
 
 # %% ../../nbs/95_studies.ipynb #320fcc88

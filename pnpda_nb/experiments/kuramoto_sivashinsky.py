@@ -7,22 +7,27 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Annotated
 
 import pandas as pd
 import xarray as xr
+from annotated_types import Interval
 
+from ..core.settings import Count, Distinct, Members, NotNegative, Some
 from ..plotting.style import book_style
-from ..pnp.loop import PnPDA
+from ..pnp.loop import StepRule
 from ..studies.parts import archive_task, cycle_task, prior_task, tuning_task
-from ..studies.study import Study, SweepSettings
+from ..studies.study import Deviation, Study, SweepSettings
 from ..studies.tables import conditional_scores, figure_along, table_along
 from ..sweep import Task
 
 # %% auto #0
 __all__ = ["KURAMOTO_SIVASHINSKY"]
 
-
 # %% ../../nbs/95_studies.ipynb #fdc17933
+Points = Annotated[int, Interval(ge=1, le=127)]
+
+
 @dataclass(frozen=True)
 class KuramotoSivashinskySettings(SweepSettings):
     """Everything that the study depends on: `points` observed for Figure 5, where the errors have standard deviation
@@ -30,33 +35,23 @@ class KuramotoSivashinskySettings(SweepSettings):
     `archive_sigma`.
     """
 
-    members: int = 40
-    cycles: int = 40
-    sigma: float = 1.0
-    sigmas: tuple[float, ...] = (0.1, 0.25, 0.5, 1.0, 1.5, 2.0)
-    points: tuple[int, ...] = (4, 8, 16, 32, 64)
-    observed: int = 32
-    archive_runs: int = 60
-    archive_cycles: int = 40
-    archive_members: int = 40
-    archive_points: int = 16
-    archive_sigma: float = 0.1
-    hidden: tuple[int, ...] = (256, 256, 512, 256, 256)
-    epochs: int = 300
+    members: Count = 40
+    cycles: Count = 40
+    sigma: Deviation = 1.0
+    sigmas: Distinct[Deviation] = (0.1, 0.25, 0.5, 1.0, 1.5, 2.0)
+    points: Distinct[Points] = (4, 8, 16, 32, 64)
+    observed: Points = 32
+    archive_runs: Count = 60
+    archive_cycles: Count = 40
+    archive_members: Members = 40
+    archive_points: Points = 16
+    archive_sigma: Deviation = 0.1
+    hidden: Some[Count] = (256, 256, 512, 256, 256)
+    epochs: Count = 300
     standardise: bool = True
-    step_rule: str = "lipschitz"
-    small_alpha: float = 0.05
-    tuning_runs: int = 10
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.require_distinct("points")
-        PnPDA(None, self.iterations, self.small_alpha, self.step_rule)
-        if not 1e-6 < self.archive_sigma < float("inf"):
-            raise ValueError(f"archive_sigma: expected a positive standard deviation, got {self.archive_sigma}")
-        for count in (self.observed, self.archive_points, *self.points):
-            if not 1 <= count <= 127:
-                raise ValueError(f"points: expected 1 to 127, got {count}")
+    step_rule: StepRule = "lipschitz"
+    small_alpha: NotNegative = 0.05
+    tuning_runs: Count = 10
 
     def testbed(self, points: int | None = None, sigma: float | None = None, cycles: int | None = None) -> dict:
         """The twin experiment with observed `points` and errors of standard deviation `sigma`."""

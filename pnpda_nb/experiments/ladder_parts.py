@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Literal
 
 import pandas as pd
 import xarray as xr
 
-from ..core.settings import Settings
+from ..core.settings import Count, Distinct, Members, PositiveShare, Settings
 from .beyond import beyond_study, beyond_tuning
 from .beyond_testbeds import BEYOND_PRESETS, BEYOND_TESTBEDS, BeyondSettings
 from .beyond_training import beyond_priors
@@ -33,25 +34,15 @@ class PartsSettings(Settings):
     `archives` the numbers of truths to learn from on Lorenz-96. Raises `ValueError` for settings out of range.
     """
 
-    preset: str = "beyond"
-    runs: int = 50
+    preset: Literal["beyond", "beyond_smoke"] = "beyond"
+    runs: Count = 50
     seed: int = 1
-    members: int = 20
-    tuning_runs: int = 10
-    training: float = 0.2
-    forcings: tuple[float, ...] = (14.0, 16.0, 18.0, 20.0, 22.0)
-    counts: tuple[int, ...] = (4, 8, 16, 32, 64)
-    archives: tuple[int, ...] = (1, 4, 16, 64)
-
-    def __post_init__(self):
-        self.require_distinct("forcings", "counts", "archives")
-        if self.preset not in ("beyond", "beyond_smoke"):
-            raise ValueError(f"preset: expected 'beyond' or 'beyond_smoke', got {self.preset!r}")
-        if not 0 < self.training <= 1:
-            raise ValueError(f"training: expected a share above 0, at most 1, got {self.training}")
-        for name in ("runs", "tuning_runs", *("archives",) * bool(min(self.archives) < 1)):
-            if name == "archives" or getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+    members: Members = 20
+    tuning_runs: Count = 10
+    training: PositiveShare = 0.2
+    forcings: Distinct[float] = (14.0, 16.0, 18.0, 20.0, 22.0)
+    counts: Distinct[Count] = (4, 8, 16, 32, 64)
+    archives: Distinct[Count] = (1, 4, 16, 64)
 
     def beyond(self, testbed: str) -> BeyondSettings:
         """The settings of the tables of `testbed`, with shorter trainings."""

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 
-from ..classical.variational import gaspari_cohn_background
+from ..core.settings import BelowOne, Count, Members, NotNegative, PositiveNumber, Settings
 from ..flow_matching.pairs import PAPER_TRAINING, TrainingSettings
 from ..plotting.style import LABELS, book_style, line_style, mean_and_band
-from ..pnp.loop import PnPDA
+from ..pnp.loop import StepRule
 from ..studies.parts import archive_task, cycle_task, file_task, prior_task, tuning_task
-from ..studies.study import Study, at_least_one, training_of
+from ..studies.study import Study, training_of
 from ..sweep import Task
 from ..twin.experiment import TwinExperiment
 from ..twin.testbeds import lorenz63
@@ -28,56 +29,47 @@ __all__ = ["LORENZ63"]
 
 # %% ../../nbs/95_studies.ipynb #1dda88b5
 @dataclass(frozen=True)
-class Lorenz63Settings:
+class Lorenz63Settings(Settings):
     """Everything that the study depends on. `archive` and `prior` name files to use instead of
     making them.
     """
 
-    runs: int = 50
-    members: int = 20
+    runs: Count = 50
+    members: Count = 20
     seed: int = 1
-    cycles: int = 25
+    cycles: Count = 25
     observed: tuple[int, ...] = (0, 2)
-    observation_variance: float = 2.0
+    observation_variance: PositiveNumber = 2.0
     observation_correlation: float = 0.5
-    model_error_variance: float = 0.02
-    archive_runs: int = 25
-    archive_cycles: int = 100
-    archive_members: int = 10
-    pairs: str = "means"
-    beta: float = PAPER_TRAINING.beta
-    batch: int = PAPER_TRAINING.batch
-    epochs: int = PAPER_TRAINING.epochs
-    patience: int = PAPER_TRAINING.patience
-    learning_rate: float = PAPER_TRAINING.learning_rate
-    embedding_scale: float = PAPER_TRAINING.embedding_scale
-    average: float = PAPER_TRAINING.average
+    model_error_variance: NotNegative = 0.02
+    archive_runs: Count = 25
+    archive_cycles: Count = 100
+    archive_members: Members = 10
+    pairs: Literal["means", "members"] = "means"
+    beta: NotNegative = PAPER_TRAINING.beta
+    batch: Count = PAPER_TRAINING.batch
+    epochs: Count = PAPER_TRAINING.epochs
+    patience: Count = PAPER_TRAINING.patience
+    learning_rate: PositiveNumber = PAPER_TRAINING.learning_rate
+    embedding_scale: PositiveNumber = PAPER_TRAINING.embedding_scale
+    average: BelowOne = PAPER_TRAINING.average
     linear_skip: bool = PAPER_TRAINING.linear_skip
-    start_fraction: float = PAPER_TRAINING.start_fraction
+    start_fraction: BelowOne = PAPER_TRAINING.start_fraction
     standardise: bool = PAPER_TRAINING.standardise
-    iterations: int = 100
-    alpha: float = 0.5
-    small_alpha: float = 0.05
-    step_rule: str = "paper"
-    draws: int = 1
-    gc_variance: float = 15.0
-    gc_half_width: float = 2.0
-    tuning_runs: int = 50
+    iterations: Count = 100
+    alpha: NotNegative = 0.5
+    small_alpha: NotNegative = 0.05
+    step_rule: StepRule = "paper"
+    draws: Count = 1
+    gc_variance: PositiveNumber = 15.0
+    gc_half_width: PositiveNumber = 2.0
+    tuning_runs: Count = 50
     archive: str = ""
     prior: str = ""
 
     def __post_init__(self):
-        at_least_one(self, "runs", "members", "cycles", "archive_runs", "archive_cycles", "tuning_runs")
-        if not abs(self.seed) < 2**63:
-            raise ValueError(f"seed: expected a number of at most 63 bits, got {self.seed}")
-        if self.pairs not in ("means", "members"):
-            raise ValueError(f"pairs: expected 'means' or 'members', got {self.pairs!r}")
-        # what the settings describe is built once, so that a wrong one is found before any work
-        self.experiment()
-        self.training()
-        gaspari_cohn_background(3, self.gc_variance, self.gc_half_width)
-        for alpha in (self.alpha, self.small_alpha):
-            PnPDA(None, self.iterations, alpha, self.step_rule, self.draws)
+        super().__post_init__()
+        self.experiment()  # built once, so that a wrong one is found before any work
 
     def world(self, **changes) -> dict:
         """The arguments of `lorenz63`, with `changes`."""

@@ -7,43 +7,40 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
 import xarray as xr
+from annotated_types import Interval
 
+from ..core.settings import Count, Distinct, NotNegative, PositiveNumber, Some
 from ..plotting.style import LABELS, book_style
 from ..studies.parts import archive_task, cycle_task, prior_task, tuning_task
-from ..studies.study import Study, SweepSettings, at_least_one
+from ..studies.study import Study, SweepSettings
 from ..studies.tables import conditional_scores, figure_along, table_along
 from ..sweep import Task
 
 # %% auto #0
 __all__ = ["LORENZ96"]
 
-
 # %% ../../nbs/95_studies.ipynb #937669d3
+Observed = Annotated[int, Interval(ge=1, le=8)]
+
+
 @dataclass(frozen=True)
 class Lorenz96Settings(SweepSettings):
     """Everything that the study depends on: `counts` of observed variables for Figure 3, `sigmas` for Figure 4; the
     archive as printed has `paper_runs` runs, and nothing inflated; archive and training are repeated `trainings` times.
     """
 
-    counts: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8)
-    observed: int = 4
-    paper_runs: int = 8
-    trainings: int = 5
-    archive_inflation: float = 1.3
-    archive_additive: float = 1.0
-    hidden: tuple[int, ...] = (32, 64, 128, 64, 32)
-
-    def __post_init__(self):
-        super().__post_init__()
-        at_least_one(self, "paper_runs", "trainings")
-        self.require_distinct("counts")
-        for count in (self.observed, *self.counts):
-            if not 1 <= count <= 8:
-                raise ValueError(f"observed: expected 1 to 8 of 8 variables, got {count}")
+    counts: Distinct[Observed] = (1, 2, 3, 4, 5, 6, 7, 8)
+    observed: Observed = 4
+    paper_runs: Count = 8
+    trainings: Count = 5
+    archive_inflation: PositiveNumber = 1.3
+    archive_additive: NotNegative = 1.0
+    hidden: Some[Count] = (32, 64, 128, 64, 32)
 
     def testbed(self, count: int | None = None, sigma: float | None = None, cycles: int | None = None) -> dict:
         """The twin experiment with `count` observed variables and errors of standard deviation `sigma`."""

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
-from typing import Any, Callable, Protocol, runtime_checkable
+from typing import Any, Callable, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from ..core.checks import Gappy, guard
 from ..core.random import stream
+from ..core.settings import BelowOne, Count, InnerShare, NotNegative, PositiveNumber, PositiveShare, Settings, Size, Some
 from ..observing.covariance import Covariance
 
 # %% auto #0
@@ -26,7 +27,7 @@ __all__ = ["PAPER_TRAINING", "TrainingSettings", "PairSource", "TensorPairs"]
 
 # %% ../../nbs/94_priors.ipynb #ed4b74d3
 @dataclass(frozen=True)
-class TrainingSettings:
+class TrainingSettings(Settings):
     """How a `FlowPrior` is trained. The defaults are this book's; `PAPER_TRAINING` has those of the
     appendix of PnP-DA.
 
@@ -43,53 +44,34 @@ class TrainingSettings:
     partners. Raises `ValueError` for settings out of range.
     """
 
-    hidden: tuple[int, ...] = (32, 64, 64, 32)
-    embedding: int = 32
-    embedding_scale: float = 1.0
-    beta: float = 0.0
-    batch: int = 256
-    epochs: int = 1000
-    learning_rate: float = 2e-3
-    average: float = 0.999
+    hidden: Some[Count] = (32, 64, 64, 32)
+    embedding: Count = 32
+    embedding_scale: PositiveNumber = 1.0
+    beta: NotNegative = 0.0
+    batch: Count = 256
+    epochs: Count = 1000
+    learning_rate: PositiveNumber = 2e-3
+    average: BelowOne = 0.999
     linear_skip: bool = True
-    start_fraction: float = 0.1
-    weight_decay: float = 1e-5
-    plateau_factor: float = 0.5
-    plateau_patience: int = 10
-    patience: int = 50
-    validation_fraction: float = 0.1
-    validation_draws: int = 8
+    start_fraction: BelowOne = 0.1
+    weight_decay: NotNegative = 1e-5
+    plateau_factor: PositiveShare = 0.5
+    plateau_patience: Count = 10
+    patience: Count = 50
+    validation_fraction: InnerShare = 0.1
+    validation_draws: Count = 8
     standardise: bool = True
-    source: str = "white"
-    source_scale: float = 1.0
-    target: str = "state"
-    coupling_batch: int = 0
-    repaired_target: float = 0.0
+    source: Literal["white", "background", "covariance"] = "white"
+    source_scale: PositiveNumber = 1.0
+    target: Literal["state", "increment"] = "state"
+    coupling_batch: Size = 0
+    repaired_target: BelowOne = 0.0
 
     def __post_init__(self):
-        for name, known in (("source", ("white", "background", "covariance")), ("target", ("state", "increment"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
+        super().__post_init__()
         if self.source == "white" and self.source_scale != 1:
             raise ValueError(f"source_scale: expected 1 for a white source, got {self.source_scale}")
-        if not 0 <= self.repaired_target < 1:
-            raise ValueError(f"repaired_target: expected a share from 0 to less than 1, got {self.repaired_target}")
-        if not 0 <= self.start_fraction < 1:
-            raise ValueError(f"start_fraction: expected a share from 0 to less than 1, got {self.start_fraction}")
-        if not 0 <= self.average < 1:
-            raise ValueError(f"average: expected a decay from 0 to less than 1, got {self.average}")
-        for name in ("embedding", "batch", "epochs", "patience", "plateau_patience", "validation_draws"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("embedding_scale", "learning_rate", "plateau_factor", "validation_fraction", "source_scale"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
-        for name in ("beta", "weight_decay"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: expected zero or a positive number, got {getattr(self, name)}")
-        if not self.hidden or min(self.hidden) < 1:
-            raise ValueError(f"hidden: expected one or more positive widths, got {self.hidden}")
-        if self.coupling_batch < 0 or self.coupling_batch % self.batch:
+        if self.coupling_batch % self.batch:
             raise ValueError(f"coupling_batch: expected zero or a multiple of {self.batch}, the batch, got {self.coupling_batch}")
 
     @classmethod

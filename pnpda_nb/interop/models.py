@@ -12,7 +12,6 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from ..core.checks import guard
 from ..core.disk import naming
+from ..core.settings import Count, PositiveNumber, Settings, Unbounded
 from ..dynamics.base import FunctionModel, Model, rk4
 from ..files.layout import Field, Layout
 from ..observing.functions import _last_line, _real_numbers
@@ -61,12 +61,6 @@ class UserModel(FunctionModel):
     one_at_a_time: bool = False
     on_nonfinite: Literal["raise", "pass"] = "pass"
 
-    def __post_init__(self):
-        super().__post_init__()
-        if not callable(self.function):
-            raise ValueError(f"function: expected one that can be called, got {self.function!r}")
-        _known_choice(self.on_nonfinite)
-
     def step(self, state: Tensor) -> Tensor:
         _require_size(self, state)
         moved = _real_tensor(self, _called(self, state))
@@ -101,12 +95,6 @@ def _real_tensor(model: UserModel, moved: Any) -> Tensor:
     return moved
 
 
-# %% ../../nbs/28_your_model.ipynb #4e3b2658
-def _known_choice(on_nonfinite: str) -> None:
-    if on_nonfinite not in ("raise", "pass"):
-        raise ValueError(f"on_nonfinite: expected 'raise' or 'pass', got {on_nonfinite!r}")
-
-
 # %% ../../nbs/28_your_model.ipynb #31dc1eb3
 def _require_size(model: Model, state: Tensor) -> None:
     if state.shape[-1:] != (model.dim,):
@@ -133,12 +121,12 @@ def _finite(model, state: Tensor, moved: Tensor) -> Tensor:
 
 # %% ../../nbs/28_your_model.ipynb #15ec9caa
 @dataclass(frozen=True)
-class _RungeKutta:
+class _RungeKutta(Settings):
     """One step `dt` along a `tendency`, by `substeps` RK4 steps, as a function on tensors or arrays."""
 
     tendency: Callable
-    dt: float
-    substeps: int = 1
+    dt: PositiveNumber
+    substeps: Count = 1
 
     def __call__(self, state):
         if isinstance(state, Tensor):
@@ -171,16 +159,12 @@ def from_tendency(tendency: Callable, dim: int, dt: float, substeps: int = 1, **
     `UserModel`. Raises `ValueError` for a tendency that cannot be called, fewer than one substep, and what `UserModel` raises; so
     does a step whose tendency has another shape than its state.
     """
-    if not callable(tendency):
-        raise ValueError(f"tendency: expected one that can be called, got {tendency!r}")
-    if not (isinstance(substeps, Integral) and substeps >= 1):
-        raise ValueError(f"substeps: expected a whole number of at least 1, got {substeps!r}")
-    return UserModel(_RungeKutta(tendency, dt, int(substeps)), dim, dt, **settings)
+    return UserModel(_RungeKutta(tendency, dt, substeps), dim, dt, **settings)
 
 
 # %% ../../nbs/28_your_model.ipynb #7ceb55b2
 @dataclass(frozen=True)
-class ProgramModel:
+class ProgramModel(Settings):
     """A program as a model: `command`, a list of words or a line of them, in which `{input}` and `{output}` stand for NetCDF files,
     and `{dt}` for the length of a step.
 
@@ -196,17 +180,18 @@ class ProgramModel:
     """
 
     command: str | Sequence[str | os.PathLike]
-    dim: int
-    dt: float = 1.0
+    dim: Count
+    dt: PositiveNumber = 1.0
     names: tuple[str, ...] = ()
     layout: Layout | None = None
-    timeout: float = 600.0
+    timeout: Unbounded = 600.0
     classic: bool = False
     name: str = ""
     on_nonfinite: Literal["raise", "pass"] = "pass"
     differentiable = False
 
     def __post_init__(self):
+        super().__post_init__()
         words = _command_words(self.command)
         for setting, value in (
             ("command", words),
@@ -216,10 +201,7 @@ class ProgramModel:
             object.__setattr__(self, setting, value)
         if self.layout and self.layout.dim != self.dim:
             raise ValueError(f"layout: expected {self.dim} numbers, got {self.layout.dim}")
-        FunctionModel(_nothing, self.dim, self.dt, self.names)  # checks sizes and names
-        if not (isinstance(self.timeout, Real) and self.timeout > 0):
-            raise ValueError(f"timeout: expected a positive number of seconds, got {self.timeout!r}")
-        _known_choice(self.on_nonfinite)
+        FunctionModel(_nothing, self.dim, self.dt, self.names)  # checks names
 
     def step(self, state: Tensor) -> Tensor:
         _require_size(self, state)
@@ -329,15 +311,11 @@ def _values_of(name: str, field: Field, data: xr.Dataset, count: int) -> np.ndar
 
 # %% ../../nbs/28_your_model.ipynb #add794a8
 @dataclass(frozen=True)
-class ManySteps:
+class ManySteps(Settings):
     """`steps` steps of `model` as one. Raises `ValueError` for fewer than one."""
 
     model: Model
-    steps: int
-
-    def __post_init__(self):
-        if not (isinstance(self.steps, Integral) and self.steps >= 1):
-            raise ValueError(f"steps: expected a whole number of at least 1, got {self.steps!r}")
+    steps: Count
 
     @property
     def dim(self) -> int:

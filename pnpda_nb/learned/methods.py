@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..classical.ensemble import EnsembleFilter
 from ..core.checks import guard
+from ..core.settings import PositiveNumber, Settings
 from .prior import AnalysisPrior
 from ..observing.observations import GridObservations, Observations, on_grid
 
@@ -33,21 +34,20 @@ def ensemble_fields(background: Tensor, analysis: Tensor, increment: Tensor) -> 
 
 # %% ../../nbs/19_learned_means.ipynb #cb583ff2
 @dataclass(frozen=True, eq=False)
-class LearnedMean:
+class LearnedMean(Settings):
     """An ensemble `filter` whose mean is replaced by that of a `prior` with three extra fields, @eq-hybrid; `spread_factor`
     multiplies the departures of the members from it. Raises `ValueError` for a prior without those fields, or an ensemble of one.
     """
 
     prior: AnalysisPrior
     filter: EnsembleFilter
-    spread_factor: float = 1.0
+    spread_factor: PositiveNumber = 1.0
     window: int = field(default=1, init=False, repr=False)
 
     def __post_init__(self):
+        super().__post_init__()
         if self.prior.extra != ENSEMBLE_FIELDS:
             raise ValueError(f"prior: expected one with {ENSEMBLE_FIELDS} extra fields, got {self.prior.extra}")
-        if not 0 < self.spread_factor < float("inf"):
-            raise ValueError(f"spread_factor: expected a positive factor, got {self.spread_factor}")
 
     def training_batch(
         self, background: Tensor, observations: Observations | GridObservations, generator: torch.Generator

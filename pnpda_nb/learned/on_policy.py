@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..core.checks import guard
 from ..core.random import stream
+from ..core.settings import Count, NotNegative, PositiveNumber, Settings, Share, Size
 from ..core.training import Phase, Plan, Training, fingerprint_of, read_training, resume_training, run_training
 from .prior import AmortisedAnalysis, AnalysisPrior
 from .records import Examples, ObservedRecord, Records, Trajectories, TruthRecord, _rows
@@ -169,7 +170,7 @@ def rollout_loss(
 
 # %% ../../nbs/18_on_policy.ipynb #24da85d1
 @dataclass(frozen=True)
-class OnPolicySettings:
+class OnPolicySettings(Settings):
     """How a prior is trained where it is used: `trajectories` cycle for `cycles` cycles, with `steps` gradient steps on `batch`
     examples after each, from a memory of the last `memory` cycles. `average` is the decay of the weights' average; a trajectory
     begins anew with probability `restart` per cycle; `patience_points` times in between, the prior is validated and the best one
@@ -179,41 +180,30 @@ class OnPolicySettings:
     Then, in `rollout_cycles` steps, the prior is trained through `rollout` forecasts: see @eq-rollout.
     """
 
-    trajectories: int = 64
-    cycles: int = 1000
-    steps: int = 3
-    batch: int = 128
-    memory: int = 50
-    learning_rate: float = 2e-3
-    weight_decay: float = 1e-4
-    average: float = 0.998
-    restart: float = 0.03
-    start_fraction: float = 1.0
-    hidden: float = 0.0
-    likelihood: float = 0.05
-    scored: int = 32
-    patience_points: int = 5
+    trajectories: Count = 64
+    cycles: Size = 1000
+    steps: Count = 3
+    batch: Count = 128
+    memory: Count = 50
+    learning_rate: PositiveNumber = 2e-3
+    weight_decay: NotNegative = 1e-4
+    average: Share = 0.998
+    restart: Share = 0.03
+    start_fraction: Share = 1.0
+    hidden: Share = 0.0
+    likelihood: NotNegative = 0.05
+    scored: Count = 32
+    patience_points: Count = 5
     half_precision: bool = False
-    rollout: int = 0
-    rollout_cycles: int = 300
-    rollout_rate: float = 5e-4
-    rollout_anchor: float = 0.0
+    rollout: Size = 0
+    rollout_cycles: Size = 300
+    rollout_rate: PositiveNumber = 5e-4
+    rollout_anchor: NotNegative = 0.0
 
     def __post_init__(self):
-        if not (self.cycles >= 1 or (self.cycles == 0 and self.rollout)):
+        super().__post_init__()
+        if not (self.cycles or self.rollout):
             raise ValueError(f"cycles: expected at least 1, or 0 with rollout, got {self.cycles}")
-        for name in ("trajectories", "steps", "batch", "memory", "scored", "patience_points"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("restart", "start_fraction", "hidden", "average"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected a share from 0 to 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "rollout_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
-        for name in ("rollout", "rollout_cycles", "likelihood", "weight_decay", "rollout_anchor"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: expected zero or a positive number, got {getattr(self, name)}")
 
 
 # %% ../../nbs/18_on_policy.ipynb #7a0c53e5

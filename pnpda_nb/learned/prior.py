@@ -14,6 +14,7 @@ from torch import Tensor
 from ..core.checks import guard
 from ..core.grid import _taper
 from ..core.random import standard_normal
+from ..core.settings import NotNegative, Settings
 from ..flow_matching.field_prior import FieldPrior
 from ..flow_matching.prior import Denoiser, velocity_from_denoised
 from ..observing.observations import GridObservations, Observations, on_grid
@@ -153,7 +154,7 @@ class BlindPrior:
 
 # %% ../../nbs/17_seeing.ipynb #ec2f92e7
 @dataclass(frozen=True, eq=False)
-class AmortisedAnalysis:
+class AmortisedAnalysis(Settings):
     """The analysis as one look of an `AnalysisPrior` at background and observations: E[x_a | x_b, y].
 
     With `spread`, every member's analysis is drawn from the Gaussian around it that the prior leaves open, with `spread` times the
@@ -162,13 +163,12 @@ class AmortisedAnalysis:
     """
 
     prior: AnalysisPrior
-    spread: float = 0.0
+    spread: NotNegative = 0.0
     blind: bool = False
     window: int = field(default=1, init=False, repr=False)
 
     def __post_init__(self):
-        if not 0 <= self.spread < float("inf"):
-            raise ValueError(f"spread: expected zero or a positive factor, got {self.spread}")
+        super().__post_init__()
         if self.blind and self.spread:
             raise ValueError(f"spread: expected 0 for a blind analysis, got {self.spread}")
         if self.prior.extra:

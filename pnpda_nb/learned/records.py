@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..core.checks import GappyFloat, Index, Mask, guard
 from ..core.random import standard_normal
+from ..core.settings import Count, PositiveNumber, Settings, Share
 from ..observing.observations import GridObservations, Observations, on_grid
 from ..twin.cycle import Method, cycle
 from ..twin.experiment import TwinExperiment, watch_nature
@@ -28,25 +29,26 @@ __all__ = ["RandomNetworks", "TruthRecord", "ObservedRecord", "Records"]
 
 # %% ../../nbs/94_priors.ipynb #2a577cf5
 @dataclass(frozen=True, eq=False)
-class RandomNetworks:
+class RandomNetworks(Settings):
     """Networks of observations as they may come: one of `usual` (sites and standard deviation of errors) in a share `often` of
     cases, else `counts` sites at random places or equal distances, with errors between `errors` (logarithmically).
     """
 
-    dim: int
+    dim: Count
     usual: tuple[tuple[tuple[int, ...], float], ...]
-    often: float = 0.5
-    counts: tuple[int, int] = (8, 40)
-    errors: tuple[float, float] = (0.07, 1.4)
+    often: Share = 0.5
+    counts: tuple[Count, Count] = (8, 40)
+    errors: tuple[PositiveNumber, PositiveNumber] = (0.07, 1.4)
 
     def __post_init__(self):
+        super().__post_init__()
         low, high = self.counts
-        if not 1 <= low <= high <= self.dim:
+        if not low <= high <= self.dim:
             raise ValueError(f"counts: expected two numbers from 1 to {self.dim}, got {self.counts}")
-        if not 0 < self.errors[0] <= self.errors[1]:
-            raise ValueError(f"errors: expected two positive standard deviations, got {self.errors}")
-        if not 0 <= self.often <= 1 or (self.often and not self.usual):
-            raise ValueError(f"often: expected a share from 0 to 1, and 0 without usual networks, got {self.often}")
+        if self.errors[0] > self.errors[1]:
+            raise ValueError(f"errors: expected two standard deviations, the smaller first, got {self.errors}")
+        if self.often and not self.usual:
+            raise ValueError(f"often: expected 0 without usual networks, got {self.often}")
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Masks and standard deviations of errors of `count` networks, both `(count, dim)`."""

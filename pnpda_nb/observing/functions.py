@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from ..core.checks import guard
 from ..core.random import standard_normal, stream
+from ..core.settings import Settings, Size
 from .operators import Linear, Operator, Select
 
 # %% auto #0
@@ -24,22 +24,16 @@ __all__ = ["NumpyOperator", "operator_from"]
 
 # %% ../../nbs/92_engine.ipynb #f1eb1943
 @dataclass(frozen=True, eq=False)
-class NumpyOperator:
+class NumpyOperator(Settings):
     """An observation operator from any `function` of arrays, `(n, dim) -> (n, size)`; its derivatives are central differences, over
     steps in proportion to what each variable is in the batch. Raises `ValueError` for a function that raises anything, or returns
     what is not real numbers, or another shape.
     """
 
     function: Callable[[np.ndarray], np.ndarray]
-    size: int
+    size: Size
     sites: tuple[int, ...] | None = None
     linear = False
-
-    def __post_init__(self):
-        if not callable(self.function):
-            raise ValueError(f"function: expected one that can be called, got {self.function!r}")
-        if not (isinstance(self.size, Integral) and self.size >= 0):
-            raise ValueError(f"size: expected a whole number of at least 0, got {self.size!r}")
 
     def __call__(self, state: Tensor) -> Tensor:
         rows = state.detach().cpu().numpy().reshape(-1, state.shape[-1]).copy()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core.checks import Converted, Gappy, Mask, guard
+from ..core.settings import Settings, Share
 from .covariance import Covariance, DiagonalCovariance
 from .operators import Operator, Present, Select
 
@@ -67,20 +68,19 @@ class Observations:
 
 # %% ../../nbs/02_observing.ipynb #f01f0330
 @dataclass(frozen=True, eq=False)
-class ObservingNetwork:
+class ObservingNetwork(Settings):
     """An operator with the covariance of its errors; `observe` shows it states. A fraction `missing`
     of the values, chosen at random, does not arrive and is nan.
     """
 
     operator: Operator
     covariance: Covariance
-    missing: float = 0.0
+    missing: Share = 0.0
 
     def __post_init__(self):
+        super().__post_init__()
         if self.covariance.size != self.operator.size:
             raise ValueError(f"covariance: expected size {self.operator.size} as the operator's, got {self.covariance.size}")
-        if not 0 <= self.missing <= 1:
-            raise ValueError(f"missing: expected a fraction from 0 to 1, got {self.missing}")
 
     def errors(self, shape: tuple[int, ...], generator: torch.Generator) -> Gappy:
         """Observation errors `(*shape, size)`, nan where a value is missing."""

@@ -5,7 +5,6 @@
 # %% ../../nbs/32_laws.ipynb #fe004b0f
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Callable
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core.checks import Gappy, guard
+from ..core.settings import Count, PositiveNumber, Settings
 from ..dynamics.base import Model, rk4
 from ..observing.covariance import Covariance
 from ..observing.observations import Observations
@@ -128,7 +128,7 @@ def _balanced(matrix: Tensor) -> Tensor:
 
 # %% ../../nbs/32_laws.ipynb #42f38d9a
 @dataclass(frozen=True, eq=False, repr=False)
-class LinearConstraint(Constraint):
+class LinearConstraint(Constraint, Settings):
     """`matrix` `(count, dim)` times x is `level`: projected in closed form. Raises `ValueError` for rows that depend on
     one another.
     """
@@ -136,9 +136,10 @@ class LinearConstraint(Constraint):
     matrix: Tensor
     level: Tensor | float | None = None
     metric: Covariance | None = None
-    tolerance: float = 1e-10
+    tolerance: PositiveNumber = 1e-10
 
     def __post_init__(self):
+        super().__post_init__()
         if self.matrix.ndim != 2 or torch.linalg.matrix_rank(_balanced(self.matrix)) < len(self.matrix):
             raise ValueError(f"matrix: expected independent rows (count, dim), got {self.matrix.tolist()}")
         _metric(self.metric, self.matrix.shape[1])
@@ -161,7 +162,7 @@ def _semidefinite(A: Tensor) -> bool:
 
 # %% ../../nbs/32_laws.ipynb #9b17557d
 @dataclass(frozen=True, eq=False, repr=False)
-class QuadraticConstraint(Constraint):
+class QuadraticConstraint(Constraint, Settings):
     """xᵀ `matrix` x is `level` > 0, for a positive semidefinite `matrix` `(dim, dim)`: projected to the nearest point of the
     ellipsoid (or cylinder). There is none for its centre. Raises `ValueError` for another matrix or level.
     """
@@ -169,10 +170,11 @@ class QuadraticConstraint(Constraint):
     matrix: Tensor
     level: Tensor | float | None = None
     metric: Covariance | None = None
-    iterations: int = 50
-    tolerance: float = 1e-10
+    iterations: Count = 50
+    tolerance: PositiveNumber = 1e-10
 
     def __post_init__(self):
+        super().__post_init__()
         A = self.matrix
         square = A.ndim == 2 and torch.equal(A, A.mT)
         if not square or not A.any() or not _semidefinite(A):
@@ -216,7 +218,7 @@ class QuadraticConstraint(Constraint):
 
 # %% ../../nbs/32_laws.ipynb #3200b54a
 @dataclass(frozen=True, eq=False, repr=False)
-class FunctionConstraint(Constraint):
+class FunctionConstraint(Constraint, Settings):
     """Any differentiable `function` of a state, `(..., dim) -> (..., count)`, is `level`: at most `iterations` Gauss-Newton
     steps x − B Jᵀ (J B Jᵀ)⁻¹ c(x), which end at a point of the set that is near, though not in general the nearest.
     """
@@ -224,12 +226,8 @@ class FunctionConstraint(Constraint):
     function: Callable[[Tensor], Tensor]
     level: Tensor | float | None = None
     metric: Covariance | None = None
-    iterations: int = 50
-    tolerance: float = 1e-10
-
-    def __post_init__(self):
-        if self.iterations < 1:
-            raise ValueError(f"iterations: expected at least 1, got {self.iterations}")
+    iterations: Count = 50
+    tolerance: PositiveNumber = 1e-10
 
     def nearest(self, x: Tensor, levels: Tensor) -> Tensor:
         B = _metric(self.metric, x.shape[-1])
@@ -248,21 +246,15 @@ class FunctionConstraint(Constraint):
 
 # %% ../../nbs/32_laws.ipynb #31552125
 @dataclass(frozen=True)
-class RigidBody:
+class RigidBody(Settings):
     """Euler's equations of a free rigid body with principal moments of `inertia`; the state is the angular momentum in the
     axes of the body, stepped by RK4. Dimensionless. Raises `ValueError` for moments or a time step that are not positive.
     """
 
-    inertia: tuple[float, float, float] = (1.0, 2.0, 3.0)
-    dt: float = 0.1
+    inertia: tuple[PositiveNumber, PositiveNumber, PositiveNumber] = (1.0, 2.0, 3.0)
+    dt: PositiveNumber = 0.1
     dim: int = field(default=3, init=False, repr=False)
     names: tuple[str, ...] = field(default=("m1", "m2", "m3"), init=False, repr=False)
-
-    def __post_init__(self):
-        if len(self.inertia) != 3 or not all(0 < moment < math.inf for moment in self.inertia):
-            raise ValueError(f"inertia: expected three positive moments, got {self.inertia}")
-        if not 0 < self.dt < math.inf:
-            raise ValueError(f"dt: expected a positive number, got {self.dt}")
 
     def tendency(self, state: Tensor) -> Tensor:
         return torch.linalg.cross(state, state / state.new_tensor(self.inertia))
@@ -326,7 +318,7 @@ class Projected:
 
 # %% ../../nbs/32_laws.ipynb #3d70aedc
 @dataclass(frozen=True, eq=False)
-class AsObservation:
+class AsObservation(Settings):
     """A `method` that is told the level of a `constraint` as further observations, with errors of `variance` (in the
     square of its units); a level of `None` is the mean of those of the members. Raises `ValueError` for a method with a window,
     missing values, or a variance that is not positive.
@@ -334,14 +326,13 @@ class AsObservation:
 
     method: Method
     constraint: Constraint
-    variance: float = 1e-4
+    variance: PositiveNumber = 1e-4
     window: int = field(default=1, init=False, repr=False)
 
     def __post_init__(self):
+        super().__post_init__()
         if self.method.window != 1:
             raise ValueError(f"method: expected one with a window of 1, got {self.method.window}")
-        if not 0 < self.variance < math.inf:
-            raise ValueError(f"variance: expected a positive number, got {self.variance}")
 
     def analyse(self, background: Tensor, observations: Observations, **rest: Any) -> Tensor:
         if observations.missing is not None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..core.checks import guard
 from ..core.grid import Distance, _taper
+from ..core.settings import PositiveNumber, Settings, Unbounded
 from ..flow_matching.prior import GaussianPrior, Prior
 from ..observing.update import DenseError, ErrorCovariance, FactoredError, anomalies
 
@@ -154,7 +155,7 @@ def _measurable(left: Tensor, analysis: Tensor, tau: float) -> Tensor:
 
 # %% ../../nbs/16_covariance.ipynb #43d4f3bb
 @dataclass(frozen=True)
-class EnsembleResidual:
+class EnsembleResidual(Settings):
     """`Residuals` from the spread of the background's members, as if the analysis were Gaussian with their covariance.
 
     `inflation` multiplies the anomalies; a finite `half_width` tapers the covariance as in `LocalEnKF` (`distance` as
@@ -162,17 +163,11 @@ class EnsembleResidual:
     `(dim,)`. Raises `ValueError` for settings out of range, and for members that do not differ.
     """
 
-    half_width: float = math.inf
-    inflation: float = 1.0
+    half_width: Unbounded = math.inf
+    inflation: PositiveNumber = 1.0
     distance: Distance = "ring"
     source: Tensor | float = 1.0
     of_members: bool = field(default=True, init=False, repr=False)
-
-    def __post_init__(self):
-        if not self.half_width > 0:
-            raise ValueError(f"half_width: expected a positive length, got {self.half_width}")
-        if not 0 < self.inflation < math.inf:
-            raise ValueError(f"inflation: expected a positive factor, got {self.inflation}")
 
     def at(self, tau: float, background: Tensor) -> ErrorCovariance:
         members, dim = background.shape[-2:]

@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..core.checks import guard
+from ..core.settings import Count, NotNegative, Settings
 from ..flow_matching.flow import FlowPrior
 from ..flow_matching.prior import Denoiser, GaussianPrior, Prior
 from ..observing.observations import Observations
@@ -69,28 +69,20 @@ def _at_pseudo_times(shares: Iterable[Tensor], iterations: int, centre: Tensor |
 
 
 # %% ../../nbs/10_pnp.ipynb #f83c638c
+StepRule = Literal["paper", "scaled", "lipschitz"]
 Observed = Observations | Sequence[Observations]  # at one time, or at all times of a window
 
 
 @dataclass(frozen=True, eq=False)
-class _LoopSettings:
+class _LoopSettings(Settings):
     """The settings that all plug-and-play methods share."""
 
     prior: Prior | None
-    iterations: int = 100
-    alpha: float = 0.5
-    step_rule: str = "lipschitz"
-    draws: int = 1
-    ensemble: int = 1
-
-    def __post_init__(self):
-        for name in ("iterations", "draws", "ensemble"):
-            if not (isinstance(getattr(self, name), Integral) and getattr(self, name) >= 1):
-                raise ValueError(f"{name}: expected a whole number of at least 1, got {getattr(self, name)}")
-        if not 0 <= self.alpha < math.inf:
-            raise ValueError(f"alpha: expected zero or a positive exponent, got {self.alpha}")
-        if self.step_rule not in ("paper", "scaled", "lipschitz"):
-            raise ValueError(f"step_rule: expected 'paper', 'scaled' or 'lipschitz', got {self.step_rule!r}")
+    iterations: Count = 100
+    alpha: NotNegative = 0.5
+    step_rule: StepRule = "lipschitz"
+    draws: Count = 1
+    ensemble: Count = 1
 
 
 # %% ../../nbs/10_pnp.ipynb #2b7e3135
@@ -189,10 +181,6 @@ class PnPDA(_PlugAndPlay):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.data_step not in ("gradient", "kalman", "prox"):
-            raise ValueError(f"data_step: expected 'gradient', 'kalman' or 'prox', got {self.data_step!r}")
-        if self.residuals is not None and not isinstance(self.residuals, Residuals):
-            raise ValueError(f"residuals: expected an object with a method `at(tau, background)`, got {self.residuals!r}")
         own = isinstance(self.prior, GaussianPrior) or getattr(self.prior, "leaves_open", False)
         if self.data_step == "kalman" and self.residuals is None and not own:
             raise ValueError(

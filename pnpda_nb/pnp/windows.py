@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..core.checks import guard
+from ..core.settings import BelowOne, Count
 from ..observing.covariance import Covariance
 from ..observing.observations import Observations
 from ..observing.update import _beside_members
@@ -187,21 +188,17 @@ class PnPDA4D(_PlugAndPlay):
     background. Raises `ValueError` for settings out of range or a forecast without derivatives.
     """
 
-    window: int = 2
-    shift: int = 1
+    window: Count = 2
+    shift: Count = 1
     model_error: Covariance | None = None
-    join: float = 0.0
+    join: BelowOne = 0.0
     relinearise: bool = False
     from_start: bool = field(default=True, init=False, repr=False)
 
     def __post_init__(self):
         super().__post_init__()
-        if not (isinstance(self.window, int) and self.window >= 1):
-            raise ValueError(f"window: expected a whole number of at least 1, got {self.window!r}")
-        if not (isinstance(self.shift, int) and 1 <= self.shift <= self.window):
+        if self.shift > self.window:
             raise ValueError(f"shift: expected 1 to {self.window}, the window, got {self.shift}")
-        if not 0 <= self.join < 1:
-            raise ValueError(f"join: expected a pseudo-time from 0 to less than 1, got {self.join}")
 
     def misfit(self, background: Tensor, observations: Sequence[Observations], forecast: Callable | None = None) -> WindowMisfit:
         super().misfit(background, observations)

@@ -8,18 +8,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import pandas as pd
 import xarray as xr
+from annotated_types import Gt
 
-from ..classical.ensemble import EnKF
-from ..classical.variational import gaspari_cohn_background
 from ..core.checks import guard
 from ..core.disk import write_whole
-from ..core.settings import Settings, parse_as
+from ..core.settings import Count, Distinct, Members, NotNegative, PositiveNumber, Settings, Some, annotations_of, parse_as
 from ..flow_matching.pairs import PAPER_TRAINING, TrainingSettings
-from ..pnp.loop import PnPDA
+from ..pnp.loop import StepRule
 from ..sweep import Store, Task, run_tasks
 
 # %% auto #0
@@ -76,7 +75,7 @@ class Study:
         if preset not in self.presets:
             raise ValueError(f"preset: unknown preset {preset!r}; known: {', '.join(self.presets)}")
         base = self.presets[preset]
-        known = {f.name: getattr(base, f.name) for f in dataclasses.fields(base)}
+        known = annotations_of(base.__class__)
         values = {name: value for name, value in overrides.items() if value is not None}
         if missing := [name for name in values if name not in known]:
             raise ValueError(f"{missing[0]}: {self.name} has no such setting; known: {', '.join(known)}")
@@ -97,11 +96,7 @@ class Study:
 
 
 # %% ../../nbs/95_studies.ipynb #e2fa0f2d
-def at_least_one(settings: Any, *names: str) -> None:
-    """Raise `ValueError` if one of the settings called `names` is below one."""
-    for name in names:
-        if getattr(settings, name) < 1:
-            raise ValueError(f"{name}: expected at least 1, got {getattr(settings, name)}")
+Deviation = Annotated[float, Gt(1e-6)]  # of errors of observations
 
 
 def training_of(settings: Any) -> TrainingSettings:
@@ -119,47 +114,31 @@ class SweepSettings(Settings):
     Raises `ValueError` for settings out of range.
     """
 
-    runs: int = 50
-    members: int = 20
-    large_members: int = 100
+    runs: Count = 50
+    members: Count = 20
+    large_members: Count = 100
     seed: int = 1
-    cycles: int = 50
-    sigma: float = 0.5
-    sigmas: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
-    archive_runs: int = 25
-    archive_cycles: int = 100
-    archive_members: int = 20
-    archive_inflation: float = 1.0
-    archive_additive: float = 0.0
-    hidden: tuple[int, ...] = PAPER_TRAINING.hidden
-    beta: float = PAPER_TRAINING.beta
-    batch: int = PAPER_TRAINING.batch
-    epochs: int = PAPER_TRAINING.epochs
-    patience: int = PAPER_TRAINING.patience
-    learning_rate: float = PAPER_TRAINING.learning_rate
+    cycles: Count = 50
+    sigma: Deviation = 0.5
+    sigmas: Distinct[Deviation] = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
+    archive_runs: Count = 25
+    archive_cycles: Count = 100
+    archive_members: Members = 20
+    archive_inflation: PositiveNumber = 1.0
+    archive_additive: NotNegative = 0.0
+    hidden: Some[Count] = PAPER_TRAINING.hidden
+    beta: NotNegative = PAPER_TRAINING.beta
+    batch: Count = PAPER_TRAINING.batch
+    epochs: Count = PAPER_TRAINING.epochs
+    patience: Count = PAPER_TRAINING.patience
+    learning_rate: PositiveNumber = PAPER_TRAINING.learning_rate
     standardise: bool = PAPER_TRAINING.standardise
-    iterations: int = 100
-    alpha: float = 0.5
-    step_rule: str = "paper"
-    gc_variance: float = 15.0
-    gc_half_width: float = 2.0
-    tuning_runs: int = 20
-
-    def __post_init__(self):
-        at_least_one(self, "runs", "members", "large_members", "cycles", "archive_runs", "archive_cycles", "tuning_runs")
-        if not abs(self.seed) < 2**63:
-            raise ValueError(f"seed: expected a number of at most 63 bits, got {self.seed}")
-        for sigma in (self.sigma, *self.sigmas):
-            if not 1e-6 < sigma < float("inf"):
-                raise ValueError(f"sigma: expected a positive standard deviation, got {sigma}")
-        if self.archive_members < 2:
-            raise ValueError(f"archive_members: expected an ensemble of at least 2, got {self.archive_members}")
-        self.require_distinct("sigmas")
-        # what the settings describe is built once, so that a wrong one is found before any work
-        self.training()
-        gaspari_cohn_background(8, self.gc_variance, self.gc_half_width)
-        PnPDA(None, self.iterations, self.alpha, self.step_rule)
-        EnKF(inflation=self.archive_inflation, additive=self.archive_additive)
+    iterations: Count = 100
+    alpha: NotNegative = 0.5
+    step_rule: StepRule = "paper"
+    gc_variance: PositiveNumber = 15.0
+    gc_half_width: PositiveNumber = 2.0
+    tuning_runs: Count = 20
 
     def training(self) -> TrainingSettings:
         """The paper's training with what these settings change in it."""

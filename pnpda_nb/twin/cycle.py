@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ..core.checks import guard
 from ..core.random import RunNoise, RunStreams
-from ..core.settings import _require_count
+from ..core.settings import _require
 from ..dynamics.base import trajectory
 from ..dynamics.derivatives import Forecast
 from ..observing.observations import Observations
@@ -192,7 +192,7 @@ def cycle(
 # %% ../../nbs/03_twin.ipynb #f2703b95
 def _check_cycle(method: Method, members: int, runs: int, keep: str) -> None:
     for name, count in (("members", members), ("runs", runs)):
-        _require_count(name, count, 1)
+        _require(isinstance(count, Integral) and count >= 1, name, "a whole number of at least 1", count)
     window = getattr(method, "window", None)
     if not isinstance(window, Integral) or window < 1:
         raise ValueError(f"method: expected one with a window of at least 1, got window={window}")

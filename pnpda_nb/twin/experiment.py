@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..core.checks import Gappy, guard
 from ..core.random import RunStreams
-from ..core.settings import _require_count
+from ..core.settings import Count, NotNegative, Settings, Size
 from ..dynamics.base import AdditiveModelError, Model
 from ..observing.observations import Observations, ObservingNetwork
 from .nature import _moving, _started
@@ -25,7 +25,7 @@ __all__ = ["TwinExperiment", "nature_start", "nature_run", "observe_truth", "wat
 
 # %% ../../nbs/03_twin.ipynb #a1703d7c
 @dataclass(frozen=True, eq=False)
-class TwinExperiment:
+class TwinExperiment(Settings):
     """Everything about a twin experiment but the method, the number of runs and the seed.
 
     Truths start from N(`start`, `start_variance` · I) and run `spin_up` steps of `nature` before
@@ -41,19 +41,20 @@ class TwinExperiment:
     nature: Model
     forecast_model: Model
     network: ObservingNetwork
-    interval: int
-    cycles: int
+    interval: Count
+    cycles: Count
     start: tuple[float, ...]
-    start_variance: float = 1.0
-    spin_up: int = 1000
-    background_variance: float = 1.0
+    start_variance: NotNegative = 1.0
+    spin_up: Size = 1000
+    background_variance: NotNegative = 1.0
     model_error: AdditiveModelError = field(default_factory=lambda: AdditiveModelError(0.0))
     nature_error: AdditiveModelError = field(default_factory=lambda: AdditiveModelError(0.0))
-    burn_in: int = 0
+    burn_in: Size = 0
     first_ensemble: Literal["around_truth", "same_law"] = "around_truth"
     resolve: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         _check_experiment(self)
 
     @property
@@ -80,11 +81,6 @@ class TwinExperiment:
 # %% ../../nbs/03_twin.ipynb #d9fdc045
 def _check_experiment(e: TwinExperiment) -> None:
     """Raise `ValueError` for choices that do not fit together."""
-    for name, least in (("interval", 1), ("cycles", 1), ("spin_up", 0), ("burn_in", 0)):
-        _require_count(name, getattr(e, name), least)
-    for name in ("start_variance", "background_variance"):
-        if not 0 <= getattr(e, name) < float("inf"):
-            raise ValueError(f"{name}: expected at least 0, got {getattr(e, name)}")
     if not math.isclose(e.nature.dt, e.forecast_model.dt):
         raise ValueError(f"forecast_model: expected time steps of {e.nature.dt} as nature's, got {e.forecast_model.dt}")
     if len(e.start) != e.nature.dim:
@@ -94,8 +90,6 @@ def _check_experiment(e: TwinExperiment) -> None:
         raise ValueError(f"forecast_model: expected states of size {resolved} as nature's, got {e.forecast_model.dim}")
     if e.burn_in >= e.cycles:
         raise ValueError(f"burn_in: expected fewer than the {e.cycles} cycles, got {e.burn_in}")
-    if e.first_ensemble not in ("around_truth", "same_law"):
-        raise ValueError(f"first_ensemble: expected 'around_truth' or 'same_law', got {e.first_ensemble!r}")
     if e.first_ensemble == "same_law" and (e.spin_up or e.resolve):
         raise ValueError("first_ensemble: 'same_law' needs spin_up=0 and no `resolve`")
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.checks import ALONE, guard
+from ..core.settings import Count, PositiveNumber, Settings, Size
 from ..observing.covariance import Covariance
 from ..observing.observations import Observations
 from .laws import GaussianWindow, Information, WindowClimatology, background_information, linearised
@@ -103,7 +104,7 @@ def _in_units(climate: WindowClimatology, z: Tensor, bands: Tensor) -> GaussianW
 
 # %% ../../nbs/25_incremental.ipynb #bb3756dc
 @dataclass(frozen=True, eq=False)
-class NeuralIncremental:
+class NeuralIncremental(Settings):
     """Neural incremental data assimilation in a cycle: the states of a window of `window` observation times (one less than the
     `prior`'s states, which is the default), given a background of covariance `scale` · `covariance` at its start.
 
@@ -113,22 +114,21 @@ class NeuralIncremental:
 
     prior: IncrementalPrior = field(repr=False)
     covariance: Covariance
-    scale: float = 1.0
-    window: int = 0
-    shift: int = 1
+    scale: PositiveNumber = 1.0
+    window: Size = 0
+    shift: Count = 1
     from_start: bool = field(default=True, init=False, repr=False)
 
     def __post_init__(self):
+        super().__post_init__()
         longest = self.prior.steps - 1
         object.__setattr__(self, "window", self.window or longest)
-        if not 1 <= self.window <= longest:
+        if self.window > longest:
             raise ValueError(f"window: expected 1 to {longest}, one less than the prior's states, got {self.window}")
-        if not 1 <= self.shift <= self.window:
+        if self.shift > self.window:
             raise ValueError(f"shift: expected 1 to {self.window}, the window, got {self.shift}")
         if self.covariance.size != self.prior.dim:
             raise ValueError(f"covariance: expected size {self.prior.dim} as the prior's states, got {self.covariance.size}")
-        if not 0 < self.scale < float("inf"):
-            raise ValueError(f"scale: expected a positive factor, got {self.scale}")
 
     def analyse(
         self,

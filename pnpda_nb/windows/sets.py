@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core.checks import Mask, guard
+from ..core.settings import Count, Settings, Share, Size
 
 # %% auto #0
 __all__ = ["RandomSets", "regular_sets"]
@@ -20,7 +21,7 @@ __all__ = ["RandomSets", "regular_sets"]
 
 # %% ../../nbs/94_priors.ipynb #6fccf6d1
 @dataclass(frozen=True)
-class RandomSets:
+class RandomSets(Settings):
     """Sets of `count` points of a window of `steps` states of size `dim`, at which one variable of `variables` is seen.
 
     A share `near_regular` of the sets, for which there must be only one variable, is a regular grid of times, each moved by up to
@@ -28,15 +29,16 @@ class RandomSets:
     `ValueError` for settings out of range.
     """
 
-    steps: int
-    dim: int
-    count: int
+    steps: Count
+    dim: Count
+    count: Count
     variables: tuple[int, ...] = (0,)
-    near_regular: float = 0.0
-    jitter: int = 2
+    near_regular: Share = 0.0
+    jitter: Size = 2
     held_out: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ("variables", "held_out"):
             value = getattr(self, name)
             object.__setattr__(
@@ -44,14 +46,10 @@ class RandomSets:
             )
         if len(set(self.variables)) != len(self.variables):
             raise ValueError(f"variables: expected different ones, got {self.variables}")
-        if self.jitter < 0:
-            raise ValueError(f"jitter: expected at least 0, got {self.jitter}")
         if not self.variables or any(not 0 <= v < self.dim for v in self.variables):
             raise ValueError(f"variables: expected some of 0 to {self.dim - 1}, got {self.variables}")
-        if not 1 <= self.count <= self.steps * len(self.variables):
+        if self.count > self.steps * len(self.variables):
             raise ValueError(f"count: expected 1 to {self.steps * len(self.variables)}, got {self.count}")
-        if not 0 <= self.near_regular <= 1:
-            raise ValueError(f"near_regular: expected a share, got {self.near_regular}")
         if self.near_regular and (len(self.variables) > 1 or self.steps // self.count < 2):
             raise ValueError("near_regular: expected 0 for more than one variable, or for points at nearly every time")
 

@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from ..core.checks import Mask, guard
 from ..core.random import stream
+from ..core.settings import Count, NotNegative, PositiveNumber, PositiveShare, Settings, Share
 from ..core.training import Phase, Plan, Training, fingerprint_of, read_training, resume_training, run_training
 from .incremental import IncrementalPrior
 from .laws import Information
@@ -32,7 +34,7 @@ __all__ = ["IncrementalSettings", "observe_windows", "incremental_loss", "train_
 
 # %% ../../nbs/25_incremental.ipynb #2dd880cf
 @dataclass(frozen=True)
-class IncrementalSettings:
+class IncrementalSettings(Settings):
     """How a prior is trained: `iterations` of AdamW on batches of `windows` windows for each of `processes` observation processes,
     with errors of standard `deviation` in standardised units.
 
@@ -43,41 +45,24 @@ class IncrementalSettings:
     validation windows is kept. Raises `ValueError` for settings out of range.
     """
 
-    iterations: int = 5000
-    processes: int = 8
-    windows: int = 32
-    learning_rate: float = 1e-3
-    weight_decay: float = 1e-4
-    deviation: float = 0.05
-    mode: str = "rollout"
-    last: float = 0.6
-    likelihood: float = 0.01
-    background: float = 0.0
-    background_deviation: tuple[float, float] = (0.01, 1.0)
-    average: float = 0.998
-    checks: int = 5
+    iterations: Count = 5000
+    processes: Count = 8
+    windows: Count = 32
+    learning_rate: PositiveNumber = 1e-3
+    weight_decay: NotNegative = 1e-4
+    deviation: PositiveNumber = 0.05
+    mode: Literal["rollout", "interpolated"] = "rollout"
+    last: PositiveShare = 0.6
+    likelihood: NotNegative = 0.01
+    background: Share = 0.0
+    background_deviation: tuple[PositiveNumber, PositiveNumber] = (0.01, 1.0)
+    average: Share = 0.998
+    checks: Count = 5
 
     def __post_init__(self):
-        for name in ("iterations", "processes", "windows", "checks"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "deviation"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
-        for name in ("weight_decay", "likelihood"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: expected zero or a positive number, got {getattr(self, name)}")
-        if self.mode not in ("rollout", "interpolated"):
-            raise ValueError(f"mode: expected 'rollout' or 'interpolated', got {self.mode!r}")
-        for name in ("average", "background"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected a number from 0 to 1, got {getattr(self, name)}")
-        if not 0 < self.background_deviation[0] <= self.background_deviation[1]:
-            raise ValueError(
-                f"background_deviation: expected two positive numbers, the smaller first, got {self.background_deviation}"
-            )
-        if not 0 < self.last <= 1:
-            raise ValueError(f"last: expected a share, got {self.last}")
+        super().__post_init__()
+        if self.background_deviation[0] > self.background_deviation[1]:
+            raise ValueError(f"background_deviation: expected two numbers, the smaller first, got {self.background_deviation}")
 
 
 # %% ../../nbs/25_incremental.ipynb #f775b153

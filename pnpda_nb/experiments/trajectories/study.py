@@ -9,16 +9,17 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated, Literal
 
 import pandas as pd
+from annotated_types import Ge
 
-from ...core.settings import Settings
+from ...core.settings import Count, Members, NotNegative, PositiveNumber, Settings, Size, Some
 from .parts import flow_part, levels_part, scaling_part, timing_part, window_case_part, window_prior_part
 from .scenes import _processes, held_out_sets, window_testbed
 from .tables import figures_windows, report_windows, stack_windows, window_scores
 from ...studies.study import Study
 from ...sweep import Task
-from ...windows.training import IncrementalSettings
 
 # %% auto #0
 __all__ = ["INCREMENTAL_STUDIES"]
@@ -34,62 +35,45 @@ class WindowSettings(Settings):
     `few` windows; `draws` for importance sampling (0: none). Raises `ValueError` for settings out of range.
     """
 
-    testbed: str = "lorenz63"
-    runs: int = 240
+    testbed: Literal["lorenz63", "pendulum", "lorenz96"] = "lorenz63"
+    runs: Members = 240
     seed: int = 1
-    members: int = 20
-    climate_windows: int = 10000
-    validation_windows: int = 300
-    levels: int = 3
-    width: int = 320
-    iterations: int = 7000
-    batch: int = 32
-    likelihood: float = 0.01
-    learning_rate: float = 1e-3
-    paper_levels: int = 3
-    paper_iterations: int = 17000
-    archive: int = 1800
-    level_iterations: int = 1000
-    pairs: int = 10000
-    epochs: int = 60
-    draws: int = 400000
-    pnp_iterations: int = 10
-    pnp_alpha: float = 0.5
-    few: int = 60
-    lengths: tuple[int, ...] = (32, 128, 512, 2048)
+    members: Members = 20
+    climate_windows: Count = 10000
+    validation_windows: Count = 300
+    levels: Count = 3
+    width: Count = 320
+    iterations: Count = 7000
+    batch: Count = 32
+    likelihood: NotNegative = 0.01
+    learning_rate: PositiveNumber = 1e-3
+    paper_levels: Count = 3
+    paper_iterations: Count = 17000
+    archive: Count = 1800
+    level_iterations: Size = 1000
+    pairs: Annotated[int, Ge(256)] = 10000
+    epochs: Count = 60
+    draws: Size = 400000
+    pnp_iterations: Count = 10
+    pnp_alpha: NotNegative = 0.5
+    few: Count = 60
+    lengths: Some[Annotated[int, Ge(16)]] = (32, 128, 512, 2048)
     unseen: tuple[str, ...] = ("points=2", "points=8", "noise=0.0125", "noise=0.2", "clustered", "variable=1", "arctan")
-    repeats: int = 3
+    repeats: Count = 3
 
     def __post_init__(self):
-        _check_windows(self)
+        super().__post_init__()
+        sets = window_testbed(self.testbed).sets
+        if self.climate_windows <= sets.steps * sets.dim:
+            raise ValueError(f"climate_windows: expected more than {sets.steps * sets.dim}, got {self.climate_windows}")
+        for condition in self.unseen:
+            _processes(self.testbed, self.seed, condition)
 
     @property
     def network(self) -> dict:
         """What the best prior is made of."""
         kind = {"network": "convolution", "dilations": (1, 2, 4, 8, 4, 2)} if self.testbed == "lorenz96" else {"network": "dense"}
         return kind | {"levels": self.levels, "width": self.width}
-
-
-# %% ../../../nbs/95_studies.ipynb #d27a93b6
-def _check_windows(settings: WindowSettings) -> None:
-    """Raise `ValueError` for settings out of range."""
-    window_testbed(settings.testbed)
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        if isinstance(value, int) and field.name not in ("seed", "draws", "level_iterations", "pairs") and value < 1:
-            raise ValueError(f"{field.name}: expected at least 1, got {value}")
-    if settings.runs < 2 or settings.members < 2:
-        raise ValueError(f"runs, members: expected at least 2, got {settings.runs}, {settings.members}")
-    if not abs(settings.seed) < 2**63:
-        raise ValueError(f"seed: expected a number of at most 63 bits, got {settings.seed}")
-    dim = window_testbed(settings.testbed).sets
-    if settings.climate_windows <= dim.steps * dim.dim:
-        raise ValueError(f"climate_windows: expected more than {dim.steps * dim.dim}, got {settings.climate_windows}")
-    for condition in settings.unseen:
-        _processes(settings.testbed, settings.seed, condition)
-    if min(settings.lengths) < 16 or settings.draws < 0 or settings.pairs < 256 or settings.level_iterations < 0:
-        raise ValueError("lengths, draws, pairs, level_iterations: expected at least 16, 0, 256 and 0")
-    IncrementalSettings(iterations=settings.iterations, likelihood=settings.likelihood, learning_rate=settings.learning_rate)
 
 
 # %% ../../../nbs/95_studies.ipynb #cc1b18f7
