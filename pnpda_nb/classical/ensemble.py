@@ -17,7 +17,7 @@ from ..core.grid import Distance, gaspari_cohn, neighbours, tapers
 from ..core.random import standard_normal
 from ..observing.covariance import DiagonalCovariance
 from ..observing.observations import Observations
-from ..observing.update import anomalies
+from ..observing.update import anomalies, factored_weights, innovation_weights
 
 # %% auto #0
 __all__ = ["inflate", "EnsembleFilter", "EnKF", "ETKF", "LETKF", "LocalEnKF", "EnKS"]
@@ -110,11 +110,14 @@ class EnKF(EnsembleFilter):
         """The map of ensembles `(..., member, dim)` that the observations ask for."""
         members = background.shape[-2]
         seen = observations.operator(background)
-        shown = anomalies(seen)
-        covariance = shown.mT @ shown + (members - 1) * observations.covariance.matrix
-        innovations = perturbed_observations(observations, members, generator) - seen
-        weights = torch.linalg.solve_ex(covariance, innovations.mT).result  # (..., size, member)
-        return lambda states: states + (anomalies(states).mT @ shown @ weights).mT
+        shown = anomalies(seen) / (members - 1) ** 0.5  # H B Hᵀ is its square
+        innovations = (perturbed_observations(observations, members, generator) - seen).to(shown)
+        weights = factored_weights(observations.covariance, innovations, shown.mT.unsqueeze(-3))  # (..., member, size)
+        weights = weights / (members - 1) ** 0.5
+        if members <= seen.shape[-1]:
+            transform = weights @ shown.mT
+            return lambda states: states + transform @ anomalies(states)
+        return lambda states: states + weights @ (shown.mT @ anomalies(states))
 
     def analyse(
         self, background: Tensor, observations: Observations, *, forecast: Callable | None, generator: torch.Generator | None
@@ -286,11 +289,10 @@ class LocalEnKF(EnKF):
         members, dim = background.shape[-2:]
         between, among = tapers(dim, _sites_of(observations, dim, "LocalEnKF"), self.half_width, self.distance)
         seen = observations.operator(background)
-        shown = anomalies(seen)
-        covariance = among * (shown.mT @ shown) + (members - 1) * observations.covariance.matrix
-        innovations = perturbed_observations(observations, members, generator) - seen
-        weights = torch.linalg.solve_ex(covariance, innovations.mT).result  # (..., size, member)
-        return lambda states: states + ((between * (anomalies(states).mT @ shown)) @ weights).mT
+        shown = anomalies(seen) / (members - 1) ** 0.5
+        innovations = (perturbed_observations(observations, members, generator) - seen).to(shown)
+        weights = innovation_weights(observations.covariance, innovations, (among * (shown.mT @ shown)).unsqueeze(-3))
+        return lambda states: states + weights @ (between * (anomalies(states).mT @ shown)).mT / (members - 1) ** 0.5
 
 
 # %% ../../nbs/06_ensembles.ipynb #8ff30dc8

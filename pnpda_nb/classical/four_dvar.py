@@ -11,10 +11,11 @@ from typing import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .variational import _apply, _check_scale, _check_size, _for_members, gauss_newton
+from .variational import _apply, _check_scale, _check_size, gauss_newton
 from ..core.checks import Gappy, guard
 from ..observing.covariance import Covariance
 from ..observing.observations import Observations
+from ..observing.update import _beside_members
 
 # %% auto #0
 __all__ = ["FourDVar", "WeakFourDVar"]
@@ -80,7 +81,7 @@ def _misfit(seen: Observations, x: Tensor, sensitivity: Tensor | None = None) ->
     """Gauss-Newton curvature and downhill slope of the misfit at `x`, towards what `x` is sensitive to."""
     H = seen.operator.jacobian(x)
     H = H if sensitivity is None else H @ sensitivity
-    weighed = _for_members(seen.covariance.inverse) @ H
+    weighed = _beside_members(seen.covariance.inverse) @ H
     return weighed.mT @ H, _apply(weighed.mT, seen.innovation(x))
 
 

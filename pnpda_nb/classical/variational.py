@@ -11,11 +11,11 @@ from typing import Callable
 import torch
 from torch import Tensor
 
-from ..core.checks import guard
+from ..core.checks import Index, guard
 from ..core.grid import gaspari_cohn_matrix
 from ..observing.covariance import Covariance
 from ..observing.observations import Observations
-from ..observing.update import kalman_gain
+from ..observing.update import ErrorCovariance, kalman_pull, kalman_update
 
 # %% auto #0
 __all__ = [
@@ -66,9 +66,11 @@ def gauss_newton(
 class ThreeDVar:
     """3D-Var with a static background covariance `scale` · `covariance`: in closed form for a linear
     observation operator (eq. 5 of PnP-DA), by at most `iterations` of Gauss-Newton for a nonlinear one.
+
+    The `covariance` is a matrix or an operator: whatever can multiply, and say the covariances of single components.
     """
 
-    covariance: Covariance
+    covariance: ErrorCovariance
     scale: float = 1.0
     iterations: int = 20
     window: int = field(default=1, init=False, repr=False)
@@ -82,34 +84,38 @@ class ThreeDVar:
         self, background: Tensor, observations: Observations, *, forecast: Callable | None, generator: torch.Generator | None
     ) -> Tensor:
         _check_size(self.covariance, background)
-        B = self.scale * self.covariance.matrix.to(background)
-        operator, R = observations.operator, observations.covariance
-        if operator.linear:
-            jacobian = operator.jacobian(background[..., 0, :])  # the same for all members
-            gain = kalman_gain(B, jacobian, R.matrix)
-            return background + observations.innovation(background) @ gain.mT
+        B = _Scaled(self.covariance, self.scale)
+        if observations.operator.linear:
+            return kalman_update(B, background, observations)
 
-        def cost(x: Tensor) -> Tensor:
-            apart = self.covariance.squared_norm(x - background) / self.scale
-            return (R.squared_norm(observations.innovation(x)) + apart) / 2
+        def cost(v: Tensor) -> Tensor:
+            moved = B @ v
+            return (observations.covariance.squared_norm(observations.innovation(background + moved)) + (v * moved).sum(-1)) / 2
 
-        def direction(x: Tensor) -> Tensor:
-            H = operator.jacobian(x)
-            gain = kalman_gain(B, H, _for_members(R.matrix))
-            expected = observations.innovation(x) - _apply(H, background - x)
-            return background + _apply(gain, expected) - x
+        def direction(v: Tensor) -> Tensor:
+            return kalman_pull(B, background + B @ v, observations, background) - v
 
-        return gauss_newton(cost, direction, background, self.iterations)
+        return background + B @ gauss_newton(cost, direction, torch.zeros_like(background), self.iterations)
 
 
 # %% ../../nbs/04_variational.ipynb #e0a21f85
+@dataclass(frozen=True, eq=False)
+class _Scaled:
+    covariance: ErrorCovariance
+    scale: float
+
+    def multiply(self, states: Tensor) -> Tensor:
+        return self.scale * self.covariance.multiply(states)
+
+    def between(self, i: Index, j: Index) -> Tensor:
+        return self.scale * self.covariance.between(i, j)
+
+    def __matmul__(self, state: Tensor) -> Tensor:
+        return self.multiply(state.unsqueeze(-2)).squeeze(-2)
+
+
 def _apply(matrix: Tensor, vector: Tensor) -> Tensor:
     return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
-
-
-def _for_members(matrix: Tensor) -> Tensor:
-    """A matrix for each run `(run, n, n)` beside members; a common one `(n, n)` as it is."""
-    return matrix.unsqueeze(-3) if matrix.ndim > 2 else matrix
 
 
 def _check_scale(scale: float) -> None:
@@ -117,9 +123,9 @@ def _check_scale(scale: float) -> None:
         raise ValueError(f"scale: expected a positive factor, got {scale}")
 
 
-def _check_size(covariance: Covariance, background: Tensor) -> None:
-    if covariance.size != background.shape[-1]:
-        raise ValueError(f"covariance: expected size {background.shape[-1]} as the state's, got {covariance.size}")
+def _check_size(covariance: ErrorCovariance, background: Tensor) -> None:
+    if (size := getattr(covariance, "size", background.shape[-1])) != background.shape[-1]:
+        raise ValueError(f"covariance: expected size {background.shape[-1]} as the state's, got {size}")
 
 
 # %% ../../nbs/04_variational.ipynb #66c6b34f
