@@ -141,8 +141,8 @@ d = {
                 "four_dvar.html#weakfourdvar.analyse",
                 "pnpda_nb/classical/four_dvar.py",
             ),
+            "pnpda_nb.classical.four_dvar._apply": ("four_dvar.html#_apply", "pnpda_nb/classical/four_dvar.py"),
             "pnpda_nb.classical.four_dvar._misfit": ("four_dvar.html#_misfit", "pnpda_nb/classical/four_dvar.py"),
-            "pnpda_nb.classical.four_dvar._solve": ("four_dvar.html#_solve", "pnpda_nb/classical/four_dvar.py"),
             "pnpda_nb.classical.four_dvar.solve_block_tridiagonal": (
                 "four_dvar.html#solve_block_tridiagonal",
                 "pnpda_nb/classical/four_dvar.py",
@@ -251,20 +251,6 @@ d = {
                 "variational.html#threedvar.analyse",
                 "pnpda_nb/classical/variational.py",
             ),
-            "pnpda_nb.classical.variational._Scaled": ("variational.html#_scaled", "pnpda_nb/classical/variational.py"),
-            "pnpda_nb.classical.variational._Scaled.__matmul__": (
-                "variational.html#_scaled.__matmul__",
-                "pnpda_nb/classical/variational.py",
-            ),
-            "pnpda_nb.classical.variational._Scaled.between": (
-                "variational.html#_scaled.between",
-                "pnpda_nb/classical/variational.py",
-            ),
-            "pnpda_nb.classical.variational._Scaled.multiply": (
-                "variational.html#_scaled.multiply",
-                "pnpda_nb/classical/variational.py",
-            ),
-            "pnpda_nb.classical.variational._apply": ("variational.html#_apply", "pnpda_nb/classical/variational.py"),
             "pnpda_nb.classical.variational._check_scale": ("variational.html#_check_scale", "pnpda_nb/classical/variational.py"),
             "pnpda_nb.classical.variational._check_size": ("variational.html#_check_size", "pnpda_nb/classical/variational.py"),
             "pnpda_nb.classical.variational.archive_background": (
@@ -2367,7 +2353,6 @@ d = {
             "pnpda_nb.observing.update._beside_members": ("engine.html#_beside_members", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update._each": ("engine.html#_each", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update._few": ("engine.html#_few", "pnpda_nb/observing/update.py"),
-            "pnpda_nb.observing.update._linearised": ("engine.html#_linearised", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update._root": ("engine.html#_root", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update._solve": ("engine.html#_solve", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update._times": ("engine.html#_times", "pnpda_nb/observing/update.py"),
@@ -2378,6 +2363,7 @@ d = {
             "pnpda_nb.observing.update.kalman_pull": ("engine.html#kalman_pull", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update.kalman_update": ("engine.html#kalman_update", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update.selects_alone": ("engine.html#selects_alone", "pnpda_nb/observing/update.py"),
+            "pnpda_nb.observing.update.solved": ("engine.html#solved", "pnpda_nb/observing/update.py"),
         },
         "pnpda_nb.operations.errors": {
             "pnpda_nb.operations.errors.Fixed": ("files.html#fixed", "pnpda_nb/operations/errors.py"),

@@ -17,7 +17,7 @@ from ..core.grid import Distance, gaspari_cohn, neighbours, tapers
 from ..core.random import standard_normal
 from ..observing.covariance import DiagonalCovariance
 from ..observing.observations import Observations
-from ..observing.update import anomalies, factored_weights, innovation_weights
+from ..observing.update import _solve, anomalies, factored_weights, innovation_weights
 
 # %% auto #0
 __all__ = ["inflate", "EnsembleFilter", "EnKF", "ETKF", "LETKF", "LocalEnKF", "EnKS"]
@@ -247,7 +247,7 @@ def _local_information(
         idle = taper == 0
         both = ~(idle.unsqueeze(-1) | idle.unsqueeze(-2))
         blocks = torch.where(both, blocks, torch.diag_embed(idle.to(blocks)))
-        weighed = torch.linalg.solve(blocks, near.mT).mT
+        weighed = _solve(near, blocks)
     return weighed @ near.mT, (weighed @ miss.unsqueeze(-1)).squeeze(-1)
 
 

@@ -11,11 +11,11 @@ from typing import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .variational import _apply, _check_scale, _check_size, gauss_newton
+from .variational import _check_scale, _check_size, gauss_newton
 from ..core.checks import Gappy, guard
 from ..observing.covariance import Covariance
 from ..observing.observations import Observations
-from ..observing.update import _beside_members
+from ..observing.update import _beside_members, solved
 
 # %% auto #0
 __all__ = ["FourDVar", "WeakFourDVar"]
@@ -71,7 +71,7 @@ class FourDVar:
                 if i >= old:
                     curvature, slope = _misfit(seen, x, sensitivity)
                     hessian, descent = hessian + curvature, descent + slope
-            return _solve(hessian, descent)
+            return solved(descent, hessian)
 
         return gauss_newton(cost, direction, background, self.iterations)
 
@@ -85,11 +85,8 @@ def _misfit(seen: Observations, x: Tensor, sensitivity: Tensor | None = None) ->
     return weighed.mT @ H, _apply(weighed.mT, seen.innovation(x))
 
 
-def _solve(matrix: Tensor, vector: Tensor) -> Tensor:
-    """Solve symmetric positive definite systems; one that is not gives nan, and harms no other."""
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    solution = torch.cholesky_solve(vector.unsqueeze(-1), factor).squeeze(-1)
-    return solution.masked_fill((failed != 0).unsqueeze(-1), torch.nan)
+def _apply(matrix: Tensor, vector: Tensor) -> Tensor:
+    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
 
 
 # %% ../../nbs/05_four_dvar.ipynb #d3c1b481

@@ -11,11 +11,11 @@ from typing import Callable
 import torch
 from torch import Tensor
 
-from ..core.checks import Index, guard
+from ..core.checks import guard
 from ..core.grid import gaspari_cohn_matrix
 from ..observing.covariance import Covariance
 from ..observing.observations import Observations
-from ..observing.update import ErrorCovariance, kalman_pull, kalman_update
+from ..observing.update import ErrorCovariance, kalman_pull
 
 # %% auto #0
 __all__ = [
@@ -84,40 +84,24 @@ class ThreeDVar:
         self, background: Tensor, observations: Observations, *, forecast: Callable | None, generator: torch.Generator | None
     ) -> Tensor:
         _check_size(self.covariance, background)
-        B = _Scaled(self.covariance, self.scale)
-        if observations.operator.linear:
-            return kalman_update(B, background, observations)
+
+        def moved(v: Tensor) -> Tensor:
+            return self.scale * self.covariance.multiply(v)
 
         def cost(v: Tensor) -> Tensor:
-            moved = B @ v
-            return (observations.covariance.squared_norm(observations.innovation(background + moved)) + (v * moved).sum(-1)) / 2
+            innovation = observations.innovation(background + moved(v))
+            return (observations.covariance.squared_norm(innovation) + (v * moved(v)).sum(-1)) / 2
 
         def direction(v: Tensor) -> Tensor:
-            return kalman_pull(B, background + B @ v, observations, background) - v
+            return kalman_pull(self.covariance, background + moved(v), observations, background, self.scale) - v
 
-        return background + B @ gauss_newton(cost, direction, torch.zeros_like(background), self.iterations)
+        start = torch.zeros_like(background)
+        if observations.operator.linear:
+            return background + moved(direction(start))
+        return background + moved(gauss_newton(cost, direction, start, self.iterations))
 
 
 # %% ../../nbs/04_variational.ipynb #e0a21f85
-@dataclass(frozen=True, eq=False)
-class _Scaled:
-    covariance: ErrorCovariance
-    scale: float
-
-    def multiply(self, states: Tensor) -> Tensor:
-        return self.scale * self.covariance.multiply(states)
-
-    def between(self, i: Index, j: Index) -> Tensor:
-        return self.scale * self.covariance.between(i, j)
-
-    def __matmul__(self, state: Tensor) -> Tensor:
-        return self.multiply(state.unsqueeze(-2)).squeeze(-2)
-
-
-def _apply(matrix: Tensor, vector: Tensor) -> Tensor:
-    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
-
-
 def _check_scale(scale: float) -> None:
     if not 0 < scale < float("inf"):
         raise ValueError(f"scale: expected a positive factor, got {scale}")

@@ -84,6 +84,11 @@ def _times(rows: Tensor, matrix: Tensor) -> Tensor:
     return _each(torch.matmul, rows, matrix.to(rows))
 
 
+def solved(vectors: Tensor, matrix: Tensor) -> Tensor:
+    """The inverse of a symmetric positive definite `matrix` applied to `vectors` `(..., member, n)`; nan if it is not one."""
+    return _each(_solve, vectors.unsqueeze(-2), matrix).squeeze(-2)
+
+
 # %% ../../nbs/92_engine.ipynb #196993a6
 def _few(operator: Operator) -> tuple[Index, Tensor] | None:
     """For an operator that sees a few components at a time: which, and their weights, both `(size, k)`."""
@@ -92,15 +97,10 @@ def _few(operator: Operator) -> tuple[Index, Tensor] | None:
     return (operator.indices, operator.weights) if isinstance(operator, Interpolate) else None
 
 
-def _linearised(x: Tensor, operator: Operator) -> Tensor:
-    """H at x: `(size, dim)`, or with leading axes that go with those of x `(..., member, dim)`."""
-    return _beside_members(operator.jacobian(x.new_zeros(x.shape[-1]))) if operator.linear else operator.jacobian(x)
-
-
 # %% ../../nbs/92_engine.ipynb #e560fa25
 def innovation_weights(R: Covariance, innovation: Tensor, shown: Tensor) -> Tensor:
     """(H B Hᵀ + R)⁻¹ d for innovations d `(..., member, size)`, with `shown` = H B Hᵀ."""
-    return _each(_solve, innovation.unsqueeze(-2), shown + _beside_members(R.matrix).to(shown)).squeeze(-2)
+    return solved(innovation, shown + _beside_members(R.matrix).to(shown))
 
 
 def factored_weights(R: Covariance, innovation: Tensor, factor: Tensor, own: Tensor | float = 0.0) -> Tensor:
@@ -111,31 +111,35 @@ def factored_weights(R: Covariance, innovation: Tensor, factor: Tensor, own: Ten
     own = own + _beside(R.variances.to(innovation), innovation.ndim - 1)  # Λ
     scaled = factor / own.unsqueeze(-1)
     inner = torch.eye(factor.shape[-1]).to(factor) + scaled.mT @ factor
-    c = _each(_solve, _times(innovation.unsqueeze(-2), scaled), inner)
-    return (innovation - _times(c, factor.mT).squeeze(-2)) / own
+    c = solved(_times(innovation.unsqueeze(-2), scaled).squeeze(-2), inner)
+    return (innovation - _times(c.unsqueeze(-2), factor.mT).squeeze(-2)) / own
 
 
 # %% ../../nbs/92_engine.ipynb #37a2d92b
-def kalman_pull(B: ErrorCovariance, x: Tensor, observations: Observations, centre: Tensor | None = None) -> Tensor:
-    """Hᵀw of @eq-kalman-weights for states x `(..., member, dim)`, with H linearised at x. If it is another state, the `centre`,
-    that has errors of covariance B, the innovation is y − H(x) − H (centre − x).
+def kalman_pull(
+    B: ErrorCovariance, x: Tensor, observations: Observations, centre: Tensor | None = None, scale: float = 1.0
+) -> Tensor:
+    """Hᵀw of @eq-kalman-weights for states x `(..., member, dim)` and errors of covariance `scale` · B, with H linearised at x. If
+    the errors are those of another state, the `centre`, then the innovation is y − H(x) − H (centre − x).
     """
     operator, R, present = observations.operator, observations.covariance, x.new_ones(1)
     if isinstance(operator, Present):
         operator, present = operator.operator, operator.present.unsqueeze(-2).to(x)  # beside members
-    innovation = observations.innovation(x if centre is None or not operator.linear else centre).to(x)
-    if (few := _few(operator)) is None:
-        H = _linearised(x, observations.operator)
-        if centre is not None and not operator.linear:
+    few, linear = _few(operator), operator.linear
+    innovation = observations.innovation(x if centre is None or few is None else centre).to(x)
+    if few is None:
+        H = observations.operator.jacobian(x.new_zeros(x.shape[-1]) if linear else x)
+        H = _beside_members(H) if linear else H
+        if centre is not None:
             innovation = innovation + _times((x - centre).unsqueeze(-2), H.mT).squeeze(-2)
-        weights = innovation_weights(R, innovation, H @ B.multiply(H).mT)
+        weights = innovation_weights(R, innovation, scale * H @ B.multiply(H).mT)
         return _times(weights.unsqueeze(-2), H).squeeze(-2)
     if isinstance(operator, Select) and isinstance(B, FactoredError):
         U, own = (part.to(x) for part in B.at(operator._index.to(x.device)))
-        weights = factored_weights(R, innovation, U * present.unsqueeze(-1), own * present)
+        weights = factored_weights(R, innovation, scale**0.5 * U * present.unsqueeze(-1), scale * own * present)
     else:
         columns = [(i, w) for i, w in zip(few[0].T.to(x.device), few[1].T.to(x))]
-        shown = sum(w.unsqueeze(-1) * B.between(i, j).to(x) * v for i, w in columns for j, v in columns)
+        shown = scale * sum(w.unsqueeze(-1) * B.between(i, j).to(x) * v for i, w in columns for j, v in columns)
         weights = innovation_weights(R, innovation, shown * present.unsqueeze(-1) * present.unsqueeze(-2))
     return observations.operator.adjoint(x, weights)
 
