@@ -2363,7 +2363,7 @@ d = {
             "pnpda_nb.observing.update.kalman_pull": ("engine.html#kalman_pull", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update.kalman_update": ("engine.html#kalman_update", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update.selects_alone": ("engine.html#selects_alone", "pnpda_nb/observing/update.py"),
-            "pnpda_nb.observing.update.solved": ("engine.html#solved", "pnpda_nb/observing/update.py"),
+            "pnpda_nb.observing.update.symmetric_solve": ("engine.html#symmetric_solve", "pnpda_nb/observing/update.py"),
         },
         "pnpda_nb.operations.errors": {
             "pnpda_nb.operations.errors.Fixed": ("files.html#fixed", "pnpda_nb/operations/errors.py"),

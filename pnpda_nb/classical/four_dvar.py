@@ -15,7 +15,7 @@ from .variational import _check_scale, _check_size, gauss_newton
 from ..core.checks import Gappy, guard
 from ..observing.covariance import Covariance
 from ..observing.observations import Observations
-from ..observing.update import _beside_members, solved
+from ..observing.update import _beside_members, symmetric_solve
 
 # %% auto #0
 __all__ = ["FourDVar", "WeakFourDVar"]
@@ -71,7 +71,7 @@ class FourDVar:
                 if i >= old:
                     curvature, slope = _misfit(seen, x, sensitivity)
                     hessian, descent = hessian + curvature, descent + slope
-            return solved(descent, hessian)
+            return symmetric_solve(descent, hessian)
 
         return gauss_newton(cost, direction, background, self.iterations)
 

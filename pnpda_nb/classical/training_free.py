@@ -53,7 +53,8 @@ def standardise(background: Tensor, scale: float | None = None, bandwidth: float
 # %% ../../nbs/91_models.ipynb #2139ab7b
 def towards_observations(states: Tensor, observations: Observations, spread: Tensor, length: float) -> Tensor:
     """The linearly implicit step of `length` along the gradient of the log-likelihood at `states` `(..., member, dim)`: what
-    to add to them, in units of `spread` `(..., 1, dim)`. The cost grows with the number of observations cubed.
+    to add to them, in units of `spread` `(..., 1, dim)`. The cost grows with the number of observations cubed, if not
+    each is of one variable with an error of its own.
     """
     return length * spread * kalman_pull(FactoredError(diagonal=length * spread.square()), states, observations)
 

@@ -84,7 +84,7 @@ def _times(rows: Tensor, matrix: Tensor) -> Tensor:
     return _each(torch.matmul, rows, matrix.to(rows))
 
 
-def solved(vectors: Tensor, matrix: Tensor) -> Tensor:
+def symmetric_solve(vectors: Tensor, matrix: Tensor) -> Tensor:
     """The inverse of a symmetric positive definite `matrix` applied to `vectors` `(..., member, n)`; nan if it is not one."""
     return _each(_solve, vectors.unsqueeze(-2), matrix).squeeze(-2)
 
@@ -100,7 +100,7 @@ def _few(operator: Operator) -> tuple[Index, Tensor] | None:
 # %% ../../nbs/92_engine.ipynb #e560fa25
 def innovation_weights(R: Covariance, innovation: Tensor, shown: Tensor) -> Tensor:
     """(H B Hᵀ + R)⁻¹ d for innovations d `(..., member, size)`, with `shown` = H B Hᵀ."""
-    return solved(innovation, shown + _beside_members(R.matrix).to(shown))
+    return symmetric_solve(innovation, shown + _beside_members(R.matrix).to(shown))
 
 
 def factored_weights(R: Covariance, innovation: Tensor, factor: Tensor, own: Tensor | float = 0.0) -> Tensor:
@@ -111,7 +111,7 @@ def factored_weights(R: Covariance, innovation: Tensor, factor: Tensor, own: Ten
     own = own + _beside(R.variances.to(innovation), innovation.ndim - 1)  # Λ
     scaled = factor / own.unsqueeze(-1)
     inner = torch.eye(factor.shape[-1]).to(factor) + scaled.mT @ factor
-    c = solved(_times(innovation.unsqueeze(-2), scaled).squeeze(-2), inner)
+    c = symmetric_solve(_times(innovation.unsqueeze(-2), scaled).squeeze(-2), inner)
     return (innovation - _times(c.unsqueeze(-2), factor.mT).squeeze(-2)) / own
 
 
