@@ -114,10 +114,9 @@ class EnKF(EnsembleFilter):
         innovations = (perturbed_observations(observations, members, generator) - seen).to(shown)
         weights = factored_weights(observations.covariance, innovations, shown.mT.unsqueeze(-3))  # (..., member, size)
         weights = weights / (members - 1) ** 0.5
-        if members <= seen.shape[-1]:
-            transform = weights @ shown.mT
-            return lambda states: states + transform @ anomalies(states)
-        return lambda states: states + weights @ (shown.mT @ anomalies(states))
+        if members > seen.shape[-1]:
+            return lambda states: states + weights @ (shown.mT @ anomalies(states))
+        return lambda states: states + weights @ shown.mT @ anomalies(states)
 
     def analyse(
         self, background: Tensor, observations: Observations, *, forecast: Callable | None, generator: torch.Generator | None

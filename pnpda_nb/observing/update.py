@@ -84,7 +84,7 @@ def _times(rows: Tensor, matrix: Tensor) -> Tensor:
     return _each(torch.matmul, rows, matrix.to(rows))
 
 
-def symmetric_solve(vectors: Tensor, matrix: Tensor) -> Tensor:
+def symmetric_solve(vectors: Gappy, matrix: Gappy) -> Gappy:
     """The inverse of a symmetric positive definite `matrix` applied to `vectors` `(..., member, n)`; nan if it is not one."""
     return _each(_solve, vectors.unsqueeze(-2), matrix).squeeze(-2)
 
@@ -98,12 +98,12 @@ def _few(operator: Operator) -> tuple[Index, Tensor] | None:
 
 
 # %% ../../nbs/92_engine.ipynb #e560fa25
-def innovation_weights(R: Covariance, innovation: Tensor, shown: Tensor) -> Tensor:
+def innovation_weights(R: Covariance, innovation: Gappy, shown: Gappy) -> Gappy:
     """(H B Hᵀ + R)⁻¹ d for innovations d `(..., member, size)`, with `shown` = H B Hᵀ."""
     return symmetric_solve(innovation, shown + _beside_members(R.matrix).to(shown))
 
 
-def factored_weights(R: Covariance, innovation: Tensor, factor: Tensor, own: Tensor | float = 0.0) -> Tensor:
+def factored_weights(R: Covariance, innovation: Gappy, factor: Gappy, own: Gappy | float = 0.0) -> Gappy:
     """The same for H B Hᵀ = U Uᵀ + diag(`own`), with U = `factor` `(..., size, rank)`: @eq-woodbury where that is less work."""
     if not isinstance(R, DiagonalCovariance) or factor.shape[-1] >= factor.shape[-2]:
         own = torch.as_tensor(own).to(factor) + factor.new_zeros(factor.shape[-2])
@@ -116,9 +116,7 @@ def factored_weights(R: Covariance, innovation: Tensor, factor: Tensor, own: Ten
 
 
 # %% ../../nbs/92_engine.ipynb #37a2d92b
-def kalman_pull(
-    B: ErrorCovariance, x: Tensor, observations: Observations, centre: Tensor | None = None, scale: float = 1.0
-) -> Tensor:
+def kalman_pull(B: ErrorCovariance, x: Gappy, observations: Observations, centre: Gappy | None = None, scale: float = 1.0) -> Gappy:
     """Hᵀw of @eq-kalman-weights for states x `(..., member, dim)` and errors of covariance `scale` · B, with H linearised at x. If
     the errors are those of another state, the `centre`, then the innovation is y − H(x) − H (centre − x).
     """
@@ -212,7 +210,6 @@ class Residual:
     taper: Tensor | None = None
 
     def between(self, i: Index, j: Index) -> Tensor:
-        """Covariances of the components `i` `(n,)` with `j` `(m,)`: `(..., n, m)`."""
         block = self.factor[..., i, :] @ self.factor[..., j, :].mT
         block = block if self.taper is None else block * self.taper[i.unsqueeze(-1), j]
         return block + self.diagonal[..., i].unsqueeze(-1) * (i.unsqueeze(-1) == j)
