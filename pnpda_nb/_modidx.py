@@ -126,8 +126,8 @@ d = {
                 "four_dvar.html#_windowed.__post_init__",
                 "pnpda_nb/classical/four_dvar.py",
             ),
+            "pnpda_nb.classical.four_dvar._apply": ("four_dvar.html#_apply", "pnpda_nb/classical/four_dvar.py"),
             "pnpda_nb.classical.four_dvar._misfit": ("four_dvar.html#_misfit", "pnpda_nb/classical/four_dvar.py"),
-            "pnpda_nb.classical.four_dvar._solve": ("four_dvar.html#_solve", "pnpda_nb/classical/four_dvar.py"),
             "pnpda_nb.classical.four_dvar.solve_block_tridiagonal": (
                 "four_dvar.html#solve_block_tridiagonal",
                 "pnpda_nb/classical/four_dvar.py",
@@ -212,9 +212,7 @@ d = {
                 "variational.html#threedvar.analyse",
                 "pnpda_nb/classical/variational.py",
             ),
-            "pnpda_nb.classical.variational._apply": ("variational.html#_apply", "pnpda_nb/classical/variational.py"),
             "pnpda_nb.classical.variational._check_size": ("variational.html#_check_size", "pnpda_nb/classical/variational.py"),
-            "pnpda_nb.classical.variational._for_members": ("variational.html#_for_members", "pnpda_nb/classical/variational.py"),
             "pnpda_nb.classical.variational.archive_background": (
                 "variational.html#archive_background",
                 "pnpda_nb/classical/variational.py",
@@ -1960,6 +1958,10 @@ d = {
                 "observing.html#covariance.__repr__",
                 "pnpda_nb/observing/covariance.py",
             ),
+            "pnpda_nb.observing.covariance.Covariance.between": (
+                "observing.html#covariance.between",
+                "pnpda_nb/observing/covariance.py",
+            ),
             "pnpda_nb.observing.covariance.Covariance.draw": ("observing.html#covariance.draw", "pnpda_nb/observing/covariance.py"),
             "pnpda_nb.observing.covariance.Covariance.inverse": (
                 "observing.html#covariance.inverse",
@@ -1967,6 +1969,10 @@ d = {
             ),
             "pnpda_nb.observing.covariance.Covariance.largest_precision": (
                 "observing.html#covariance.largest_precision",
+                "pnpda_nb/observing/covariance.py",
+            ),
+            "pnpda_nb.observing.covariance.Covariance.multiply": (
+                "observing.html#covariance.multiply",
                 "pnpda_nb/observing/covariance.py",
             ),
             "pnpda_nb.observing.covariance.Covariance.size": ("observing.html#covariance.size", "pnpda_nb/observing/covariance.py"),
@@ -1998,6 +2004,10 @@ d = {
                 "observing.html#diagonalcovariance._unchecked",
                 "pnpda_nb/observing/covariance.py",
             ),
+            "pnpda_nb.observing.covariance.DiagonalCovariance.between": (
+                "observing.html#diagonalcovariance.between",
+                "pnpda_nb/observing/covariance.py",
+            ),
             "pnpda_nb.observing.covariance.DiagonalCovariance.draw": (
                 "observing.html#diagonalcovariance.draw",
                 "pnpda_nb/observing/covariance.py",
@@ -2016,6 +2026,10 @@ d = {
             ),
             "pnpda_nb.observing.covariance.DiagonalCovariance.matrix": (
                 "observing.html#diagonalcovariance.matrix",
+                "pnpda_nb/observing/covariance.py",
+            ),
+            "pnpda_nb.observing.covariance.DiagonalCovariance.multiply": (
+                "observing.html#diagonalcovariance.multiply",
                 "pnpda_nb/observing/covariance.py",
             ),
             "pnpda_nb.observing.covariance.DiagonalCovariance.size": (
@@ -2195,37 +2209,52 @@ d = {
         },
         "pnpda_nb.observing.update": {
             "pnpda_nb.observing.update.DenseError": ("engine.html#denseerror", "pnpda_nb/observing/update.py"),
-            "pnpda_nb.observing.update.DenseError.update": ("engine.html#denseerror.update", "pnpda_nb/observing/update.py"),
+            "pnpda_nb.observing.update.DenseError.between": ("engine.html#denseerror.between", "pnpda_nb/observing/update.py"),
+            "pnpda_nb.observing.update.DenseError.multiply": ("engine.html#denseerror.multiply", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update.ErrorCovariance": ("engine.html#errorcovariance", "pnpda_nb/observing/update.py"),
-            "pnpda_nb.observing.update.ErrorCovariance.update": (
-                "engine.html#errorcovariance.update",
+            "pnpda_nb.observing.update.ErrorCovariance.between": (
+                "engine.html#errorcovariance.between",
+                "pnpda_nb/observing/update.py",
+            ),
+            "pnpda_nb.observing.update.ErrorCovariance.multiply": (
+                "engine.html#errorcovariance.multiply",
                 "pnpda_nb/observing/update.py",
             ),
             "pnpda_nb.observing.update.FactoredError": ("engine.html#factorederror", "pnpda_nb/observing/update.py"),
-            "pnpda_nb.observing.update.FactoredError._at_stations": (
-                "engine.html#factorederror._at_stations",
+            "pnpda_nb.observing.update.FactoredError._own": ("engine.html#factorederror._own", "pnpda_nb/observing/update.py"),
+            "pnpda_nb.observing.update.FactoredError.at": ("engine.html#factorederror.at", "pnpda_nb/observing/update.py"),
+            "pnpda_nb.observing.update.FactoredError.between": (
+                "engine.html#factorederror.between",
                 "pnpda_nb/observing/update.py",
             ),
-            "pnpda_nb.observing.update.FactoredError.update": ("engine.html#factorederror.update", "pnpda_nb/observing/update.py"),
+            "pnpda_nb.observing.update.FactoredError.multiply": (
+                "engine.html#factorederror.multiply",
+                "pnpda_nb/observing/update.py",
+            ),
             "pnpda_nb.observing.update.Residual": ("engine.html#residual", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update.Residual.between": ("engine.html#residual.between", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update.Residual.draw": ("engine.html#residual.draw", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update.Residual.matrix": ("engine.html#residual.matrix", "pnpda_nb/observing/update.py"),
+            "pnpda_nb.observing.update.Residual.multiply": ("engine.html#residual.multiply", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update.Residual.negative_log_likelihood": (
                 "engine.html#residual.negative_log_likelihood",
                 "pnpda_nb/observing/update.py",
             ),
-            "pnpda_nb.observing.update.Residual.update": ("engine.html#residual.update", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update.Residual.variance": ("engine.html#residual.variance", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update._beside_members": ("engine.html#_beside_members", "pnpda_nb/observing/update.py"),
-            "pnpda_nb.observing.update._interpolation": ("engine.html#_interpolation", "pnpda_nb/observing/update.py"),
-            "pnpda_nb.observing.update._kalman": ("engine.html#_kalman", "pnpda_nb/observing/update.py"),
-            "pnpda_nb.observing.update._linearised": ("engine.html#_linearised", "pnpda_nb/observing/update.py"),
+            "pnpda_nb.observing.update._each": ("engine.html#_each", "pnpda_nb/observing/update.py"),
+            "pnpda_nb.observing.update._few": ("engine.html#_few", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update._root": ("engine.html#_root", "pnpda_nb/observing/update.py"),
-            "pnpda_nb.observing.update._selection": ("engine.html#_selection", "pnpda_nb/observing/update.py"),
+            "pnpda_nb.observing.update._solve": ("engine.html#_solve", "pnpda_nb/observing/update.py"),
+            "pnpda_nb.observing.update._times": ("engine.html#_times", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update.anomalies": ("engine.html#anomalies", "pnpda_nb/observing/update.py"),
+            "pnpda_nb.observing.update.factored_weights": ("engine.html#factored_weights", "pnpda_nb/observing/update.py"),
+            "pnpda_nb.observing.update.innovation_weights": ("engine.html#innovation_weights", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update.kalman_gain": ("engine.html#kalman_gain", "pnpda_nb/observing/update.py"),
+            "pnpda_nb.observing.update.kalman_pull": ("engine.html#kalman_pull", "pnpda_nb/observing/update.py"),
+            "pnpda_nb.observing.update.kalman_update": ("engine.html#kalman_update", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update.selects_alone": ("engine.html#selects_alone", "pnpda_nb/observing/update.py"),
+            "pnpda_nb.observing.update.symmetric_solve": ("engine.html#symmetric_solve", "pnpda_nb/observing/update.py"),
         },
         "pnpda_nb.operations.errors": {
             "pnpda_nb.operations.errors.Fixed": ("files.html#fixed", "pnpda_nb/operations/errors.py"),

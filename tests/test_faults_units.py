@@ -29,6 +29,7 @@ from pnpda_nb.observing import (
     Nonlinear,
     ObservingNetwork,
     Select,
+    kalman_update,
 )
 from pnpda_nb.operations import (
     Calibration,
@@ -163,7 +164,7 @@ def test_that_analyses_are_the_same_in_any_units(spread):
             FactoredError(L * u[:, None], d * u**2),
             EnsembleResidual(source=u).at(0.3, x * u),
         ]
-        found = [error.update(x * u, observations) for error in errors for observations in (*select, between)]
+        found = [kalman_update(error, x * u, observations) for error in errors for observations in (*select, between)]
         methods = ThreeDVar(Covariance(B * u * u[:, None])), EnKF(), ETKF(), LETKF(half_width=3.0)
         found += [m.analyse(x * u, o, forecast=None, generator=stream(1)) for m in methods for o in select]
         return [a / u for a in found]

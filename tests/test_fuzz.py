@@ -310,6 +310,11 @@ POOL = {
     "target": lambda: states(4, 3),
     "source": lambda: states(4, 3),
     "sites": lambda: torch.tensor([0, 2]),
+    "i": lambda: torch.tensor([0, 2]),
+    "j": lambda: torch.tensor([1]),
+    "B": lambda: Covariance(spd(3)),
+    "R": lambda: DiagonalCovariance([0.5, 1.0]),
+    "innovation": lambda: states(2, 4, 2),
 }
 
 
@@ -574,6 +579,10 @@ OWN = {  # arguments of one callable, where they are not those of the pool
     },
     "observing.Residual.__init__": {"factor": A(2, 4, 3, 1), "diagonal": lambda: torch.ones(2, 4, 3, dtype=DOUBLE)},
     "observing.Residual.negative_log_likelihood": {"error": ENSEMBLE},
+    "observing.Residual.multiply": {"states": A(2, 4, 1, 3)},
+    "observing.update.kalman_pull": {"scale": lambda: 0.5},
+    "observing.update.innovation_weights": {"shown": lambda: spd(2)},
+    "observing.update.factored_weights": {"factor": A(2, 1)},
     "learned.AnalysisPrior.__init__": {
         "network": lambda: aware().network,
         "architecture": lambda: dict(aware().architecture),

@@ -365,7 +365,7 @@ def homogeneous(name, dtype=DOUBLE):
 
 def dense(covariance):
     n = torch.arange(covariance.size)
-    return covariance.between(n[:, None], n)
+    return covariance.between(n, n)
 
 
 @pytest.mark.parametrize("name", CIRCULAR)

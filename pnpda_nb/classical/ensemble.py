@@ -18,7 +18,7 @@ from ..core.random import standard_normal
 from ..core.settings import Count, NotNegative, PositiveNumber, Settings, Share, Unbounded
 from ..observing.covariance import DiagonalCovariance
 from ..observing.observations import Observations
-from ..observing.update import anomalies
+from ..observing.update import _solve, anomalies, factored_weights, innovation_weights
 
 # %% auto #0
 __all__ = ["inflate", "EnsembleFilter", "EnKF", "ETKF", "LETKF", "LocalEnKF", "EnKS"]
@@ -103,11 +103,13 @@ class EnKF(EnsembleFilter):
         """The map of ensembles `(..., member, dim)` that the observations ask for."""
         members = background.shape[-2]
         seen = observations.operator(background)
-        shown = anomalies(seen)
-        covariance = shown.mT @ shown + (members - 1) * observations.covariance.matrix
-        innovations = perturbed_observations(observations, members, generator) - seen
-        weights = torch.linalg.solve_ex(covariance, innovations.mT).result  # (..., size, member)
-        return lambda states: states + (anomalies(states).mT @ shown @ weights).mT
+        shown = anomalies(seen) / (members - 1) ** 0.5  # H B Hᵀ is its square
+        innovations = (perturbed_observations(observations, members, generator) - seen).to(shown)
+        weights = factored_weights(observations.covariance, innovations, shown.mT.unsqueeze(-3))  # (..., member, size)
+        weights = weights / (members - 1) ** 0.5
+        if members > seen.shape[-1]:
+            return lambda states: states + weights @ (shown.mT @ anomalies(states))
+        return lambda states: states + weights @ shown.mT @ anomalies(states)
 
     def analyse(
         self, background: Tensor, observations: Observations, *, forecast: Callable | None, generator: torch.Generator | None
@@ -232,7 +234,7 @@ def _local_information(
         idle = taper == 0
         both = ~(idle.unsqueeze(-1) | idle.unsqueeze(-2))
         blocks = torch.where(both, blocks, torch.diag_embed(idle.to(blocks)))
-        weighed = torch.linalg.solve(blocks, near.mT).mT
+        weighed = _solve(near, blocks)
     return weighed @ near.mT, (weighed @ miss.unsqueeze(-1)).squeeze(-1)
 
 
@@ -269,11 +271,10 @@ class LocalEnKF(EnKF):
         members, dim = background.shape[-2:]
         between, among = tapers(dim, _sites_of(observations, dim, "LocalEnKF"), self.half_width, self.distance)
         seen = observations.operator(background)
-        shown = anomalies(seen)
-        covariance = among * (shown.mT @ shown) + (members - 1) * observations.covariance.matrix
-        innovations = perturbed_observations(observations, members, generator) - seen
-        weights = torch.linalg.solve_ex(covariance, innovations.mT).result  # (..., size, member)
-        return lambda states: states + ((between * (anomalies(states).mT @ shown)) @ weights).mT
+        shown = anomalies(seen) / (members - 1) ** 0.5
+        innovations = (perturbed_observations(observations, members, generator) - seen).to(shown)
+        weights = innovation_weights(observations.covariance, innovations, (among * (shown.mT @ shown)).unsqueeze(-3))
+        return lambda states: states + weights @ (between * (anomalies(states).mT @ shown)).mT / (members - 1) ** 0.5
 
 
 # %% ../../nbs/06_ensembles.ipynb #8ff30dc8

@@ -11,11 +11,12 @@ from typing import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .variational import _apply, _check_size, _for_members, gauss_newton
+from .variational import _check_size, gauss_newton
 from ..core.checks import Gappy, guard
 from ..core.settings import Count, PositiveNumber, Settings
 from ..observing.covariance import Covariance
 from ..observing.observations import Observations
+from ..observing.update import _beside_members, symmetric_solve
 
 # %% auto #0
 __all__ = ["FourDVar", "WeakFourDVar"]
@@ -75,7 +76,7 @@ class FourDVar(_Windowed):
                 if i >= old:
                     curvature, slope = _misfit(seen, x, sensitivity)
                     hessian, descent = hessian + curvature, descent + slope
-            return _solve(hessian, descent)
+            return symmetric_solve(descent, hessian)
 
         return gauss_newton(cost, direction, background, self.iterations)
 
@@ -85,15 +86,12 @@ def _misfit(seen: Observations, x: Tensor, sensitivity: Tensor | None = None) ->
     """Gauss-Newton curvature and downhill slope of the misfit at `x`, towards what `x` is sensitive to."""
     H = seen.operator.jacobian(x)
     H = H if sensitivity is None else H @ sensitivity
-    weighed = _for_members(seen.covariance.inverse) @ H
+    weighed = _beside_members(seen.covariance.inverse) @ H
     return weighed.mT @ H, _apply(weighed.mT, seen.innovation(x))
 
 
-def _solve(matrix: Tensor, vector: Tensor) -> Tensor:
-    """Solve symmetric positive definite systems; one that is not gives nan, and harms no other."""
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    solution = torch.cholesky_solve(vector.unsqueeze(-1), factor).squeeze(-1)
-    return solution.masked_fill((failed != 0).unsqueeze(-1), torch.nan)
+def _apply(matrix: Tensor, vector: Tensor) -> Tensor:
+    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
 
 
 # %% ../../nbs/05_four_dvar.ipynb #d3c1b481

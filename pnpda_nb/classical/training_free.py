@@ -17,6 +17,7 @@ from ..core.checks import guard
 from ..core.random import standard_normal
 from ..core.settings import Count, InnerShare, PositiveNumber, Share
 from ..observing.observations import Observations
+from ..observing.update import FactoredError, kalman_pull
 
 # %% auto #0
 __all__ = ["EnSF", "EnFF"]
@@ -52,18 +53,10 @@ def standardise(background: Tensor, scale: float | None = None, bandwidth: float
 # %% ../../nbs/91_models.ipynb #2139ab7b
 def towards_observations(states: Tensor, observations: Observations, spread: Tensor, length: float) -> Tensor:
     """The linearly implicit step of `length` along the gradient of the log-likelihood at `states` `(..., member, dim)`: what
-    to add to them, in units of `spread` `(..., 1, dim)`. The cost grows with the number of observations cubed.
+    to add to them, in units of `spread` `(..., 1, dim)`. The cost grows with the number of observations cubed, if not
+    each is of one variable with an error of its own.
     """
-    operator, R = observations.operator, observations.covariance.matrix
-    innovation = observations.innovation(states)
-    if operator.linear:  # one gain serves all members
-        J = operator.jacobian(states[..., :1, :]).squeeze(-3) * spread
-        weights = torch.linalg.solve_ex(R + length * J @ J.mT, innovation.mT).result
-        return length * weights.mT @ J
-    J = operator.jacobian(states) * spread.unsqueeze(-2)
-    R = R if R.ndim == 2 else R.unsqueeze(-3)
-    weights = torch.linalg.solve_ex(R + length * J @ J.mT, innovation.unsqueeze(-1)).result
-    return length * (weights.mT @ J).squeeze(-2)
+    return length * spread * kalman_pull(FactoredError(diagonal=length * spread.square()), states, observations)
 
 
 # %% ../../nbs/91_models.ipynb #e46393d0

@@ -16,7 +16,7 @@ from ..core.grid import gaspari_cohn_matrix
 from ..core.settings import Count, PositiveNumber, Settings
 from ..observing.covariance import Covariance
 from ..observing.observations import Observations
-from ..observing.update import kalman_gain
+from ..observing.update import ErrorCovariance, kalman_pull
 
 # %% auto #0
 __all__ = [
@@ -67,9 +67,11 @@ def gauss_newton(
 class ThreeDVar(Settings):
     """3D-Var with a static background covariance `scale` · `covariance`: in closed form for a linear
     observation operator (eq. 5 of PnP-DA), by at most `iterations` of Gauss-Newton for a nonlinear one.
+
+    The `covariance` is a matrix or an operator: whatever can multiply, and say the covariances of single components.
     """
 
-    covariance: Covariance
+    covariance: ErrorCovariance
     scale: PositiveNumber = 1.0
     iterations: Count = 20
     window: int = field(default=1, init=False, repr=False)
@@ -78,39 +80,27 @@ class ThreeDVar(Settings):
         self, background: Tensor, observations: Observations, *, forecast: Callable | None, generator: torch.Generator | None
     ) -> Tensor:
         _check_size(self.covariance, background)
-        B = self.scale * self.covariance.matrix.to(background)
-        operator, R = observations.operator, observations.covariance
-        if operator.linear:
-            jacobian = operator.jacobian(background[..., 0, :])  # the same for all members
-            gain = kalman_gain(B, jacobian, R.matrix)
-            return background + observations.innovation(background) @ gain.mT
 
-        def cost(x: Tensor) -> Tensor:
-            apart = self.covariance.squared_norm(x - background) / self.scale
-            return (R.squared_norm(observations.innovation(x)) + apart) / 2
+        def moved(v: Tensor) -> Tensor:
+            return self.scale * self.covariance.multiply(v)
 
-        def direction(x: Tensor) -> Tensor:
-            H = operator.jacobian(x)
-            gain = kalman_gain(B, H, _for_members(R.matrix))
-            expected = observations.innovation(x) - _apply(H, background - x)
-            return background + _apply(gain, expected) - x
+        def cost(v: Tensor) -> Tensor:
+            innovation = observations.innovation(background + moved(v))
+            return (observations.covariance.squared_norm(innovation) + (v * moved(v)).sum(-1)) / 2
 
-        return gauss_newton(cost, direction, background, self.iterations)
+        def direction(v: Tensor) -> Tensor:
+            return kalman_pull(self.covariance, background + moved(v), observations, background, self.scale) - v
+
+        start = torch.zeros_like(background)
+        if observations.operator.linear:
+            return background + moved(direction(start))
+        return background + moved(gauss_newton(cost, direction, start, self.iterations))
 
 
 # %% ../../nbs/04_variational.ipynb #e0a21f85
-def _apply(matrix: Tensor, vector: Tensor) -> Tensor:
-    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
-
-
-def _for_members(matrix: Tensor) -> Tensor:
-    """A matrix for each run `(run, n, n)` beside members; a common one `(n, n)` as it is."""
-    return matrix.unsqueeze(-3) if matrix.ndim > 2 else matrix
-
-
-def _check_size(covariance: Covariance, background: Tensor) -> None:
-    if covariance.size != background.shape[-1]:
-        raise ValueError(f"covariance: expected size {background.shape[-1]} as the state's, got {covariance.size}")
+def _check_size(covariance: ErrorCovariance, background: Tensor) -> None:
+    if (size := getattr(covariance, "size", background.shape[-1])) != background.shape[-1]:
+        raise ValueError(f"covariance: expected size {background.shape[-1]} as the state's, got {size}")
 
 
 # %% ../../nbs/04_variational.ipynb #66c6b34f

@@ -111,10 +111,10 @@ class Homogeneous(_Powers):
         return self.grid.dim
 
     def between(self, i: Index, j: Index) -> Tensor:
-        """Covariances between numbers of a state; the index tensors broadcast."""
-        values, vectors = self._between
-        a, b = (self.grid.channel[k.cpu()] for k in (i, j))
-        return (_correlations(self, i.cpu(), j.cpu()) * ((vectors * values) @ vectors.mT)[a, b]).to(i.device)
+        """Covariances of the components `i` `(n,)` with `j` `(m,)`: `(n, m)`."""
+        (values, vectors), a, b = self._between, i.cpu().unsqueeze(-1), j.cpu()
+        channels = ((vectors * values) @ vectors.mT)[self.grid.channel[a], self.grid.channel[b]]
+        return (_correlations(self, a, b) * channels).to(i.device)
 
 
 # %% ../../nbs/92_engine.ipynb #85f85c92

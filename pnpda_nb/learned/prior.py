@@ -18,7 +18,7 @@ from ..core.settings import NotNegative, Settings
 from ..flow_matching.field_prior import FieldPrior
 from ..flow_matching.prior import Denoiser, velocity_from_denoised
 from ..observing.observations import GridObservations, Observations, on_grid
-from ..observing.update import Residual
+from ..observing.update import Residual, kalman_update
 
 # %% auto #0
 __all__ = ["AnalysisPrior", "SeeingPrior", "BlindPrior", "AmortisedAnalysis"]
@@ -189,7 +189,7 @@ class AmortisedAnalysis(Settings):
             analysis, residual = self.prior.look(background, seen=seen)
             if self.blind:
                 known = observations.observations() if isinstance(observations, GridObservations) else observations
-                analysis = residual.update(analysis, known)
+                analysis = kalman_update(residual, analysis, known)
             return analysis + self.spread * residual.draw(generator) if self.spread else analysis
 
 

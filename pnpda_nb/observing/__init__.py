@@ -7,7 +7,7 @@ from .covariance import Covariance, DiagonalCovariance
 from .functions import NumpyOperator, operator_from
 from .observations import GridObservations, Observations, ObservingNetwork, on_grid
 from .operators import Interpolate, Linear, Nonlinear, Operator, Present, Select
-from .update import DenseError, ErrorCovariance, FactoredError, Residual, anomalies, kalman_gain
+from .update import DenseError, ErrorCovariance, FactoredError, Residual, anomalies, kalman_gain, kalman_update
 
 # %% auto #0
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "Select",
     "anomalies",
     "kalman_gain",
+    "kalman_update",
     "on_grid",
     "operator_from",
 ]

@@ -11,7 +11,7 @@ from typing import Sequence
 import torch
 from torch import Tensor
 
-from ..core.checks import Mask, guard
+from ..core.checks import Index, Mask, guard
 from ..core.random import standard_normal
 
 # %% auto #0
@@ -55,6 +55,14 @@ class Covariance:
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """Errors ~ N(0, matrix), of shape `(*shape, size)`."""
         return standard_normal((*shape, self.size), generator) @ self.factor.mT
+
+    def multiply(self, vectors: Tensor) -> Tensor:
+        """The matrix applied to `vectors` `(..., size)`."""
+        return vectors @ self.matrix.to(vectors)
+
+    def between(self, i: Index, j: Index) -> Tensor:
+        """Covariances of the components `i` `(n,)` with `j` `(m,)`: `(n, m)`."""
+        return self.matrix[i.unsqueeze(-1), j]
 
     def solve(self, vectors: Tensor) -> Tensor:
         """The inverse applied to `vectors` `(..., size)`."""
@@ -148,6 +156,12 @@ class DiagonalCovariance(Covariance):
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         scale = self._variances.sqrt()
         return standard_normal((*shape, self.size), generator) * _beside(scale, len(shape))
+
+    def multiply(self, vectors: Tensor) -> Tensor:
+        return vectors * self._variances.to(vectors)
+
+    def between(self, i: Index, j: Index) -> Tensor:
+        return self._variances[i].unsqueeze(-1) * (i.unsqueeze(-1) == j)
 
     def solve(self, vectors: Tensor) -> Tensor:
         return vectors / _beside(self._variances, vectors.ndim - 1)

@@ -23,7 +23,7 @@ from ..flow_matching.pairs import PairSource, _Sample, _size
 from ..observing.covariance import DiagonalCovariance
 from ..observing.observations import Observations, ObservingNetwork
 from ..observing.operators import Select
-from ..observing.update import FactoredError
+from ..observing.update import FactoredError, kalman_update
 from .errors import DRAWS, MOST, Fixed, Part, _check_pairs, _named, _points, _with, attached_errors, attached_unit, survey
 from ..pnp.errors import residual_covariance
 from ..pnp.loop import PnPDA
@@ -143,7 +143,7 @@ def trial(
         B = getattr(mean, "errors", None)
         if B is None:
             B = residual_covariance(Fixed(prior.dim, lambda x: mean(x) + bias), b, a, (0.0,), generator, rank=rank).errors[0]
-        return B.update(mean(background)[:, None], observations)[:, 0]
+        return kalman_update(B, mean(background)[:, None], observations)[:, 0]
 
     def plug(n: int) -> Tensor:
         method, answers = pnpda_with(prior, n), []

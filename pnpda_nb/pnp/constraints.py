@@ -18,6 +18,7 @@ from ..dynamics.base import Model, rk4
 from ..observing.covariance import Covariance
 from ..observing.observations import Observations
 from ..observing.operators import Nonlinear
+from ..observing.update import symmetric_solve
 from .loop import PnPDA
 from .misfit import Misfit
 from ..twin.cycle import Method
@@ -114,8 +115,7 @@ def newton_step(x: Gappy, c: Gappy, J: Gappy, B: Tensor) -> Gappy:
     """The point nearest to `x` `(..., dim)`, in the norm of B⁻¹, where c + J (x' − x) = 0, with `c` `(..., count)` and
     `J` `(..., count, dim)`; not finite where J B Jᵀ is singular.
     """
-    weights = torch.linalg.solve_ex(J @ B @ J.mT, c.unsqueeze(-1)).result
-    return x - (B @ J.mT @ weights).squeeze(-1)
+    return x - (B @ J.mT @ symmetric_solve(c, J @ B @ J.mT).unsqueeze(-1)).squeeze(-1)
 
 
 def _balanced(matrix: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from ..core.settings import Count, NotNegative, Settings
 from ..flow_matching.flow import FlowPrior
 from ..flow_matching.prior import Denoiser, GaussianPrior, Prior
 from ..observing.observations import Observations
-from ..observing.update import FactoredError
+from ..observing.update import FactoredError, kalman_update
 from .errors import GaussianResidual, Residuals
 from .misfit import Misfit
 
@@ -203,7 +203,7 @@ class PnPDA(_PlugAndPlay):
             if getattr(residuals, "of_members", False):  # members that are there several times, for several answers, count once
                 background = background[..., :: self.ensemble, :]
             error = misfit.left_open if own else residuals.at(last, background)
-        return error.update(x, misfit.observations)
+        return kalman_update(error, x, misfit.observations)
 
     def states(self, x: Tensor, misfit: Misfit, background: Tensor) -> Tensor:
         if self.data_step == "gradient":
