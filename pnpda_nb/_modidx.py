@@ -367,6 +367,11 @@ d = {
             "pnpda_nb.core.checks.shown": ("engine.html#shown", "pnpda_nb/core/checks.py"),
             "pnpda_nb.core.checks.unchecked": ("engine.html#unchecked", "pnpda_nb/core/checks.py"),
         },
+        "pnpda_nb.core.compute": {
+            "pnpda_nb.core.compute._alike": ("engine.html#_alike", "pnpda_nb/core/compute.py"),
+            "pnpda_nb.core.compute._cast": ("engine.html#_cast", "pnpda_nb/core/compute.py"),
+            "pnpda_nb.core.compute._moved": ("engine.html#_moved", "pnpda_nb/core/compute.py"),
+        },
         "pnpda_nb.core.disk": {
             "pnpda_nb.core.disk._forget": ("files.html#_forget", "pnpda_nb/core/disk.py"),
             "pnpda_nb.core.disk._hdf5_end": ("files.html#_hdf5_end", "pnpda_nb/core/disk.py"),
@@ -1978,6 +1983,7 @@ d = {
             "pnpda_nb.learned.records.Examples.__init__": ("priors.html#examples.__init__", "pnpda_nb/learned/records.py"),
             "pnpda_nb.learned.records.Examples.__len__": ("priors.html#examples.__len__", "pnpda_nb/learned/records.py"),
             "pnpda_nb.learned.records.Examples.add": ("priors.html#examples.add", "pnpda_nb/learned/records.py"),
+            "pnpda_nb.learned.records.Examples.clear": ("priors.html#examples.clear", "pnpda_nb/learned/records.py"),
             "pnpda_nb.learned.records.Examples.draw": ("priors.html#examples.draw", "pnpda_nb/learned/records.py"),
             "pnpda_nb.learned.records.Examples.recall": ("priors.html#examples.recall", "pnpda_nb/learned/records.py"),
             "pnpda_nb.learned.records.Examples.remember": ("priors.html#examples.remember", "pnpda_nb/learned/records.py"),
@@ -2025,8 +2031,9 @@ d = {
                 "pnpda_nb/learned/records.py",
             ),
             "pnpda_nb.learned.records.TruthRecord.observe": ("priors.html#truthrecord.observe", "pnpda_nb/learned/records.py"),
-            "pnpda_nb.learned.records._joined": ("priors.html#_joined", "pnpda_nb/learned/records.py"),
+            "pnpda_nb.learned.records._made_of": ("priors.html#_made_of", "pnpda_nb/learned/records.py"),
             "pnpda_nb.learned.records._rows": ("priors.html#_rows", "pnpda_nb/learned/records.py"),
+            "pnpda_nb.learned.records._tensors": ("priors.html#_tensors", "pnpda_nb/learned/records.py"),
             "pnpda_nb.learned.records.innovation_rms": ("priors.html#innovation_rms", "pnpda_nb/learned/records.py"),
             "pnpda_nb.learned.records.observed_record": ("priors.html#observed_record", "pnpda_nb/learned/records.py"),
         },
@@ -2065,6 +2072,10 @@ d = {
                 "observing.html#covariance.__repr__",
                 "pnpda_nb/observing/covariance.py",
             ),
+            "pnpda_nb.observing.covariance.Covariance._alike": (
+                "observing.html#covariance._alike",
+                "pnpda_nb/observing/covariance.py",
+            ),
             "pnpda_nb.observing.covariance.Covariance.draw": ("observing.html#covariance.draw", "pnpda_nb/observing/covariance.py"),
             "pnpda_nb.observing.covariance.Covariance.inverse": (
                 "observing.html#covariance.inverse",
@@ -2097,6 +2108,10 @@ d = {
             ),
             "pnpda_nb.observing.covariance.DiagonalCovariance.__init__": (
                 "observing.html#diagonalcovariance.__init__",
+                "pnpda_nb/observing/covariance.py",
+            ),
+            "pnpda_nb.observing.covariance.DiagonalCovariance._alike": (
+                "observing.html#diagonalcovariance._alike",
                 "pnpda_nb/observing/covariance.py",
             ),
             "pnpda_nb.observing.covariance.DiagonalCovariance._unchecked": (

@@ -63,7 +63,7 @@ class FourDVar:
 
         def direction(x: Tensor) -> Tensor:
             hessian, descent = precision, (background - x) @ precision
-            sensitivity = torch.eye(x.shape[-1]).to(x)
+            sensitivity = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
             for i, seen in enumerate(observations):
                 x, M = forecast.linearised(x)
                 sensitivity = M @ sensitivity
