@@ -135,12 +135,14 @@ d = {
                 "four_dvar.html#fourdvar.__post_init__",
                 "pnpda_nb/classical/four_dvar.py",
             ),
+            "pnpda_nb.classical.four_dvar.FourDVar._alike": ("four_dvar.html#fourdvar._alike", "pnpda_nb/classical/four_dvar.py"),
             "pnpda_nb.classical.four_dvar.FourDVar.analyse": ("four_dvar.html#fourdvar.analyse", "pnpda_nb/classical/four_dvar.py"),
             "pnpda_nb.classical.four_dvar.WeakFourDVar": ("four_dvar.html#weakfourdvar", "pnpda_nb/classical/four_dvar.py"),
             "pnpda_nb.classical.four_dvar.WeakFourDVar.analyse": (
                 "four_dvar.html#weakfourdvar.analyse",
                 "pnpda_nb/classical/four_dvar.py",
             ),
+            "pnpda_nb.classical.four_dvar._in_double": ("four_dvar.html#_in_double", "pnpda_nb/classical/four_dvar.py"),
             "pnpda_nb.classical.four_dvar._misfit": ("four_dvar.html#_misfit", "pnpda_nb/classical/four_dvar.py"),
             "pnpda_nb.classical.four_dvar._solve": ("four_dvar.html#_solve", "pnpda_nb/classical/four_dvar.py"),
             "pnpda_nb.classical.four_dvar.solve_block_tridiagonal": (
