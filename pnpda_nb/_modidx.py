@@ -115,6 +115,7 @@ d = {
         },
         "pnpda_nb.classical.four_dvar": {
             "pnpda_nb.classical.four_dvar.FourDVar": ("four_dvar.html#fourdvar", "pnpda_nb/classical/four_dvar.py"),
+            "pnpda_nb.classical.four_dvar.FourDVar._alike": ("four_dvar.html#fourdvar._alike", "pnpda_nb/classical/four_dvar.py"),
             "pnpda_nb.classical.four_dvar.FourDVar.analyse": ("four_dvar.html#fourdvar.analyse", "pnpda_nb/classical/four_dvar.py"),
             "pnpda_nb.classical.four_dvar.WeakFourDVar": ("four_dvar.html#weakfourdvar", "pnpda_nb/classical/four_dvar.py"),
             "pnpda_nb.classical.four_dvar.WeakFourDVar.analyse": (
@@ -127,6 +128,7 @@ d = {
                 "pnpda_nb/classical/four_dvar.py",
             ),
             "pnpda_nb.classical.four_dvar._apply": ("four_dvar.html#_apply", "pnpda_nb/classical/four_dvar.py"),
+            "pnpda_nb.classical.four_dvar._in_double": ("four_dvar.html#_in_double", "pnpda_nb/classical/four_dvar.py"),
             "pnpda_nb.classical.four_dvar._misfit": ("four_dvar.html#_misfit", "pnpda_nb/classical/four_dvar.py"),
             "pnpda_nb.classical.four_dvar.solve_block_tridiagonal": (
                 "four_dvar.html#solve_block_tridiagonal",
@@ -325,6 +327,11 @@ d = {
             "pnpda_nb.core.checks.rule_of": ("engine.html#rule_of", "pnpda_nb/core/checks.py"),
             "pnpda_nb.core.checks.shown": ("engine.html#shown", "pnpda_nb/core/checks.py"),
             "pnpda_nb.core.checks.unchecked": ("engine.html#unchecked", "pnpda_nb/core/checks.py"),
+        },
+        "pnpda_nb.core.compute": {
+            "pnpda_nb.core.compute._alike": ("engine.html#_alike", "pnpda_nb/core/compute.py"),
+            "pnpda_nb.core.compute._cast": ("engine.html#_cast", "pnpda_nb/core/compute.py"),
+            "pnpda_nb.core.compute._moved": ("engine.html#_moved", "pnpda_nb/core/compute.py"),
         },
         "pnpda_nb.core.disk": {
             "pnpda_nb.core.disk._forget": ("files.html#_forget", "pnpda_nb/core/disk.py"),
@@ -1872,6 +1879,7 @@ d = {
             "pnpda_nb.learned.records.Examples.__init__": ("priors.html#examples.__init__", "pnpda_nb/learned/records.py"),
             "pnpda_nb.learned.records.Examples.__len__": ("priors.html#examples.__len__", "pnpda_nb/learned/records.py"),
             "pnpda_nb.learned.records.Examples.add": ("priors.html#examples.add", "pnpda_nb/learned/records.py"),
+            "pnpda_nb.learned.records.Examples.clear": ("priors.html#examples.clear", "pnpda_nb/learned/records.py"),
             "pnpda_nb.learned.records.Examples.draw": ("priors.html#examples.draw", "pnpda_nb/learned/records.py"),
             "pnpda_nb.learned.records.Examples.recall": ("priors.html#examples.recall", "pnpda_nb/learned/records.py"),
             "pnpda_nb.learned.records.Examples.remember": ("priors.html#examples.remember", "pnpda_nb/learned/records.py"),
@@ -1919,8 +1927,9 @@ d = {
                 "pnpda_nb/learned/records.py",
             ),
             "pnpda_nb.learned.records.TruthRecord.observe": ("priors.html#truthrecord.observe", "pnpda_nb/learned/records.py"),
-            "pnpda_nb.learned.records._joined": ("priors.html#_joined", "pnpda_nb/learned/records.py"),
+            "pnpda_nb.learned.records._made_of": ("priors.html#_made_of", "pnpda_nb/learned/records.py"),
             "pnpda_nb.learned.records._rows": ("priors.html#_rows", "pnpda_nb/learned/records.py"),
+            "pnpda_nb.learned.records._tensors": ("priors.html#_tensors", "pnpda_nb/learned/records.py"),
             "pnpda_nb.learned.records.innovation_rms": ("priors.html#innovation_rms", "pnpda_nb/learned/records.py"),
             "pnpda_nb.learned.records.observed_record": ("priors.html#observed_record", "pnpda_nb/learned/records.py"),
         },
@@ -1956,6 +1965,10 @@ d = {
             ),
             "pnpda_nb.observing.covariance.Covariance.__repr__": (
                 "observing.html#covariance.__repr__",
+                "pnpda_nb/observing/covariance.py",
+            ),
+            "pnpda_nb.observing.covariance.Covariance._alike": (
+                "observing.html#covariance._alike",
                 "pnpda_nb/observing/covariance.py",
             ),
             "pnpda_nb.observing.covariance.Covariance.between": (
@@ -1998,6 +2011,10 @@ d = {
             ),
             "pnpda_nb.observing.covariance.DiagonalCovariance.__init__": (
                 "observing.html#diagonalcovariance.__init__",
+                "pnpda_nb/observing/covariance.py",
+            ),
+            "pnpda_nb.observing.covariance.DiagonalCovariance._alike": (
+                "observing.html#diagonalcovariance._alike",
                 "pnpda_nb/observing/covariance.py",
             ),
             "pnpda_nb.observing.covariance.DiagonalCovariance._unchecked": (

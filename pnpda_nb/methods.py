@@ -206,8 +206,8 @@ class Misspecified(Settings):
     def analyse(
         self, background: Tensor, observations: Observations, *, forecast: Callable | None, generator: torch.Generator
     ) -> Tensor:
-        variances = torch.full((observations.operator.size,), self.variance, dtype=background.dtype)
-        assumed = dataclasses.replace(observations, covariance=DiagonalCovariance(variances))
+        variances = background.new_full((observations.operator.size,), self.variance)
+        assumed = dataclasses.replace(observations, covariance=DiagonalCovariance._unchecked(variances))
         return self.method.analyse(background, assumed, forecast=forecast, generator=generator)
 
 

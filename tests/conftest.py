@@ -35,6 +35,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes; run with --slow")
+    config.addinivalue_line("markers", "gpu: needs a GPU, and is skipped without one")
 
 
 def pytest_collection_finish(session):

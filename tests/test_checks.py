@@ -296,12 +296,14 @@ def test_that_analyses_are_the_same_whatever_the_numbers_come_in(name):
     assert right.dtype == DOUBLE
     for same in (CLOUD.numpy(), CLOUD.tolist()):
         assert torch.equal(analyse(method, same), right)
-    single = CLOUD.float()
-    back = analyse(method, single)
-    assert back.dtype == torch.float32 and torch.equal(back, analyse(method, single.double()).float())
-    assert analyse(method, single.numpy()).dtype == torch.float32
     whole = analyse(method, (10 * CLOUD).long())
     assert whole.dtype == DOUBLE and torch.equal(whole, analyse(method, (10 * CLOUD).trunc()))
+    if name == "local EnKF":
+        pytest.xfail("its tapers are in double precision")
+    single = CLOUD.float()
+    back = analyse(method, single)  # in its own precision: see test_precision
+    assert back.dtype == torch.float32 and torch.equal(analyse(method, single.numpy()), back)
+    assert (back - analyse(method, single.double())).abs().max() <= 1e-4 * back.abs().max()
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -267,7 +267,7 @@ def test_that_trajectories_that_are_lost_begin_anew_and_teach_nothing(nature):
 
     training = OnPolicyTraining(make(), nature, Wild, SETTINGS)
     training.advance()
-    assert torch.isfinite(training.trajectories.state).all() and len(training.examples.cycles[0][0]) == SETTINGS.trajectories - 1
+    assert torch.isfinite(training.trajectories.state).all() and len(training.examples.places[0]) == SETTINGS.trajectories - 1
 
 
 def test_that_innovations_are_those_that_were_seen():

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core.checks import Gappy, guard
+from ..core.compute import _alike
 from ..core.grid import Distance, gaspari_cohn, neighbours, tapers
 from ..core.random import standard_normal
 from ..core.settings import Count, NotNegative, PositiveNumber, Settings, Share, Unbounded
@@ -59,7 +60,7 @@ def inflate(
     if inflation != 1:
         anomalies = inflation * anomalies
     if additive:
-        noise, members = standard_normal(tuple(analysis.shape), generator).to(analysis), analysis.shape[-2]
+        noise, members = standard_normal(tuple(analysis.shape), generator, analysis), analysis.shape[-2]
         noise = (members / (members - 1)) ** 0.5 * (noise - noise.mean(-2, keepdim=True))
         anomalies = anomalies + additive * noise
     return mean + anomalies
@@ -137,15 +138,15 @@ def ensemble_weights(information: Gappy, pull: Gappy) -> tuple[Gappy, Gappy]:
 
 
 # %% ../../nbs/06_ensembles.ipynb #970e4eb0
-def random_rotation(batch: tuple[int, ...], members: int, generator: torch.Generator) -> Tensor:
+def random_rotation(batch: tuple[int, ...], members: int, generator: torch.Generator, like: Tensor) -> Tensor:
     """Random orthogonal matrices `(*batch, member, member)` that keep the mean: uniform among those with
-    rows that add up to one (Sakov and Oke 2008).
+    rows that add up to one (Sakov and Oke 2008). They are `like` a state.
     """
     q, r = torch.linalg.qr(standard_normal((*batch, members - 1, members - 1), generator))
     q = q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)  # makes the law uniform
-    basis, _ = torch.linalg.qr(torch.cat((torch.ones(members, 1), torch.eye(members)[:, 1:]), 1).to(torch.float64))
+    basis, _ = torch.linalg.qr(torch.cat((torch.ones(members, 1), torch.eye(members)[:, 1:]), 1).to(q))
     rest = basis[:, 1:]  # an orthonormal basis of everything that adds up to zero
-    return rest @ q @ rest.T + torch.full((members, members), 1 / members, dtype=torch.float64)
+    return (rest @ q @ rest.T + q.new_full((members, members), 1 / members)).to(like)
 
 
 # %% ../../nbs/06_ensembles.ipynb #29b08a7c
@@ -165,7 +166,7 @@ class ETKF(EnKF):
         mean, transform = ensemble_weights(weighed @ shown.mT, (weighed @ innovation.mT).squeeze(-1))
         if self.rotate:
             batch, members = tuple(background.shape[:-2]), background.shape[-2]
-            transform = random_rotation(batch, members, generator).to(transform) @ transform
+            transform = random_rotation(batch, members, generator, transform) @ transform
         weights = mean.unsqueeze(-2) + transform
         return lambda states: states.mean(-2, keepdim=True) + weights @ anomalies(states)
 
@@ -189,24 +190,25 @@ class LETKF(EnsembleFilter):
     ) -> Tensor:
         *batch, members, dim = background.shape
         self.require_ensemble(background)
-        number, apart = neighbours(dim, _sites_of(observations, dim, "LETKF"), 2 * self.half_width, self.distance)
-        taper = torch.ones_like(apart)
+        near = neighbours(dim, _sites_of(observations, dim, "LETKF"), 2 * self.half_width, self.distance)
+        number, apart = _alike(near, background)
+        taper = torch.ones_like(apart, dtype=background.dtype)
         if self.half_width < float("inf"):
-            taper = gaspari_cohn(apart, self.half_width)
-        taper = torch.where(torch.isfinite(apart), taper, 0.0)
+            taper = gaspari_cohn(apart, self.half_width).to(background)
+        taper = torch.where(apart < math.inf, taper, 0.0)
         seen = observations.operator(background)
         count = math.prod(batch)  # explicit, since nothing may have been seen
         states, shown = (x.reshape(count, members, x.shape[-1]) for x in (background, seen))
         innovation = (observations.values - seen.mean(-2)).reshape(count, seen.shape[-1])
         rotation = None
         if self.rotate:
-            rotation = random_rotation(tuple(batch), members, generator).to(states)
+            rotation = random_rotation(tuple(batch), members, generator, states)
             rotation = rotation.reshape(-1, 1, members, members)
         shown, departures = anomalies(shown), anomalies(states)
         analysis = torch.empty_like(states)
         # as many variables at a time as fit into a modest piece of memory
         most = len(states) * members * max(members, number.shape[1], 1)
-        for block in torch.arange(dim).split(max(1, 2_000_000 // most)):
+        for block in torch.arange(dim, device=background.device).split(max(1, 2_000_000 // most)):
             local = _local_information(shown, innovation, observations, number[block], taper[block])
             mean, transform = ensemble_weights(*local)
             transform = transform if rotation is None else rotation @ transform
@@ -269,7 +271,8 @@ class LocalEnKF(EnKF):
 
     def update(self, background: Tensor, observations: Observations, generator: torch.Generator | None) -> Update:
         members, dim = background.shape[-2:]
-        between, among = tapers(dim, _sites_of(observations, dim, "LocalEnKF"), self.half_width, self.distance)
+        sites = _sites_of(observations, dim, "LocalEnKF")
+        between, among = _alike(tapers(dim, sites, self.half_width, self.distance), background)
         seen = observations.operator(background)
         shown = anomalies(seen) / (members - 1) ** 0.5
         innovations = (perturbed_observations(observations, members, generator) - seen).to(shown)

@@ -5,14 +5,15 @@
 # %% ../../nbs/05_four_dvar.ipynb #84fd066f
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from .variational import _check_size, gauss_newton
 from ..core.checks import Gappy, guard
+from ..core.compute import _alike
 from ..core.settings import Count, PositiveNumber, Settings
 from ..observing.covariance import Covariance
 from ..observing.observations import Observations
@@ -52,15 +53,18 @@ class FourDVar(_Windowed):
     iterations: Count = 10
     from_start: bool = field(default=True, init=False, repr=False)
 
+    def _alike(self, state: Tensor) -> FourDVar:
+        return _in_double(self, state)
+
     def analyse(
         self, background: Tensor, observations: Sequence[Observations], *, forecast: Callable, generator: torch.Generator | None
     ) -> Tensor:
         _check_size(self.covariance, background)
-        precision = self.covariance.inverse.to(background) / self.scale
+        precision = self.covariance.inverse / self.scale
         old = max(0, len(observations) - self.shift)  # assimilated by earlier windows
 
         def cost(x: Tensor) -> Tensor:
-            total = self.covariance.squared_norm(x - background) / self.scale
+            total = (self.covariance.squared_norm((x - background).to(precision)) / self.scale).to(x)
             for i, seen in enumerate(observations):
                 x = forecast(x)
                 if i >= old:
@@ -68,15 +72,15 @@ class FourDVar(_Windowed):
             return total / 2
 
         def direction(x: Tensor) -> Tensor:
-            hessian, descent = precision, (background - x) @ precision
-            sensitivity = torch.eye(x.shape[-1]).to(x)
+            hessian, descent = precision, (background - x).to(precision) @ precision
+            sensitivity = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
             for i, seen in enumerate(observations):
                 x, M = forecast.linearised(x)
                 sensitivity = M @ sensitivity
                 if i >= old:
                     curvature, slope = _misfit(seen, x, sensitivity)
                     hessian, descent = hessian + curvature, descent + slope
-            return symmetric_solve(descent, hessian)
+            return symmetric_solve(descent, hessian).to(background)
 
         return gauss_newton(cost, direction, background, self.iterations)
 
@@ -92,6 +96,15 @@ def _misfit(seen: Observations, x: Tensor, sensitivity: Tensor | None = None) ->
 
 def _apply(matrix: Tensor, vector: Tensor) -> Tensor:
     return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
+
+
+# %% ../../nbs/05_four_dvar.ipynb #c0e10007
+def _in_double(method: Any, state: Tensor) -> Any:
+    """4D-Var with its covariances where `state` is, in double precision: normal equations are as ill-conditioned as they are."""
+    like = state.new_empty(0, dtype=torch.float64)
+    held = {name: value for name, value in vars(method).items() if isinstance(value, Covariance)}
+    moved = {name: _alike(value, like) for name, value in held.items()}
+    return method if all(moved[name] is held[name] for name in held) else replace(method, **moved)
 
 
 # %% ../../nbs/05_four_dvar.ipynb #d3c1b481
@@ -138,13 +151,14 @@ class WeakFourDVar(_Windowed):
     iterations: Count = 10
     from_start: bool = field(default=True, init=False, repr=False)
 
+    _alike = FourDVar._alike
+
     def analyse(
         self, background: Tensor, observations: Sequence[Observations], *, forecast: Callable, generator: torch.Generator | None
     ) -> Tensor:
         _check_size(self.covariance, background)
         _check_size(self.model_error, background)
-        precision = self.covariance.inverse.to(background) / self.scale
-        rigidity = self.model_error.inverse.to(background)
+        precision, rigidity = self.covariance.inverse / self.scale, self.model_error.inverse
         times = len(observations) + 1
 
         def unstack(flat: Tensor) -> Tensor:
@@ -156,8 +170,8 @@ class WeakFourDVar(_Windowed):
 
         def cost(flat: Tensor) -> Tensor:
             x = unstack(flat)
-            total = self.covariance.squared_norm(x[0] - background) / self.scale
-            total = total + self.model_error.squared_norm(x[1:] - forecast(x[:-1])).sum(0)
+            total = self.covariance.squared_norm((x[0] - background).to(precision)) / self.scale
+            total = (total + self.model_error.squared_norm((x[1:] - forecast(x[:-1])).to(precision)).sum(0)).to(x)
             for seen, at in zip(observations, x[1:]):
                 total = total + seen.covariance.squared_norm(seen.innovation(at))
             return total / 2
@@ -165,17 +179,17 @@ class WeakFourDVar(_Windowed):
         def direction(flat: Tensor) -> Tensor:
             x = unstack(flat)
             forecasts, M = forecast.linearised(x[:-1])
-            jump = x[1:] - forecasts
+            jump, M = (x[1:] - forecasts).to(precision), M.to(precision)
             below = -rigidity @ M
             diagonal = torch.cat((precision.expand_as(M[:1]), rigidity.expand_as(M))).clone()
             diagonal[:-1] += M.mT @ rigidity @ M
-            descent = torch.cat(((background - x[0])[None] @ precision, -jump @ rigidity))
+            descent = torch.cat(((background - x[0]).to(precision)[None] @ precision, -jump @ rigidity))
             descent[:-1] += _apply(M.mT, jump @ rigidity)
             for i, seen in enumerate(observations, start=1):
                 curvature, slope = _misfit(seen, x[i])
                 diagonal[i] += curvature
                 descent[i] += slope
-            return stack(solve_block_tridiagonal(diagonal, below, descent))
+            return stack(solve_block_tridiagonal(diagonal, below, descent)).to(background)
 
         guess = [background]
         for _ in observations:

@@ -29,7 +29,7 @@ def systematic_resampling(weights: Tensor, generator: torch.Generator) -> Index:
     """
     members = weights.shape[-1]
     # a uniform number from every run's own stream
-    start = torch.special.ndtr(standard_normal((*weights.shape[:-1], 1), generator)).to(weights)
+    start = torch.special.ndtr(standard_normal((*weights.shape[:-1], 1), generator, weights))
     comb = (start + torch.arange(members, device=weights.device)) / members
     return torch.searchsorted(weights.cumsum(-1).contiguous(), comb).clamp_max(members - 1)
 
@@ -101,10 +101,9 @@ class ParticleFilter(Settings):
         spread = (weights.unsqueeze(-1) / unbiased).sqrt() * centred
         if dim < members:  # the same law from fewer numbers
             spread = torch.linalg.qr(spread, mode="r").R
-        chance = standard_normal((*background.shape[:-1], spread.shape[-2]), generator)
-        noise = chance.to(background) @ spread
+        noise = standard_normal((*background.shape[:-1], spread.shape[-2]), generator, background) @ spread
         if self.kernel == "student":  # of unit variance, and no particle so far away that a model might not take it
-            chi = standard_normal((*background.shape[:-1], 6), generator).to(background).square().sum(-1, keepdim=True)
+            chi = standard_normal((*background.shape[:-1], 6), generator, background).square().sum(-1, keepdim=True)
             noise = noise * (4 / chi).sqrt().clamp_max(5.0)
         return particles + self.jitter * count ** (-1 / (dim + 4)) * copy * noise
 
@@ -157,7 +156,8 @@ class EnRDA(Settings):
             operator.linear
             and operator.size == dim
             and torch.equal(
-                operator.jacobian(background[..., 0, :]).reshape(-1, dim, dim)[0], torch.eye(dim, dtype=background.dtype)
+                operator.jacobian(background[..., 0, :]).reshape(-1, dim, dim)[0],
+                torch.eye(dim, dtype=background.dtype, device=background.device),
             )
         ):
             raise ValueError("observations: EnRDA needs every component of the state observed, in order")
@@ -168,7 +168,7 @@ class EnRDA(Settings):
         lost = ~(torch.isfinite(plan).all(1) & (plan.sum(1) > 0))  # clouds too far apart for numbers
         plan = plan.masked_fill(lost[:, None], 1.0).clamp_min(0)
         # uniform numbers from every run's own stream
-        chance = torch.special.ndtr(standard_normal((*batch, members), generator)).to(plan).reshape(-1, members)
+        chance = torch.special.ndtr(standard_normal((*batch, members), generator, plan)).reshape(-1, members)
         mass = (plan / plan.sum(1, keepdim=True)).cumsum(1)
         pairs = torch.searchsorted(mass, chance).clamp_max(members**2 - 1)
         first, second = (

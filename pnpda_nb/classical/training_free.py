@@ -97,7 +97,7 @@ class EnSF(_Generative):
     ) -> Tensor:
         self.require_ensemble(background)
         centre, spread, members = standardise(background, self.scale, self.bandwidth)
-        x = standard_normal(tuple(background.shape), generator).to(background)
+        x = standard_normal(tuple(background.shape), generator, background)
         for n in range(self.steps, 0, -1):
             t, s = n / self.steps, (n - 1) / self.steps
             length = (t - s) * self.diffusion(t) * (1 - t)
@@ -112,7 +112,7 @@ class EnSF(_Generative):
         """From `t` back to `s`, as if the member behind every state were the `expected` one."""
         before, after, ratio = self.variance(t), self.variance(s), self.alpha(t) / self.alpha(s)
         between = max(before - ratio**2 * after, 0.0)
-        noise = standard_normal(tuple(x.shape), generator).to(x)
+        noise = standard_normal(tuple(x.shape), generator, x)
         mean = ratio * after / before * x + self.alpha(s) * between / before * expected
         return mean + math.sqrt(between * after / before) * noise
 
@@ -153,7 +153,7 @@ class EnFF(_Generative):
     ) -> Tensor:
         self.require_ensemble(background)
         centre, spread, members = standardise(background, self.scale, self.bandwidth)
-        noise = standard_normal(tuple(background.shape), generator).to(background)
+        noise = standard_normal(tuple(background.shape), generator, background)
         x = noise if self.path == "ot" else members + self.bandwidth * noise
         for n in range(self.steps):
             tau, step = n / self.steps, 1 / self.steps

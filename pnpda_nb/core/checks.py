@@ -25,6 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .compute import _alike
+
 # %% auto #0
 __all__ = [
     "Gappy",
@@ -265,10 +267,12 @@ def _not_finite(value: Tensor | np.ndarray | float) -> str:
 
 
 # %% ../../nbs/92_engine.ipynb #7e348c7b
-def _in_double(value: object) -> object:
-    """Real numbers of any kind, in a tensor, an array or a list, as a float64 tensor; anything else as it is, for a rule to
-    refuse.
+def _in_double(value: object, or_single: bool = False) -> object:
+    """Real numbers of any kind, in a tensor, an array or a list, as a float64 tensor, or as a float32 one if that may be and they
+    are in single precision; anything else as it is, for a rule to refuse.
     """
+    if or_single and getattr(value, "dtype", None) in (torch.float32, np.float32):
+        return value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
     if isinstance(value, Tensor):
         return value if value.dtype in (torch.float64, torch.bool) or value.is_complex() else value.double()
     if not isinstance(value, (np.ndarray, np.number, list, tuple)):
@@ -306,13 +310,12 @@ class _Rules:
         self.converts = [
             name for name, hint in hints.items() if name in self.of and "made float64" in getattr(hint, "__metadata__", ())
         ]
-        if self.analyses:
-            self.converts += [name for name in ("background", "past") if name in self.of]
+        self.follows = [name for name in ("background", "past") if self.analyses and name in self.of]
 
     def check(self, given: dict[str, Any]) -> None:
-        for name in self.converts:
+        for name in (*self.converts, *self.follows):
             if name in given:
-                given[name] = _in_double(given[name])
+                given[name] = _in_double(given[name], name in self.follows)
         for name, (rule, whole, parameter) in self.of.items():
             if name not in given:
                 continue
@@ -327,6 +330,9 @@ class _Rules:
                     raise ValueError(f"{name}: expected {wanted}, got {_not_finite(value)}")
         if self.analyses and given["background"].ndim < 2:
             raise ValueError(f"background: expected an ensemble (..., member, dim), got {shown(given['background'])}")
+        if self.analyses:  # whatever the background meets is of its kind
+            for name in given.keys() - {"background", "forecast", "generator"}:
+                given[name] = _alike(given[name], given["background"])
 
 
 # %% ../../nbs/92_engine.ipynb #f6bce6ff
@@ -454,9 +460,9 @@ def guarded(function: Callable, owner: type | None = None) -> Callable:
         asked, bound = enter(args, kwargs)
         given = bound.arguments
         with _behind_border(function, given):
-            result = function(*bound.args, **bound.kwargs) if asked.converts else function(*args, **kwargs)
+            result = function(*bound.args, **bound.kwargs) if asked.converts or asked.analyses else function(*args, **kwargs)
         if asked.analyses:
-            return _analysis(result, given, args, kwargs)
+            return _analysis(result, given)
         _whole(function, asked, given.get("self") if function.__name__ == "__init__" else result, given)
         return result
 
@@ -491,17 +497,13 @@ def unchecked() -> Iterator[None]:
 
 
 # %% ../../nbs/92_engine.ipynb #09452c8a
-def _analysis(result: object, given: dict[str, Any], args: tuple, kwargs: dict) -> object:
-    """What `analyse` returned, in the precision of the background that it was given; or an error if it is not finite."""
+def _analysis(result: object, given: dict[str, Any]) -> object:
+    """What `analyse` returned; or an error if it is not finite."""
     if isinstance(result, tuple):  # with weights of the members
-        return _analysis(result[0], given, args, kwargs), *result[1:]
-    if not isinstance(result, Tensor):
-        return result
-    background = given["background"]
-    if not torch.isfinite(result).all():
-        raise ValueError(_why(type(given["self"]).__name__, result, background, given.get("observations")))
-    came = kwargs["background"] if "background" in kwargs else args[1]
-    return result.float() if getattr(came, "dtype", None) in (torch.float32, np.float32) else result
+        return _analysis(result[0], given), *result[1:]
+    if isinstance(result, Tensor) and not torch.isfinite(result).all():
+        raise ValueError(_why(type(given["self"]).__name__, result, given["background"], given.get("observations")))
+    return result
 
 
 # %% ../../nbs/92_engine.ipynb #a5cf1cf1

@@ -10,7 +10,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from .checks import guard
+from .checks import Gappy, guard
 from .settings import _require
 
 # %% auto #0
@@ -47,8 +47,8 @@ class RunStreams(torch.Generator):
 
 
 # %% ../../nbs/92_engine.ipynb #e7c3b140
-def standard_normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Independent N(0, 1) draws in double precision, on the generator's device.
+def standard_normal(shape: tuple[int, ...], generator: torch.Generator, like: Gappy | None = None) -> Tensor:
+    """Independent N(0, 1) draws in double precision, on the generator's device; then rounded and moved to be `like` a state.
 
     From `RunStreams` whose number of runs is `shape[0]`, run r's block is drawn from run r's stream.
     """
@@ -57,8 +57,9 @@ def standard_normal(shape: tuple[int, ...], generator: torch.Generator) -> Tenso
     if isinstance(generator, RunStreams) and len(shape) and shape[0] == len(generator.runs):
         for part, run in zip(out, generator.runs):
             part.normal_(generator=run)
-        return out
-    return out.normal_(generator=generator)
+    else:
+        out.normal_(generator=generator)
+    return out if like is None else out.to(like)
 
 
 # %% ../../nbs/92_engine.ipynb #189cfb48

@@ -113,8 +113,9 @@ class FunctionModel(Settings):
 
 
 # %% ../../nbs/01_dynamics.ipynb #9796cb3b
-def trajectory(model: Model, initial: Tensor, steps: int, error: Tensor | None = None) -> Tensor:
-    """All states from `initial` `(..., dim)` on: a tensor `(steps + 1, ..., dim)` with time first.
+def trajectory(model: Model, initial: Tensor, steps: int, error: Tensor | None = None, every: int = 1) -> Tensor:
+    """All states from `initial` `(..., dim)` on: a tensor `(steps + 1, ..., dim)` with time first. Of the states after the initial
+    one only those after `every` so many steps are kept: with `every=steps` the last.
 
     `error` holds the additive model errors η_t of eq. 3 of PnP-DA, one for every step: `(steps,
     ..., dim)`. Raises `ValueError` for a state of the wrong size or errors of the wrong shape.
@@ -123,10 +124,13 @@ def trajectory(model: Model, initial: Tensor, steps: int, error: Tensor | None =
     _require(steps >= 0, "steps", "zero or more", steps)
     if error is not None and error.shape != (steps, *initial.shape):
         raise ValueError(f"error: expected shape {(steps, *initial.shape)}, got {tuple(error.shape)}")
-    states = [initial]
+    _require(every >= 1, "every", "one or more", every)
+    states, state = [initial], initial
     for t in range(steps):
-        state = model.step(states[-1])
-        states.append(state if error is None else state + error[t])
+        state = model.step(state)
+        state = state if error is None else state + error[t]
+        if (t + 1) % every == 0:
+            states.append(state)
     return torch.stack(states)
 
 

@@ -109,11 +109,11 @@ class FlowPrior(FlowFile, kept_as="prior"):
         self.dim, self.factor, self.units = len(location), factor, units
         self._require_fitting()
         self._hold(layout, attached)
-        self._times: dict[float, Tensor] = {}  # of the network, which is frozen
+        self._times: dict[tuple, Tensor] = {}  # of the network, which is frozen
 
     def source(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """Draws of the source `(..., dim)`; if it is centred at the background, the centre is not in them."""
-        noise = standard_normal(shape, generator)
+        noise = standard_normal(shape, generator, self.location)
         return self.location + self.scale * noise if self.factor is None else _coloured(noise, self.factor)
 
     def __call__(self, background: Tensor) -> Denoiser:
@@ -127,7 +127,7 @@ class FlowPrior(FlowFile, kept_as="prior"):
         def velocity(x: Tensor, tau: float) -> Tensor:
             with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
                 inside = x.float() if raw else ((x - origin) / units).float()
-                v = given(inside, tau).double()
+                v = given(inside, tau).to(background.dtype)
                 return v if raw else v * units
 
         return Denoiser(background, velocity, self.source, None if self.factor is None else background)

@@ -80,14 +80,14 @@ class VelocityMLP(nn.Module):
             return self.last(h)
         return self.last(h) + self.skip(torch.cat((x, background, tau * x, tau * background), dim=-1))
 
-    def given(self, background: Tensor, times: dict[float, Tensor]) -> Callable[[Tensor, float], Tensor]:
+    def given(self, background: Tensor, times: dict[tuple, Tensor]) -> Callable[[Tensor, float], Tensor]:
         """`velocity(x, tau)` for one `background` `(..., dim)`: what the background adds to the linear layers is
         computed once, and what a pseudo-time adds is kept in `times` for the next background (while weights stay as
         they are).
         """
         first, dim = self.layers[0], background.shape[-1]
         if first.out_features == first.in_features:  # a residual of the first layer, which needs its whole input
-            return lambda x, tau: self(x, torch.full((1,), tau), background)
+            return lambda x, tau: self(x, torch.full((1,), tau, device=x.device), background)
         for_x, for_tau, for_background = first.weight.split((dim, first.in_features - 2 * dim, dim), dim=1)
         added = nn.functional.linear(background, for_background, first.bias)
         if self.skip is not None:
@@ -95,9 +95,9 @@ class VelocityMLP(nn.Module):
             still, moving = background @ skip[1].T, background @ skip[3].T
 
         def velocity(x: Tensor, tau: float) -> Tensor:
-            if tau not in times:
-                times[tau] = nn.functional.linear(self.embed(torch.full((1,), tau)), for_tau)
-            h = nn.functional.silu(self.norms[0](nn.functional.linear(x, for_x).add_(added).add_(times[tau])))
+            if (tau, x.device) not in times:
+                times[tau, x.device] = nn.functional.linear(self.embed(torch.full((1,), tau, device=x.device)), for_tau)
+            h = nn.functional.silu(self.norms[0](nn.functional.linear(x, for_x).add_(added).add_(times[tau, x.device])))
             for layer, norm in zip(self.layers[1:], self.norms[1:]):
                 new = nn.functional.silu(norm(layer(h)))
                 h = h + new if h.shape == new.shape else new

@@ -65,7 +65,7 @@ class Denoiser:
 
     def start(self, generator: torch.Generator) -> Tensor:
         """Where the flow starts: one draw of the source for every background, of the background's shape."""
-        z = self.source(tuple(self.background.shape), generator)
+        z = self.source(tuple(self.background.shape), generator).to(self.background)
         return z if self.centre is None else self.centre + z
 
     def conditional_mean(self, generator: torch.Generator, draws: int = 1) -> Tensor:
@@ -130,7 +130,7 @@ class GaussianPrior:
         return f"GaussianPrior(dim={self.dim})"
 
     def source(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        return standard_normal(shape, generator)
+        return standard_normal(shape, generator, self.offset)
 
     def mean(self, background: Tensor) -> Tensor:
         """E[x_a | x_b] for backgrounds `(..., dim)`."""
@@ -142,7 +142,7 @@ class GaussianPrior:
         m, S = self.mean(background), self.covariance.matrix
 
         def velocity(x: Tensor, tau: float) -> Tensor:
-            spread = tau**2 * S + (1 - tau) ** 2 * torch.eye(self.dim, dtype=S.dtype)
+            spread = tau**2 * S + (1 - tau) ** 2 * torch.eye(self.dim, dtype=S.dtype, device=S.device)
             denoised = m + tau * torch.linalg.solve(spread, (x - tau * m).mT).mT @ S
             return velocity_from_denoised(x, denoised, tau)
 

@@ -94,7 +94,7 @@ class OnPolicyTraining:
         self.prior.half_precision = self.slow.half_precision = settings.half_precision
         self.method = policy(self.slow)
         self.trajectories = Trajectories(record, settings.trajectories, members, settings.rollout, self.generator)
-        self.examples = Examples(settings.memory)
+        self.examples = Examples(settings.memory, settings.trajectories)
 
     def advance(self) -> float:
         """One cycle of all trajectories; their examples join the memory. Returns the error of the analyses, as measured by
@@ -222,7 +222,7 @@ class _Taught:
                 yield cycling.training_batch()
             return
         if cycle == settings.cycles:
-            cycling.examples.cycles.clear()
+            cycling.examples.clear()
         self.error = math.nan
         moving.begin(moving.times >= len(cycling.record.targets) - settings.rollout - 2)
         yield moving.forecast(moving.state).detach()

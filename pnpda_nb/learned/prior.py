@@ -68,20 +68,23 @@ class AnalysisPrior(FieldPrior, kept_as="analysis_prior"):
         and a `tau` or one for each state, `(..., 1)`.
         """
         u = None if x is None else (x - background) / self.increment
-        tau = torch.as_tensor(tau, dtype=torch.float32).reshape(-1, 1) if not isinstance(tau, Tensor) else tau.float()
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.half_precision):
-            out = self.network(self.fields(background, u, seen, extra), tau).double()
+        tau = tau.float() if isinstance(tau, Tensor) else torch.full((1, 1), tau, dtype=torch.float32, device=background.device)
+        kind = background.device.type if self.half_precision else "cpu"
+        with torch.autocast(kind, torch.bfloat16, enabled=self.half_precision):
+            out = self.network(self.fields(background, u, seen, extra), tau).to(background.dtype)
         rank, half_width = self.architecture["rank"], self.architecture["half_width"]
         factor = self.increment.reshape(-1, 1) * out[..., 1 : rank + 1, :].mT
         # before training: variances of one increment squared
         diagonal = self.increment**2 * (1e-4 + torch.nn.functional.softplus(out[..., -1, :] + 0.5413))
-        taper = _taper(self.dim, half_width, "ring" if self.architecture["geometry"] == "ring" else "line") if half_width else None
+        taper = None
+        if half_width:
+            taper = _taper(self.dim, half_width, "ring" if self.architecture["geometry"] == "ring" else "line").to(background)
         residual = Residual(factor, diagonal, taper)
         return background + self.increment * out[..., 0, :], residual
 
     def source(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """The noise s z around the background."""
-        return self.increment * standard_normal(shape, generator)
+        return self.increment * standard_normal(shape, generator, self.increment)
 
     def seeing(self, observations: Observations | GridObservations) -> "SeeingPrior":
         return SeeingPrior(self, on_grid(observations, self.dim))

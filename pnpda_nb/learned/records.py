@@ -78,7 +78,8 @@ class TruthRecord:
     def __init__(self, experiment: TwinExperiment, *, runs: int, cycles: int, seed: int, networks: RandomNetworks | None = None):
         self.experiment, self.networks = experiment, networks
         longer = replace(experiment, cycles=cycles)
-        self.targets = torch.stack([truth[-1] for truth, _ in watch_nature(longer, runs, seed, "archive")])
+        ends = (truth[-1].clone() for truth, _ in watch_nature(longer, runs, seed, "archive"))  # not a view of an interval
+        self.targets = torch.stack(list(ends))
 
     def networks_of(self, runs: Index, generator: torch.Generator) -> tuple[Mask, Tensor] | None:
         """The network of every trajectory that begins in one of `runs`, or None if there is only one."""
@@ -124,7 +125,8 @@ def observed_record(
     `smoothed`, what the method made of them later. Runs that fail are left out, and so are the first `discard` cycles. Raises
     `ValueError` if no run is left, or the method does not look back.
     """
-    result = cycle(replace(experiment, cycles=cycles), method, members=members, runs=runs, seed=seed, split="archive")
+    settings = dict(members=members, runs=runs, seed=seed, split="archive", keep_steps=False)
+    result = cycle(replace(experiment, cycles=cycles), method, **settings)
     if smoothed and "smoothed" not in result:
         raise ValueError(f"smoothed: {type(method).__name__} does not look back")
     kept = result.isel(run=result.failed.values < 0, cycle=slice(discard, None))
@@ -219,7 +221,7 @@ class Trajectories:
         self.record, self.experiment, self.members, self.generator = record, record.experiment, members, generator
         self.last = max(1, len(record.targets) - 2 - ahead)
         self.times, self.runs = torch.zeros(2, count, dtype=torch.long)
-        self.state = torch.zeros(count, members, self.experiment.dim, dtype=torch.float64)
+        self.state = record.targets.new_zeros(count, members, self.experiment.dim)
         self.networks = None
         self.begin(torch.ones(count, dtype=torch.bool))
 
@@ -248,7 +250,7 @@ class Trajectories:
         for _ in range(self.experiment.interval):
             states = self.experiment.forecast_model.step(states)
             if spread:
-                states = states + spread * standard_normal(tuple(states.shape), self.generator)
+                states = states + spread * standard_normal(tuple(states.shape), self.generator, states)
         return states
 
     def remember(self) -> list:
@@ -263,36 +265,49 @@ class Trajectories:
 
 # %% ../../nbs/94_priors.ipynb #7a0c52e6
 class Examples:
-    """The examples of the last `cycles` cycles. Each cycle is a tuple of parts, with one row per example: tensors, tuples of
-    tensors, observations on a grid, or None.
+    """The examples of the last `cycles` cycles, at most `rows` of each, in a ring that is made once and in the precision of the
+    states. Each cycle is a tuple of parts, with one row per example: tensors, tuples of tensors, observations on a grid, or None.
     """
 
-    def __init__(self, cycles: int):
-        self.cycles, self.pool = deque(maxlen=cycles), None
+    def __init__(self, cycles: int, rows: int):
+        self.rows, self.places = rows, deque(maxlen=cycles)
+        self.clear()
 
     def __len__(self) -> int:
-        return len(self.cycles)
+        return len(self.places)
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        self.places.clear()
+        self.ring = self.order = None
+        self.next = 0
 
     def add(self, parts: tuple) -> None:
-        """The examples of one more cycle."""
-        self.cycles.append(parts)
-        self.pool = None
+        """The examples of one more cycle, in the place of the oldest."""
+        if self.ring is None:
+            many = self.places.maxlen * self.rows
+            self.ring = tuple(_made_of(part, [x.new_zeros(many, *x.shape[1:]) for x in _tensors(part)]) for part in parts)
+        place = torch.arange(self.next, self.next + len(parts[0]))
+        for kept, new in zip(self.ring, parts):
+            for to, of in zip(_tensors(kept), _tensors(new)):
+                to[place] = of
+        self.places.append(place)
+        self.order = torch.cat(list(self.places))
+        self.next = (self.next + self.rows) % (self.places.maxlen * self.rows)
 
     def draw(self, count: int, generator: torch.Generator) -> tuple:
         """`count` examples, any of them."""
-        if self.pool is None:  # the whole memory, once per cycle
-            self.pool = tuple(map(_joined, zip(*self.cycles)))
-        pick = torch.randint(0, len(self.pool[0]), (count,), generator=generator)
-        return tuple(_rows(part, pick) for part in self.pool)
+        pick = self.order[torch.randint(0, len(self.order), (count,), generator=generator)]
+        return tuple(_rows(part, pick) for part in self.ring)
 
     def remember(self) -> list:
         """All of them, as tensors and plain values."""
         plain = lambda part: [part.value, part.mask, part.error] if isinstance(part, GridObservations) else part
-        return [[plain(part) for part in parts] for parts in self.cycles]
+        return [[plain(_rows(part, place)) for part in self.ring] for place in self.places]
 
     def recall(self, memory: list) -> None:
         """Go on from what `remember` gave."""
-        self.cycles.clear()
+        self.clear()
         for parts in memory:
             self.add(tuple(GridObservations(*part) if isinstance(part, list) else part for part in parts))
 
@@ -300,18 +315,21 @@ class Examples:
 # %% ../../nbs/94_priors.ipynb #7a0c52e8
 def _rows(part: Any, which: Index | Mask) -> Any:
     """Some rows of a part of an example."""
-    if part is None:
-        return None
-    return tuple(x[which] for x in part) if isinstance(part, tuple) else part[which]
+    return _made_of(part, [x[which] for x in _tensors(part)])
 
 
-def _joined(parts: Sequence) -> Any:
-    """The rows of several cycles as one part."""
-    if parts[0] is None:
-        return None
-    if isinstance(parts[0], GridObservations):
-        return GridObservations(*(torch.cat([getattr(p, name) for p in parts]) for name in ("value", "mask", "error")))
-    return tuple(map(torch.cat, zip(*parts))) if isinstance(parts[0], tuple) else torch.cat(parts)
+def _tensors(part: Any) -> tuple[Tensor, ...]:
+    """The tensors that a part of an example is made of."""
+    if isinstance(part, GridObservations):
+        return part.value, part.mask, part.error
+    return () if part is None else part if isinstance(part, tuple) else (part,)
+
+
+def _made_of(part: Any, tensors: list[Tensor]) -> Any:
+    """A part of the same kind, made of other `tensors`."""
+    if isinstance(part, GridObservations):
+        return GridObservations(*tensors)
+    return None if part is None else tuple(tensors) if isinstance(part, tuple) else tensors[0]
 
 
 # %% ../../nbs/94_priors.ipynb #b5c3d23f

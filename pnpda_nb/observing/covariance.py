@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..core.checks import Index, Mask, guard
+from ..core.compute import _alike
 from ..core.random import standard_normal
 
 # %% auto #0
@@ -23,6 +24,8 @@ class Covariance:
     """A symmetric positive definite `matrix` `(size, size)`, factored once. Raises `ValueError` if
     it is not one; that is a question to its correlations, to relative rounding, whatever the units.
     """
+
+    _whole: Covariance | None = None  # of which this is a rounded copy
 
     def __init__(self, matrix: Tensor | Sequence, name: str = "covariance"):
         self.matrix = _positive_definite(torch.as_tensor(matrix, dtype=torch.float64), name)
@@ -42,19 +45,21 @@ class Covariance:
 
     @cached_property
     def inverse(self) -> Tensor:
-        return torch.cholesky_inverse(self.factor)
+        return torch.cholesky_inverse(self.factor) if self._whole is None else _alike(self._whole.inverse, self.factor)
 
     @cached_property
     def largest_precision(self) -> float:
         """The largest eigenvalue of the inverse: the curvature of the misfit in its stiffest
         direction.
         """
+        if self._whole is not None:
+            return self._whole.largest_precision
         # the smallest of the matrix would be lost in the rounding of the largest
         return torch.linalg.eigvalsh(self.inverse)[-1].item() if self.size else 0.0
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """Errors ~ N(0, matrix), of shape `(*shape, size)`."""
-        return standard_normal((*shape, self.size), generator) @ self.factor.mT
+        return standard_normal((*shape, self.size), generator, self.factor) @ self.factor.mT
 
     def multiply(self, vectors: Tensor) -> Tensor:
         """The matrix applied to `vectors` `(..., size)`."""
@@ -76,6 +81,8 @@ class Covariance:
         """This covariance where `missing` `(..., size)` components are cut off from all others, with
         variance 1 in their place: a batch of matrices `(..., size, size)`.
         """
+        if self._whole is not None:
+            return self._whole.without(missing)._alike(self.factor)
         present = ~missing
         both = present.unsqueeze(-1) & present.unsqueeze(-2)
         cut = object.__new__(Covariance)
@@ -84,6 +91,15 @@ class Covariance:
         # the largest precision of a part is at most that of the whole
         cut.__dict__["largest_precision"] = self.largest_precision
         return cut
+
+    def _alike(self, state: Tensor) -> "Covariance":
+        """The same where `state` is, and rounded as it is."""
+        matrix = _alike(self.matrix, state)
+        if matrix is self.matrix:
+            return self
+        rounded, whole = object.__new__(Covariance), self._whole or self
+        rounded._whole, rounded.matrix, rounded.factor = whole, _alike(whole.matrix, state), _alike(whole.factor, state)
+        return rounded
 
 
 # %% ../../nbs/02_observing.ipynb #00cd2d5a
@@ -155,7 +171,7 @@ class DiagonalCovariance(Covariance):
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         scale = self._variances.sqrt()
-        return standard_normal((*shape, self.size), generator) * _beside(scale, len(shape))
+        return standard_normal((*shape, self.size), generator, scale) * _beside(scale, len(shape))
 
     def multiply(self, vectors: Tensor) -> Tensor:
         return vectors * self._variances.to(vectors)
@@ -176,6 +192,14 @@ class DiagonalCovariance(Covariance):
         cut = object.__new__(cls)
         cut._variances = variances
         return cut
+
+    def _alike(self, state: Tensor) -> "DiagonalCovariance":
+        variances = _alike(self._variances, state)
+        if variances is self._variances:
+            return self
+        rounded = DiagonalCovariance._unchecked(variances)
+        rounded.__dict__["largest_precision"] = self.largest_precision
+        return rounded
 
 
 # %% ../../nbs/02_observing.ipynb #f9da56e4

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core.checks import Converted, Gappy, Mask, guard
+from ..core.compute import _alike
 from ..core.settings import Settings, Share
 from .covariance import Covariance, DiagonalCovariance
 from .operators import Operator, Present, Select
@@ -119,7 +120,7 @@ class GridObservations:
         value, mask, error = (x.squeeze(-2) for x in (self.value, self.mask, self.error))
         operator = Select(tuple(range(mask.shape[-1])), mask.shape[-1])
         seen = Observations(value.masked_fill(~mask, torch.nan), operator, DiagonalCovariance(torch.ones(operator.size)))
-        variances = error.double().square().masked_fill(~mask, 1.0)
+        variances = error.to(value).square().masked_fill(~mask, 1.0)
         object.__setattr__(seen, "covariance", DiagonalCovariance._unchecked(variances))
         return seen
 
@@ -141,14 +142,13 @@ def on_grid(observations: Observations | GridObservations, dim: int) -> GridObse
         raise ValueError(f"operator: expected one that selects variables, got {type(operator).__name__}")
     if operator.dim != dim:
         raise ValueError(f"operator: expected one of states of size {dim}, got {operator.dim}")
-    values, sites = observations.values, list(operator.sites)
+    values = observations.values
     there = torch.ones_like(values, dtype=torch.bool) if observations.missing is None else ~observations.missing
     deviations = observations.covariance.variances.sqrt().expand_as(values)
     blank = values.new_zeros(*values.shape[:-1], dim)
-    mask = blank.bool().index_copy(-1, torch.tensor(sites, dtype=torch.long), there)
-    value, error = (
-        blank.index_copy(-1, torch.tensor(sites, dtype=torch.long), x.masked_fill(~there, 0.0)) for x in (values, deviations)
-    )
+    at = _alike(operator._index, values)
+    mask = blank.bool().index_copy(-1, at, there)
+    value, error = (blank.index_copy(-1, at, x.masked_fill(~there, 0.0)) for x in (values, deviations))
     return GridObservations(*(x.unsqueeze(-2) for x in (value, mask, error)))
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..core.checks import Index, Mask, guard
+from ..core.compute import _alike
 from .covariance import _beside
 
 # %% auto #0
@@ -66,14 +67,14 @@ class Select:
         return torch.tensor(self.indices, dtype=torch.long)
 
     def __call__(self, state: Tensor) -> Tensor:
-        return _sized(state, self.dim).index_select(-1, self._index.to(state.device))
+        return _sized(state, self.dim).index_select(-1, _alike(self._index, state))
 
     def jacobian(self, state: Tensor) -> Tensor:
-        columns = self._index.to(state.device)[:, None] == torch.arange(self.dim, device=state.device)
+        columns = _alike(self._index, state)[:, None] == torch.arange(self.dim, device=state.device)
         return columns.to(state.dtype).expand(*state.shape[:-1], self.size, self.dim)
 
     def adjoint(self, state: Tensor, misfit: Tensor) -> Tensor:
-        return torch.zeros_like(state).index_copy(-1, self._index.to(state.device), misfit)
+        return torch.zeros_like(state).index_copy(-1, _alike(self._index, state), misfit)
 
 
 # %% ../../nbs/02_observing.ipynb #3e3f0776
@@ -141,16 +142,16 @@ class Interpolate:
         return tuple(self.indices.gather(-1, nearest).flatten().tolist())
 
     def __call__(self, state: Tensor) -> Tensor:
-        parts = _sized(state, self.dim)[..., self.indices.to(state.device)]
+        parts = _sized(state, self.dim)[..., _alike(self.indices, state)]
         return (parts * self.weights.to(state)).sum(-1)
 
     def jacobian(self, state: Tensor) -> Tensor:
-        rows = state.new_zeros(self.size, self.dim).scatter_add_(1, self.indices.to(state.device), self.weights.to(state))
+        rows = state.new_zeros(self.size, self.dim).scatter_add_(1, _alike(self.indices, state), self.weights.to(state))
         return rows.expand(*state.shape[:-1], self.size, self.dim)
 
     def adjoint(self, state: Tensor, misfit: Tensor) -> Tensor:
         parts = (misfit.unsqueeze(-1) * self.weights.to(state)).flatten(-2)
-        return torch.zeros_like(state).index_add(-1, self.indices.flatten().to(state.device), parts)
+        return torch.zeros_like(state).index_add(-1, _alike(self.indices, state).flatten(), parts)
 
 
 # %% ../../nbs/02_observing.ipynb #38f4bb41

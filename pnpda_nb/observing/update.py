@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core.checks import Gappy, Index, guard
+from ..core.compute import _alike
 from ..core.random import standard_normal
 from .covariance import Covariance, DiagonalCovariance, _beside
 from .observations import Observations
@@ -90,11 +91,11 @@ def symmetric_solve(vectors: Gappy, matrix: Gappy) -> Gappy:
 
 
 # %% ../../nbs/92_engine.ipynb #196993a6
-def _few(operator: Operator) -> tuple[Index, Tensor] | None:
-    """For an operator that sees a few components at a time: which, and their weights, both `(size, k)`."""
+def _few(operator: Operator, x: Tensor) -> tuple[Index, Tensor] | None:
+    """For an operator that sees a few components of x at a time: which, and their weights, both `(size, k)`."""
     if isinstance(operator, Select):
-        return operator._index[:, None], torch.ones(operator.size, 1)
-    return (operator.indices, operator.weights) if isinstance(operator, Interpolate) else None
+        return _alike(operator._index, x)[:, None], x.new_ones(operator.size, 1)
+    return (_alike(operator.indices, x), _alike(operator.weights, x).to(x)) if isinstance(operator, Interpolate) else None
 
 
 # %% ../../nbs/92_engine.ipynb #e560fa25
@@ -106,11 +107,11 @@ def innovation_weights(R: Covariance, innovation: Gappy, shown: Gappy) -> Gappy:
 def factored_weights(R: Covariance, innovation: Gappy, factor: Gappy, own: Gappy | float = 0.0) -> Gappy:
     """The same for H B Hᵀ = U Uᵀ + diag(`own`), with U = `factor` `(..., size, rank)`: @eq-woodbury where that is less work."""
     if not isinstance(R, DiagonalCovariance) or factor.shape[-1] >= factor.shape[-2]:
-        own = torch.as_tensor(own).to(factor) + factor.new_zeros(factor.shape[-2])
+        own = factor.new_zeros(factor.shape[-2]) + own
         return innovation_weights(R, innovation, factor @ factor.mT + torch.diag_embed(own))
     own = own + _beside(R.variances.to(innovation), innovation.ndim - 1)  # Λ
     scaled = factor / own.unsqueeze(-1)
-    inner = torch.eye(factor.shape[-1]).to(factor) + scaled.mT @ factor
+    inner = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device) + scaled.mT @ factor
     c = symmetric_solve(_times(innovation.unsqueeze(-2), scaled).squeeze(-2), inner)
     return (innovation - _times(c.unsqueeze(-2), factor.mT).squeeze(-2)) / own
 
@@ -123,7 +124,7 @@ def kalman_pull(B: ErrorCovariance, x: Gappy, observations: Observations, centre
     operator, R, present = observations.operator, observations.covariance, x.new_ones(1)
     if isinstance(operator, Present):
         operator, present = operator.operator, operator.present.unsqueeze(-2).to(x)  # beside members
-    few, linear = _few(operator), operator.linear
+    few, linear = _few(operator, x), operator.linear
     innovation = observations.innovation(x if centre is None or few is None else centre).to(x)
     if few is None:
         H = observations.operator.jacobian(x.new_zeros(x.shape[-1]) if linear else x)
@@ -133,10 +134,10 @@ def kalman_pull(B: ErrorCovariance, x: Gappy, observations: Observations, centre
         weights = innovation_weights(R, innovation, scale * H @ B.multiply(H).mT)
         return _times(weights.unsqueeze(-2), H).squeeze(-2)
     if isinstance(operator, Select) and isinstance(B, FactoredError):
-        U, own = (part.to(x) for part in B.at(operator._index.to(x.device)))
+        U, own = (part.to(x) for part in B.at(few[0][:, 0]))
         weights = factored_weights(R, innovation, scale**0.5 * U * present.unsqueeze(-1), scale * own * present)
     else:
-        columns = [(i, w) for i, w in zip(few[0].T.to(x.device), few[1].T.to(x))]
+        columns = list(zip(few[0].T, few[1].T))
         shown = scale * sum(w.unsqueeze(-1) * B.between(i, j).to(x) * v for i, w in columns for j, v in columns)
         weights = innovation_weights(R, innovation, shown * present.unsqueeze(-1) * present.unsqueeze(-2))
     return observations.operator.adjoint(x, weights)
@@ -239,12 +240,12 @@ class Residual:
 
     def draw(self, generator: torch.Generator) -> Gappy:
         """One error for every state: `(..., dim)`; each pseudo-member gets a smooth field of the taper's as its factor."""
-        z = standard_normal((*self.factor.shape[:-2], *self.factor.shape[:-3:-1]), generator)  # (..., rank, dim)
+        z = standard_normal((*self.factor.shape[:-2], *self.factor.shape[:-3:-1]), generator, self.factor)  # (..., rank, dim)
         if self.taper is None:
             z = z[..., :1].expand_as(z)
         else:
-            z = z @ _root(self.taper).mT
-        white = standard_normal(tuple(self.diagonal.shape), generator)
+            z = z @ _alike(_root(self.taper.double()), z).mT
+        white = standard_normal(tuple(self.diagonal.shape), generator, self.diagonal)
         return (self.factor * z.mT).sum(-1) + self.diagonal.sqrt() * white
 
 

@@ -42,7 +42,7 @@ class GaussianResidual:
 
     def at(self, tau: float, background: Tensor) -> DenseError:
         S = self.prior.covariance.matrix
-        B = (1 - tau) ** 2 * torch.linalg.solve(tau**2 * S + (1 - tau) ** 2 * torch.eye(len(S)).to(S), S)
+        B = (1 - tau) ** 2 * torch.linalg.solve(tau**2 * S + (1 - tau) ** 2 * torch.eye(len(S), dtype=S.dtype, device=S.device), S)
         return DenseError((B + B.T) / 2)
 
 
@@ -176,7 +176,7 @@ class EnsembleResidual(Settings):
         A = self.inflation / (members - 1) ** 0.5 * anomalies(background)
         known = tau / (1 - tau) / torch.as_tensor(self.source).to(A).expand(dim)  # τ/(1−τ) Σ^(−1/2)
         if self.half_width == math.inf:  # B_τ = Aᵀ(I + A known² Aᵀ)⁻¹A
-            inner = torch.eye(members).to(A) + (A * known) @ (A * known).mT
+            inner = torch.eye(members, dtype=A.dtype, device=A.device) + (A * known) @ (A * known).mT
             factor = torch.linalg.cholesky_ex(inner).L
             return FactoredError(torch.linalg.solve_triangular(factor, A, upper=False).mT.unsqueeze(-3))
         B = A.mT @ A * _taper(dim, self.half_width, self.distance).to(A)

@@ -55,8 +55,9 @@ def _shares_of_noise(
     one = draws * math.prod(shape[1:])
     block = max(1, min(iterations, 200_000 // max(1, one)))
     for start in range(0, iterations, block):
-        steps = torch.arange(start, min(start + block, iterations), dtype=torch.float64)
-        drawn = prior.source((shape[0], len(steps), draws, *shape[1:]), generator)
+        end = min(start + block, iterations)
+        drawn = prior.source((shape[0], end - start, draws, *shape[1:]), generator)
+        steps = torch.arange(start, end, dtype=drawn.dtype, device=drawn.device)
         fading = (1 - steps / iterations).reshape(-1, *(drawn.ndim - 2) * (1,))
         yield from (drawn * fading).movedim(0, 2)
 
@@ -126,7 +127,7 @@ class _PlugAndPlay(_LoopSettings):
         self, misfit: Misfit, prior: Prior, denoiser: Denoiser, length: Tensor | float, generator: torch.Generator
     ) -> Iterator[Tensor]:
         x = misfit.background
-        noise = self.noise(prior, tuple(x.shape), generator)
+        noise = (share.to(x) for share in self.noise(prior, tuple(x.shape), generator))
         noise = _at_pseudo_times(noise, self.iterations, getattr(denoiser, "centre", None))
         for x in plug_and_play(x, lambda x, tau: self.towards(x, misfit, length, tau), noise, denoiser):
             misfit.left_open = getattr(denoiser, "residual", None)

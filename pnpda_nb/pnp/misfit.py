@@ -34,7 +34,8 @@ def step_size(observations: Observations, state: Tensor, rule: str) -> Tensor | 
         return ((covariance.variances * there).sum(-1) / there.sum(-1).clamp_min(1))[..., None, None]
     if rule == "lipschitz" and selects_alone(observations):
         present = 1.0 if observations.missing is None else ~observations.missing
-        largest = (present / covariance.variances).amax(-1).clamp_min(1e-300)
+        largest = (present / covariance.variances).amax(-1)
+        largest = largest.clamp_min(max(1e-300, torch.finfo(largest.dtype).tiny))
         return (1 / largest)[..., None, None].expand(*state.shape[:-1], 1)
     if rule == "lipschitz":
         return _flattest(_beside_members(covariance.factor), observations.operator.jacobian(state))
@@ -49,7 +50,7 @@ def _flattest(factor: Tensor, jacobian: Tensor) -> Tensor:
     whitened = torch.linalg.solve_triangular(factor, jacobian, upper=False)
     fine = torch.isfinite(whitened).all(-1).all(-1)[..., None]
     norm = torch.linalg.matrix_norm(whitened.where(fine[..., None], 0.0), ord=2)[..., None]
-    return (1 / norm.square().clamp_min(1e-300)).where(fine, torch.nan)
+    return (1 / norm.square().clamp_min(max(1e-300, torch.finfo(norm.dtype).tiny))).where(fine, torch.nan)
 
 
 # %% ../../nbs/10_pnp.ipynb #4dc4ed00

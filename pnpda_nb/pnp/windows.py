@@ -83,7 +83,7 @@ class WindowMisfit(Misfit):
         if self.factor is not None:
             return _flattest(self.factor, self.jacobian)
         self.jacobian, whitened = _whitened(self.observations, *_along(self.background, self.observations, self.forecast))
-        return _flattest(torch.eye(whitened.shape[-2]).to(whitened), whitened)
+        return _flattest(torch.eye(whitened.shape[-2], dtype=whitened.dtype, device=whitened.device), whitened)
 
     def states(self, x: Tensor) -> Tensor:
         """The states at all observation times, most likely given that at the first: `(times, ..., member, dim)`."""
@@ -112,7 +112,7 @@ def _along(x: Tensor, observations: Sequence[Observations], forecast: Callable) 
     Jacobians H_i of what is seen.
     """
     steps, products, seen_by = [], [], []
-    product = torch.eye(x.shape[-1]).to(x).expand(*x.shape, -1)
+    product = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device).expand(*x.shape, -1)
     for i, seen in enumerate(observations):
         if i:
             x, M = forecast.linearised(x)
@@ -150,7 +150,7 @@ def _marginalised(
 def _factor(C: Tensor) -> Tensor:
     """The Cholesky factor, with nan where a matrix has none."""
     fine = torch.isfinite(C).flatten(-2).all(-1)[..., None, None]
-    factor, failed = torch.linalg.cholesky_ex(C.where(fine, torch.eye(C.shape[-1]).to(C)))
+    factor, failed = torch.linalg.cholesky_ex(C.where(fine, torch.eye(C.shape[-1], dtype=C.dtype, device=C.device)))
     return factor.masked_fill((failed != 0)[..., None, None] | ~fine, torch.nan)
 
 

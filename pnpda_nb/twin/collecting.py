@@ -81,7 +81,8 @@ def _as_dataset(
     experiment: TwinExperiment, method: Method, segments: list[Segment], first_cycle: int, failed: Tensor, keep_members: bool
 ) -> xr.Dataset:
     """Collect segments of a cycle; set-aside runs become nan from the cycle of their failure on."""
-    interval, count = experiment.interval, len(segments)
+    interval, count = len(segments[0].truth), len(segments)  # states that are kept
+    every = experiment.interval // interval
     truth = torch.cat([s.truth for s in segments])
     bad_cycle = (failed >= 0)[None] & (first_cycle + torch.arange(count)[:, None] >= failed[None])
     bad_step = bad_cycle.repeat_interleave(interval, dim=0)
@@ -119,10 +120,10 @@ def _as_dataset(
         coords={
             "time": (
                 "time",
-                (first_cycle * interval + np.arange(1, count * interval + 1)) * experiment.nature.dt,
+                (first_cycle * interval + np.arange(1, count * interval + 1)) * every * experiment.nature.dt,
                 {"units": "model time units"},
             ),
-            "cycle_time": ("cycle", (first_cycle + np.arange(1, count + 1)) * interval * experiment.nature.dt),
+            "cycle_time": ("cycle", (first_cycle + np.arange(1, count + 1)) * experiment.interval * experiment.nature.dt),
             "variable": experiment.variables,
         },
     )

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core.checks import guard
+from ..core.compute import _alike
 from ..core.random import RunNoise, RunStreams
 from ..core.settings import _require
 from ..dynamics.base import trajectory
@@ -106,8 +107,11 @@ def _with_weights(method: Method, background: Tensor, answer: Any) -> tuple[Tens
 class _Runs:
     """The runs of a cycle: their first states, how they advance, how large nature is, and which of them failed when."""
 
-    def __init__(self, experiment: TwinExperiment, nature: Iterator, members: int, runs: int, seed: int, split: str):
-        self.experiment, self.nature, self.members = experiment, nature, members
+    def __init__(
+        self, experiment: TwinExperiment, nature: Iterator, members: int, runs: int, seed: int, split: str,
+        dtype: torch.dtype, every: int,
+    ):  # fmt: skip
+        self.experiment, self.nature, self.members, self.every = experiment, nature, members, every
         self.noise = RunNoise(seed, split, "model error", runs)
         error = RunNoise(seed, split, "first background", runs).draw(1, members, experiment.dim)[0]
         truth = next(nature)[0][0].unsqueeze(-2)
@@ -118,20 +122,21 @@ class _Runs:
         else:
             centre = torch.tensor(experiment.start, dtype=torch.float64)
             self.first = centre + experiment.start_variance**0.5 * error
+        self.first = self.first.to(dtype)
         self.failed = torch.full((runs,), -1)
         self.size = truth.abs().amax((1, 2), keepdim=True).clamp_min(1.0)  # of each run's nature
 
     def watched(self) -> Iterator[tuple[Tensor, Observations]]:
         for truth, observations in self.nature:
             self.size = torch.maximum(self.size, truth.abs().amax((0, 2))[:, None, None])
-            yield truth, observations
+            yield truth if self.every == 1 else truth[self.every - 1 :: self.every].clone(), _alike(observations, self.first)
 
     def advance(self, state: Tensor) -> Tensor:
-        """States `(step, run, member, dim)` of the next interval, perturbed by the model error."""
+        """States `(step, run, member, dim)` of the next interval, perturbed by the model error; of each `every` steps the last."""
         e, error = self.experiment, None
         if e.model_error.variance > 0:
-            error = e.model_error.variance**0.5 * self.noise.draw(e.interval, self.members, e.dim)
-        return trajectory(e.forecast_model, state, e.interval, error)
+            error = (e.model_error.variance**0.5 * self.noise.draw(e.interval, self.members, e.dim)).to(state)
+        return trajectory(e.forecast_model, state, e.interval, error, self.every)
 
     def set_aside(self, state: Tensor, k: int) -> Tensor:
         """Note runs of `state` `(run, member, dim)` that are not finite, or about to be so; a harmless state takes their place."""
@@ -152,7 +157,9 @@ def cycle(
     split: str = "test",
     keep: Literal["all", "scores"] = "all",
     keep_members: bool = False,
+    keep_steps: bool = True,
     nature: Sequence[tuple[Tensor, Observations | None]] | None = None,
+    dtype: torch.dtype = torch.float64,
     progress: bool | str = False,
 ) -> xr.Dataset:
     """Run `method` through `runs` independent twin experiments at once.
@@ -164,17 +171,20 @@ def cycle(
     from 0) at which a run became non-finite, or -1. With `keep_members`, also the ensembles themselves. If members have weights,
     all of these use them; their `concentration` Σ w² is one over the effective number of members, and `keep_members` keeps them,
     too. With `keep="scores"` only what `scores` and the other summaries need, in memory that does not grow with the number of
-    cycles. `nature` is what `watch_nature` yields, if it is at hand. Raises `ValueError` for fewer than one run or member, or a
-    method without a `window`.
+    cycles. Without `keep_steps` there are no times between those of observations, neither kept nor scored. `nature` is what
+    `watch_nature` yields, if it is at hand. States, and whatever meets them, are of `dtype`, torch.float64 or torch.float32; truths
+    are always float64. Raises `ValueError` for fewer than one run or member, or a method without a `window`.
     """
-    _check_cycle(method, members, runs, keep)
+    _check_cycle(method, members, runs, keep, dtype)
     nature = iter(watch_nature(experiment, runs, seed, split) if nature is None else nature)
-    batch = _Runs(experiment, nature, members, runs, seed, split)
+    every = 1 if keep_steps else experiment.interval
+    batch = _Runs(experiment, nature, members, runs, seed, split, dtype, every)
     loop = filter_cycle
     if getattr(method, "from_start", method.window > 1):
-        loop = partial(window_cycle, cycles=experiment.cycles)
+        loop = partial(window_cycle, cycles=experiment.cycles, every=every)
     forecast, own = Forecast(experiment.forecast_model, experiment.interval), RunStreams(seed, split, "method", runs=runs)
-    segments = loop(method, batch.watched(), forecast, batch.advance, batch.first, batch.set_aside, own)
+    fitting = _alike(method, batch.first)
+    segments = loop(fitting, batch.watched(), forecast, batch.advance, batch.first, batch.set_aside, own)
     # bars go away when done, and stay off where there is no terminal to draw them on
     name, off = progress if isinstance(progress, str) else type(method).__name__, None if progress else True
     bar = tqdm(map(_averaged, segments), total=experiment.cycles, desc=name, disable=off, leave=False)
@@ -184,13 +194,14 @@ def cycle(
         result = _blocks_of_scores(experiment, method, bar, batch.failed)
     result["failed"] = (("run",), batch.failed.numpy())
     settings = {"members": members, "runs": runs, "seed": seed, "split": split, "burn_in": experiment.burn_in}
+    settings |= {} if dtype == torch.float64 else {"dtype": str(dtype).removeprefix("torch.")}
     result.attrs = _described(experiment, method) | settings
     _warn_of_failed(method, batch.failed)
     return result
 
 
 # %% ../../nbs/03_twin.ipynb #f2703b95
-def _check_cycle(method: Method, members: int, runs: int, keep: str) -> None:
+def _check_cycle(method: Method, members: int, runs: int, keep: str, dtype: torch.dtype) -> None:
     for name, count in (("members", members), ("runs", runs)):
         _require(isinstance(count, Integral) and count >= 1, name, "a whole number of at least 1", count)
     window = getattr(method, "window", None)
@@ -198,6 +209,8 @@ def _check_cycle(method: Method, members: int, runs: int, keep: str) -> None:
         raise ValueError(f"method: expected one with a window of at least 1, got window={window}")
     if keep not in ("all", "scores"):
         raise ValueError(f"keep: expected 'all' or 'scores', got {keep!r}")
+    if dtype not in (torch.float64, torch.float32):
+        raise ValueError(f"dtype: expected torch.float64 or torch.float32, got {dtype}")
 
 
 def _warn_of_failed(method: Method, failed: Tensor) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
+from functools import partial
 from typing import Callable, Iterator
 
 import torch
@@ -32,9 +33,10 @@ def window_cycle(
     set_aside: Callable[[Tensor, int], Tensor],
     generator: torch.Generator,
     cycles: int,
+    every: int = 1,
 ) -> Iterator[Segment]:
     """Cycle a method that analyses the start of a window; arguments as for `filter_cycle`. If the number
-    of `cycles` is no multiple of the shift, the first move is shorter.
+    of `cycles` is no multiple of the shift, the first move is shorter. Segments hold the states after `every` so many steps.
     """
     window, shift = method.window, getattr(method, "shift", method.window)
     if not 1 <= shift <= window:
@@ -50,9 +52,10 @@ def window_cycle(
             path = path[1:] if len(path) > 1 else [advance(path[0])[-1]]
         end += len(arrived)
         background = set_aside(path[0], now)
-        before = [trajectory(forecast.model, background, forecast.interval)]
+        along = partial(trajectory, forecast.model, steps=forecast.interval, every=every)
+        before = [along(background)]
         for _ in range(len(inside) + len(arrived) - 1):
-            before.append(trajectory(forecast.model, before[-1][-1], forecast.interval))
+            before.append(along(before[-1][-1]))
         for (truth, observations), states in zip(arrived, before[len(inside) :]):
             last = set_aside(states[-1], now)
             inside.append(Segment(truth, observations, states[1:], last, last, last))
@@ -65,7 +68,7 @@ def window_cycle(
         path = [set_aside(x, now) for x in analysed] if whole else [set_aside(analysed, now)]
         start = path[0]
         for j, segment in enumerate(inside):
-            states = trajectory(forecast.model, path[j] if whole else start, forecast.interval)
+            states = along(path[j] if whole else start)
             start = path[j + 1] if whole else set_aside(states[-1], now)
             if j >= len(inside) - len(arrived):
                 states[-1] = segment.analysis = start
