@@ -298,8 +298,6 @@ def test_that_analyses_are_the_same_whatever_the_numbers_come_in(name):
         assert torch.equal(analyse(method, same), right)
     whole = analyse(method, (10 * CLOUD).long())
     assert whole.dtype == DOUBLE and torch.equal(whole, analyse(method, (10 * CLOUD).trunc()))
-    if name == "local EnKF":
-        pytest.xfail("its tapers are in double precision")
     single = CLOUD.float()
     back = analyse(method, single)  # in its own precision: see test_precision
     assert back.dtype == torch.float32 and torch.equal(analyse(method, single.numpy()), back)
