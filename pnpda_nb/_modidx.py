@@ -2070,10 +2070,12 @@ d = {
                 "observing.html#_check_variances",
                 "pnpda_nb/observing/covariance.py",
             ),
+            "pnpda_nb.observing.covariance._cut": ("observing.html#_cut", "pnpda_nb/observing/covariance.py"),
             "pnpda_nb.observing.covariance._positive_definite": (
                 "observing.html#_positive_definite",
                 "pnpda_nb/observing/covariance.py",
             ),
+            "pnpda_nb.observing.covariance._rounded": ("observing.html#_rounded", "pnpda_nb/observing/covariance.py"),
         },
         "pnpda_nb.observing.functions": {
             "pnpda_nb.observing.functions.NumpyOperator": ("engine.html#numpyoperator", "pnpda_nb/observing/functions.py"),

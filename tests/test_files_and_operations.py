@@ -351,10 +351,8 @@ def test_that_a_table_that_does_not_fit_is_one_clear_line(files, tmp_path, text,
 
 def test_that_a_table_with_blanks_and_gaps_is_read(states, tmp_path):
     (tmp_path / "s.csv").write_text(
-        (
-            "value, error, variable, units, lat, lon\n281, 0.1, temperature, K, 50, 90\n , 0.1, wind, m s-1, , \n0.5, 0.1, "
-            "wind, m s-1, , \n"
-        )
+        "value, error, variable, units, lat, lon\n281, 0.1, temperature, K, 50, 90\n , 0.1, wind, m s-1, , \n0.5, 0.1, "
+        "wind, m s-1, , \n"
     )
     sightings = read_observations(tmp_path / "s.csv", states)
     assert sightings.values.shape == (1, 3) and np.isnan(sightings.values).sum() == 1

@@ -304,10 +304,8 @@ def train(
     calibration = trained.calibration
     _say(f"\n{_line(trained.prior)}")
     _say(
-        (
-            f"\nDistance from the analyses of {calibration.pairs} pairs that were set aside (± standard error, as if they "
-            "were independent):"
-        )
+        f"\nDistance from the analyses of {calibration.pairs} pairs that were set aside (± standard error, as if they "
+        "were independent):"
     )
     _say(_table(calibration.means))
     _say("\nError of analyses when a quarter of the points is seen, in standard deviations of the increments:")

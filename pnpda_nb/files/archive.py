@@ -141,18 +141,14 @@ class Archive:
             pair, position = np.argwhere(~fine)[0]
             field = next(name for name, part in self.state.parts().items() if position < part.stop) or "state"
             raise ValueError(
-                (
-                    f"archive: expected finite values in {_shown(self.name)}, got {kept[pair, position]} in the {role} of "
-                    f"{field} of pair {first + pair}"
-                )
+                f"archive: expected finite values in {_shown(self.name)}, got {kept[pair, position]} in the {role} of "
+                f"{field} of pair {first + pair}"
             )
         if self.state.left_out is not None and np.isfinite(flat[:, self.state.left_out]).any():
             pair = np.argwhere(np.isfinite(flat[:, self.state.left_out]))[0, 0]
             raise ValueError(
-                (
-                    f"archive: expected the points that the first pair of {_shown(self.name)} misses to be missing always, "
-                    f"got values in the {role} of pair {first + pair}"
-                )
+                f"archive: expected the points that the first pair of {_shown(self.name)} misses to be missing always, "
+                f"got values in the {role} of pair {first + pair}"
             )
 
 
@@ -197,10 +193,8 @@ class _Piece:
         )  # by time; members of one time stay together
         if not self.samples:
             raise ValueError(
-                (
-                    f"archive: expected a dimension that counts pairs in {self.shown}, such as sample or time (or one named "
-                    f"as `samples`), got ({', '.join(map(str, array.dims))})"
-                )
+                f"archive: expected a dimension that counts pairs in {self.shown}, such as sample or time (or one named "
+                f"as `samples`), got ({', '.join(map(str, array.dims))})"
             )
         self.times = times[first] if first is not None else _time_of_all(array, self.where)
         for d in {
@@ -244,10 +238,8 @@ class _Piece:
                 sizes = {d: array.sizes.get(d) for d in self.samples}
                 if tuple(sizes.values()) != self.sizes:
                     raise ValueError(
-                        (
-                            f"archive: expected {array.name!r} in {self.shown} with dimensions "
-                            f"{dict(zip(self.samples, self.sizes))}, got {sizes}"
-                        )
+                        f"archive: expected {array.name!r} in {self.shown} with dimensions "
+                        f"{dict(zip(self.samples, self.sizes))}, got {sizes}"
                     )
                 check_field(array, field, state, self.samples, self.where)
                 self.factors[role, field.name] = check_units(_units(array.attrs, self.where), field, self.where)
@@ -312,10 +304,8 @@ def _in_order_of_time(pieces: list[_Piece]) -> list[_Piece]:
     for one, other in zip(timed, timed[1:]):
         if other.times[0] <= one.times[-1]:
             raise ValueError(
-                (
-                    f"archive: expected files of different times, got {_time(one.times[0])} to {_time(one.times[-1])} in "
-                    f"{one.shown} and {_time(other.times[0])} to {_time(other.times[-1])} in {other.shown}"
-                )
+                f"archive: expected files of different times, got {_time(one.times[0])} to {_time(one.times[-1])} in "
+                f"{one.shown} and {_time(other.times[0])} to {_time(other.times[-1])} in {other.shown}"
             )
     return timed
 

@@ -147,10 +147,8 @@ class _HDF5Contents(_Contents):
                     found.fillvalue, found.attrs.get("_FillValue"), found.attrs.get("missing_value")
                 ):
                     raise self.refuse(
-                        (
-                            f"{there} of {all_of_it} chunks of {variable!r} are stored, and {found.fillvalue} in the others "
-                            "would be taken for data"
-                        )
+                        f"{there} of {all_of_it} chunks of {variable!r} are stored, and {found.fillvalue} in the others "
+                        "would be taken for data"
                     )
 
 

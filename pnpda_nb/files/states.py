@@ -197,10 +197,8 @@ def read_states(path: str | os.PathLike, layout: Layout, *, name: str = "backgro
             check_field(array, field, layout, dims, where)
             if [array.sizes.get(d) for d in dims] != [first.sizes[d] for d in dims]:
                 raise ValueError(
-                    (
-                        f"{where}: expected {array.name!r} with the dimensions {', '.join(dims)} of {first.name!r}, got "
-                        f"{', '.join(map(str, array.dims))}"
-                    )
+                    f"{where}: expected {array.name!r} with the dimensions {', '.join(dims)} of {first.name!r}, got "
+                    f"{', '.join(map(str, array.dims))}"
                 )
             if not array.size:
                 raise ValueError(
@@ -249,10 +247,8 @@ def read_states(path: str | os.PathLike, layout: Layout, *, name: str = "backgro
         wild = (mine < low) | (mine > high)
         if wild.any():
             raise ValueError(
-                (
-                    f"{where}: expected {field.title} between {low:.4g} and {high:.4g} {field.units} (the archive held "
-                    f"{field.held[0]:.4g} to {field.held[1]:.4g}), got {mine[wild][0]:.6g}"
-                )
+                f"{where}: expected {field.title} between {low:.4g} and {high:.4g} {field.units} (the archive held "
+                f"{field.held[0]:.4g} to {field.held[1]:.4g}), got {mine[wild][0]:.6g}"
             )
     return States(torch.from_numpy(np.ascontiguousarray(kept)).reshape(*shape, layout.dim), layout, arrays, runs, members, beside)
 

@@ -244,10 +244,8 @@ def read_observations(path: str | os.PathLike, states: States, *, samples: Seque
     if not found:
         wanted = ", ".join(f.title for f in layout.fields)
         raise ValueError(
-            (
-                f"{where}: expected a variable 'value' or one named as a field ({wanted}), got "
-                f"{', '.join(map(str, data.data_vars)) or 'none'}"
-            )
+            f"{where}: expected a variable 'value' or one named as a field ({wanted}), got "
+            f"{', '.join(map(str, data.data_vars)) or 'none'}"
         )
     width = max(part[3].shape[1] for part in found)
 
@@ -265,10 +263,8 @@ def read_observations(path: str | os.PathLike, states: States, *, samples: Seque
     )
     if np.isnan(sightings.values).all():
         raise ValueError(
-            (
-                f"{where}: expected at least one value, got {sightings.values.size} "
-                f"missing{', of which ' * bool(sightings.refused)}{sightings.beyond}"
-            )
+            f"{where}: expected at least one value, got {sightings.values.size} "
+            f"missing{', of which ' * bool(sightings.refused)}{sightings.beyond}"
         )
     return sightings
 
@@ -351,10 +347,8 @@ def _by_run(array: xr.DataArray, rest: Sequence[str], states: States, where: str
         if dim not in array.dims:
             if first.sizes[dim] > 1:
                 raise ValueError(
-                    (
-                        f"{where}: expected {array.name!r} with the dimension {dim} of the background, got "
-                        f"({', '.join(map(str, array.dims))})"
-                    )
+                    f"{where}: expected {array.name!r} with the dimension {dim} of the background, got "
+                    f"({', '.join(map(str, array.dims))})"
                 )
             array = array.reset_coords(drop=True).expand_dims(dim)
         elif array.sizes[dim] != first.sizes[dim]:
@@ -376,10 +370,8 @@ def _errors(data: xr.Dataset, name: str, like: xr.DataArray, rest: Sequence[str]
     given = data.get(name, like.attrs.get("error"))
     if given is None:
         raise ValueError(
-            (
-                f"{where}: expected the errors' standard deviations as a variable {name!r} or an attribute 'error' of "
-                f"{like.name!r}, got neither"
-            )
+            f"{where}: expected the errors' standard deviations as a variable {name!r} or an attribute 'error' of "
+            f"{like.name!r}, got neither"
         )
     sizes = [like.sizes[d] for d in rest]
     if not isinstance(given, xr.DataArray):
@@ -435,10 +427,8 @@ def _station_dim(array: xr.DataArray, states: States, where: str) -> str:
     long = [d for d in dims if array.sizes[d] > 1] or dims[-1:]
     if len(long) != 1:
         raise ValueError(
-            (
-                f"{where}: expected {array.name!r} with one dimension of stations besides the background's, got "
-                f"({', '.join(map(str, array.dims))})"
-            )
+            f"{where}: expected {array.name!r} with one dimension of stations besides the background's, got "
+            f"({', '.join(map(str, array.dims))})"
         )
     return long[0]
 
@@ -457,10 +447,8 @@ def _named(data: xr.Dataset, name: str, field: Field, states: States, where: str
         points, weights = states.layout.place[begin + seen][:, None], np.ones((len(seen), 1))
         if (points < 0).any():
             raise ValueError(
-                (
-                    f"{where}: expected {name!r} to be missing at the {int((points < 0).sum())} points that the archive "
-                    "leaves out, got values"
-                )
+                f"{where}: expected {name!r} to be missing at the {int((points < 0).sum())} points that the archive "
+                "leaves out, got values"
             )
         errors = _errors(data, f"{name}_error", array, field.dims, where)[seen] * abs(factor[0])
         return [(values[:, seen], _positive(errors, values[:, seen], where), (field.name,) * len(seen), points, weights, refused)]
@@ -491,10 +479,8 @@ def _listed(data: xr.Dataset, states: States, where: str) -> list[tuple]:
         of = [layout.fields[0]] * values.shape[1]
     else:
         raise ValueError(
-            (
-                f"{where}: expected a variable 'variable' that names the field of each station "
-                f"({', '.join(f.title for f in layout.fields)}), got none"
-            )
+            f"{where}: expected a variable 'variable' that names the field of each station "
+            f"({', '.join(f.title for f in layout.fields)}), got none"
         )
     usual = _units(array.attrs, f"{where}: 'value'")
     units = ["" if v is None else str(v) for v in _plain(stations["units"].values)] if "units" in stations else [usual] * len(of)

@@ -149,10 +149,8 @@ def _numbers(array: xr.DataArray, where: str) -> np.ndarray:
     wrong = np.flatnonzero(numbers.isna() & ~texts.str.lower().isin(("", "nan")))
     if len(wrong):
         raise ValueError(
-            (
-                f"{where}: expected numbers in {'column' if array.attrs.get('table') else 'variable'} {array.name!r}, got "
-                f"{_brief(texts[wrong[0]])} in row {wrong[0] + 1}"
-            )
+            f"{where}: expected numbers in {'column' if array.attrs.get('table') else 'variable'} {array.name!r}, got "
+            f"{_brief(texts[wrong[0]])} in row {wrong[0] + 1}"
         )
     return numbers.to_numpy("float64").reshape(values.shape)
 
@@ -176,10 +174,8 @@ def _as_time(text: object, calendar: str, where: str) -> object:
         return cftime.datetime(*numbers, int(f"{(part or '0'):0<6}"[:6]), calendar=calendar) - timedelta(minutes=minutes)
     except (AttributeError, ValueError, OverflowError) as error:
         raise ValueError(
-            (
-                f"{where}: expected a time such as 2020-01-30T18:00Z{f' of the calendar {calendar}' * bool(calendar)}, got "
-                f"{_brief(text)}"
-            )
+            f"{where}: expected a time such as 2020-01-30T18:00Z{f' of the calendar {calendar}' * bool(calendar)}, got "
+            f"{_brief(text)}"
         ) from error
 
 

@@ -205,10 +205,8 @@ class _ZarrContents(_Contents):
             known = said.removeprefix("numcodecs.") if isinstance(said, str) else said
             if known not in CODECS:
                 raise _Refused(
-                    (
-                        f"{self.name}: expected codecs that are known not to execute anything in {self.shown}, got the codec "
-                        f"{_brief(said)} of {variable!r}"
-                    )
+                    f"{self.name}: expected codecs that are known not to execute anything in {self.shown}, got the codec "
+                    f"{_brief(said)} of {variable!r}"
                 )
             codecs.append(
                 (
@@ -272,10 +270,8 @@ class _ZarrContents(_Contents):
         if found is None:
             if variable in self.needed and not array.gaps:
                 raise self.refuse(
-                    (
-                        f"the chunk {key} is not stored, and its fill value would be taken for data (if it is data, write "
-                        "the store with write_empty_chunks=True)"
-                    )
+                    f"the chunk {key} is not stored, and its fill value would be taken for data (if it is data, write "
+                    "the store with write_empty_chunks=True)"
                 )
             return
         if _too_much(array.size, found.st_size):

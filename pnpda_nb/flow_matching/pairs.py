@@ -111,10 +111,8 @@ def _held_out(count: int, settings: TrainingSettings) -> int:
     held_out = max(1, round(settings.validation_fraction * count))
     if count - held_out < settings.batch:
         raise ValueError(
-            (
-                f"analysis: expected at least {settings.batch} pairs to train on besides {held_out} for validation, got "
-                f"{count - held_out}"
-            )
+            f"analysis: expected at least {settings.batch} pairs to train on besides {held_out} for validation, got "
+            f"{count - held_out}"
         )
     return held_out
 

@@ -96,10 +96,8 @@ class GaussianPrior:
         self.dim, self.covariance = covariance.size, covariance
         if self.matrix.shape != (self.dim, self.dim) or self.offset.shape != (self.dim,):
             raise ValueError(
-                (
-                    f"matrix, offset: expected sizes {self.dim} as the covariance's, got {tuple(self.matrix.shape)} and "
-                    f"{tuple(self.offset.shape)}"
-                )
+                f"matrix, offset: expected sizes {self.dim} as the covariance's, got {tuple(self.matrix.shape)} and "
+                f"{tuple(self.offset.shape)}"
             )
         if not (torch.isfinite(self.matrix).all() and torch.isfinite(self.offset).all()):
             raise ValueError("matrix, offset: expected finite numbers, got others")
@@ -111,10 +109,8 @@ class GaussianPrior:
         """
         if background.ndim != 2 or background.shape != analysis.shape or len(analysis) < 2:
             raise ValueError(
-                (
-                    f"background, analysis: expected two or more pairs (sample, dim), got {tuple(background.shape)} and "
-                    f"{tuple(analysis.shape)}"
-                )
+                f"background, analysis: expected two or more pairs (sample, dim), got {tuple(background.shape)} and "
+                f"{tuple(analysis.shape)}"
             )
         background, analysis = background.double(), analysis.double()
         joint = torch.cov(torch.cat((background, analysis), -1).T)

@@ -242,10 +242,8 @@ class FlowFile(PriorFile):
         location, scale, factor, units = self.location, self.scale, self.factor, self.units
         if not location.shape == scale.shape == (self.dim,):
             raise ValueError(
-                (
-                    f"scale: expected one for each of the location's {self.dim} numbers, got shapes {tuple(location.shape)} "
-                    f"and {tuple(scale.shape)}"
-                )
+                f"scale: expected one for each of the location's {self.dim} numbers, got shapes {tuple(location.shape)} "
+                f"and {tuple(scale.shape)}"
             )
         if factor is not None and factor.shape not in ((self.dim,), (self.dim, self.dim)):
             raise ValueError(f"factor: expected a size of {self.dim}, got {tuple(factor.shape)}")

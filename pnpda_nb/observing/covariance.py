@@ -81,25 +81,30 @@ class Covariance:
         """This covariance where `missing` `(..., size)` components are cut off from all others, with
         variance 1 in their place: a batch of matrices `(..., size, size)`.
         """
-        if self._whole is not None:
-            return self._whole.without(missing)._alike(self.factor)
-        present = ~missing
-        both = present.unsqueeze(-1) & present.unsqueeze(-2)
-        cut = object.__new__(Covariance)
-        cut.matrix = torch.where(both, self.matrix, torch.diag_embed(missing.to(self.matrix)))
-        cut.factor = torch.linalg.cholesky(cut.matrix)
-        # the largest precision of a part is at most that of the whole
-        cut.__dict__["largest_precision"] = self.largest_precision
-        return cut
+        return _cut(self, missing) if self._whole is None else self._whole.without(missing)._alike(self.factor)
 
     def _alike(self, state: Tensor) -> "Covariance":
         """The same where `state` is, and rounded as it is."""
-        matrix = _alike(self.matrix, state)
-        if matrix is self.matrix:
-            return self
-        rounded, whole = object.__new__(Covariance), self._whole or self
-        rounded._whole, rounded.matrix, rounded.factor = whole, _alike(whole.matrix, state), _alike(whole.factor, state)
-        return rounded
+        return _rounded(self, state)
+
+
+# %% ../../nbs/02_observing.ipynb #c0ac7ed1
+def _cut(whole: Covariance, missing: Mask) -> Covariance:
+    both = ~missing.unsqueeze(-1) & ~missing.unsqueeze(-2)
+    cut = object.__new__(Covariance)
+    cut.matrix = torch.where(both, whole.matrix, torch.diag_embed(missing.to(whole.matrix)))
+    cut.factor = torch.linalg.cholesky(cut.matrix)
+    # the largest precision of a part is at most that of the whole
+    cut.__dict__["largest_precision"] = whole.largest_precision
+    return cut
+
+
+def _rounded(covariance: Covariance, state: Tensor) -> Covariance:
+    if _alike(covariance.matrix, state) is covariance.matrix:
+        return covariance
+    rounded, whole = object.__new__(Covariance), covariance._whole or covariance
+    rounded._whole, rounded.matrix, rounded.factor = whole, _alike(whole.matrix, state), _alike(whole.factor, state)
+    return rounded
 
 
 # %% ../../nbs/02_observing.ipynb #00cd2d5a

@@ -231,10 +231,8 @@ def training_report(trained: Trained, name: str) -> Report:
     report = Report(f"Prior from {name}")
     record = prior.training
     report.text(
-        (
-            f"{prior!r}. Of the archive, {record['pairs']} pairs were for training and the last {calibration.pairs} for what "
-            "is reported here."
-        )
+        f"{prior!r}. Of the archive, {record['pairs']} pairs were for training and the last {calibration.pairs} for what "
+        "is reported here."
     )
     report.heading("Training")
     report.figure(
@@ -350,10 +348,8 @@ def assimilation_report(
     if unit is not None and not unit.all():
         still = (unit == 0).nonzero().flatten()
         report.text(
-            (
-                f"{_points(len(still))} never change in the pairs of training ({_named(still, states.layout)}): the analysis "
-                "is the background there."
-            )
+            f"{_points(len(still))} never change in the pairs of training ({_named(still, states.layout)}): the analysis "
+            "is the background there."
         )
     for spec in states.layout.fields:
         report.figure(

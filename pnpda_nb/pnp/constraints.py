@@ -76,10 +76,8 @@ class Constraint:
             lost = fine & ~(far <= self.tolerance)  # true for nan
             if lost.any():
                 raise ValueError(
-                    (
-                        f"project: expected |c(x)| of at most {self.tolerance:g}, got {far[lost].max().item():.3g} and "
-                        f"{int(lost.sum())} of {lost.numel()} states that do not arrive"
-                    )
+                    f"project: expected |c(x)| of at most {self.tolerance:g}, got {far[lost].max().item():.3g} and "
+                    f"{int(lost.sum())} of {lost.numel()} states that do not arrive"
                 )
             return torch.where(fine.unsqueeze(-1), landed, torch.nan)
 

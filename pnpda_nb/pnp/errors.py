@@ -145,10 +145,8 @@ def _measurable(left: Tensor, analysis: Tensor, tau: float) -> Tensor:
     left = left.masked_fill(left.abs().amax(0) * len(left) ** 0.5 <= rounding, 0.0)
     if not torch.isfinite(left.square().sum(0)).all():
         raise ValueError(
-            (
-                "background, analysis: expected numbers whose squares are finite, got a residual of "
-                f"{left.abs().max() * len(left) ** 0.5:.3g}"
-            )
+            "background, analysis: expected numbers whose squares are finite, got a residual of "
+            f"{left.abs().max() * len(left) ** 0.5:.3g}"
         )
     return left
 
