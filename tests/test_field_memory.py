@@ -3,8 +3,11 @@
 import subprocess
 import sys
 
+import pytest
+
 SCRIPT = """
 import resource
+import sys
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -52,9 +55,8 @@ def drift(x):
 DRIFT = FunctionModel(drift, PLANE.dim)
 for name, (method, operator, members) in METHODS.items():
     network = ObservingNetwork(operator, DiagonalCovariance(torch.full((operator.size,), 0.1)))
-    experiment = TwinExperiment(
-        name, DRIFT, DRIFT, network, 1, 10, (0.0,) * PLANE.dim, start_variance=PLANE.dim / 25, spin_up=1, background_variance=160.0
-    )
+    about = dict(start=(0.0,) * PLANE.dim, start_variance=PLANE.dim / 25, spin_up=1, background_variance=160.0)
+    experiment = TwinExperiment(name, DRIFT, DRIFT, network, interval=1, cycles=int(sys.argv[1]), **about)
     with NothingDense():
         result = cycle(experiment, method, members=members, runs=1, seed=1)
     truth = result.truth.values[0, -1]
@@ -64,8 +66,9 @@ for name, (method, operator, members) in METHODS.items():
 METHODS = ("homogeneous", "nonlinear", "factored", "diagonal", "EnKF", "EnKF of all", "LETKF")
 
 
-def test_that_no_method_squares_the_size_of_a_field():
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True)
+@pytest.mark.parametrize("cycles", [2, pytest.param(100, marks=pytest.mark.slow)])
+def test_that_no_method_squares_the_size_of_a_field(cycles):
+    done = subprocess.run([sys.executable, "-c", SCRIPT, str(cycles)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line.split(", ") for line in done.stdout.splitlines()]
     assert tuple(line[0] for line in lines) == METHODS

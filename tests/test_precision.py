@@ -217,7 +217,7 @@ class Device(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("missing", [False, True])
-@pytest.mark.parametrize("where", ["lorenz63", "lorenz96"])
+@pytest.mark.parametrize("where", ["lorenz96", pytest.param("lorenz63", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", [n for n in waiting(*SELECTING) if n not in FOUR_D])  # torch.func takes no such tensors
 def test_that_no_analysis_leaves_the_device_of_its_background(name, where, missing):
     with Device() as device:

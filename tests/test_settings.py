@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import annotated_types as bounds
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_fuzz import aware, experiment, incremental
 
@@ -156,6 +156,7 @@ def test_that_a_wrong_value_is_refused_by_name_in_one_line(kind, name, annotatio
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=[kind.__name__ for kind in KINDS])
+@settings(max_examples=5)  # of every field
 @given(data=st.data())
 def test_that_whatever_the_annotations_ask_for_is_taken(kind, data):
     for name, annotation in fields_of(kind):
