@@ -161,7 +161,7 @@ def waiting(*more):
     return [pytest.param(n, marks=pytest.mark.xfail(reason=reason, strict=False)) if n in (*WAITING, *more) else n for n in EVERY]
 
 
-@pytest.mark.parametrize("missing", [False, True])
+@pytest.mark.parametrize("missing", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("where", ["lorenz63", "lorenz96"])
 @pytest.mark.parametrize("name", waiting())
 def test_that_no_analysis_leaves_the_precision_of_its_background(name, where, missing):
@@ -216,7 +216,7 @@ class Device(TorchDispatchMode):
         return tree_map(lambda x: There(x) if there and isinstance(x, torch.Tensor) else x, function(*args, **kwargs))
 
 
-@pytest.mark.parametrize("missing", [False, True])
+@pytest.mark.parametrize("missing", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("where", ["lorenz96", pytest.param("lorenz63", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", [n for n in waiting(*SELECTING) if n not in FOUR_D])  # torch.func takes no such tensors
 def test_that_no_analysis_leaves_the_device_of_its_background(name, where, missing):
@@ -238,7 +238,7 @@ def test_that_analyses_on_a_gpu_are_those_of_the_processor(name, dtype):
         torch.testing.assert_close(b.cpu(), a, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("missing", [False, True])
+@pytest.mark.parametrize("missing", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("where", ["lorenz96", "kuramoto_sivashinsky"])
 @pytest.mark.parametrize("name", waiting())
 def test_that_an_analysis_is_the_same_up_to_rounding(name, where, missing):

@@ -103,7 +103,10 @@ def content(network: torch.nn.Module) -> list[bytes]:
     return [x.numpy().tobytes() for x in network.state_dict().values()]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+QUICK = ("flow matching", "on-policy", "incremental, drawn")
+
+
+@pytest.mark.parametrize("kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS])
 @settings(max_examples=4, deadline=None)
 @example(stops=[(10, True)])  # among the rollouts, where there are any
 @given(stops=st.lists(st.tuples(st.integers(0, 24), st.booleans()), min_size=1, max_size=2))
