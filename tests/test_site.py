@@ -118,6 +118,7 @@ def test_that_the_reference_calls_everything_as_python_does():
     for module in library.modules.values():
         here = importlib.import_module(f"pnpda_nb.{module.name}".rstrip("."))
         for entry in module.entries.values():
+            assert len({member.name for member in entry.members}) == len(entry.members), entry.name
             if entry.kind == "dataclass" and entry.parameters:
                 named = [re.match(r"\**(\w*)", parameter)[1] for parameter in entry.parameters]
                 assert [name for name in named if name] == list(inspect.signature(getattr(here, entry.name)).parameters), entry.name

@@ -228,10 +228,11 @@ class Library:
         lines = ["@dataclass"] if entry.kind == "dataclass" else []
         lines.append(f"class {entry.name}{bases}")
         own = {member.name.partition(".")[2] for member in entry.members}
-        for relative in self.family(entry)[:-1]:  # what a private base has stands nowhere else
+        for relative in reversed(self.family(entry)[:-1]):  # what a base that is not public has stands nowhere else
             if not self.is_public(relative):
-                added = [(member, member.name.partition(".")[2]) for member in relative.members]
-                entry.members += [replace(m, name=f"{entry.name}.{short}") for m, short in added if short not in own]
+                added = {m.name.partition(".")[2]: m for m in relative.members}
+                entry.members += [replace(m, name=f"{entry.name}.{short}") for short, m in added.items() if short not in own]
+                own |= added.keys()
         init = next((item for item in entry.members if item.name.endswith(".__init__")), None)
         if init:
             lines.append(init.signature.replace("__init__", entry.name, 1))
