@@ -152,18 +152,9 @@ def asked(name: str, where: str, dtype, missing: bool = False, there=lambda x: x
     return ask
 
 
-SELECTING = ()  # for `_selection`, on devices
-WAITING = ()  # for `LocalEnKF.update` and `Residual.draw`, which are being rewritten
-
-
-def waiting(*more):
-    reason = "tapers or draws in double precision meet states"
-    return [pytest.param(n, marks=pytest.mark.xfail(reason=reason, strict=False)) if n in (*WAITING, *more) else n for n in EVERY]
-
-
 @pytest.mark.parametrize("missing", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("where", ["lorenz63", "lorenz96"])
-@pytest.mark.parametrize("name", waiting())
+@pytest.mark.parametrize("name", EVERY)
 def test_that_no_analysis_leaves_the_precision_of_its_background(name, where, missing):
     ask = asked(name, where, SINGLE, missing)
     with Watch(SINGLE) as watch:
@@ -218,7 +209,7 @@ class Device(TorchDispatchMode):
 
 @pytest.mark.parametrize("missing", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("where", ["lorenz96", pytest.param("lorenz63", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", [n for n in waiting(*SELECTING) if n not in FOUR_D])  # torch.func takes no such tensors
+@pytest.mark.parametrize("name", [n for n in EVERY if n not in FOUR_D])  # torch.func takes no such tensors
 def test_that_no_analysis_leaves_the_device_of_its_background(name, where, missing):
     with Device() as device:
         result = asked(name, where, DOUBLE, missing, there=There)()
@@ -230,7 +221,7 @@ def test_that_no_analysis_leaves_the_device_of_its_background(name, where, missi
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("dtype", [DOUBLE, SINGLE])
-@pytest.mark.parametrize("name", waiting(*SELECTING))
+@pytest.mark.parametrize("name", EVERY)
 def test_that_analyses_on_a_gpu_are_those_of_the_processor(name, dtype):
     here, there = asked(name, "lorenz96", dtype)(), asked(name, "lorenz96", dtype, there=lambda x: x.cuda())()
     for a, b in zip(*(x if isinstance(x, tuple) else (x,) for x in (here, there))):
@@ -240,7 +231,7 @@ def test_that_analyses_on_a_gpu_are_those_of_the_processor(name, dtype):
 
 @pytest.mark.parametrize("missing", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("where", ["lorenz96", "kuramoto_sivashinsky"])
-@pytest.mark.parametrize("name", waiting())
+@pytest.mark.parametrize("name", EVERY)
 def test_that_an_analysis_is_the_same_up_to_rounding(name, where, missing):
     whole, rounded = (asked(name, where, dtype, missing)() for dtype in (DOUBLE, SINGLE))
     for a, b in zip(*(x if isinstance(x, tuple) else (x,) for x in (whole, rounded))):
@@ -274,13 +265,13 @@ def check_scores(found: dict[str, np.ndarray]) -> None:
 
 @pytest.mark.parametrize("where", ["lorenz96", "kuramoto_sivashinsky"])
 def test_that_scores_do_not_need_double_precision_in_a_few_cycles(where):
-    check_scores(differences([n for n in EVERY if n not in (*WAITING, *FOUR_D)], where, runs=4, cycles=3))
+    check_scores(differences([n for n in EVERY if n not in FOUR_D], where, runs=4, cycles=3))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["lorenz96", "kuramoto_sivashinsky"])
 def test_that_scores_do_not_need_double_precision(where):
-    check_scores(differences([n for n in EVERY if n not in WAITING], where, runs=20, cycles=60))
+    check_scores(differences(EVERY, where, runs=20, cycles=60))
 
 
 def test_that_a_tensor_is_rounded_once_and_again_when_it_was_written_to():

@@ -196,7 +196,8 @@ class FactoredError:
 # %% ../../nbs/92_engine.ipynb #57eb03e5
 @lru_cache(maxsize=8)
 def _root(taper: Tensor) -> Tensor:
-    return torch.linalg.cholesky(taper + 1e-9 * torch.eye(len(taper), dtype=taper.dtype))
+    taper = taper.double()
+    return torch.linalg.cholesky(taper + 1e-9 * torch.eye(len(taper), dtype=taper.dtype, device=taper.device))
 
 
 # %% ../../nbs/92_engine.ipynb #ce382ecc
@@ -244,7 +245,7 @@ class Residual:
         if self.taper is None:
             z = z[..., :1].expand_as(z)
         else:
-            z = z @ _alike(_root(self.taper.double()), z).mT
+            z = z @ _alike(_root(self.taper), z).mT
         white = standard_normal(tuple(self.diagonal.shape), generator, self.diagonal)
         return (self.factor * z.mT).sum(-1) + self.diagonal.sqrt() * white
 
