@@ -621,6 +621,84 @@ d = {
                 "pnpda_nb/dynamics/models.py",
             ),
         },
+        "pnpda_nb.dynamics.surface_quasi_geostrophic": {
+            "pnpda_nb.dynamics.surface_quasi_geostrophic.SurfaceQuasiGeostrophic": (
+                "fields.html#surfacequasigeostrophic",
+                "pnpda_nb/dynamics/surface_quasi_geostrophic.py",
+            ),
+            "pnpda_nb.dynamics.surface_quasi_geostrophic.SurfaceQuasiGeostrophic.__post_init__": (
+                "fields.html#surfacequasigeostrophic.__post_init__",
+                "pnpda_nb/dynamics/surface_quasi_geostrophic.py",
+            ),
+            "pnpda_nb.dynamics.surface_quasi_geostrophic.SurfaceQuasiGeostrophic._advance": (
+                "fields.html#surfacequasigeostrophic._advance",
+                "pnpda_nb/dynamics/surface_quasi_geostrophic.py",
+            ),
+            "pnpda_nb.dynamics.surface_quasi_geostrophic.SurfaceQuasiGeostrophic._seconds": (
+                "fields.html#surfacequasigeostrophic._seconds",
+                "pnpda_nb/dynamics/surface_quasi_geostrophic.py",
+            ),
+            "pnpda_nb.dynamics.surface_quasi_geostrophic.SurfaceQuasiGeostrophic._slope": (
+                "fields.html#surfacequasigeostrophic._slope",
+                "pnpda_nb/dynamics/surface_quasi_geostrophic.py",
+            ),
+            "pnpda_nb.dynamics.surface_quasi_geostrophic.SurfaceQuasiGeostrophic._streamfunction": (
+                "fields.html#surfacequasigeostrophic._streamfunction",
+                "pnpda_nb/dynamics/surface_quasi_geostrophic.py",
+            ),
+            "pnpda_nb.dynamics.surface_quasi_geostrophic.SurfaceQuasiGeostrophic._waves": (
+                "fields.html#surfacequasigeostrophic._waves",
+                "pnpda_nb/dynamics/surface_quasi_geostrophic.py",
+            ),
+            "pnpda_nb.dynamics.surface_quasi_geostrophic.SurfaceQuasiGeostrophic.dim": (
+                "fields.html#surfacequasigeostrophic.dim",
+                "pnpda_nb/dynamics/surface_quasi_geostrophic.py",
+            ),
+            "pnpda_nb.dynamics.surface_quasi_geostrophic.SurfaceQuasiGeostrophic.grid": (
+                "fields.html#surfacequasigeostrophic.grid",
+                "pnpda_nb/dynamics/surface_quasi_geostrophic.py",
+            ),
+            "pnpda_nb.dynamics.surface_quasi_geostrophic.SurfaceQuasiGeostrophic.kelvin": (
+                "fields.html#surfacequasigeostrophic.kelvin",
+                "pnpda_nb/dynamics/surface_quasi_geostrophic.py",
+            ),
+            "pnpda_nb.dynamics.surface_quasi_geostrophic.SurfaceQuasiGeostrophic.most": (
+                "fields.html#surfacequasigeostrophic.most",
+                "pnpda_nb/dynamics/surface_quasi_geostrophic.py",
+            ),
+            "pnpda_nb.dynamics.surface_quasi_geostrophic.SurfaceQuasiGeostrophic.rossby_radius": (
+                "fields.html#surfacequasigeostrophic.rossby_radius",
+                "pnpda_nb/dynamics/surface_quasi_geostrophic.py",
+            ),
+            "pnpda_nb.dynamics.surface_quasi_geostrophic.SurfaceQuasiGeostrophic.step": (
+                "fields.html#surfacequasigeostrophic.step",
+                "pnpda_nb/dynamics/surface_quasi_geostrophic.py",
+            ),
+            "pnpda_nb.dynamics.surface_quasi_geostrophic.SurfaceQuasiGeostrophic.streamfunction": (
+                "fields.html#surfacequasigeostrophic.streamfunction",
+                "pnpda_nb/dynamics/surface_quasi_geostrophic.py",
+            ),
+            "pnpda_nb.dynamics.surface_quasi_geostrophic.SurfaceQuasiGeostrophic.tendency": (
+                "fields.html#surfacequasigeostrophic.tendency",
+                "pnpda_nb/dynamics/surface_quasi_geostrophic.py",
+            ),
+            "pnpda_nb.dynamics.surface_quasi_geostrophic._PerWave": (
+                "fields.html#_perwave",
+                "pnpda_nb/dynamics/surface_quasi_geostrophic.py",
+            ),
+            "pnpda_nb.dynamics.surface_quasi_geostrophic._per_wave": (
+                "fields.html#_per_wave",
+                "pnpda_nb/dynamics/surface_quasi_geostrophic.py",
+            ),
+            "pnpda_nb.dynamics.surface_quasi_geostrophic.fields_of": (
+                "fields.html#fields_of",
+                "pnpda_nb/dynamics/surface_quasi_geostrophic.py",
+            ),
+            "pnpda_nb.dynamics.surface_quasi_geostrophic.waves_of": (
+                "fields.html#waves_of",
+                "pnpda_nb/dynamics/surface_quasi_geostrophic.py",
+            ),
+        },
         "pnpda_nb.experiments.ablation_study": {
             "pnpda_nb.experiments.ablation_study._bars": ("studies.html#_bars", "pnpda_nb/experiments/ablation_study.py"),
             "pnpda_nb.experiments.ablation_study._lines": ("studies.html#_lines", "pnpda_nb/experiments/ablation_study.py"),

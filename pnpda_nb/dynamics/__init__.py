@@ -7,6 +7,7 @@ from .base import AdditiveModelError, FunctionModel, Lorenz63, Model, rk4, traje
 from .derivatives import Forecast, adjoint, jacobian, lyapunov_exponents, tangent_linear
 from .kuramoto_sivashinsky import KuramotoSivashinsky, etdrk4
 from .models import DoubleWell, Lorenz96, Pendulum, TwoScaleLorenz96
+from .surface_quasi_geostrophic import SurfaceQuasiGeostrophic
 
 # %% auto #0
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Lorenz96",
     "Model",
     "Pendulum",
+    "SurfaceQuasiGeostrophic",
     "TwoScaleLorenz96",
     "adjoint",
     "etdrk4",
