@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..core.checks import Gappy, guard
 from ..core.compute import _alike
-from ..core.grid import Distance, gaspari_cohn, neighbours, tapers
+from ..core.grid import Distance, as_grid, between_points, interpolated, local_tapers, tapers
 from ..core.random import standard_normal
 from ..core.settings import Count, NotNegative, PositiveNumber, Settings, Share, Unbounded
 from ..observing.covariance import DiagonalCovariance
@@ -174,28 +174,27 @@ class ETKF(EnKF):
 # %% ../../nbs/06_ensembles.ipynb #9c702f99
 @dataclass(frozen=True)
 class LETKF(EnsembleFilter):
-    """Local ETKF (Hunt et al. 2007): one analysis per variable, in which the precision of observations
+    """Local ETKF (Hunt et al. 2007): one analysis per point, in which the precision of observations
     falls off with their distance as a Gaspari-Cohn function of `half_width`.
 
-    `distance` as in `neighbours`; `rotate` as in `ETKF`. Raises `ValueError` for an operator that does
-    not say at which `sites` it observes.
+    `distance` as in `neighbours`; `rotate` as in `ETKF`. Weights are those of one point in `every` along each axis, and
+    interpolated linearly between (Yang et al. 2009). Raises `ValueError` for an operator that does not say at which `sites` it
+    observes.
     """
 
     half_width: Unbounded = 4.0
     distance: Distance = "ring"
     rotate: bool = False
+    every: Count = 1
 
     def analyse(
         self, background: Tensor, observations: Observations, *, forecast: Callable | None, generator: torch.Generator | None
     ) -> Tensor:
         *batch, members, dim = background.shape
         self.require_ensemble(background)
-        near = neighbours(dim, _sites_of(observations, dim, "LETKF"), 2 * self.half_width, self.distance)
-        number, apart = _alike(near, background)
-        taper = torch.ones_like(apart, dtype=background.dtype)
-        if self.half_width < float("inf"):
-            taper = gaspari_cohn(apart, self.half_width).to(background)
-        taper = torch.where(apart < math.inf, taper, 0.0)
+        grid, sites = as_grid(self.distance, dim), _sites_of(observations, dim, "LETKF")
+        local = local_tapers(grid, sites, self.half_width, self.every)
+        number, taper, places, between = _alike((*local, grid.numbers, between_points(grid, self.every)), background)
         seen = observations.operator(background)
         count = math.prod(batch)  # explicit, since nothing may have been seen
         states, shown = (x.reshape(count, members, x.shape[-1]) for x in (background, seen))
@@ -204,18 +203,19 @@ class LETKF(EnsembleFilter):
         if self.rotate:
             rotation = random_rotation(tuple(batch), members, generator, states)
             rotation = rotation.reshape(-1, 1, members, members)
-        shown, departures = anomalies(shown), anomalies(states)
-        analysis = torch.empty_like(states)
-        # as many variables at a time as fit into a modest piece of memory
-        most = len(states) * members * max(members, number.shape[1], 1)
-        for block in torch.arange(dim, device=background.device).split(max(1, 2_000_000 // most)):
-            local = _local_information(shown, innovation, observations, number[block], taper[block])
-            mean, transform = ensemble_weights(*local)
-            transform = transform if rotation is None else rotation @ transform
-            anomaly = departures[..., block].mT.unsqueeze(-1)  # (batch, block, member, 1)
-            moved = (mean.unsqueeze(-2) @ anomaly + transform @ anomaly).squeeze(-1)
-            analysis[..., block] = states[..., block].mean(-2, keepdim=True) + moved.mT
-        return self.inflated(analysis.reshape(background.shape), background, generator)
+        shown, departures = anomalies(shown), anomalies(states).mT  # (batch, dim, member)
+        analysis, centre = torch.empty_like(states), states.mean(-2, keepdim=True)
+
+        def weights(points: Tensor) -> Tensor:
+            mean, transform = ensemble_weights(*_local_information(shown, innovation, observations, number[points], taper[points]))
+            return mean.unsqueeze(-2) + (transform if rotation is None else rotation @ transform)
+
+        most = len(states) * members * max(members, number.shape[1], 1)  # as many points at a time as fit into some memory
+        for points, weight in interpolated(weights, between, places.shape[1], max(1, 2_000_000 // most), shown.device):
+            numbers = places[:, points].T  # (point, channel), −1 where there is no value
+            moved = (weight @ departures[:, numbers].mT).movedim(1, 2)  # (batch, member, point, channel)
+            analysis[..., numbers[numbers >= 0]] = moved[..., numbers >= 0]
+        return self.inflated((centre + analysis).reshape(background.shape), background, generator)
 
 
 # %% ../../nbs/06_ensembles.ipynb #acab3fe4
