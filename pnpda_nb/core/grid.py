@@ -420,6 +420,12 @@ def _found(grid: Grid, places: Tensor, sites: tuple[int, ...], reach: float) -> 
     return tuple(x[length <= reach] for x in (row, column, length))
 
 
+def _one_in(n: int, every: int, circular: bool) -> np.ndarray:
+    """One in `every` of `n` points of an axis; of one that is not a circle, the last one, too."""
+    some = np.arange(0, n, every)
+    return some if circular or some[-1] == n - 1 else np.append(some, n - 1)
+
+
 # %% ../../nbs/92_engine.ipynb #9a3f6b42
 @lru_cache(maxsize=8)
 def local_tapers(grid: Grid, sites: tuple[int, ...], half_width: float, every: int = 1) -> tuple[Index, Tensor]:
@@ -429,12 +435,6 @@ def local_tapers(grid: Grid, sites: tuple[int, ...], half_width: float, every: i
     number, apart = _near_points(grid, sites, 2 * half_width, every)
     taper = torch.ones_like(apart) if half_width == math.inf else gaspari_cohn(apart, half_width)
     return number, taper.where(apart < math.inf, 0.0)
-
-
-def _one_in(n: int, every: int, circular: bool) -> np.ndarray:
-    """One in `every` of `n` points of an axis; of one that is not a circle, the last one, too."""
-    some = np.arange(0, n, every)
-    return some if circular or some[-1] == n - 1 else np.append(some, n - 1)
 
 
 @lru_cache(maxsize=8)
