@@ -1587,23 +1587,32 @@ d = {
                 "flow_matching.html#denoiser.__call__",
                 "pnpda_nb/flow_matching/prior.py",
             ),
-            "pnpda_nb.flow_matching.prior.Denoiser.__init__": (
-                "flow_matching.html#denoiser.__init__",
+            "pnpda_nb.flow_matching.prior.Estimate": ("flow_matching.html#estimate", "pnpda_nb/flow_matching/prior.py"),
+            "pnpda_nb.flow_matching.prior.FlowDenoiser": ("flow_matching.html#flowdenoiser", "pnpda_nb/flow_matching/prior.py"),
+            "pnpda_nb.flow_matching.prior.FlowDenoiser.__call__": (
+                "flow_matching.html#flowdenoiser.__call__",
                 "pnpda_nb/flow_matching/prior.py",
             ),
-            "pnpda_nb.flow_matching.prior.Denoiser.__repr__": (
-                "flow_matching.html#denoiser.__repr__",
+            "pnpda_nb.flow_matching.prior.FlowDenoiser.__init__": (
+                "flow_matching.html#flowdenoiser.__init__",
                 "pnpda_nb/flow_matching/prior.py",
             ),
-            "pnpda_nb.flow_matching.prior.Denoiser.conditional_mean": (
-                "flow_matching.html#denoiser.conditional_mean",
+            "pnpda_nb.flow_matching.prior.FlowDenoiser.__repr__": (
+                "flow_matching.html#flowdenoiser.__repr__",
                 "pnpda_nb/flow_matching/prior.py",
             ),
-            "pnpda_nb.flow_matching.prior.Denoiser.sample": (
-                "flow_matching.html#denoiser.sample",
+            "pnpda_nb.flow_matching.prior.FlowDenoiser.conditional_mean": (
+                "flow_matching.html#flowdenoiser.conditional_mean",
                 "pnpda_nb/flow_matching/prior.py",
             ),
-            "pnpda_nb.flow_matching.prior.Denoiser.start": ("flow_matching.html#denoiser.start", "pnpda_nb/flow_matching/prior.py"),
+            "pnpda_nb.flow_matching.prior.FlowDenoiser.sample": (
+                "flow_matching.html#flowdenoiser.sample",
+                "pnpda_nb/flow_matching/prior.py",
+            ),
+            "pnpda_nb.flow_matching.prior.FlowDenoiser.start": (
+                "flow_matching.html#flowdenoiser.start",
+                "pnpda_nb/flow_matching/prior.py",
+            ),
             "pnpda_nb.flow_matching.prior.GaussianPrior": ("flow_matching.html#gaussianprior", "pnpda_nb/flow_matching/prior.py"),
             "pnpda_nb.flow_matching.prior.GaussianPrior.__call__": (
                 "flow_matching.html#gaussianprior.__call__",
@@ -1853,7 +1862,6 @@ d = {
             "pnpda_nb.learned.prior.BlindPrior": ("seeing.html#blindprior", "pnpda_nb/learned/prior.py"),
             "pnpda_nb.learned.prior.BlindPrior.__call__": ("seeing.html#blindprior.__call__", "pnpda_nb/learned/prior.py"),
             "pnpda_nb.learned.prior.BlindPrior.dim": ("seeing.html#blindprior.dim", "pnpda_nb/learned/prior.py"),
-            "pnpda_nb.learned.prior.BlindPrior.leaves_open": ("seeing.html#blindprior.leaves_open", "pnpda_nb/learned/prior.py"),
             "pnpda_nb.learned.prior.BlindPrior.source": ("seeing.html#blindprior.source", "pnpda_nb/learned/prior.py"),
             "pnpda_nb.learned.prior.LearnedDenoiser": ("seeing.html#learneddenoiser", "pnpda_nb/learned/prior.py"),
             "pnpda_nb.learned.prior.LearnedDenoiser.__call__": (
@@ -1862,10 +1870,6 @@ d = {
             ),
             "pnpda_nb.learned.prior.LearnedDenoiser.__init__": (
                 "seeing.html#learneddenoiser.__init__",
-                "pnpda_nb/learned/prior.py",
-            ),
-            "pnpda_nb.learned.prior.LearnedDenoiser.velocity": (
-                "seeing.html#learneddenoiser.velocity",
                 "pnpda_nb/learned/prior.py",
             ),
             "pnpda_nb.learned.prior.SeeingPrior": ("seeing.html#seeingprior", "pnpda_nb/learned/prior.py"),
@@ -2286,6 +2290,8 @@ d = {
             "pnpda_nb.operations.errors.Part.identity": ("files.html#part.identity", "pnpda_nb/operations/errors.py"),
             "pnpda_nb.operations.errors.Part.layout": ("files.html#part.layout", "pnpda_nb/operations/errors.py"),
             "pnpda_nb.operations.errors.Part.read": ("files.html#part.read", "pnpda_nb/operations/errors.py"),
+            "pnpda_nb.operations.errors._Always": ("files.html#_always", "pnpda_nb/operations/errors.py"),
+            "pnpda_nb.operations.errors._Always.__call__": ("files.html#_always.__call__", "pnpda_nb/operations/errors.py"),
             "pnpda_nb.operations.errors._check_pairs": ("files.html#_check_pairs", "pnpda_nb/operations/errors.py"),
             "pnpda_nb.operations.errors._named": ("files.html#_named", "pnpda_nb/operations/errors.py"),
             "pnpda_nb.operations.errors._points": ("files.html#_points", "pnpda_nb/operations/errors.py"),
@@ -2478,7 +2484,7 @@ d = {
         },
         "pnpda_nb.pnp.loop": {
             "pnpda_nb.pnp.loop.PnPDA": ("pnp.html#pnpda", "pnpda_nb/pnp/loop.py"),
-            "pnpda_nb.pnp.loop.PnPDA.__post_init__": ("pnp.html#pnpda.__post_init__", "pnpda_nb/pnp/loop.py"),
+            "pnpda_nb.pnp.loop.PnPDA._left_open": ("pnp.html#pnpda._left_open", "pnpda_nb/pnp/loop.py"),
             "pnpda_nb.pnp.loop.PnPDA.prior_for": ("pnp.html#pnpda.prior_for", "pnpda_nb/pnp/loop.py"),
             "pnpda_nb.pnp.loop.PnPDA.states": ("pnp.html#pnpda.states", "pnpda_nb/pnp/loop.py"),
             "pnpda_nb.pnp.loop.PnPDA.towards": ("pnp.html#pnpda.towards", "pnpda_nb/pnp/loop.py"),

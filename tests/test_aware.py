@@ -161,6 +161,16 @@ def test_that_pnpda_with_an_untrained_blind_prior_makes_one_kalman_step(iteratio
     assert torch.isfinite(more).all()
 
 
+def test_that_what_is_left_open_belongs_to_the_answer_that_it_came_with():
+    denoiser, other = make(shake=0.2)(X), make(shake=0.3)(X)
+    early, late = denoiser(X + 1, 0.2), denoiser(X - 1, 0.7)
+    other(X, 0.5)
+    for x, tau, answer in ((X + 1, 0.2, early), (X - 1, 0.7, late)):
+        alone = make(shake=0.2).look(X, x, tau)
+        assert torch.equal(answer.mean, alone.mean) and torch.equal(answer.residual.matrix, alone.residual.matrix)
+    assert not torch.equal(early.residual.matrix, late.residual.matrix)
+
+
 def test_that_only_the_blind_prior_is_blind():
     prior = make(shake=0.2)
     other = Observations(SEEN.values + 1, SEEN.operator, SEEN.covariance)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pnpda_nb.core import standard_normal, stream
-from pnpda_nb.flow_matching import Denoiser, GaussianPrior
+from pnpda_nb.flow_matching import Estimate, FlowDenoiser, FlowPrior, GaussianPrior, VelocityMLP
 from pnpda_nb.methods import method_by_name
 from pnpda_nb.observing import (
     Covariance,
@@ -143,9 +143,9 @@ def test_that_a_short_proximal_step_is_a_gradient_step_and_a_long_one_obeys_the_
     method = PnPDA(quiet, 4, alpha=0.0, step_rule=rule, data_step="prox")
     misfit = method.misfit(X, seen)
     if rule == "paper":  # errors of a million make a step of one short
-        short = method.towards(X, misfit, 1.0, 0.5) - X
+        short = method.towards(Estimate(X), misfit, 1.0, 0.5) - X
         assert torch.allclose(short, -misfit.gradient(X), rtol=1e-4, atol=1e-12)
-    long = method.towards(X, misfit, 1e14, 0.5)
+    long = method.towards(Estimate(X), misfit, 1e14, 0.5)
     assert seen.innovation(long).abs().max() < 1e-5
     assert torch.isfinite(analyse(method, seen)).all()
 
@@ -163,7 +163,7 @@ def test_that_the_answer_is_the_last_iterate_and_one_more_data_step(step):
     last = list(method.iterates(X, seen, stream(2, "pnp")))[-1]
     misfit = method.misfit(X, seen)
     length = misfit.step_size(method.step_rule)
-    assert torch.equal(analyse(method, seen), method.towards(last, misfit, length, 1.0))
+    assert torch.equal(analyse(method, seen), method.towards(Estimate(last), misfit, length, 1.0))
     if step == "kalman":
         assert torch.allclose(analyse(method, seen), kalman_update(GaussianResidual(PRIOR).at(0.8, X), last, seen))
     alone = PnPDA(PRIOR, 5)
@@ -256,9 +256,7 @@ class Centred(GaussianPrior):
 
     def __call__(self, background):
         inner = super().__call__(torch.zeros_like(background))
-        denoiser = Denoiser(background, lambda x, tau: inner.velocity(x - background, tau), self.source)
-        denoiser.centre = background
-        return denoiser
+        return FlowDenoiser(background, lambda x, tau: inner.velocity(x - background, tau), self.source, background)
 
 
 @pytest.mark.parametrize("step", ["gradient", "kalman", "prox"])
@@ -275,6 +273,30 @@ def test_that_a_centred_source_is_blended_with_its_centre(step):
     rest = convergence(PnPDA(Centred(*law), 6, data_step=step), one, network.report(values(False)), generator=stream(2, "pnp"))
     plain = convergence(PnPDA(PRIOR, 6, data_step=step), torch.zeros_like(one), shifted, generator=stream(2, "pnp"))
     assert all(abs(rest[name] - plain[name]).max() < 1e-9 for name in ("misfit", "change", "residual"))
+
+
+class Bare(GaussianPrior):
+    """A prior whose denoisers answer with no more than a state."""
+
+    def __call__(self, background):
+        class Answers(FlowDenoiser):
+            def __call__(self, x, tau):
+                return background
+
+        return Answers(background, lambda x, tau: x, self.source)
+
+
+@pytest.mark.parametrize("draws", [1, 2])
+def test_that_an_answer_without_a_covariance_is_said_to_have_none(draws):
+    seen, law = ObservingNetwork(SELECT, FULL).report(values(False)), (PRIOR.matrix, PRIOR.offset, PRIOR.covariance)
+    with pytest.raises(ValueError, match="^denoiser: expected an Estimate as its answer, got Tensor"):
+        analyse(PnPDA(Bare(*law), 3, draws=draws), seen)
+    zeros, ones = torch.zeros(DIM, dtype=torch.float64), torch.ones(DIM, dtype=torch.float64)
+    network = VelocityMLP(DIM, (4,), 4, stream(0))
+    method = PnPDA(FlowPrior(network, zeros, ones, {"dim": DIM, "hidden": [4], "features": 4}), 3, draws=draws)
+    assert torch.isfinite(analyse(method, seen)).all()
+    with pytest.raises(ValueError, match="^residuals: expected a covariance for data_step 'kalman'"):
+        analyse(replace(method, data_step="kalman"), seen)
 
 
 class Sees(GaussianPrior):

@@ -94,11 +94,10 @@ def residual_covariance(
     _require_pairs(prior, background, analysis, taus, rank, half_width)
     taper = 1.0 if half_width is None else _taper(prior.dim, half_width, distance)
     denoiser, errors = prior(background), []
-    centre = getattr(denoiser, "centre", None)
     for tau in taus:
         z = prior.source(tuple(analysis.shape), generator)
-        z = z if centre is None else centre + z
-        left = (analysis - denoiser((1 - tau) * z + tau * analysis, tau)).detach() / len(analysis) ** 0.5
+        z = z if denoiser.centre is None else denoiser.centre + z
+        left = (analysis - denoiser((1 - tau) * z + tau * analysis, tau).mean).detach() / len(analysis) ** 0.5
         left = _measurable(left, analysis, tau)
         errors.append(_dense(left, taper) if rank is None else _factored(left, rank))
     return ResidualCovariance(tuple(taus), tuple(errors))

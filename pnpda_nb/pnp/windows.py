@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..core.checks import guard
 from ..core.settings import BelowOne, Count
+from ..flow_matching.prior import Estimate
 from ..observing.covariance import Covariance
 from ..observing.observations import Observations
 from ..observing.update import _beside_members
@@ -208,18 +209,18 @@ class PnPDA4D(_PlugAndPlay):
             raise ValueError(f"model_error: expected size {self.prior.dim} as the prior's, got {self.model_error.size}")
         return WindowMisfit(forecast(background), observations, forecast, self.model_error)
 
-    def towards(self, x: Tensor, misfit: WindowMisfit, length: Tensor | float, tau: float) -> Tensor:
+    def towards(self, x: Estimate, misfit: WindowMisfit, length: Tensor | float, tau: float) -> Tensor:
         if tau and len(misfit.observations) > 1:
             if tau < self.join:
                 misfit = misfit.first
                 length = misfit.step_size(self.step_rule)
             elif self.relinearise:
-                misfit = misfit.linearised_at(x)
+                misfit = misfit.linearised_at(x.mean)
                 length = misfit.step_size(self.step_rule)
         return super().towards(x, misfit, length, tau)
 
-    def states(self, x: Tensor, misfit: WindowMisfit, background: Tensor) -> Tensor:
-        states = (misfit.linearised_at(x) if self.relinearise else misfit).states(x)
+    def states(self, x: Estimate, misfit: WindowMisfit, background: Tensor) -> Tensor:
+        states = (misfit.linearised_at(x.mean) if self.relinearise else misfit).states(x.mean)
         return torch.cat((background[None], states))
 
 
