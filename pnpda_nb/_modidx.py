@@ -1408,6 +1408,10 @@ d = {
                 "priors.html#fieldprior.__repr__",
                 "pnpda_nb/flow_matching/field_prior.py",
             ),
+            "pnpda_nb.flow_matching.field_prior.FieldPrior.answers": (
+                "priors.html#fieldprior.answers",
+                "pnpda_nb/flow_matching/field_prior.py",
+            ),
             "pnpda_nb.flow_matching.field_prior.FieldPrior.contents": (
                 "priors.html#fieldprior.contents",
                 "pnpda_nb/flow_matching/field_prior.py",
@@ -1432,6 +1436,7 @@ d = {
                 "priors.html#_field_network",
                 "pnpda_nb/flow_matching/field_prior.py",
             ),
+            "pnpda_nb.flow_matching.field_prior._grid": ("priors.html#_grid", "pnpda_nb/flow_matching/field_prior.py"),
         },
         "pnpda_nb.flow_matching.flow": {
             "pnpda_nb.flow_matching.flow.Coupling": ("flow_matching.html#coupling", "pnpda_nb/flow_matching/flow.py"),
@@ -2233,6 +2238,7 @@ d = {
         "pnpda_nb.observing.update": {
             "pnpda_nb.observing.update.DenseError": ("engine.html#denseerror", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update.DenseError.between": ("engine.html#denseerror.between", "pnpda_nb/observing/update.py"),
+            "pnpda_nb.observing.update.DenseError.draw": ("engine.html#denseerror.draw", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update.DenseError.multiply": ("engine.html#denseerror.multiply", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update.ErrorCovariance": ("engine.html#errorcovariance", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update.ErrorCovariance.between": (
@@ -2267,6 +2273,7 @@ d = {
             "pnpda_nb.observing.update._beside_members": ("engine.html#_beside_members", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update._each": ("engine.html#_each", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update._few": ("engine.html#_few", "pnpda_nb/observing/update.py"),
+            "pnpda_nb.observing.update._on_circles": ("engine.html#_on_circles", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update._root": ("engine.html#_root", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update._solve": ("engine.html#_solve", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update._times": ("engine.html#_times", "pnpda_nb/observing/update.py"),
@@ -2278,6 +2285,7 @@ d = {
             "pnpda_nb.observing.update.kalman_update": ("engine.html#kalman_update", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update.selects_alone": ("engine.html#selects_alone", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update.symmetric_solve": ("engine.html#symmetric_solve", "pnpda_nb/observing/update.py"),
+            "pnpda_nb.observing.update.tapering": ("engine.html#tapering", "pnpda_nb/observing/update.py"),
         },
         "pnpda_nb.operations.errors": {
             "pnpda_nb.operations.errors.Fixed": ("files.html#fixed", "pnpda_nb/operations/errors.py"),

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from ..core.checks import guard
-from ..core.grid import _taper
 from ..core.random import standard_normal
 from ..core.settings import NotNegative, Settings
 from ..flow_matching.field_prior import FieldPrior
 from ..flow_matching.prior import Estimate, FlowDenoiser, velocity_from_denoised
 from ..observing.observations import GridObservations, Observations, on_grid
-from ..observing.update import Residual, kalman_update
+from ..observing.update import Residual, kalman_update, tapering
 
 # %% auto #0
 __all__ = ["AnalysisPrior", "SeeingPrior", "BlindPrior", "AmortisedAnalysis"]
@@ -69,16 +68,13 @@ class AnalysisPrior(FieldPrior, kept_as="analysis_prior"):
         tau = tau.float() if isinstance(tau, Tensor) else torch.full((1, 1), tau, dtype=torch.float32, device=background.device)
         kind = background.device.type if self.half_precision else "cpu"
         with torch.autocast(kind, torch.bfloat16, enabled=self.half_precision):
-            out = self.network(self.fields(background, u, seen, extra), tau).to(background.dtype)
+            out = self.answers(self.fields(background, u, seen, extra), tau).to(background.dtype)
         rank, half_width = self.architecture["rank"], self.architecture["half_width"]
         factor = self.increment.reshape(-1, 1) * out[..., 1 : rank + 1, :].mT
         # before training: variances of one increment squared
         diagonal = self.increment**2 * (1e-4 + torch.nn.functional.softplus(out[..., -1, :] + 0.5413))
-        taper = None
-        if half_width:
-            taper = _taper(self.dim, half_width, "ring" if self.architecture["geometry"] == "ring" else "line").to(background)
-        residual = Residual(factor, diagonal, taper)
-        return Estimate(background + self.increment * out[..., 0, :], residual)
+        taper = tapering(self.dim, half_width, self.grid or "line", background) if half_width else None
+        return Estimate(background + self.increment * out[..., 0, :], Residual(factor, diagonal, taper))
 
     def source(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """The noise s z around the background."""

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Callable, Protocol, runtime_checkable
 
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ..core.checks import Gappy, Index, guard
 from ..core.compute import _alike
+from ..core.grid import Distance, Grid, _taper, as_grid, gaspari_cohn
+from ..core.homogeneous import Homogeneous
 from ..core.random import standard_normal
 from .covariance import Covariance, DiagonalCovariance, _beside
 from .observations import Observations
@@ -163,6 +165,17 @@ class DenseError:
     def between(self, i: Index, j: Index) -> Tensor:
         return self.matrix[..., i.unsqueeze(-1), j]
 
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """States ~ N(0, B) `(*shape, dim)` for one matrix, which may be singular."""
+        z = standard_normal((*shape, len(self.matrix)), generator, self.matrix)
+        return z @ _alike(_root(self.matrix), z).mT
+
+
+@lru_cache(maxsize=8)
+def _root(matrix: Tensor) -> Tensor:
+    matrix = matrix.double()
+    return torch.linalg.cholesky(matrix + 1e-9 * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device))
+
 
 # %% ../../nbs/92_engine.ipynb #d87f289e
 @dataclass(frozen=True, eq=False)
@@ -194,33 +207,45 @@ class FactoredError:
 
 
 # %% ../../nbs/92_engine.ipynb #57eb03e5
+Taper = DenseError | Homogeneous
+
+
+def tapering(dim: int, half_width: float, distance: Distance, like: Tensor) -> Taper:
+    """Gaspari-Cohn correlations among all variables, of the dtype and on the device of `like`: by FFT for more than a thousand of
+    them, if an axis of their grid is circular, else as a matrix; `distance` as in `neighbours`.
+    """
+    if dim > 1000 and as_grid(distance, dim).metric is None and "circular" in as_grid(distance, dim).edges:
+        return _on_circles(as_grid(distance, dim), half_width)
+    return DenseError(_taper(dim, half_width, distance).to(like))
+
+
 @lru_cache(maxsize=8)
-def _root(taper: Tensor) -> Tensor:
-    taper = taper.double()
-    return torch.linalg.cholesky(taper + 1e-9 * torch.eye(len(taper), dtype=taper.dtype, device=taper.device))
+def _on_circles(grid: Grid, half_width: float) -> Homogeneous:
+    channels = len(grid.channels)  # which are all together where they are at one place
+    return Homogeneous(grid, partial(gaspari_cohn, half_width=half_width), torch.ones(channels, channels, dtype=torch.float64))
 
 
 # %% ../../nbs/92_engine.ipynb #ce382ecc
 @dataclass(frozen=True, eq=False)
 class Residual:
     """The covariance of what a denoiser leaves open, @eq-pseudo: `factor` `(..., dim, rank)`, `diagonal` `(..., dim)` and
-    `taper` `(dim, dim)`, or None for none.
+    correlations of all variables as a `taper`, or None for none.
     """
 
     factor: Gappy
     diagonal: Gappy
-    taper: Tensor | None = None
+    taper: Taper | None = None
 
     def between(self, i: Index, j: Index) -> Tensor:
         block = self.factor[..., i, :] @ self.factor[..., j, :].mT
-        block = block if self.taper is None else block * self.taper[i.unsqueeze(-1), j]
+        block = block if self.taper is None else block * self.taper.between(i, j).to(block)
         return block + self.diagonal[..., i].unsqueeze(-1) * (i.unsqueeze(-1) == j)
 
     def multiply(self, states: Gappy) -> Gappy:
         if self.taper is None:
             return FactoredError(self.factor, self.diagonal).multiply(states)
         each = self.factor.mT.unsqueeze(-3)  # (..., 1, rank, dim)
-        return ((states.unsqueeze(-2) * each) @ self.taper * each).sum(-2) + states * self.diagonal.unsqueeze(-2)
+        return (self.taper.multiply(states.unsqueeze(-2) * each) * each).sum(-2) + states * self.diagonal.unsqueeze(-2)
 
     @property
     def matrix(self) -> Tensor:
@@ -241,11 +266,11 @@ class Residual:
 
     def draw(self, generator: torch.Generator) -> Gappy:
         """One error for every state: `(..., dim)`; each pseudo-member gets a smooth field of the taper's as its factor."""
-        z = standard_normal((*self.factor.shape[:-2], *self.factor.shape[:-3:-1]), generator, self.factor)  # (..., rank, dim)
+        shape = (*self.factor.shape[:-2], self.factor.shape[-1])
         if self.taper is None:
-            z = z[..., :1].expand_as(z)
+            z = standard_normal((*shape, self.factor.shape[-2]), generator, self.factor)[..., :1]
         else:
-            z = z @ _alike(_root(self.taper), z).mT
+            z = self.taper.draw(shape, generator).to(self.factor)  # (..., rank, dim)
         white = standard_normal(tuple(self.diagonal.shape), generator, self.diagonal)
         return (self.factor * z.mT).sum(-1) + self.diagonal.sqrt() * white
 
