@@ -187,7 +187,8 @@ def test_that_a_prior_on_a_grid_moves_with_its_fields_along_circular_axes(name, 
     here, there = prior.look(x, u, 0.4, seen), prior.look(moved(x), moved(u), 0.4, turned)
     torch.testing.assert_close(there.mean, moved(here.mean), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(there.residual.factor.mT, moved(here.residual.factor.mT), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(there.residual.multiply(moved(u)), moved(here.residual.multiply(u)), rtol=1e-5, atol=1e-5)
+    v = u.unsqueeze(-2)
+    torch.testing.assert_close(there.residual.multiply(moved(v)), moved(here.residual.multiply(v)), rtol=1e-5, atol=1e-5)
     assert (moved(here.mean) - here.mean).abs().max() > 0.1 and here.residual.factor.abs().max() > 0.01
     if len(grid.channels) > 1:  # one channel has a say in the other
         other = prior.look(x + 0.5 * (grid.channel == 1), u, 0.4, seen).mean
