@@ -1408,8 +1408,8 @@ d = {
                 "priors.html#fieldprior.__repr__",
                 "pnpda_nb/flow_matching/field_prior.py",
             ),
-            "pnpda_nb.flow_matching.field_prior.FieldPrior.answers": (
-                "priors.html#fieldprior.answers",
+            "pnpda_nb.flow_matching.field_prior.FieldPrior._answers": (
+                "priors.html#fieldprior._answers",
                 "pnpda_nb/flow_matching/field_prior.py",
             ),
             "pnpda_nb.flow_matching.field_prior.FieldPrior.contents": (
@@ -2260,6 +2260,15 @@ d = {
                 "engine.html#factorederror.multiply",
                 "pnpda_nb/observing/update.py",
             ),
+            "pnpda_nb.observing.update.InformedError": ("engine.html#informederror", "pnpda_nb/observing/update.py"),
+            "pnpda_nb.observing.update.InformedError.between": (
+                "engine.html#informederror.between",
+                "pnpda_nb/observing/update.py",
+            ),
+            "pnpda_nb.observing.update.InformedError.multiply": (
+                "engine.html#informederror.multiply",
+                "pnpda_nb/observing/update.py",
+            ),
             "pnpda_nb.observing.update.Residual": ("engine.html#residual", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update.Residual.between": ("engine.html#residual.between", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update.Residual.draw": ("engine.html#residual.draw", "pnpda_nb/observing/update.py"),
@@ -2278,6 +2287,7 @@ d = {
             "pnpda_nb.observing.update._solve": ("engine.html#_solve", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update._times": ("engine.html#_times", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update.anomalies": ("engine.html#anomalies", "pnpda_nb/observing/update.py"),
+            "pnpda_nb.observing.update.conjugate_gradients": ("engine.html#conjugate_gradients", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update.factored_weights": ("engine.html#factored_weights", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update.innovation_weights": ("engine.html#innovation_weights", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update.kalman_gain": ("engine.html#kalman_gain", "pnpda_nb/observing/update.py"),

@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from pnpda_nb.core import standard_normal, stream
+from pnpda_nb.core import Grid, Homogeneous, gaspari_cohn, standard_normal, stream
+from pnpda_nb.core.checks import unchecked
+from pnpda_nb.core.grid import _taper
 from pnpda_nb.flow_matching import Estimate, FlowDenoiser, FlowPrior, GaussianPrior, VelocityMLP
 from pnpda_nb.methods import method_by_name
 from pnpda_nb.observing import (
@@ -23,6 +25,7 @@ from pnpda_nb.observing import (
     Select,
     kalman_update,
 )
+from pnpda_nb.observing.update import kalman_pull
 from pnpda_nb.pnp import (
     EnsembleResidual,
     GaussianResidual,
@@ -366,6 +369,32 @@ def test_that_residuals_that_do_not_fit_are_named():
     for wrong in ({"half_width": 0.0}, {"inflation": 0.0}):
         with pytest.raises(ValueError, match=f"^{next(iter(wrong))}: expected"):
             EnsembleResidual(**wrong)
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.6])
+def test_that_the_members_of_a_field_have_the_covariance_that_is_not_written_down(tau):
+    plane, source = Grid((26, 40), "circular"), 0.7
+    members = Homogeneous(plane, lambda apart: gaspari_cohn(apart, 4.0)).draw((2, 5), stream(20))
+    found = EnsembleResidual(4.0, 1.1, plane, source).at(tau, members)
+    A = 1.1 / 2 * (members - members.mean(1, keepdim=True))
+    B, known = A.mT @ A * _taper(plane.dim, 4.0, plane), (tau / (1 - tau) / source) ** 2
+    exact = torch.linalg.solve(torch.eye(plane.dim, dtype=torch.float64) + known * B, B)
+    exact = DenseError(((exact + exact.mT) / 2).unsqueeze(1))
+    torch.testing.assert_close(found.multiply(members[..., None, :]), exact.multiply(members[..., None, :]), rtol=0, atol=1e-8)
+    sites, near = torch.tensor([3, 700, 701, 41]), torch.tensor([1, 700, 2])
+    torch.testing.assert_close(found.between(near, sites), exact.between(near, sites), rtol=0, atol=1e-8)
+    select, y = Select(tuple(sites.tolist()), plane.dim), standard_normal((2, 4), stream(21))
+    y[0, 1] = torch.nan
+    for R in (DiagonalCovariance([0.1, 0.2, 0.3, 1.0]), Covariance(0.1 * torch.eye(4) + 0.2)):
+        seen = ObservingNetwork(select, R).report(y)
+        torch.testing.assert_close(kalman_update(found, members, seen), kalman_update(exact, members, seen), rtol=0, atol=1e-8)
+        pulls = (kalman_pull(error, members, seen, members + 1, 0.5) for error in (found, exact))
+        torch.testing.assert_close(*pulls, rtol=0, atol=1e-7)
+    lost = members.clone()
+    lost[0, 0] = torch.nan
+    with unchecked():
+        moved = kalman_update(EnsembleResidual(4.0, 1.1, plane, source).at(tau, lost), lost, seen)
+    assert torch.isnan(moved[0]).all() and torch.isfinite(moved[1]).all()
 
 
 @pytest.mark.parametrize("gaps", [False, True])

@@ -16,9 +16,9 @@ from torch.utils._pytree import tree_leaves
 from pnpda_nb.classical import LETKF, EnKF, OptimalInterpolation, ThreeDVar
 from pnpda_nb.core import Grid, Homogeneous, gaspari_cohn, standard_normal, stream
 from pnpda_nb.dynamics import FunctionModel
-from pnpda_nb.learned import AmortisedAnalysis, AnalysisPrior
+from pnpda_nb.learned import AmortisedAnalysis, AnalysisPrior, BlindPrior
 from pnpda_nb.observing import DiagonalCovariance, FactoredError, Nonlinear, ObservingNetwork, Select
-from pnpda_nb.pnp import PnPDA
+from pnpda_nb.pnp import EnsembleResidual, PnPDA
 from pnpda_nb.twin import TwinExperiment, cycle
 
 PLANE = Grid((64, 128), "circular")
@@ -39,6 +39,7 @@ METHODS = {
     "LETKF": (LETKF(half_width=5.0, distance=PLANE), SELECT, 20),
     "look": (AmortisedAnalysis(PRIOR, blind=True), SELECT, 1),
     "loop": (PnPDA(PRIOR, 3, data_step="kalman"), SELECT, 2),
+    "members": (PnPDA(BlindPrior(PRIOR), 3, data_step="kalman", residuals=EnsembleResidual(5.0, distance=PLANE)), SELECT, 5),
     "drawn": (AmortisedAnalysis(PRIOR, spread=0.1), SELECT, 2),
 }
 
@@ -70,7 +71,7 @@ for name, (method, operator, members) in METHODS.items():
     climate, after = ((x**2).mean() ** 0.5 for x in (truth, result.analysis.values[0, -1] - truth))
     print(name, climate, after, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2, sep=", ")
 """
-METHODS = ("homogeneous", "nonlinear", "factored", "diagonal", "EnKF", "EnKF of all", "LETKF", "look", "loop", "drawn")
+METHODS = ("homogeneous", "nonlinear", "factored", "diagonal", "EnKF", "EnKF of all", "LETKF", "look", "loop", "members", "drawn")
 
 
 @pytest.mark.parametrize("cycles", [2, pytest.param(100, marks=pytest.mark.slow)])

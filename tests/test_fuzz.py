@@ -56,6 +56,7 @@ from pnpda_nb.observing import (
     Select,
     on_grid,
 )
+from pnpda_nb.observing.update import InformedError
 from pnpda_nb.pnp import (
     Conserving,
     ConstrainedPnPDA,
@@ -565,6 +566,8 @@ OWN = {  # arguments of one callable, where they are not those of the pool
     "pnp.PnPDA4D.noise": {"shape": lambda: (2, 4, 3)},
     "pnp.PnPDA.states": {"x": lambda: Estimate(ENSEMBLE()), "misfit": lambda: Misfit(ENSEMBLE(), seen())},
     "pnp.PnPDA.towards": {"x": lambda: Estimate(ENSEMBLE()), "misfit": lambda: Misfit(ENSEMBLE(), seen())},
+    "pnp.ConstrainedPnPDA.states": {"x": lambda: Estimate(ENSEMBLE())},
+    "pnp.ConstrainedPnPDA.towards": {"x": lambda: Estimate(ENSEMBLE())},
     "pnp.PnPDA4D.states": {"x": lambda: Estimate(ENSEMBLE()), "misfit": lambda: window_misfit()},
     "pnp.PnPDA4D.towards": {"x": lambda: Estimate(ENSEMBLE()), "misfit": lambda: window_misfit()},
     "pnp.convergence": {"method": lambda: PnPDA(gaussian(), iterations=3)},
@@ -577,6 +580,11 @@ OWN = {  # arguments of one callable, where they are not those of the pool
         "mask": lambda: torch.ones(2, 1, 3, dtype=torch.bool),
         "error": lambda: torch.ones(2, 1, 3, dtype=DOUBLE),
     },
+    "observing.update.InformedError.__init__": {"error": lambda: DenseError(spd(3)), "information": lambda: torch.ones(3).double()},
+    "observing.update.InformedError.between": {"i": lambda: torch.tensor([0, 2]), "j": lambda: torch.tensor([1])},
+    "observing.update.InformedError.multiply": {"states": A(2, 4, 3)},
+    "observing.update.conjugate_gradients": {"product": lambda: lambda x: 2 * x, "right": A(2, 3)},
+    "observing.update.tapering": {"dim": lambda: 3, "half_width": lambda: 1.0, "distance": lambda: "line", "like": ENSEMBLE},
     "observing.Residual.__init__": {"factor": A(2, 4, 3, 1), "diagonal": lambda: torch.ones(2, 4, 3, dtype=DOUBLE)},
     "observing.Residual.negative_log_likelihood": {"error": ENSEMBLE},
     "observing.Residual.multiply": {"states": A(2, 4, 1, 3)},
@@ -788,6 +796,7 @@ SELF = {  # objects whose methods are called; without an entry they are made fro
     "pnp.WindowMisfit": window_misfit,
     "pnp.Misfit": lambda: Misfit(ENSEMBLE(), seen()),
     "observing.DenseError": lambda: DenseError(spd(3)),
+    "observing.update.InformedError": lambda: InformedError(DenseError(spd(3)), torch.ones(3, dtype=DOUBLE)),
     "observing.FactoredError": lambda: FactoredError(states(3, 1), torch.ones(3, dtype=DOUBLE)),
     "pnp.GaussianResidual": lambda: GaussianResidual(gaussian()),
     "pnp.EnsembleResidual": EnsembleResidual,

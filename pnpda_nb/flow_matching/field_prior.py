@@ -126,10 +126,8 @@ class FieldPrior(PriorFile):
         network.load_state_dict(weights | {"first.weight": torch.cat((old[:, :place], new, old[:, place:]), 1)})
         return type(self)(network, self.location, self.scale, self.increment, architecture, self.training)
 
-    def answers(self, fields: Tensor, tau: Tensor) -> Tensor:
-        """What the network answers, `(..., outputs, dim)`, to fields `(..., channels, dim)` on the points of its grid; on land it is
-        shown zeros.
-        """
+    def _answers(self, fields: Tensor, tau: Tensor) -> Tensor:
+        """What the network answers, `(..., outputs, dim)`, to fields `(..., channels, dim)`; on land it is shown zeros."""
         if self.grid is None:
             return self.network(fields, tau)
         point = -len(self.grid.shape)

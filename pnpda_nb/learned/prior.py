@@ -68,7 +68,7 @@ class AnalysisPrior(FieldPrior, kept_as="analysis_prior"):
         tau = tau.float() if isinstance(tau, Tensor) else torch.full((1, 1), tau, dtype=torch.float32, device=background.device)
         kind = background.device.type if self.half_precision else "cpu"
         with torch.autocast(kind, torch.bfloat16, enabled=self.half_precision):
-            out = self.answers(self.fields(background, u, seen, extra), tau).to(background.dtype)
+            out = self._answers(self.fields(background, u, seen, extra), tau).to(background.dtype)
         rank, half_width = self.architecture["rank"], self.architecture["half_width"]
         factor = self.increment.reshape(-1, 1) * out[..., 1 : rank + 1, :].mT
         # before training: variances of one increment squared
@@ -89,7 +89,7 @@ class AnalysisPrior(FieldPrior, kept_as="analysis_prior"):
 
 # %% ../../nbs/17_seeing.ipynb #01d44745
 class LearnedDenoiser(FlowDenoiser):
-    """The denoiser of an `AnalysisPrior` for given backgrounds, around which its flow starts; its answers say what they leave open."""
+    """The denoiser of an `AnalysisPrior` for given backgrounds, around which its flow starts."""
 
     def __init__(self, prior: AnalysisPrior, background: Tensor, seen: GridObservations | None):
         super().__init__(background, lambda x, tau: velocity_from_denoised(x, self(x, tau).mean, tau), prior.source, background)

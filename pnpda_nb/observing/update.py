@@ -135,6 +135,11 @@ def kalman_pull(B: ErrorCovariance, x: Gappy, observations: Observations, centre
             innovation = innovation + _times((x - centre).unsqueeze(-2), H.mT).squeeze(-2)
         weights = innovation_weights(R, innovation, scale * H @ B.multiply(H).mT)
         return _times(weights.unsqueeze(-2), H).squeeze(-2)
+    if isinstance(B, InformedError) and selects_alone(observations):  # d/R − H (B⁻¹ + HᵀR⁻¹H)⁻¹ Hᵀ d/R, over R
+        known = (scale * present / _beside(R.variances.to(x), x.ndim - 1)).expand_as(innovation)
+        seen, pull = operator.adjoint(x, known), operator.adjoint(x, known * innovation)
+        more = InformedError(B.error, B.information + seen)
+        return (pull - seen * more.multiply(pull.unsqueeze(-2)).squeeze(-2)) / scale
     if isinstance(operator, Select) and isinstance(B, FactoredError):
         U, own = (part.to(x) for part in B.at(few[0][:, 0]))
         weights = factored_weights(R, innovation, scale**0.5 * U * present.unsqueeze(-1), scale * own * present)
@@ -204,6 +209,46 @@ class FactoredError:
     def between(self, i: Index, j: Index) -> Tensor:
         L, d = self.at(i)
         return L @ self.at(j)[0].mT + d.unsqueeze(-1) * (i.unsqueeze(-1) == j)
+
+
+# %% ../../nbs/92_engine.ipynb #11ad164a
+def conjugate_gradients(product: Callable[[Tensor], Tensor], right: Gappy) -> Gappy:
+    """A⁻¹ b for all rows b of `right` `(..., n)` and a symmetric positive definite A, given by its `product` with such rows; nan
+    for a row without an end.
+    """
+    x, rest = torch.zeros_like(right), right
+    way, left = rest, rest.square().sum(-1, keepdim=True)
+    enough = left * torch.finfo(right.dtype).eps ** 1.5  # squares
+    for _ in range(10 * right.shape[-1]):
+        busy = left > enough
+        if not busy.any():
+            break
+        onward = product(way)
+        step = torch.where(busy, left / (way * onward).sum(-1, keepdim=True), 0.0)
+        x, rest = x + step * way, rest - step * onward
+        before, left = left, rest.square().sum(-1, keepdim=True)
+        way = rest + torch.where(busy, left / before, 0.0) * way
+    return x.masked_fill(~(left <= enough), torch.nan)
+
+
+@dataclass(frozen=True, eq=False)
+class InformedError:
+    """The `ErrorCovariance` (B⁻¹ + diag(k))⁻¹ from an `error` B, which may be singular, and an `information` k, not negative,
+    `(dim,)` or `(..., member, dim)`.
+    """
+
+    error: ErrorCovariance
+    information: Gappy
+
+    def multiply(self, states: Gappy) -> Gappy:
+        root = self.information.to(states).sqrt().unsqueeze(-2)
+        product = self.error.multiply(states)  # B x, and with r = k^(1/2) the rest: −B r (1 + r B r)⁻¹ r B x
+        rest = conjugate_gradients(lambda x: x + root * self.error.multiply(root * x), root * product)
+        return product - self.error.multiply(root * rest)
+
+    def between(self, i: Index, j: Index) -> Tensor:
+        rows = torch.zeros(len(i), self.information.shape[-1], dtype=self.information.dtype, device=self.information.device)
+        return self.multiply(rows.scatter(-1, i.unsqueeze(-1), 1.0))[..., j]
 
 
 # %% ../../nbs/92_engine.ipynb #57eb03e5

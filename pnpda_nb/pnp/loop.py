@@ -28,8 +28,8 @@ __all__ = ["PnPDA"]
 
 # %% ../../nbs/10_pnp.ipynb #7302e83b
 def plug_and_play(x: Estimate, towards: Callable, noise: Iterable, denoise: Callable) -> Iterator[Estimate]:
-    """Algorithm 1 of PnP-DA from the background on, an `Estimate` x of states `(..., member, dim)`: x⁽¹⁾, x⁽²⁾, … of one answer, each
-    as the denoiser left it.
+    """Algorithm 1 of PnP-DA from the background on, an `Estimate` x of states `(..., member, dim)`: x⁽¹⁾, x⁽²⁾, … of one answer,
+    each as the denoiser left it.
 
     `towards(x, tau)` is w, and `denoise(state, tau)` is D_τ(x_b, state). `noise` has for every iteration its pseudo-time τ and
     one or more draws of (1 − τ) z, `(draws, ..., member, dim)`, over which the denoiser is averaged.
@@ -174,8 +174,8 @@ class PnPDA(_PlugAndPlay):
     implicit, as in Flower, arXiv 2509.26287). The last two do not use the misfit's curvature to keep them stable. They end with one
     more step towards the observations, since what the denoiser has touched last has not seen them since.
 
-    A prior with a method `seeing(observations)`, which returns a `Prior`, is asked for one at each analysis. Raises `ValueError` for
-    settings out of range, a prior of another size, and a "kalman" step without a covariance.
+    A prior with a method `seeing(observations)`, which returns a `Prior`, is asked for one at each analysis. Raises `ValueError`
+    for settings out of range, a prior of another size, and a "kalman" step without a covariance.
     """
 
     data_step: Literal["gradient", "kalman", "prox"] = "gradient"
