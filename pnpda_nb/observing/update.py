@@ -32,6 +32,13 @@ def _solve(rows: Tensor, matrix: Tensor) -> Tensor:
     return torch.cholesky_solve(rows.mT, factor).mT.masked_fill((failed > 0)[..., None, None], torch.nan)
 
 
+def cholesky_factor(matrix: Gappy) -> Gappy:
+    """The lower factor of symmetric matrices `(..., n, n)`; nan for one that is not finite or not positive definite."""
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    lost = (failed > 0) | ~torch.isfinite(matrix.diagonal(dim1=-2, dim2=-1)).all(-1)
+    return factor.masked_fill(lost[..., None, None], torch.nan)
+
+
 def kalman_gain(background: Tensor, jacobian: Tensor, error: Tensor) -> Tensor:
     """The gain K of eq. 5 of PnP-DA for covariances `background` `(..., dim, dim)` and `error`
     `(size, size)`, with an operator of `jacobian` `(..., size, dim)`: shape `(..., dim, size)`.

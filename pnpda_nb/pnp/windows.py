@@ -16,7 +16,7 @@ from ..core.settings import BelowOne, Count
 from ..flow_matching.prior import Estimate
 from ..observing.covariance import Covariance
 from ..observing.observations import Observations
-from ..observing.update import _beside_members
+from ..observing.update import _beside_members, cholesky_factor
 from .loop import _PlugAndPlay
 from .misfit import Misfit, _flattest
 
@@ -145,14 +145,7 @@ def _marginalised(
     for seen in observations:
         part = slice(place, place := place + seen.operator.size)
         C[..., part, part] += _beside_members(seen.covariance.matrix)
-    return _factor(C), torch.cat([h @ product for h, product in zip(H, products)], -2), reach
-
-
-def _factor(C: Tensor) -> Tensor:
-    """The Cholesky factor, with nan where a matrix has none."""
-    fine = torch.isfinite(C).flatten(-2).all(-1)[..., None, None]
-    factor, failed = torch.linalg.cholesky_ex(C.where(fine, torch.eye(C.shape[-1], dtype=C.dtype, device=C.device)))
-    return factor.masked_fill((failed != 0)[..., None, None] | ~fine, torch.nan)
+    return cholesky_factor(C), torch.cat([h @ product for h, product in zip(H, products)], -2), reach
 
 
 # %% ../../nbs/27_windows_by_loop.ipynb #88777664
