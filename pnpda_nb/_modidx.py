@@ -2509,6 +2509,7 @@ d = {
             "pnpda_nb.pnp.loop.PnPDA.towards": ("pnp.html#pnpda.towards", "pnpda_nb/pnp/loop.py"),
             "pnpda_nb.pnp.loop._LoopSettings": ("pnp.html#_loopsettings", "pnpda_nb/pnp/loop.py"),
             "pnpda_nb.pnp.loop._PlugAndPlay": ("pnp.html#_plugandplay", "pnpda_nb/pnp/loop.py"),
+            "pnpda_nb.pnp.loop._PlugAndPlay._begin": ("pnp.html#_plugandplay._begin", "pnpda_nb/pnp/loop.py"),
             "pnpda_nb.pnp.loop._PlugAndPlay._iterates": ("pnp.html#_plugandplay._iterates", "pnpda_nb/pnp/loop.py"),
             "pnpda_nb.pnp.loop._PlugAndPlay.analyse": ("pnp.html#_plugandplay.analyse", "pnpda_nb/pnp/loop.py"),
             "pnpda_nb.pnp.loop._PlugAndPlay.iterates": ("pnp.html#_plugandplay.iterates", "pnpda_nb/pnp/loop.py"),

@@ -37,8 +37,7 @@ def convergence(
     variables). `tau` is the pseudo-time of the iteration. The mean of the noise is the `location` of the prior's
     source, or 0 if it has none; or the denoiser's `centre`, if that is not None.
     """
-    misfit, prior = method.misfit(background, observations, forecast), method.prior_for(observations)
-    denoiser, length = prior(misfit.background), misfit.step_size(method.step_rule)
+    misfit, prior, denoiser, length = method._begin(background, observations, forecast)
     mean = denoiser.centre
     if mean is None:
         mean = getattr(prior, "location", torch.zeros(prior.dim, dtype=background.dtype))

@@ -120,20 +120,25 @@ class _PlugAndPlay(_LoopSettings):
         """The states x⁽¹⁾, x⁽²⁾, … of one answer, each of the background's shape `(..., member, dim)` and each as the denoiser
         left it.
         """
-        misfit, prior = self.misfit(background, observations, forecast), self.prior_for(observations)
-        steps = self._iterates(misfit, prior, prior(misfit.background), misfit.step_size(self.step_rule), generator)
-        return (x.mean for x in steps)
+        return (x.mean for x in self._iterates(*self._begin(background, observations, forecast), generator))
 
     def prior_for(self, observations: Observed) -> Prior:
         """The prior that the loop uses when these are the observations."""
         return self.prior
 
+    def _begin(
+        self, background: Tensor, observations: Observed, forecast: Callable | None
+    ) -> tuple[Misfit, Prior, Denoiser, Tensor | float]:
+        """The misfit, the prior, its denoiser and the length of the steps."""
+        misfit, prior = self.misfit(background, observations, forecast), self.prior_for(observations)
+        return misfit, prior, prior(misfit.background), misfit.step_size(self.step_rule)
+
     def _iterates(
         self, misfit: Misfit, prior: Prior, denoiser: Denoiser, length: Tensor | float, generator: torch.Generator
     ) -> Iterator[Estimate]:
         x = misfit.background
-        noise = (share.to(x) for share in self.noise(prior, tuple(x.shape), generator))
-        noise = _at_pseudo_times(noise, self.iterations, denoiser.centre)
+        shares = (share.to(x) for share in self.noise(prior, tuple(x.shape), generator))
+        noise = _at_pseudo_times(shares, self.iterations, denoiser.centre)
         return plug_and_play(Estimate(x), lambda x, tau: self.towards(x, misfit, length, tau), noise, denoiser)
 
     def states(self, x: Estimate, misfit: Misfit, background: Tensor) -> Tensor:
@@ -144,13 +149,11 @@ class _PlugAndPlay(_LoopSettings):
         self, background: Tensor, observations: Observed, *, forecast: Callable | None, generator: torch.Generator
     ) -> Tensor:
         answers = background if self.ensemble == 1 else background.repeat_interleave(self.ensemble, -2)
-        misfit = self.misfit(answers, observations, forecast)
-        prior = self.prior_for(observations)
-        denoiser, length = prior(misfit.background), misfit.step_size(self.step_rule)
+        misfit, prior, *rest = self._begin(answers, observations, forecast)
         # nothing is differentiated if the prior is a network and the misfit a quadratic
         frozen = isinstance(prior, FlowPrior) and misfit.curvature is not None and not background.requires_grad
         with torch.inference_mode(frozen or torch.is_inference_mode_enabled()):
-            for x in self._iterates(misfit, prior, denoiser, length, generator):
+            for x in self._iterates(misfit, prior, *rest, generator):
                 pass
         states = self.states(x._replace(mean=x.mean.clone()), misfit, answers)
         if self.ensemble > 1:
