@@ -1507,6 +1507,10 @@ d = {
                 "priors.html#fieldprior.__repr__",
                 "pnpda_nb/flow_matching/field_prior.py",
             ),
+            "pnpda_nb.flow_matching.field_prior.FieldPrior._answers": (
+                "priors.html#fieldprior._answers",
+                "pnpda_nb/flow_matching/field_prior.py",
+            ),
             "pnpda_nb.flow_matching.field_prior.FieldPrior.contents": (
                 "priors.html#fieldprior.contents",
                 "pnpda_nb/flow_matching/field_prior.py",
@@ -1531,6 +1535,7 @@ d = {
                 "priors.html#_field_network",
                 "pnpda_nb/flow_matching/field_prior.py",
             ),
+            "pnpda_nb.flow_matching.field_prior._grid": ("priors.html#_grid", "pnpda_nb/flow_matching/field_prior.py"),
         },
         "pnpda_nb.flow_matching.flow": {
             "pnpda_nb.flow_matching.flow.Coupling": ("flow_matching.html#coupling", "pnpda_nb/flow_matching/flow.py"),
@@ -1686,23 +1691,32 @@ d = {
                 "flow_matching.html#denoiser.__call__",
                 "pnpda_nb/flow_matching/prior.py",
             ),
-            "pnpda_nb.flow_matching.prior.Denoiser.__init__": (
-                "flow_matching.html#denoiser.__init__",
+            "pnpda_nb.flow_matching.prior.Estimate": ("flow_matching.html#estimate", "pnpda_nb/flow_matching/prior.py"),
+            "pnpda_nb.flow_matching.prior.FlowDenoiser": ("flow_matching.html#flowdenoiser", "pnpda_nb/flow_matching/prior.py"),
+            "pnpda_nb.flow_matching.prior.FlowDenoiser.__call__": (
+                "flow_matching.html#flowdenoiser.__call__",
                 "pnpda_nb/flow_matching/prior.py",
             ),
-            "pnpda_nb.flow_matching.prior.Denoiser.__repr__": (
-                "flow_matching.html#denoiser.__repr__",
+            "pnpda_nb.flow_matching.prior.FlowDenoiser.__init__": (
+                "flow_matching.html#flowdenoiser.__init__",
                 "pnpda_nb/flow_matching/prior.py",
             ),
-            "pnpda_nb.flow_matching.prior.Denoiser.conditional_mean": (
-                "flow_matching.html#denoiser.conditional_mean",
+            "pnpda_nb.flow_matching.prior.FlowDenoiser.__repr__": (
+                "flow_matching.html#flowdenoiser.__repr__",
                 "pnpda_nb/flow_matching/prior.py",
             ),
-            "pnpda_nb.flow_matching.prior.Denoiser.sample": (
-                "flow_matching.html#denoiser.sample",
+            "pnpda_nb.flow_matching.prior.FlowDenoiser.conditional_mean": (
+                "flow_matching.html#flowdenoiser.conditional_mean",
                 "pnpda_nb/flow_matching/prior.py",
             ),
-            "pnpda_nb.flow_matching.prior.Denoiser.start": ("flow_matching.html#denoiser.start", "pnpda_nb/flow_matching/prior.py"),
+            "pnpda_nb.flow_matching.prior.FlowDenoiser.sample": (
+                "flow_matching.html#flowdenoiser.sample",
+                "pnpda_nb/flow_matching/prior.py",
+            ),
+            "pnpda_nb.flow_matching.prior.FlowDenoiser.start": (
+                "flow_matching.html#flowdenoiser.start",
+                "pnpda_nb/flow_matching/prior.py",
+            ),
             "pnpda_nb.flow_matching.prior.GaussianPrior": ("flow_matching.html#gaussianprior", "pnpda_nb/flow_matching/prior.py"),
             "pnpda_nb.flow_matching.prior.GaussianPrior.__call__": (
                 "flow_matching.html#gaussianprior.__call__",
@@ -1952,7 +1966,6 @@ d = {
             "pnpda_nb.learned.prior.BlindPrior": ("seeing.html#blindprior", "pnpda_nb/learned/prior.py"),
             "pnpda_nb.learned.prior.BlindPrior.__call__": ("seeing.html#blindprior.__call__", "pnpda_nb/learned/prior.py"),
             "pnpda_nb.learned.prior.BlindPrior.dim": ("seeing.html#blindprior.dim", "pnpda_nb/learned/prior.py"),
-            "pnpda_nb.learned.prior.BlindPrior.leaves_open": ("seeing.html#blindprior.leaves_open", "pnpda_nb/learned/prior.py"),
             "pnpda_nb.learned.prior.BlindPrior.source": ("seeing.html#blindprior.source", "pnpda_nb/learned/prior.py"),
             "pnpda_nb.learned.prior.LearnedDenoiser": ("seeing.html#learneddenoiser", "pnpda_nb/learned/prior.py"),
             "pnpda_nb.learned.prior.LearnedDenoiser.__call__": (
@@ -1961,10 +1974,6 @@ d = {
             ),
             "pnpda_nb.learned.prior.LearnedDenoiser.__init__": (
                 "seeing.html#learneddenoiser.__init__",
-                "pnpda_nb/learned/prior.py",
-            ),
-            "pnpda_nb.learned.prior.LearnedDenoiser.velocity": (
-                "seeing.html#learneddenoiser.velocity",
                 "pnpda_nb/learned/prior.py",
             ),
             "pnpda_nb.learned.prior.SeeingPrior": ("seeing.html#seeingprior", "pnpda_nb/learned/prior.py"),
@@ -2328,6 +2337,7 @@ d = {
         "pnpda_nb.observing.update": {
             "pnpda_nb.observing.update.DenseError": ("engine.html#denseerror", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update.DenseError.between": ("engine.html#denseerror.between", "pnpda_nb/observing/update.py"),
+            "pnpda_nb.observing.update.DenseError.draw": ("engine.html#denseerror.draw", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update.DenseError.multiply": ("engine.html#denseerror.multiply", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update.ErrorCovariance": ("engine.html#errorcovariance", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update.ErrorCovariance.between": (
@@ -2349,6 +2359,15 @@ d = {
                 "engine.html#factorederror.multiply",
                 "pnpda_nb/observing/update.py",
             ),
+            "pnpda_nb.observing.update.InformedError": ("engine.html#informederror", "pnpda_nb/observing/update.py"),
+            "pnpda_nb.observing.update.InformedError.between": (
+                "engine.html#informederror.between",
+                "pnpda_nb/observing/update.py",
+            ),
+            "pnpda_nb.observing.update.InformedError.multiply": (
+                "engine.html#informederror.multiply",
+                "pnpda_nb/observing/update.py",
+            ),
             "pnpda_nb.observing.update.Residual": ("engine.html#residual", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update.Residual.between": ("engine.html#residual.between", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update.Residual.draw": ("engine.html#residual.draw", "pnpda_nb/observing/update.py"),
@@ -2362,10 +2381,13 @@ d = {
             "pnpda_nb.observing.update._beside_members": ("engine.html#_beside_members", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update._each": ("engine.html#_each", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update._few": ("engine.html#_few", "pnpda_nb/observing/update.py"),
+            "pnpda_nb.observing.update._on_circles": ("engine.html#_on_circles", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update._root": ("engine.html#_root", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update._solve": ("engine.html#_solve", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update._times": ("engine.html#_times", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update.anomalies": ("engine.html#anomalies", "pnpda_nb/observing/update.py"),
+            "pnpda_nb.observing.update.cholesky_factor": ("engine.html#cholesky_factor", "pnpda_nb/observing/update.py"),
+            "pnpda_nb.observing.update.conjugate_gradients": ("engine.html#conjugate_gradients", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update.factored_weights": ("engine.html#factored_weights", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update.innovation_weights": ("engine.html#innovation_weights", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update.kalman_gain": ("engine.html#kalman_gain", "pnpda_nb/observing/update.py"),
@@ -2373,6 +2395,7 @@ d = {
             "pnpda_nb.observing.update.kalman_update": ("engine.html#kalman_update", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update.selects_alone": ("engine.html#selects_alone", "pnpda_nb/observing/update.py"),
             "pnpda_nb.observing.update.symmetric_solve": ("engine.html#symmetric_solve", "pnpda_nb/observing/update.py"),
+            "pnpda_nb.observing.update.tapering": ("engine.html#tapering", "pnpda_nb/observing/update.py"),
         },
         "pnpda_nb.operations.errors": {
             "pnpda_nb.operations.errors.Fixed": ("files.html#fixed", "pnpda_nb/operations/errors.py"),
@@ -2385,6 +2408,8 @@ d = {
             "pnpda_nb.operations.errors.Part.identity": ("files.html#part.identity", "pnpda_nb/operations/errors.py"),
             "pnpda_nb.operations.errors.Part.layout": ("files.html#part.layout", "pnpda_nb/operations/errors.py"),
             "pnpda_nb.operations.errors.Part.read": ("files.html#part.read", "pnpda_nb/operations/errors.py"),
+            "pnpda_nb.operations.errors._Always": ("files.html#_always", "pnpda_nb/operations/errors.py"),
+            "pnpda_nb.operations.errors._Always.__call__": ("files.html#_always.__call__", "pnpda_nb/operations/errors.py"),
             "pnpda_nb.operations.errors._check_pairs": ("files.html#_check_pairs", "pnpda_nb/operations/errors.py"),
             "pnpda_nb.operations.errors._named": ("files.html#_named", "pnpda_nb/operations/errors.py"),
             "pnpda_nb.operations.errors._points": ("files.html#_points", "pnpda_nb/operations/errors.py"),
@@ -2577,12 +2602,13 @@ d = {
         },
         "pnpda_nb.pnp.loop": {
             "pnpda_nb.pnp.loop.PnPDA": ("pnp.html#pnpda", "pnpda_nb/pnp/loop.py"),
-            "pnpda_nb.pnp.loop.PnPDA.__post_init__": ("pnp.html#pnpda.__post_init__", "pnpda_nb/pnp/loop.py"),
+            "pnpda_nb.pnp.loop.PnPDA._left_open": ("pnp.html#pnpda._left_open", "pnpda_nb/pnp/loop.py"),
             "pnpda_nb.pnp.loop.PnPDA.prior_for": ("pnp.html#pnpda.prior_for", "pnpda_nb/pnp/loop.py"),
             "pnpda_nb.pnp.loop.PnPDA.states": ("pnp.html#pnpda.states", "pnpda_nb/pnp/loop.py"),
             "pnpda_nb.pnp.loop.PnPDA.towards": ("pnp.html#pnpda.towards", "pnpda_nb/pnp/loop.py"),
             "pnpda_nb.pnp.loop._LoopSettings": ("pnp.html#_loopsettings", "pnpda_nb/pnp/loop.py"),
             "pnpda_nb.pnp.loop._PlugAndPlay": ("pnp.html#_plugandplay", "pnpda_nb/pnp/loop.py"),
+            "pnpda_nb.pnp.loop._PlugAndPlay._begin": ("pnp.html#_plugandplay._begin", "pnpda_nb/pnp/loop.py"),
             "pnpda_nb.pnp.loop._PlugAndPlay._iterates": ("pnp.html#_plugandplay._iterates", "pnpda_nb/pnp/loop.py"),
             "pnpda_nb.pnp.loop._PlugAndPlay.analyse": ("pnp.html#_plugandplay.analyse", "pnpda_nb/pnp/loop.py"),
             "pnpda_nb.pnp.loop._PlugAndPlay.iterates": ("pnp.html#_plugandplay.iterates", "pnpda_nb/pnp/loop.py"),
@@ -2632,7 +2658,6 @@ d = {
             "pnpda_nb.pnp.windows.WindowMisfit.weigh": ("windows_by_loop.html#windowmisfit.weigh", "pnpda_nb/pnp/windows.py"),
             "pnpda_nb.pnp.windows._along": ("windows_by_loop.html#_along", "pnpda_nb/pnp/windows.py"),
             "pnpda_nb.pnp.windows._by_adjoint": ("windows_by_loop.html#_by_adjoint", "pnpda_nb/pnp/windows.py"),
-            "pnpda_nb.pnp.windows._factor": ("windows_by_loop.html#_factor", "pnpda_nb/pnp/windows.py"),
             "pnpda_nb.pnp.windows._marginalised": ("windows_by_loop.html#_marginalised", "pnpda_nb/pnp/windows.py"),
             "pnpda_nb.pnp.windows._mean_variance": ("windows_by_loop.html#_mean_variance", "pnpda_nb/pnp/windows.py"),
             "pnpda_nb.pnp.windows._whitened": ("windows_by_loop.html#_whitened", "pnpda_nb/pnp/windows.py"),

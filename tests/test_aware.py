@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from pnpda_nb.classical import EnKF
-from pnpda_nb.core import gaspari_cohn_matrix, standard_normal, stream
+from pnpda_nb.core import Grid, gaspari_cohn_matrix, standard_normal, stream
+from pnpda_nb.core.grid import _taper
 from pnpda_nb.learned import AmortisedAnalysis, AnalysisPrior, BlindPrior, LearnedMean, SeeingPrior
 from pnpda_nb.learned.methods import ENSEMBLE_FIELDS, ensemble_fields
 from pnpda_nb.observing import (
     Covariance,
+    DenseError,
     DiagonalCovariance,
     GridObservations,
     Linear,
@@ -20,6 +22,7 @@ from pnpda_nb.observing import (
     kalman_update,
     on_grid,
 )
+from pnpda_nb.observing.update import _on_circles
 from pnpda_nb.pnp import PnPDA
 from pnpda_nb.twin import cycle, lorenz63
 
@@ -82,7 +85,8 @@ def test_that_observations_of_another_kind_or_size_are_refused():
 @pytest.mark.parametrize("half_width", [0.0, 3.0])
 def test_that_a_residual_is_its_matrix_in_every_respect(half_width):
     taper = gaspari_cohn_matrix(16, half_width, True) if half_width else None
-    open_ = Residual(standard_normal((5, 2, 16, 3), stream(4)), 0.2 + torch.rand(5, 2, 16, generator=stream(4)).double(), taper)
+    factor, diagonal = standard_normal((5, 2, 16, 3), stream(4)), 0.2 + torch.rand(5, 2, 16, generator=stream(4)).double()
+    open_ = Residual(factor, diagonal, None if taper is None else DenseError(taper))
     B = open_.factor @ open_.factor.mT * (1 if taper is None else taper) + torch.diag_embed(open_.diagonal)
     torch.testing.assert_close(open_.matrix, B)
     torch.testing.assert_close(open_.variance, B.diagonal(dim1=-2, dim2=-1))
@@ -148,6 +152,79 @@ def test_that_a_prior_with_geometry_turns_with_the_ring_and_works_on_longer_ones
         make(geometry="none").on(48)
 
 
+SPHERE = Grid.sphere(
+    [-67.5, -22.5, 22.5, 67.5],
+    range(0, 360, 45),
+    channels=("t", "q"),
+    land=torch.rand(2, 4, 8, generator=stream(9)) < 0.2,
+    radius=1.0,
+)
+GRIDS = {
+    "ring": Grid(24, "circular"),
+    "plane": Grid((8, 6), "circular", channels=2),
+    "channel": Grid((5, 8), ("zeros", "circular"), spacing=(2.0, 1.0)),
+    "sphere": SPHERE,
+}
+
+
+@pytest.mark.parametrize("size", [{"dilations": (1,)}, {"levels": 2}], ids=["convolutions", "pyramid"])
+@pytest.mark.parametrize("name", ["ring", "plane", "channel"])
+def test_that_a_prior_on_a_grid_moves_with_its_fields_along_circular_axes(name, size):
+    grid = GRIDS[name]
+    prior = AnalysisPrior.make(ZERO, ONE, 0.5 * ONE, dim=grid.dim, geometry=grid, rank=2, half_width=1.5, kernel=3, width=8, **size)
+    with torch.no_grad():
+        for parameter in prior.network.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=stream(2)))
+    axes = [axis - len(grid.shape) for axis, edge in enumerate(grid.edges) if edge == "circular"]
+
+    def moved(states):
+        return grid.flatten(grid.unflatten(states).roll([2] * len(axes), axes))
+
+    x, u, value, error = standard_normal((4, 3, 2, grid.dim), stream(11)).abs()
+    mask = torch.rand(3, 2, grid.dim, generator=stream(12)) < 0.3
+    seen = GridObservations(value * mask, mask, error * mask)
+    turned = GridObservations(moved(seen.value), moved(mask.double()).bool(), moved(seen.error))
+    here, there = prior.look(x, u, 0.4, seen), prior.look(moved(x), moved(u), 0.4, turned)
+    torch.testing.assert_close(there.mean, moved(here.mean), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(there.residual.factor.mT, moved(here.residual.factor.mT), rtol=1e-5, atol=1e-5)
+    v = u.unsqueeze(-2)
+    torch.testing.assert_close(there.residual.multiply(moved(v)), moved(here.residual.multiply(v)), rtol=1e-5, atol=1e-5)
+    assert (moved(here.mean) - here.mean).abs().max() > 0.1 and here.residual.factor.abs().max() > 0.01
+    if len(grid.channels) > 1:  # one channel has a say in the other
+        other = prior.look(x + 0.5 * (grid.channel == 1), u, 0.4, seen).mean
+        assert (other - here.mean)[..., grid.channel == 0].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_that_a_prior_on_a_grid_is_the_same_one_from_its_file(tmp_path, name):
+    grid = GRIDS[name]
+    each = standard_normal((grid.dim,), stream(3)).abs() + 0.1
+    prior = AnalysisPrior.make(
+        each, each, each, dim=grid.dim, geometry=grid, rank=2, half_width=1.0, width=8, kernel=3, dilations=(1,)
+    )
+    prior = prior.widened(1)
+    again = AnalysisPrior.load(prior.save(tmp_path / "prior.safetensors"))
+    assert again.grid == prior.grid == grid and again.architecture == prior.architecture and repr(grid) in repr(again)
+    x, extra = standard_normal((2, 1, grid.dim), stream(7)), standard_normal((2, 1, 1, grid.dim), stream(8))
+    a, b = (p.look(x, x + 1, 0.3, extra=extra) for p in (prior, again))
+    assert torch.equal(a.mean, b.mean) and torch.equal(a.residual.matrix, b.residual.matrix)
+    with pytest.raises(ValueError, match="^dim: a prior without"):
+        prior.on(48)
+    with pytest.raises(ValueError, match=f"^geometry: expected a grid of 5 values, got one of {grid.dim}"):
+        AnalysisPrior.make(ZERO, ONE, ONE, dim=5, geometry=grid)
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_that_a_taper_on_circles_is_the_one_that_is_written_down(name):
+    grid, half_width = GRIDS[name], {"sphere": 0.7}.get(name, 1.5)
+    exact, found = DenseError(_taper(grid.dim, half_width, grid)), _on_circles(grid, half_width)
+    x, every = standard_normal((2, 3, grid.dim), stream(13)), torch.arange(grid.dim)
+    torch.testing.assert_close(found.multiply(x), exact.multiply(x), rtol=0, atol=1e-12)
+    torch.testing.assert_close(found.between(every[:5], every), exact.between(every[:5], every), rtol=0, atol=1e-12)
+    drawn = found.draw((50_000,), stream(14))
+    assert (torch.cov(drawn.T) - exact.matrix).abs().max() < 0.03
+
+
 @pytest.mark.parametrize("iterations", [1, 4])
 def test_that_pnpda_with_an_untrained_blind_prior_makes_one_kalman_step(iterations):
     """Its covariance is increment² I, and its denoised state is the background: further iterations begin there again."""
@@ -159,6 +236,16 @@ def test_that_pnpda_with_an_untrained_blind_prior_makes_one_kalman_step(iteratio
     torch.testing.assert_close(analyse(AmortisedAnalysis(prior, blind=True), x, SEEN), x + pull, rtol=0, atol=1e-3)
     more = analyse(replace(method, iterations=iterations, draws=2), x, SEEN)
     assert torch.isfinite(more).all()
+
+
+def test_that_what_is_left_open_belongs_to_the_answer_that_it_came_with():
+    denoiser, other = make(shake=0.2)(X), make(shake=0.3)(X)
+    early, late = denoiser(X + 1, 0.2), denoiser(X - 1, 0.7)
+    other(X, 0.5)
+    for x, tau, answer in ((X + 1, 0.2, early), (X - 1, 0.7, late)):
+        alone = make(shake=0.2).look(X, x, tau)
+        assert torch.equal(answer.mean, alone.mean) and torch.equal(answer.residual.matrix, alone.residual.matrix)
+    assert not torch.equal(early.residual.matrix, late.residual.matrix)
 
 
 def test_that_only_the_blind_prior_is_blind():
@@ -217,7 +304,7 @@ def test_that_files_of_others_and_broken_ones_are_named(tmp_path):
 
 
 def test_that_settings_out_of_range_are_named():
-    for wrong in ({"geometry": "sphere"}, {"rank": 0}):
+    for wrong in ({"geometry": "sphere"}, {"geometry": Grid(16, metric=lambda i, j: (i - j).abs())}, {"rank": 0}):
         with pytest.raises(ValueError, match=f"^{next(iter(wrong))}: expected"):
             make(**wrong)
 
@@ -247,7 +334,7 @@ def test_that_an_untrained_learned_mean_recentres_on_the_background():
 
 
 def test_that_drawn_errors_have_the_covariance_that_is_left_open_and_a_lost_run_stays_alone():
-    factor, taper = torch.randn(1, 1, 12, 3, generator=stream(1), dtype=torch.float64), gaspari_cohn_matrix(12, 3.0)
+    factor, taper = torch.randn(1, 1, 12, 3, generator=stream(1), dtype=torch.float64), DenseError(gaspari_cohn_matrix(12, 3.0))
     open_ = Residual(factor.expand(40_000, -1, -1, -1), torch.full((40_000, 1, 12), 0.2, dtype=torch.float64), taper)
     drawn = torch.cov(open_.draw(stream(2))[:, 0].T)
     exact = open_.matrix[0, 0]

@@ -10,7 +10,7 @@ import torch
 from pnpda_nb.classical import EnKF, EnKS, FourDVar, ThreeDVar
 from pnpda_nb.core import RunStreams, standard_normal, stream
 from pnpda_nb.dynamics import AdditiveModelError, trajectory
-from pnpda_nb.flow_matching import GaussianPrior
+from pnpda_nb.flow_matching import Estimate, GaussianPrior
 from pnpda_nb.observing import Covariance, DiagonalCovariance, Linear, ObservingNetwork, Select
 from pnpda_nb.pnp import (
     AsObservation,
@@ -202,10 +202,10 @@ def test_that_every_step_towards_the_observations_ends_on_the_set_and_the_first_
     held, free = ConstrainedPnPDA(PRIOR, 5, constraint=LAWS["sphere"]), PnPDA(PRIOR, 5)
     misfit = held.misfit(CLOUD, NETWORK.observe(CLOUD[:, 0], stream(1, "seen")))
     length = misfit.step_size("lipschitz")
-    assert torch.equal(held.towards(CLOUD, misfit, length, 0.0), CLOUD)
+    assert torch.equal(held.towards(Estimate(CLOUD), misfit, length, 0.0), CLOUD)
     for tau in (0.2, 0.8):
-        w = free.towards(CLOUD, misfit, length, tau)
-        assert torch.equal(held.towards(CLOUD, misfit, length, tau), LAWS["sphere"].project(w))
+        w = free.towards(Estimate(CLOUD), misfit, length, tau)
+        assert torch.equal(held.towards(Estimate(CLOUD), misfit, length, tau), LAWS["sphere"].project(w))
     seen = misfit.observations
     one, other = (
         m.analyse(CLOUD, seen, forecast=None, generator=stream(1))

@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from pnpda_nb.core import standard_normal, stream
-from pnpda_nb.flow_matching import Denoiser, GaussianPrior
+from pnpda_nb.core import Grid, Homogeneous, gaspari_cohn, standard_normal, stream
+from pnpda_nb.core.checks import unchecked
+from pnpda_nb.core.grid import _taper
+from pnpda_nb.flow_matching import Estimate, FlowDenoiser, FlowPrior, GaussianPrior, VelocityMLP
 from pnpda_nb.methods import method_by_name
 from pnpda_nb.observing import (
     Covariance,
@@ -23,6 +25,7 @@ from pnpda_nb.observing import (
     Select,
     kalman_update,
 )
+from pnpda_nb.observing.update import kalman_pull
 from pnpda_nb.pnp import (
     EnsembleResidual,
     GaussianResidual,
@@ -143,9 +146,9 @@ def test_that_a_short_proximal_step_is_a_gradient_step_and_a_long_one_obeys_the_
     method = PnPDA(quiet, 4, alpha=0.0, step_rule=rule, data_step="prox")
     misfit = method.misfit(X, seen)
     if rule == "paper":  # errors of a million make a step of one short
-        short = method.towards(X, misfit, 1.0, 0.5) - X
+        short = method.towards(Estimate(X), misfit, 1.0, 0.5) - X
         assert torch.allclose(short, -misfit.gradient(X), rtol=1e-4, atol=1e-12)
-    long = method.towards(X, misfit, 1e14, 0.5)
+    long = method.towards(Estimate(X), misfit, 1e14, 0.5)
     assert seen.innovation(long).abs().max() < 1e-5
     assert torch.isfinite(analyse(method, seen)).all()
 
@@ -163,7 +166,7 @@ def test_that_the_answer_is_the_last_iterate_and_one_more_data_step(step):
     last = list(method.iterates(X, seen, stream(2, "pnp")))[-1]
     misfit = method.misfit(X, seen)
     length = misfit.step_size(method.step_rule)
-    assert torch.equal(analyse(method, seen), method.towards(last, misfit, length, 1.0))
+    assert torch.equal(analyse(method, seen), method.towards(Estimate(last), misfit, length, 1.0))
     if step == "kalman":
         assert torch.allclose(analyse(method, seen), kalman_update(GaussianResidual(PRIOR).at(0.8, X), last, seen))
     alone = PnPDA(PRIOR, 5)
@@ -256,9 +259,7 @@ class Centred(GaussianPrior):
 
     def __call__(self, background):
         inner = super().__call__(torch.zeros_like(background))
-        denoiser = Denoiser(background, lambda x, tau: inner.velocity(x - background, tau), self.source)
-        denoiser.centre = background
-        return denoiser
+        return FlowDenoiser(background, lambda x, tau: inner.velocity(x - background, tau), self.source, background)
 
 
 @pytest.mark.parametrize("step", ["gradient", "kalman", "prox"])
@@ -275,6 +276,30 @@ def test_that_a_centred_source_is_blended_with_its_centre(step):
     rest = convergence(PnPDA(Centred(*law), 6, data_step=step), one, network.report(values(False)), generator=stream(2, "pnp"))
     plain = convergence(PnPDA(PRIOR, 6, data_step=step), torch.zeros_like(one), shifted, generator=stream(2, "pnp"))
     assert all(abs(rest[name] - plain[name]).max() < 1e-9 for name in ("misfit", "change", "residual"))
+
+
+class Bare(GaussianPrior):
+    """A prior whose denoisers answer with no more than a state."""
+
+    def __call__(self, background):
+        class Answers(FlowDenoiser):
+            def __call__(self, x, tau):
+                return background
+
+        return Answers(background, lambda x, tau: x, self.source)
+
+
+@pytest.mark.parametrize("draws", [1, 2])
+def test_that_an_answer_without_a_covariance_is_said_to_have_none(draws):
+    seen, law = ObservingNetwork(SELECT, FULL).report(values(False)), (PRIOR.matrix, PRIOR.offset, PRIOR.covariance)
+    with pytest.raises(ValueError, match="^denoiser: expected an Estimate as its answer, got Tensor"):
+        analyse(PnPDA(Bare(*law), 3, draws=draws), seen)
+    zeros, ones = torch.zeros(DIM, dtype=torch.float64), torch.ones(DIM, dtype=torch.float64)
+    network = VelocityMLP(DIM, (4,), 4, stream(0))
+    method = PnPDA(FlowPrior(network, zeros, ones, {"dim": DIM, "hidden": [4], "features": 4}), 3, draws=draws)
+    assert torch.isfinite(analyse(method, seen)).all()
+    with pytest.raises(ValueError, match="^residuals: expected a covariance for data_step 'kalman'"):
+        analyse(replace(method, data_step="kalman"), seen)
 
 
 class Sees(GaussianPrior):
@@ -344,6 +369,32 @@ def test_that_residuals_that_do_not_fit_are_named():
     for wrong in ({"half_width": 0.0}, {"inflation": 0.0}):
         with pytest.raises(ValueError, match=f"^{next(iter(wrong))}: expected"):
             EnsembleResidual(**wrong)
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.6])
+def test_that_the_members_of_a_field_have_the_covariance_that_is_not_written_down(tau):
+    plane, source = Grid((26, 40), "circular"), 0.7
+    members = Homogeneous(plane, lambda apart: gaspari_cohn(apart, 4.0)).draw((2, 5), stream(20))
+    found = EnsembleResidual(4.0, 1.1, plane, source).at(tau, members)
+    A = 1.1 / 2 * (members - members.mean(1, keepdim=True))
+    B, known = A.mT @ A * _taper(plane.dim, 4.0, plane), (tau / (1 - tau) / source) ** 2
+    exact = torch.linalg.solve(torch.eye(plane.dim, dtype=torch.float64) + known * B, B)
+    exact = DenseError(((exact + exact.mT) / 2).unsqueeze(1))
+    torch.testing.assert_close(found.multiply(members[..., None, :]), exact.multiply(members[..., None, :]), rtol=0, atol=1e-8)
+    sites, near = torch.tensor([3, 700, 701, 41]), torch.tensor([1, 700, 2])
+    torch.testing.assert_close(found.between(near, sites), exact.between(near, sites), rtol=0, atol=1e-8)
+    select, y = Select(tuple(sites.tolist()), plane.dim), standard_normal((2, 4), stream(21))
+    y[0, 1] = torch.nan
+    for R in (DiagonalCovariance([0.1, 0.2, 0.3, 1.0]), Covariance(0.1 * torch.eye(4) + 0.2)):
+        seen = ObservingNetwork(select, R).report(y)
+        torch.testing.assert_close(kalman_update(found, members, seen), kalman_update(exact, members, seen), rtol=0, atol=1e-8)
+        pulls = (kalman_pull(error, members, seen, members + 1, 0.5) for error in (found, exact))
+        torch.testing.assert_close(*pulls, rtol=0, atol=1e-7)
+    lost = members.clone()
+    lost[0, 0] = torch.nan
+    with unchecked():
+        moved = kalman_update(EnsembleResidual(4.0, 1.1, plane, source).at(tau, lost), lost, seen)
+    assert torch.isnan(moved[0]).all() and torch.isfinite(moved[1]).all()
 
 
 @pytest.mark.parametrize("gaps", [False, True])

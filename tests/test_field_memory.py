@@ -16,7 +16,9 @@ from torch.utils._pytree import tree_leaves
 from pnpda_nb.classical import LETKF, EnKF, OptimalInterpolation, ThreeDVar
 from pnpda_nb.core import Grid, Homogeneous, gaspari_cohn, standard_normal, stream
 from pnpda_nb.dynamics import FunctionModel
+from pnpda_nb.learned import AmortisedAnalysis, AnalysisPrior, BlindPrior
 from pnpda_nb.observing import DiagonalCovariance, FactoredError, Nonlinear, ObservingNetwork, Select
+from pnpda_nb.pnp import EnsembleResidual, PnPDA
 from pnpda_nb.twin import TwinExperiment, cycle
 
 PLANE = Grid((64, 128), "circular")
@@ -25,6 +27,8 @@ FACTORED = FactoredError(standard_normal((PLANE.dim, 10), stream(1, "factor")), 
 MANY = tuple(range(0, PLANE.dim, 16))
 SELECT = Select(MANY, PLANE.dim)
 BENT = Nonlinear(lambda x: x[..., :: 1024].square() / 4 + x[..., :: 1024], PLANE.dim // 1024)
+ZERO, ONE, SIZE = torch.tensor(0.0).double(), torch.tensor(1.0).double(), dict(width=4, dilations=(1,), rank=2)
+PRIOR = AnalysisPrior.make(ZERO, ONE, ONE, dim=PLANE.dim, geometry=PLANE, half_width=5.0, **SIZE)
 METHODS = {
     "homogeneous": (ThreeDVar(HOMOGENEOUS, 0.5), SELECT, 1),
     "nonlinear": (ThreeDVar(HOMOGENEOUS, 0.5), BENT, 1),
@@ -33,6 +37,10 @@ METHODS = {
     "EnKF": (EnKF(1.02), SELECT, 20),
     "EnKF of all": (EnKF(1.02), Select(range(PLANE.dim), PLANE.dim), 20),
     "LETKF": (LETKF(half_width=5.0, distance=PLANE), SELECT, 20),
+    "look": (AmortisedAnalysis(PRIOR, blind=True), SELECT, 1),
+    "loop": (PnPDA(PRIOR, 3, data_step="kalman"), SELECT, 2),
+    "members": (PnPDA(BlindPrior(PRIOR), 3, data_step="kalman", residuals=EnsembleResidual(5.0, distance=PLANE)), SELECT, 5),
+    "drawn": (AmortisedAnalysis(PRIOR, spread=0.1), SELECT, 2),
 }
 
 
@@ -63,7 +71,7 @@ for name, (method, operator, members) in METHODS.items():
     climate, after = ((x**2).mean() ** 0.5 for x in (truth, result.analysis.values[0, -1] - truth))
     print(name, climate, after, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2, sep=", ")
 """
-METHODS = ("homogeneous", "nonlinear", "factored", "diagonal", "EnKF", "EnKF of all", "LETKF")
+METHODS = ("homogeneous", "nonlinear", "factored", "diagonal", "EnKF", "EnKF of all", "LETKF", "look", "loop", "members", "drawn")
 
 
 @pytest.mark.parametrize("cycles", [2, pytest.param(100, marks=pytest.mark.slow)])

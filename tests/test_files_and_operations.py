@@ -389,8 +389,9 @@ def test_that_the_errors_measured_around_a_conditional_mean_have_its_covariance(
             return standard_normal(shape, generator)
 
         def __call__(self, b):
-            return lambda x, tau: b @ A.T
+            return Fixed(dim, lambda b: b @ A.T)(b)
 
+    from pnpda_nb.operations.errors import Fixed
     from pnpda_nb.pnp import residual_covariance
 
     measured = residual_covariance(Exact(), background, analysis, (0.0,), stream(3), rank=dim).errors[0]

@@ -29,7 +29,7 @@ from pnpda_nb.core import Grid, Homogeneous, RunNoise, guarded, stream, write_ne
 from pnpda_nb.core.disk import BLANK, netcdf_bytes, record_bytes, sealed, with_tail, write_checkpoint
 from pnpda_nb.dynamics import AdditiveModelError, Forecast, KuramotoSivashinsky, Lorenz63, Lorenz96, TwoScaleLorenz96
 from pnpda_nb.dynamics.kuramoto_sivashinsky import etdrk4_weights
-from pnpda_nb.flow_matching import FlowPrior, GaussianPrior, TensorPairs, TrainingSettings, VelocityMLP
+from pnpda_nb.flow_matching import Estimate, FlowPrior, GaussianPrior, TensorPairs, TrainingSettings, VelocityMLP
 from pnpda_nb.interop import UserModel
 from pnpda_nb.learned import (
     AmortisedAnalysis,
@@ -56,6 +56,7 @@ from pnpda_nb.observing import (
     Select,
     on_grid,
 )
+from pnpda_nb.observing.update import InformedError
 from pnpda_nb.pnp import (
     Conserving,
     ConstrainedPnPDA,
@@ -501,7 +502,7 @@ OWN = {  # arguments of one callable, where they are not those of the pool
     "twin.reanalysis": {"archive": archive},
     "flow_matching.denoised_from_velocity": {"velocity": ENSEMBLE},
     "flow_matching.velocity_from_denoised": {"denoised": ENSEMBLE},
-    "flow_matching.Denoiser.__init__": {"velocity": lambda: lambda x, tau: -x, "source": lambda: gaussian().source},
+    "flow_matching.FlowDenoiser.__init__": {"velocity": lambda: lambda x, tau: -x, "source": lambda: gaussian().source},
     "flow_matching.GaussianPrior.__init__": {"offset": A(3)},
     "flow_matching.GaussianPrior.from_pairs": PAIRS,
     "flow_matching.GaussianPrior": {"shape": lambda: (2, 3)},
@@ -556,17 +557,19 @@ OWN = {  # arguments of one callable, where they are not those of the pool
         "wall_length": lambda: 2.0,
     },
     "pnp.loop.plug_and_play": {
-        "x": ENSEMBLE,
-        "towards": lambda: lambda x, tau: x / 2,
+        "x": lambda: Estimate(ENSEMBLE()),
+        "towards": lambda: lambda x, tau: x.mean / 2,
         "noise": lambda: [(tau, (1 - tau) * states(1, 2, 4, 3)) for tau in (0.0, 0.5)],
-        "denoise": lambda: lambda x, tau: x / 2,
+        "denoise": lambda: lambda x, tau: Estimate(x / 2),
     },
     "pnp.PnPDA.noise": {"shape": lambda: (2, 4, 3)},
     "pnp.PnPDA4D.noise": {"shape": lambda: (2, 4, 3)},
-    "pnp.PnPDA.states": {"misfit": lambda: Misfit(ENSEMBLE(), seen())},
-    "pnp.PnPDA.towards": {"misfit": lambda: Misfit(ENSEMBLE(), seen())},
-    "pnp.PnPDA4D.states": {"misfit": lambda: window_misfit()},
-    "pnp.PnPDA4D.towards": {"misfit": lambda: window_misfit()},
+    "pnp.PnPDA.states": {"x": lambda: Estimate(ENSEMBLE()), "misfit": lambda: Misfit(ENSEMBLE(), seen())},
+    "pnp.PnPDA.towards": {"x": lambda: Estimate(ENSEMBLE()), "misfit": lambda: Misfit(ENSEMBLE(), seen())},
+    "pnp.ConstrainedPnPDA.states": {"x": lambda: Estimate(ENSEMBLE())},
+    "pnp.ConstrainedPnPDA.towards": {"x": lambda: Estimate(ENSEMBLE())},
+    "pnp.PnPDA4D.states": {"x": lambda: Estimate(ENSEMBLE()), "misfit": lambda: window_misfit()},
+    "pnp.PnPDA4D.towards": {"x": lambda: Estimate(ENSEMBLE()), "misfit": lambda: window_misfit()},
     "pnp.convergence": {"method": lambda: PnPDA(gaussian(), iterations=3)},
     "pnp.analysis_ensemble": {"method": lambda: PnPDA(gaussian(), iterations=3), "background": A(2, 1, 3)},
     "pnp.ResidualCovariance.__init__": {"taus": lambda: (0.0, 0.5), "errors": lambda: (DenseError(spd(3)), DenseError(spd(3)))},
@@ -577,6 +580,11 @@ OWN = {  # arguments of one callable, where they are not those of the pool
         "mask": lambda: torch.ones(2, 1, 3, dtype=torch.bool),
         "error": lambda: torch.ones(2, 1, 3, dtype=DOUBLE),
     },
+    "observing.update.InformedError.__init__": {"error": lambda: DenseError(spd(3)), "information": lambda: torch.ones(3).double()},
+    "observing.update.InformedError.between": {"i": lambda: torch.tensor([0, 2]), "j": lambda: torch.tensor([1])},
+    "observing.update.InformedError.multiply": {"states": A(2, 4, 3)},
+    "observing.update.conjugate_gradients": {"product": lambda: lambda x: 2 * x, "right": A(2, 3)},
+    "observing.update.tapering": {"dim": lambda: 3, "half_width": lambda: 1.0, "distance": lambda: "line", "like": ENSEMBLE},
     "observing.Residual.__init__": {"factor": A(2, 4, 3, 1), "diagonal": lambda: torch.ones(2, 4, 3, dtype=DOUBLE)},
     "observing.Residual.negative_log_likelihood": {"error": ENSEMBLE},
     "observing.Residual.multiply": {"states": A(2, 4, 1, 3)},
@@ -781,13 +789,14 @@ SELF = {  # objects whose methods are called; without an entry they are made fro
     "classical.EnRDA": lambda: EnRDA(iterations=5),
     "flow_matching.FlowPrior": flow,
     "flow_matching.GaussianPrior": gaussian,
-    "flow_matching.Denoiser": lambda: gaussian()(ENSEMBLE()),
+    "flow_matching.FlowDenoiser": lambda: gaussian()(ENSEMBLE()),
     "flow_matching.TrainingSettings": SETTINGS,
     "pnp.PnPDA": lambda: PnPDA(gaussian(), iterations=3),
     "pnp.PnPDA4D": lambda: PnPDA4D(gaussian(), iterations=3),
     "pnp.WindowMisfit": window_misfit,
     "pnp.Misfit": lambda: Misfit(ENSEMBLE(), seen()),
     "observing.DenseError": lambda: DenseError(spd(3)),
+    "observing.update.InformedError": lambda: InformedError(DenseError(spd(3)), torch.ones(3, dtype=DOUBLE)),
     "observing.FactoredError": lambda: FactoredError(states(3, 1), torch.ones(3, dtype=DOUBLE)),
     "pnp.GaussianResidual": lambda: GaussianResidual(gaussian()),
     "pnp.EnsembleResidual": EnsembleResidual,

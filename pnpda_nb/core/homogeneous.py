@@ -58,9 +58,9 @@ class _Powers:
     def solve(self, states: Tensor) -> Tensor:
         """C⁻¹ x for states x `(…, dim)`. Raises `ValueError` for a grid with land, or a covariance that is singular to rounding."""
         _require(self.grid.land is None, "grid", "one without land", self.grid)
-        least, most = self._spectrum[0].aminmax()
-        regular = bool(least > torch.finfo(states.dtype).eps * most)
-        _require(regular, "correlation", "one that can be inverted", "eigenvalues near 0")
+        for name, (values, _) in {"correlation": self._spectrum, "variance": self._between}.items():
+            regular = bool(values.min() > torch.finfo(states.dtype).eps * values.max())
+            _require(regular, name, "one that can be inverted", "eigenvalues near 0")
         return self.grid.flatten(_power(self, self.grid.unflatten(states), -1.0))
 
     def root(self, control: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class _Powers:
 @dataclass(frozen=True, eq=False)
 class Homogeneous(_Powers):
     """The covariance of states on a `grid` of which an axis is circular: `correlation`, a function of distances (units of the
-    grid), times a `variance`, one number or a symmetric positive definite matrix `(channel, channel)`.
+    grid), times a `variance`, one number or a symmetric matrix `(channel, channel)` without negative eigenvalues.
 
     What is negative in the correlation's spectrum is dropped. Dtype and device are those of the states. Raises `ValueError` for a
     grid without a circular axis or with a metric, and for a variance that is not one.
@@ -126,8 +126,10 @@ def _channels(variance: float | Tensor, count: int) -> tuple[Tensor, Tensor]:
     between = between * torch.eye(count, dtype=torch.float64) if between.ndim == 0 else between
     values, vectors = torch.linalg.eigh(between)
     symmetric = torch.allclose(between, between.mT) and bool(torch.isfinite(values).all())
-    _require(symmetric and bool(values[0] > 0), "variance", "a symmetric positive definite one", variance)
-    return values, vectors
+    _require(
+        symmetric and bool(-1e-12 * values[-1] < values[0]), "variance", "a symmetric one without negative eigenvalues", variance
+    )
+    return values.clamp_min(0), vectors
 
 
 # %% ../../nbs/92_engine.ipynb #5e33cc0d

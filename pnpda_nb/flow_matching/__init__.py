@@ -8,7 +8,7 @@ from .field_networks import DenseNetwork, FieldNetwork, PyramidNetwork
 from .flow import Coupling, FlowPrior, conditional_coupling, flow_matching_loss
 from .networks import VelocityMLP
 from .pairs import PAPER_TRAINING, PairSource, TensorPairs, TrainingSettings
-from .prior import Denoiser, GaussianPrior, Prior, denoised_from_velocity, velocity_from_denoised
+from .prior import Denoiser, Estimate, FlowDenoiser, GaussianPrior, Prior, denoised_from_velocity, velocity_from_denoised
 from .store import describe_prior
 from .training import train_from, train_prior
 
@@ -18,7 +18,9 @@ __all__ = [
     "Coupling",
     "Denoiser",
     "DenseNetwork",
+    "Estimate",
     "FieldNetwork",
+    "FlowDenoiser",
     "FlowPrior",
     "GaussianPrior",
     "PAPER_TRAINING",

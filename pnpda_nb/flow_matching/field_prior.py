@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from dataclasses import asdict
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..core.checks import Positive, guard
+from ..core.grid import Grid, as_grid
 from ..core.random import stream
 from .convolutions import ConvolutionNetwork
 from .field_networks import DenseNetwork, FieldNetwork, PyramidNetwork
@@ -26,12 +28,21 @@ FIELDS = 6  # that every network is shown: background, noisy increment, innovati
 
 def _field_network(architecture: dict, generator: torch.Generator | None) -> FieldNetwork:
     """The network that an `architecture` describes; without a `generator` its weights wait to be loaded."""
-    channels, outputs = FIELDS + architecture["extra"], 2 + architecture["rank"]
+    channels, outputs, grid = FIELDS + architecture["extra"], 2 + architecture["rank"], _grid(architecture)
     size = {k: tuple(v) if isinstance(v, list) else v for k, v in architecture["size"].items()}
-    if architecture["geometry"] == "none":
+    if grid is None:
         return DenseNetwork(channels, outputs, generator, dim=architecture["dim"], **size)
-    kind = PyramidNetwork if "levels" in size else ConvolutionNetwork
-    return kind(channels, outputs, generator, boundary=architecture["geometry"], **size)
+    kind, each = PyramidNetwork if "levels" in size else ConvolutionNetwork, len(grid.channels)
+    return kind(each * channels, each * outputs, generator, boundary=grid, **size)
+
+
+def _grid(architecture: dict) -> Grid | None:
+    """Where the numbers of a state are, or None if that is not known."""
+    geometry = architecture["geometry"]
+    if isinstance(geometry, dict):  # a grid, in the words of a file
+        land = geometry["land"]
+        geometry = Grid(**geometry | {"land": None if land is None else torch.tensor(land, device="cpu")})
+    return None if geometry == "none" else as_grid(geometry, architecture["dim"], "geometry")
 
 
 # %% ../../nbs/94_priors.ipynb #5e50e3cb
@@ -51,7 +62,7 @@ class FieldPrior(PriorFile):
     ):
         self.network, self.location, self.scale, self.increment = network, location, scale, increment
         self.architecture, self.training = architecture, training or {}
-        self.dim, self.extra = architecture["dim"], architecture["extra"]
+        self.dim, self.extra, self.grid = architecture["dim"], architecture["extra"], _grid(architecture)
         self.half_precision = False  # of the network's arithmetic, while it is trained
 
     @classmethod
@@ -62,7 +73,7 @@ class FieldPrior(PriorFile):
         increment: Positive,
         *,
         dim: int,
-        geometry: str = "none",
+        geometry: Literal["none", "ring", "walls"] | Grid = "none",
         rank: int = 8,
         half_width: float = 0.0,
         extra: int = 0,
@@ -70,11 +81,13 @@ class FieldPrior(PriorFile):
         **size: Any,
     ) -> "FieldPrior":
         """An untrained prior for states of size `dim`, with a `DenseNetwork` for `geometry` "none", or a `ConvolutionNetwork`
-        for "ring" or "walls" (with `levels`, a `PyramidNetwork`), which `size` goes to; `extra` more fields will be shown to it.
-        Raises `ValueError` for settings out of range.
+        for "ring", "walls" or a `Grid` without a metric (with `levels`, a `PyramidNetwork`), which `size` goes to; `extra` more
+        fields will be shown to it. Raises `ValueError` for settings out of range.
         """
-        if geometry not in ("none", "ring", "walls"):
-            raise ValueError(f"geometry: expected 'none', 'ring' or 'walls', got {geometry!r}")
+        if isinstance(geometry, Grid) and geometry.metric is None:
+            geometry = asdict(geometry) | {"land": None if geometry.land is None else geometry.land.tolist()}
+        elif geometry not in ("none", "ring", "walls"):
+            raise ValueError(f"geometry: expected 'none', 'ring', 'walls' or a grid without a metric, got {geometry!r}")
         if rank < 1:
             raise ValueError(f"rank: expected at least 1, got {rank}")
         if geometry == "ring" and half_width > dim / 4:
@@ -90,11 +103,13 @@ class FieldPrior(PriorFile):
 
     def __repr__(self) -> str:
         weights = sum(p.numel() for p in self.network.parameters())
-        return f"{type(self).__name__}(dim={self.dim}, geometry={self.architecture['geometry']!r}, {weights} weights)"
+        name = self.architecture["geometry"]
+        geometry = self.grid if isinstance(name, dict) else name
+        return f"{type(self).__name__}(dim={self.dim}, geometry={geometry!r}, {weights} weights)"
 
     def on(self, dim: int) -> "FieldPrior":
         """The same prior for states of another size. Raises `ValueError` if its network has no geometry."""
-        if self.architecture["geometry"] == "none" or self.location.ndim or self.scale.ndim or self.increment.ndim:
+        if self.grid is None or self.location.ndim or self.scale.ndim or self.increment.ndim:
             raise ValueError("dim: a prior without geometry works for one size of the state")
         architecture = self.architecture | {"dim": dim}
         return type(self)(self.network, self.location, self.scale, self.increment, architecture, self.training)
@@ -106,10 +121,18 @@ class FieldPrior(PriorFile):
         architecture = self.architecture | {"extra": extra}
         network, weights = _field_network(architecture, stream(0)), self.network.state_dict()
         old, rest = weights["first.weight"], network.state_dict()["first.weight"].shape[1] - weights["first.weight"].shape[1]
-        place = FIELDS * (self.dim if self.architecture["geometry"] == "none" else 1)
+        place = FIELDS * (self.dim if self.grid is None else len(self.grid.channels))
         new = old.new_zeros(old.shape[0], rest, *old.shape[2:])
         network.load_state_dict(weights | {"first.weight": torch.cat((old[:, :place], new, old[:, place:]), 1)})
         return type(self)(network, self.location, self.scale, self.increment, architecture, self.training)
+
+    def _answers(self, fields: Tensor, tau: Tensor) -> Tensor:
+        """What the network answers, `(..., outputs, dim)`, to fields `(..., channels, dim)`; on land it is shown zeros."""
+        if self.grid is None:
+            return self.network(fields, tau)
+        point = -len(self.grid.shape)
+        shown = self.grid.unflatten(fields, 0.0).flatten(point - 2, point - 1)
+        return self.grid.flatten(self.network(shown, tau).unflatten(point - 1, (-1, len(self.grid.channels))))
 
     def contents(self) -> tuple[int, dict[str, Tensor], dict]:
         tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..core.checks import Index, Positive, guard
 from ..core.random import standard_normal
 from .networks import VelocityMLP
-from .prior import Denoiser
+from .prior import FlowDenoiser
 from .store import FlowFile
 
 # %% auto #0
@@ -116,7 +116,7 @@ class FlowPrior(FlowFile, kept_as="prior"):
         noise = standard_normal(shape, generator, self.location)
         return self.location + self.scale * noise if self.factor is None else _coloured(noise, self.factor)
 
-    def __call__(self, background: Tensor) -> Denoiser:
+    def __call__(self, background: Tensor) -> FlowDenoiser:
         if background.shape[-1] != self.dim:
             raise ValueError(f"background: expected states of size {self.dim} as the prior's, got {background.shape[-1]}")
         origin, units = (self.location, self.scale) if self.units is None else (background, self.units)
@@ -130,7 +130,7 @@ class FlowPrior(FlowFile, kept_as="prior"):
                 v = given(inside, tau).to(background.dtype)
                 return v if raw else v * units
 
-        return Denoiser(background, velocity, self.source, None if self.factor is None else background)
+        return FlowDenoiser(background, velocity, self.source, None if self.factor is None else background)
 
 
 # %% ../../nbs/09_flow_matching.ipynb #5bb0ee93

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Callable, Protocol, runtime_checkable
+from typing import Callable, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,9 +13,10 @@ from torch import Tensor
 from ..core.checks import guard
 from ..core.random import standard_normal
 from ..observing.covariance import Covariance
+from ..observing.update import ErrorCovariance
 
 # %% auto #0
-__all__ = ["denoised_from_velocity", "velocity_from_denoised", "Prior", "Denoiser", "GaussianPrior"]
+__all__ = ["denoised_from_velocity", "velocity_from_denoised", "Prior", "Estimate", "Denoiser", "FlowDenoiser", "GaussianPrior"]
 
 
 # %% ../../nbs/09_flow_matching.ipynb #e074b718
@@ -43,13 +44,30 @@ class Prior(Protocol):
     def source(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor: ...
 
 
-# %% ../../nbs/09_flow_matching.ipynb #a3494bcd
-class Denoiser:
-    """D_τ(x_b, ·) of eq. 13 of PnP-DA for given backgrounds `(..., dim)`; `denoiser(x, tau)` is the
-    expected analysis.
+class Estimate(NamedTuple):
+    """A denoiser's answer: the expected analysis `mean` `(..., dim)`, and its `residual`, the covariance of what it leaves open, or
+    None if that is not known.
+    """
 
-    `velocity(x, tau)` is a function of states of the background's shape. The flow starts from what `source` draws,
-    around `centre` `(..., dim)` if there is one: whoever blends with noise must add it.
+    mean: Tensor
+    residual: ErrorCovariance | None = None
+
+
+class Denoiser(Protocol):
+    """D_τ(x_b, ·) of eq. 13 of PnP-DA for given backgrounds `(..., dim)`: `denoiser(x, tau)` is an `Estimate` of the analysis.
+
+    The noise is that of the prior's source, around `centre` `(..., dim)` if it is not None: whoever blends with noise must add it.
+    """
+
+    centre: Tensor | None = None
+
+    def __call__(self, x: Tensor, tau: float) -> Estimate: ...
+
+
+# %% ../../nbs/09_flow_matching.ipynb #a3494bcd
+class FlowDenoiser(Denoiser):
+    """The `Denoiser` of a flow with `velocity(x, tau)`, a function of states of the background's shape, which starts from what
+    `source` draws, around `centre` if there is one.
     """
 
     def __init__(
@@ -58,10 +76,10 @@ class Denoiser:
         self.background, self.velocity, self.source, self.centre = background, velocity, source, centre
 
     def __repr__(self) -> str:
-        return f"Denoiser(background of shape {tuple(self.background.shape)})"
+        return f"{type(self).__name__}(background of shape {tuple(self.background.shape)})"
 
-    def __call__(self, x: Tensor, tau: float) -> Tensor:
-        return denoised_from_velocity(x, self.velocity(x, tau), tau)
+    def __call__(self, x: Tensor, tau: float) -> Estimate:
+        return Estimate(denoised_from_velocity(x, self.velocity(x, tau), tau))
 
     def start(self, generator: torch.Generator) -> Tensor:
         """Where the flow starts: one draw of the source for every background, of the background's shape."""
@@ -72,7 +90,7 @@ class Denoiser:
         """E[x_a | x_b] as D_0, averaged over `draws` draws of noise (which, for an exact prior,
         would make no difference).
         """
-        return sum(self(self.start(generator), 0.0) for _ in range(draws)) / draws
+        return sum(self(self.start(generator), 0.0).mean for _ in range(draws)) / draws
 
     def sample(self, generator: torch.Generator, steps: int = 50) -> Tensor:
         """One draw of x_a for every background, by `steps` midpoint steps along the flow."""
@@ -134,7 +152,7 @@ class GaussianPrior:
             raise ValueError(f"background: expected states of size {self.dim} as the prior's, got {background.shape[-1]}")
         return background @ self.matrix.T + self.offset
 
-    def __call__(self, background: Tensor) -> Denoiser:
+    def __call__(self, background: Tensor) -> FlowDenoiser:
         m, S = self.mean(background), self.covariance.matrix
 
         def velocity(x: Tensor, tau: float) -> Tensor:
@@ -142,7 +160,7 @@ class GaussianPrior:
             denoised = m + tau * torch.linalg.solve(spread, (x - tau * m).mT).mT @ S
             return velocity_from_denoised(x, denoised, tau)
 
-        return Denoiser(background, velocity, self.source)
+        return FlowDenoiser(background, velocity, self.source)
 
 
 # %% ../../nbs/09_flow_matching.ipynb #e5b004db

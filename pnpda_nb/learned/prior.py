@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from ..core.checks import guard
-from ..core.grid import _taper
 from ..core.random import standard_normal
 from ..core.settings import NotNegative, Settings
 from ..flow_matching.field_prior import FieldPrior
-from ..flow_matching.prior import Denoiser, velocity_from_denoised
+from ..flow_matching.prior import Estimate, FlowDenoiser, velocity_from_denoised
 from ..observing.observations import GridObservations, Observations, on_grid
-from ..observing.update import Residual, kalman_update
+from ..observing.update import Residual, kalman_update, tapering
 
 # %% auto #0
 __all__ = ["AnalysisPrior", "SeeingPrior", "BlindPrior", "AmortisedAnalysis"]
@@ -47,8 +46,6 @@ class AnalysisPrior(FieldPrior, kept_as="analysis_prior"):
     `prior.seeing(observations)` is the prior that has seen them.
     """
 
-    leaves_open = True  # its denoisers say what they leave open
-
     def fields(self, background: Tensor, u: Tensor | None, seen: GridObservations | None, extra: Tensor | None = None) -> Tensor:
         """What the network is shown, `(..., channels, dim)`, for an increment `u` in its units (None: zero)."""
         u = torch.zeros_like(background) if u is None else u
@@ -63,7 +60,7 @@ class AnalysisPrior(FieldPrior, kept_as="analysis_prior"):
         tau: Tensor | float = 0.0,
         seen: GridObservations | None = None,
         extra: Tensor | None = None,
-    ) -> tuple[Tensor, Residual]:
+    ) -> Estimate:
         """D_τ and what it leaves open, for backgrounds and noisy states `(..., dim)` (without `x`: the centre of the source)
         and a `tau` or one for each state, `(..., 1)`.
         """
@@ -71,16 +68,13 @@ class AnalysisPrior(FieldPrior, kept_as="analysis_prior"):
         tau = tau.float() if isinstance(tau, Tensor) else torch.full((1, 1), tau, dtype=torch.float32, device=background.device)
         kind = background.device.type if self.half_precision else "cpu"
         with torch.autocast(kind, torch.bfloat16, enabled=self.half_precision):
-            out = self.network(self.fields(background, u, seen, extra), tau).to(background.dtype)
+            out = self._answers(self.fields(background, u, seen, extra), tau).to(background.dtype)
         rank, half_width = self.architecture["rank"], self.architecture["half_width"]
         factor = self.increment.reshape(-1, 1) * out[..., 1 : rank + 1, :].mT
         # before training: variances of one increment squared
         diagonal = self.increment**2 * (1e-4 + torch.nn.functional.softplus(out[..., -1, :] + 0.5413))
-        taper = None
-        if half_width:
-            taper = _taper(self.dim, half_width, "ring" if self.architecture["geometry"] == "ring" else "line").to(background)
-        residual = Residual(factor, diagonal, taper)
-        return background + self.increment * out[..., 0, :], residual
+        taper = tapering(self.dim, half_width, self.grid or "line", background) if half_width else None
+        return Estimate(background + self.increment * out[..., 0, :], Residual(factor, diagonal, taper))
 
     def source(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """The noise s z around the background."""
@@ -94,23 +88,17 @@ class AnalysisPrior(FieldPrior, kept_as="analysis_prior"):
 
 
 # %% ../../nbs/17_seeing.ipynb #01d44745
-class LearnedDenoiser(Denoiser):
-    """The denoiser of an `AnalysisPrior` for given backgrounds; `centre` is that of its source, and `residual` what its last
-    answer left open.
-    """
+class LearnedDenoiser(FlowDenoiser):
+    """The denoiser of an `AnalysisPrior` for given backgrounds, around which its flow starts."""
 
     def __init__(self, prior: AnalysisPrior, background: Tensor, seen: GridObservations | None):
-        self.prior, self.background, self.seen, self.centre = prior, background, seen, background
-        self.source, self.residual = prior.source, None
+        super().__init__(background, lambda x, tau: velocity_from_denoised(x, self(x, tau).mean, tau), prior.source, background)
+        self.prior, self.seen = prior, seen
 
-    def __call__(self, x: Tensor, tau: float) -> Tensor:
+    def __call__(self, x: Tensor, tau: float) -> Estimate:
         with torch.no_grad():
             # at tau = 0 the noisy state says nothing, and the centre of the source is what was shown in training
-            denoised, self.residual = self.prior.look(self.background, x if tau else None, tau, self.seen)
-        return denoised
-
-    def velocity(self, x: Tensor, tau: float) -> Tensor:
-        return velocity_from_denoised(x, self(x, tau), tau)
+            return self.prior.look(self.background, x if tau else None, tau, self.seen)
 
 
 # %% ../../nbs/17_seeing.ipynb #9f105158
@@ -120,7 +108,6 @@ class SeeingPrior:
 
     prior: AnalysisPrior
     seen: GridObservations
-    leaves_open = True
 
     @property
     def dim(self) -> int:
@@ -139,10 +126,6 @@ class BlindPrior:
     """An `AnalysisPrior` to which nothing is shown, whatever there is to see: the paper's kind of prior."""
 
     prior: AnalysisPrior
-
-    @property
-    def leaves_open(self) -> bool:
-        return getattr(self.prior, "leaves_open", False)
 
     @property
     def dim(self) -> int:

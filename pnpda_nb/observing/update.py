@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Callable, Protocol, runtime_checkable
 
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ..core.checks import Gappy, Index, guard
 from ..core.compute import _alike
+from ..core.grid import Distance, Grid, _taper, as_grid, gaspari_cohn
+from ..core.homogeneous import Homogeneous
 from ..core.random import standard_normal
 from .covariance import Covariance, DiagonalCovariance, _beside
 from .observations import Observations
@@ -28,6 +30,13 @@ def _solve(rows: Tensor, matrix: Tensor) -> Tensor:
     """`rows` `(..., k, n)` times the inverse of a symmetric `matrix` `(..., n, n)`; nan where that is not positive definite."""
     factor, failed = torch.linalg.cholesky_ex(matrix)
     return torch.cholesky_solve(rows.mT, factor).mT.masked_fill((failed > 0)[..., None, None], torch.nan)
+
+
+def cholesky_factor(matrix: Gappy) -> Gappy:
+    """The lower factor of symmetric matrices `(..., n, n)`; nan for one that is not finite or not positive definite."""
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    lost = (failed > 0) | ~torch.isfinite(matrix.diagonal(dim1=-2, dim2=-1)).all(-1)
+    return factor.masked_fill(lost[..., None, None], torch.nan)
 
 
 def kalman_gain(background: Tensor, jacobian: Tensor, error: Tensor) -> Tensor:
@@ -133,6 +142,11 @@ def kalman_pull(B: ErrorCovariance, x: Gappy, observations: Observations, centre
             innovation = innovation + _times((x - centre).unsqueeze(-2), H.mT).squeeze(-2)
         weights = innovation_weights(R, innovation, scale * H @ B.multiply(H).mT)
         return _times(weights.unsqueeze(-2), H).squeeze(-2)
+    if isinstance(B, InformedError) and selects_alone(observations):  # d/R − H (B⁻¹ + HᵀR⁻¹H)⁻¹ Hᵀ d/R, over R
+        known = (scale * present / _beside(R.variances.to(x), x.ndim - 1)).expand_as(innovation)
+        seen, pull = operator.adjoint(x, known), operator.adjoint(x, known * innovation)
+        more = InformedError(B.error, B.information + seen)
+        return (pull - seen * more.multiply(pull.unsqueeze(-2)).squeeze(-2)) / scale
     if isinstance(operator, Select) and isinstance(B, FactoredError):
         U, own = (part.to(x) for part in B.at(few[0][:, 0]))
         weights = factored_weights(R, innovation, scale**0.5 * U * present.unsqueeze(-1), scale * own * present)
@@ -162,6 +176,17 @@ class DenseError:
 
     def between(self, i: Index, j: Index) -> Tensor:
         return self.matrix[..., i.unsqueeze(-1), j]
+
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """States ~ N(0, B) `(*shape, dim)` for one matrix, which may be singular."""
+        z = standard_normal((*shape, len(self.matrix)), generator, self.matrix)
+        return z @ _alike(_root(self.matrix), z).mT
+
+
+@lru_cache(maxsize=8)
+def _root(matrix: Tensor) -> Tensor:
+    matrix = matrix.double()
+    return torch.linalg.cholesky(matrix + 1e-9 * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device))
 
 
 # %% ../../nbs/92_engine.ipynb #d87f289e
@@ -193,34 +218,86 @@ class FactoredError:
         return L @ self.at(j)[0].mT + d.unsqueeze(-1) * (i.unsqueeze(-1) == j)
 
 
+# %% ../../nbs/92_engine.ipynb #11ad164a
+def conjugate_gradients(product: Callable[[Tensor], Tensor], right: Gappy) -> Gappy:
+    """A⁻¹ b for all rows b of `right` `(..., n)` and a symmetric positive definite A, given by its `product` with such rows; nan
+    for a row without an end.
+    """
+    x, rest = torch.zeros_like(right), right
+    way, left = rest, rest.square().sum(-1, keepdim=True)
+    enough = left * torch.finfo(right.dtype).eps ** 1.5  # squares
+    for _ in range(10 * right.shape[-1]):
+        busy = left > enough
+        if not busy.any():
+            break
+        onward = product(way)
+        step = torch.where(busy, left / (way * onward).sum(-1, keepdim=True), 0.0)
+        x, rest = x + step * way, rest - step * onward
+        before, left = left, rest.square().sum(-1, keepdim=True)
+        way = rest + torch.where(busy, left / before, 0.0) * way
+    return x.masked_fill(~(left <= enough), torch.nan)
+
+
+@dataclass(frozen=True, eq=False)
+class InformedError:
+    """The `ErrorCovariance` (B⁻¹ + diag(k))⁻¹ from an `error` B, which may be singular, and an `information` k, not negative,
+    `(dim,)` or `(..., member, dim)`.
+    """
+
+    error: ErrorCovariance
+    information: Gappy
+
+    def multiply(self, states: Gappy) -> Gappy:
+        root = self.information.to(states).sqrt().unsqueeze(-2)
+        product = self.error.multiply(states)  # B x, and with r = k^(1/2) the rest: −B r (1 + r B r)⁻¹ r B x
+        rest = conjugate_gradients(lambda x: x + root * self.error.multiply(root * x), root * product)
+        return product - self.error.multiply(root * rest)
+
+    def between(self, i: Index, j: Index) -> Tensor:
+        rows = torch.zeros(len(i), self.information.shape[-1], dtype=self.information.dtype, device=self.information.device)
+        return self.multiply(rows.scatter(-1, i.unsqueeze(-1), 1.0))[..., j]
+
+
 # %% ../../nbs/92_engine.ipynb #57eb03e5
+Taper = DenseError | Homogeneous
+
+
+def tapering(dim: int, half_width: float, distance: Distance, like: Tensor) -> Taper:
+    """Gaspari-Cohn correlations among all variables, of the dtype and on the device of `like`: by FFT for more than a thousand of
+    them, if an axis of their grid is circular, else as a matrix; `distance` as in `neighbours`.
+    """
+    if dim > 1000 and as_grid(distance, dim).metric is None and "circular" in as_grid(distance, dim).edges:
+        return _on_circles(as_grid(distance, dim), half_width)
+    return DenseError(_taper(dim, half_width, distance).to(like))
+
+
 @lru_cache(maxsize=8)
-def _root(taper: Tensor) -> Tensor:
-    taper = taper.double()
-    return torch.linalg.cholesky(taper + 1e-9 * torch.eye(len(taper), dtype=taper.dtype, device=taper.device))
+def _on_circles(grid: Grid, half_width: float) -> Homogeneous:
+    channels = len(grid.channels)  # which are all together where they are at one place
+    return Homogeneous(grid, partial(gaspari_cohn, half_width=half_width), torch.ones(channels, channels, dtype=torch.float64))
 
 
 # %% ../../nbs/92_engine.ipynb #ce382ecc
 @dataclass(frozen=True, eq=False)
 class Residual:
     """The covariance of what a denoiser leaves open, @eq-pseudo: `factor` `(..., dim, rank)`, `diagonal` `(..., dim)` and
-    `taper` `(dim, dim)`, or None for none.
+    correlations of all variables as a `taper`, or None for none.
     """
 
     factor: Gappy
     diagonal: Gappy
-    taper: Tensor | None = None
+    taper: Taper | None = None
 
     def between(self, i: Index, j: Index) -> Tensor:
         block = self.factor[..., i, :] @ self.factor[..., j, :].mT
-        block = block if self.taper is None else block * self.taper[i.unsqueeze(-1), j]
+        block = block if self.taper is None else block * self.taper.between(i, j).to(block)
         return block + self.diagonal[..., i].unsqueeze(-1) * (i.unsqueeze(-1) == j)
 
     def multiply(self, states: Gappy) -> Gappy:
         if self.taper is None:
             return FactoredError(self.factor, self.diagonal).multiply(states)
         each = self.factor.mT.unsqueeze(-3)  # (..., 1, rank, dim)
-        return ((states.unsqueeze(-2) * each) @ self.taper * each).sum(-2) + states * self.diagonal.unsqueeze(-2)
+        return (self.taper.multiply(states.unsqueeze(-2) * each) * each).sum(-2) + states * self.diagonal.unsqueeze(-2)
 
     @property
     def matrix(self) -> Tensor:
@@ -241,11 +318,11 @@ class Residual:
 
     def draw(self, generator: torch.Generator) -> Gappy:
         """One error for every state: `(..., dim)`; each pseudo-member gets a smooth field of the taper's as its factor."""
-        z = standard_normal((*self.factor.shape[:-2], *self.factor.shape[:-3:-1]), generator, self.factor)  # (..., rank, dim)
+        shape = (*self.factor.shape[:-2], self.factor.shape[-1])
         if self.taper is None:
-            z = z[..., :1].expand_as(z)
+            z = standard_normal((*shape, self.factor.shape[-2]), generator, self.factor)[..., :1]
         else:
-            z = z @ _alike(_root(self.taper), z).mT
+            z = self.taper.draw(shape, generator).to(self.factor)  # (..., rank, dim)
         white = standard_normal(tuple(self.diagonal.shape), generator, self.diagonal)
         return (self.factor * z.mT).sum(-1) + self.diagonal.sqrt() * white
 

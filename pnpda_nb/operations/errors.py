@@ -17,6 +17,7 @@ from ..core.checks import Mask, guard
 from ..files.layout import Layout
 from ..flow_matching.flow import FlowPrior
 from ..flow_matching.pairs import PairSource, _read, _RunningSample, _size
+from ..flow_matching.prior import Denoiser, Estimate
 from ..observing.update import FactoredError
 from ..pnp.errors import ResidualCovariance, residual_covariance
 
@@ -136,8 +137,16 @@ class Fixed:
     def source(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         return torch.zeros(shape, dtype=torch.float64)
 
-    def __call__(self, background: Tensor) -> Callable[[Tensor, float], Tensor]:
-        return lambda x, tau: self.mean(background)
+    def __call__(self, background: Tensor) -> Denoiser:
+        return _Always(Estimate(self.mean(background)))
+
+
+@dataclass(frozen=True)
+class _Always(Denoiser):
+    answer: Estimate
+
+    def __call__(self, x: Tensor, tau: float) -> Estimate:
+        return self.answer
 
 
 # %% ../../nbs/93_files.ipynb #b410c5b8
@@ -155,7 +164,7 @@ def attach_errors(prior: FlowPrior, background: Tensor, analysis: Tensor, genera
     for tau in TAUS:
         with torch.no_grad():
             noise = ((1 - tau) * denoiser.start(generator) for _ in range(DRAWS))
-            answer = sum(denoiser(z + tau * analysis, tau) for z in noise) / DRAWS
+            answer = sum(denoiser(z + tau * analysis, tau).mean for z in noise) / DRAWS
             answer = torch.where(constant, analysis, answer)
         errors += residual_covariance(Fixed(prior.dim, lambda _: answer), background, analysis, (0.0,), generator, rank=rank).errors
     return _with(

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..core.checks import Gappy, guard
 from ..core.settings import Count, PositiveNumber, Settings
 from ..dynamics.base import Model, rk4
+from ..flow_matching.prior import Estimate
 from ..observing.covariance import Covariance
 from ..observing.observations import Observations
 from ..observing.operators import Nonlinear
@@ -355,7 +356,7 @@ class ConstrainedPnPDA(PnPDA):
 
     constraint: Constraint = field(kw_only=True)
 
-    def towards(self, x: Tensor, misfit: Misfit, length: Tensor | float, tau: float) -> Tensor:
+    def towards(self, x: Estimate, misfit: Misfit, length: Tensor | float, tau: float) -> Tensor:
         w = super().towards(x, misfit, length, tau)
         return self.constraint.project(w, misfit.background) if tau else w
 

@@ -35,19 +35,18 @@ def convergence(
     `misfit` is ½‖y − H(x)‖² of the new iterate; `change`, how far it is from the one before; `residual`, how far it would
     be moved by the same iteration once more, with the mean of the noise in its place (root mean squares over
     variables). `tau` is the pseudo-time of the iteration. The mean of the noise is the `location` of the prior's
-    source, or 0 if it has none; or the denoiser's `centre`, if it has one.
+    source, or 0 if it has none; or the denoiser's `centre`, if that is not None.
     """
-    misfit, prior = method.misfit(background, observations, forecast), method.prior_for(observations)
-    denoiser, length = prior(misfit.background), misfit.step_size(method.step_rule)
-    mean = getattr(denoiser, "centre", None)
+    misfit, prior, denoiser, length = method._begin(background, observations, forecast)
+    mean = denoiser.centre
     if mean is None:
         mean = getattr(prior, "location", torch.zeros(prior.dim, dtype=background.dtype))
     taus, before, rows = np.arange(method.iterations) / method.iterations, misfit.background, []
     for tau, x in zip(taus.tolist(), method._iterates(misfit, prior, denoiser, length, generator)):
         w = method.towards(x, misfit, length, tau)
-        again = denoiser((1 - tau) * mean + tau * w, tau) if tau else denoiser(mean.expand(x.shape), tau)
-        rows.append((misfit.value(x), *((x - other).square().mean(-1).sqrt() for other in (before, again))))
-        before = x
+        again = denoiser((1 - tau) * mean + tau * w if tau else mean.expand(w.shape), tau).mean
+        rows.append((misfit.value(x.mean), *((x.mean - other).square().mean(-1).sqrt() for other in (before, again))))
+        before = x.mean
     batch = background.ndim - 1
     dims = ("iteration", *[f"batch{i}" for i in range(batch - 2)], *("run", "member")[2 - min(batch, 2) :])
     values = [torch.stack(column).numpy() for column in zip(*rows)]

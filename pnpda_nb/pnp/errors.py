@@ -18,7 +18,7 @@ from ..core.checks import guard
 from ..core.grid import Distance, _taper
 from ..core.settings import PositiveNumber, Settings, Unbounded
 from ..flow_matching.prior import GaussianPrior, Prior
-from ..observing.update import DenseError, ErrorCovariance, FactoredError, anomalies
+from ..observing.update import DenseError, ErrorCovariance, FactoredError, InformedError, Residual, anomalies, tapering
 
 # %% auto #0
 __all__ = ["Residuals", "GaussianResidual", "ResidualCovariance", "residual_covariance", "EnsembleResidual"]
@@ -94,11 +94,10 @@ def residual_covariance(
     _require_pairs(prior, background, analysis, taus, rank, half_width)
     taper = 1.0 if half_width is None else _taper(prior.dim, half_width, distance)
     denoiser, errors = prior(background), []
-    centre = getattr(denoiser, "centre", None)
     for tau in taus:
         z = prior.source(tuple(analysis.shape), generator)
-        z = z if centre is None else centre + z
-        left = (analysis - denoiser((1 - tau) * z + tau * analysis, tau)).detach() / len(analysis) ** 0.5
+        z = z if denoiser.centre is None else denoiser.centre + z
+        left = (analysis - denoiser((1 - tau) * z + tau * analysis, tau).mean).detach() / len(analysis) ** 0.5
         left = _measurable(left, analysis, tau)
         errors.append(_dense(left, taper) if rank is None else _factored(left, rank))
     return ResidualCovariance(tuple(taus), tuple(errors))
@@ -157,8 +156,9 @@ class EnsembleResidual(Settings):
     """`Residuals` from the spread of the background's members, as if the analysis were Gaussian with their covariance.
 
     `inflation` multiplies the anomalies; a finite `half_width` tapers the covariance as in `LocalEnKF` (`distance` as
-    there; memory is then `dim`² for each run). `source` is the standard deviation of the prior's source, a number or
-    `(dim,)`. Raises `ValueError` for settings out of range, and for members that do not differ.
+    there). Its memory is then `dim`² for each run, or linear in `dim` if an axis is circular and `dim` above 1000. `source` is the
+    standard deviation of the prior's source, a number or `(dim,)`. Raises `ValueError` for settings out of range, and for members
+    that do not differ.
     """
 
     half_width: Unbounded = math.inf
@@ -172,12 +172,15 @@ class EnsembleResidual(Settings):
         if members < 2 or (background == background[..., :1, :]).all():
             raise ValueError(f"members: EnsembleResidual needs an ensemble of at least 2 that differ, got {members}")
         A = self.inflation / (members - 1) ** 0.5 * anomalies(background)
-        known = tau / (1 - tau) / torch.as_tensor(self.source).to(A).expand(dim)  # τ/(1−τ) Σ^(−1/2)
+        known = tau / (1 - tau) / torch.as_tensor(self.source, dtype=A.dtype, device=A.device).expand(dim)  # τ/(1−τ) Σ^(−1/2)
         if self.half_width == math.inf:  # B_τ = Aᵀ(I + A known² Aᵀ)⁻¹A
             inner = torch.eye(members, dtype=A.dtype, device=A.device) + (A * known) @ (A * known).mT
             factor = torch.linalg.cholesky_ex(inner).L
             return FactoredError(torch.linalg.solve_triangular(factor, A, upper=False).mT.unsqueeze(-3))
-        B = A.mT @ A * _taper(dim, self.half_width, self.distance).to(A)
+        taper = tapering(dim, self.half_width, self.distance, A)
+        if not isinstance(taper, DenseError):
+            return InformedError(Residual(A.mT.unsqueeze(-3), A.new_zeros(dim), taper), known.square())
+        B = A.mT @ A * taper.matrix
         B = torch.linalg.solve_ex(torch.eye(dim).to(A) + B * known.square(), B).result
         return DenseError(((B + B.mT) / 2).unsqueeze(-3))
 

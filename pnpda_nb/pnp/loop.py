@@ -16,9 +16,9 @@ from torch import Tensor
 from ..core.checks import guard
 from ..core.settings import Count, NotNegative, Settings
 from ..flow_matching.flow import FlowPrior
-from ..flow_matching.prior import Denoiser, GaussianPrior, Prior
+from ..flow_matching.prior import Denoiser, Estimate, GaussianPrior, Prior
 from ..observing.observations import Observations
-from ..observing.update import FactoredError, kalman_update
+from ..observing.update import ErrorCovariance, FactoredError, kalman_update
 from .errors import GaussianResidual, Residuals
 from .misfit import Misfit
 
@@ -27,9 +27,9 @@ __all__ = ["PnPDA"]
 
 
 # %% ../../nbs/10_pnp.ipynb #7302e83b
-def plug_and_play(x: Tensor, towards: Callable, noise: Iterable, denoise: Callable) -> Iterator[Tensor]:
-    """Algorithm 1 of PnP-DA from the background `x` `(..., member, dim)` on: the states x⁽¹⁾, x⁽²⁾, … of one answer, each as the
-    denoiser left it.
+def plug_and_play(x: Estimate, towards: Callable, noise: Iterable, denoise: Callable) -> Iterator[Estimate]:
+    """Algorithm 1 of PnP-DA from the background on, an `Estimate` x of states `(..., member, dim)`: x⁽¹⁾, x⁽²⁾, … of one answer,
+    each as the denoiser left it.
 
     `towards(x, tau)` is w, and `denoise(state, tau)` is D_τ(x_b, state). `noise` has for every iteration its pseudo-time τ and
     one or more draws of (1 − τ) z, `(draws, ..., member, dim)`, over which the denoiser is averaged.
@@ -41,8 +41,12 @@ def plug_and_play(x: Tensor, towards: Callable, noise: Iterable, denoise: Callab
         yield x
 
 
-def _mean(states: list[Tensor]) -> Tensor:
-    return states[0] if len(states) == 1 else sum(states) / len(states)
+def _mean(answers: list[Estimate]) -> Estimate:
+    """The average over draws of noise. What each leaves open is as good as another, and the last one's is kept."""
+    last = answers[-1]
+    if not isinstance(last, Estimate):
+        raise ValueError(f"denoiser: expected an Estimate as its answer, got {type(last).__name__}")
+    return last if len(answers) == 1 else last._replace(mean=sum(answer.mean for answer in answers) / len(answers))
 
 
 # %% ../../nbs/10_pnp.ipynb #37350797
@@ -97,14 +101,14 @@ class _PlugAndPlay(_LoopSettings):
             raise ValueError(f"background: expected states of size {self.prior.dim} as the prior's, got {background.shape[-1]}")
         return Misfit(background, observations)
 
-    def towards(self, x: Tensor, misfit: Misfit, length: Tensor | float, tau: float) -> Tensor:
+    def towards(self, x: Estimate, misfit: Misfit, length: Tensor | float, tau: float) -> Tensor:
         """w: the step from `x` towards the observations at pseudo-time `tau`."""
         if not tau:  # it would be multiplied by 0
-            return x
-        gradient, fading = misfit.gradient(x), (1 - tau) ** self.alpha
+            return x.mean
+        gradient, fading = misfit.gradient(x.mean), (1 - tau) ** self.alpha
         if isinstance(length, float):
-            return torch.sub(x, gradient, alpha=length * fading)
-        return torch.addcmul(x, gradient, length, value=-fading)
+            return torch.sub(x.mean, gradient, alpha=length * fading)
+        return torch.addcmul(x.mean, gradient, length, value=-fading)
 
     def noise(self, prior: Prior, shape: tuple[int, ...], generator: torch.Generator) -> Iterator[Tensor]:
         """(1 − τ) z for all iterations, each `(draws, *shape)`, with z from the source of `prior`."""
@@ -116,40 +120,42 @@ class _PlugAndPlay(_LoopSettings):
         """The states x⁽¹⁾, x⁽²⁾, … of one answer, each of the background's shape `(..., member, dim)` and each as the denoiser
         left it.
         """
-        misfit, prior = self.misfit(background, observations, forecast), self.prior_for(observations)
-        return self._iterates(misfit, prior, prior(misfit.background), misfit.step_size(self.step_rule), generator)
+        return (x.mean for x in self._iterates(*self._begin(background, observations, forecast), generator))
 
     def prior_for(self, observations: Observed) -> Prior:
         """The prior that the loop uses when these are the observations."""
         return self.prior
 
+    def _begin(
+        self, background: Tensor, observations: Observed, forecast: Callable | None
+    ) -> tuple[Misfit, Prior, Denoiser, Tensor | float]:
+        """The misfit, the prior, its denoiser and the length of the steps."""
+        misfit, prior = self.misfit(background, observations, forecast), self.prior_for(observations)
+        return misfit, prior, prior(misfit.background), misfit.step_size(self.step_rule)
+
     def _iterates(
         self, misfit: Misfit, prior: Prior, denoiser: Denoiser, length: Tensor | float, generator: torch.Generator
-    ) -> Iterator[Tensor]:
+    ) -> Iterator[Estimate]:
         x = misfit.background
-        noise = (share.to(x) for share in self.noise(prior, tuple(x.shape), generator))
-        noise = _at_pseudo_times(noise, self.iterations, getattr(denoiser, "centre", None))
-        for x in plug_and_play(x, lambda x, tau: self.towards(x, misfit, length, tau), noise, denoiser):
-            misfit.left_open = getattr(denoiser, "residual", None)
-            yield x
+        shares = (share.to(x) for share in self.noise(prior, tuple(x.shape), generator))
+        noise = _at_pseudo_times(shares, self.iterations, denoiser.centre)
+        return plug_and_play(Estimate(x), lambda x, tau: self.towards(x, misfit, length, tau), noise, denoiser)
 
-    def states(self, x: Tensor, misfit: Misfit, background: Tensor) -> Tensor:
+    def states(self, x: Estimate, misfit: Misfit, background: Tensor) -> Tensor:
         """What is returned when the iteration has ended at `x`."""
-        return x
+        return x.mean
 
     def analyse(
         self, background: Tensor, observations: Observed, *, forecast: Callable | None, generator: torch.Generator
     ) -> Tensor:
         answers = background if self.ensemble == 1 else background.repeat_interleave(self.ensemble, -2)
-        misfit = self.misfit(answers, observations, forecast)
-        prior = self.prior_for(observations)
-        denoiser, length = prior(misfit.background), misfit.step_size(self.step_rule)
+        misfit, prior, *rest = self._begin(answers, observations, forecast)
         # nothing is differentiated if the prior is a network and the misfit a quadratic
         frozen = isinstance(prior, FlowPrior) and misfit.curvature is not None and not background.requires_grad
         with torch.inference_mode(frozen or torch.is_inference_mode_enabled()):
-            for x in self._iterates(misfit, prior, denoiser, length, generator):
+            for x in self._iterates(misfit, prior, *rest, generator):
                 pass
-        states = self.states(x.clone(), misfit, answers)
+        states = self.states(x._replace(mean=x.mean.clone()), misfit, answers)
         if self.ensemble > 1:
             states = states.unflatten(-2, (-1, self.ensemble)).mean(-2)
         return states
@@ -166,49 +172,49 @@ class PnPDA(_PlugAndPlay):
     answers is returned. Every answer has its own noise, drawn at the beginning.
 
     `data_step` is the step towards the observations: the paper's "gradient"; "kalman", the gain of the error covariance
-    that `residuals` (`Residuals`; by default what a `GaussianPrior`, or a denoiser with a `residual`, says itself) has for the last
+    that `residuals` (`Residuals`; by default what a `GaussianPrior`, or the denoiser's answer itself, says) has for the last
     iterate; "prox", the same with the length of the gradient step times the identity for a covariance (PnP-Flow's step made
     implicit, as in Flower, arXiv 2509.26287). The last two do not use the misfit's curvature to keep them stable. They end with one
     more step towards the observations, since what the denoiser has touched last has not seen them since.
 
-    A prior with a method `seeing(observations)`, which returns a `Prior`, is asked for one at each analysis. A denoiser
-    with an attribute `centre`, shaped like the background, says that its flow starts at `centre` plus the prior's
-    source. Raises `ValueError` for settings out of range or a prior of another size.
+    A prior with a method `seeing(observations)`, which returns a `Prior`, is asked for one at each analysis. Raises `ValueError`
+    for settings out of range, a prior of another size, and a "kalman" step without a covariance.
     """
 
     data_step: Literal["gradient", "kalman", "prox"] = "gradient"
     residuals: Residuals | None = None
     window: int = field(default=1, init=False, repr=False)
 
-    def __post_init__(self):
-        super().__post_init__()
-        own = isinstance(self.prior, GaussianPrior) or getattr(self.prior, "leaves_open", False)
-        if self.data_step == "kalman" and self.residuals is None and not own:
-            raise ValueError(
-                "residuals: expected a covariance for data_step 'kalman', such as `residual_covariance` makes, got None"
-            )
-
     def prior_for(self, observations: Observations) -> Prior:
         return self.prior.seeing(observations) if hasattr(self.prior, "seeing") else self.prior
 
-    def towards(self, x: Tensor, misfit: Misfit, length: Tensor | float, tau: float) -> Tensor:
+    def towards(self, x: Estimate, misfit: Misfit, length: Tensor | float, tau: float) -> Tensor:
         if self.data_step == "gradient" or not tau:
             return super().towards(x, misfit, length, tau)
         last = (round(tau * self.iterations) - 1) / self.iterations  # the pseudo-time at which x was made
         if self.data_step == "prox":
             error = FactoredError(diagonal=length * (1 - last) ** self.alpha)
         else:
-            own = self.residuals is None and misfit.left_open is not None
-            residuals = GaussianResidual(self.prior) if self.residuals is None else self.residuals
-            background = misfit.background
-            if getattr(residuals, "of_members", False):  # members that are there several times, for several answers, count once
-                background = background[..., :: self.ensemble, :]
-            error = misfit.left_open if own else residuals.at(last, background)
-        return kalman_update(error, x, misfit.observations)
+            error = self._left_open(x, last, misfit.background)
+        return kalman_update(error, x.mean, misfit.observations)
 
-    def states(self, x: Tensor, misfit: Misfit, background: Tensor) -> Tensor:
+    def _left_open(self, x: Estimate, tau: float, background: Tensor) -> ErrorCovariance:
+        """The covariance of the errors of `x`, which was made at pseudo-time `tau`."""
+        residuals = self.residuals
+        if residuals is None and isinstance(self.prior, GaussianPrior):
+            residuals = GaussianResidual(self.prior)
+        if getattr(residuals, "of_members", False):  # members that are there several times, for several answers, count once
+            background = background[..., :: self.ensemble, :]
+        error = x.residual if residuals is None else residuals.at(tau, background)
+        if error is None:
+            raise ValueError(
+                "residuals: expected a covariance for data_step 'kalman', such as `residual_covariance` makes, got None"
+            )
+        return error
+
+    def states(self, x: Estimate, misfit: Misfit, background: Tensor) -> Tensor:
         if self.data_step == "gradient":
-            return x
+            return x.mean
         return self.towards(x, misfit, misfit.step_size(self.step_rule), 1.0)
 
 

@@ -61,7 +61,6 @@ class Misfit:
 
     def __init__(self, background: Tensor, observations: Observations):
         self.background, self.observations = background, observations
-        self.left_open = None  # the covariance that a denoiser gave with its last answer, if it gives one
         self.slope = self.curvature = None  # of a quadratic misfit: the gradient at 0, and what x adds to it
         if isinstance(observations, Observations) and observations.operator.linear:
             self._expand(background.new_ones(background.shape[-1]))

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ..core.checks import guard
 from ..core.settings import BelowOne, Count
+from ..flow_matching.prior import Estimate
 from ..observing.covariance import Covariance
 from ..observing.observations import Observations
-from ..observing.update import _beside_members
+from ..observing.update import _beside_members, cholesky_factor
 from .loop import _PlugAndPlay
 from .misfit import Misfit, _flattest
 
@@ -144,14 +145,7 @@ def _marginalised(
     for seen in observations:
         part = slice(place, place := place + seen.operator.size)
         C[..., part, part] += _beside_members(seen.covariance.matrix)
-    return _factor(C), torch.cat([h @ product for h, product in zip(H, products)], -2), reach
-
-
-def _factor(C: Tensor) -> Tensor:
-    """The Cholesky factor, with nan where a matrix has none."""
-    fine = torch.isfinite(C).flatten(-2).all(-1)[..., None, None]
-    factor, failed = torch.linalg.cholesky_ex(C.where(fine, torch.eye(C.shape[-1], dtype=C.dtype, device=C.device)))
-    return factor.masked_fill((failed != 0)[..., None, None] | ~fine, torch.nan)
+    return cholesky_factor(C), torch.cat([h @ product for h, product in zip(H, products)], -2), reach
 
 
 # %% ../../nbs/27_windows_by_loop.ipynb #88777664
@@ -208,18 +202,18 @@ class PnPDA4D(_PlugAndPlay):
             raise ValueError(f"model_error: expected size {self.prior.dim} as the prior's, got {self.model_error.size}")
         return WindowMisfit(forecast(background), observations, forecast, self.model_error)
 
-    def towards(self, x: Tensor, misfit: WindowMisfit, length: Tensor | float, tau: float) -> Tensor:
+    def towards(self, x: Estimate, misfit: WindowMisfit, length: Tensor | float, tau: float) -> Tensor:
         if tau and len(misfit.observations) > 1:
             if tau < self.join:
                 misfit = misfit.first
                 length = misfit.step_size(self.step_rule)
             elif self.relinearise:
-                misfit = misfit.linearised_at(x)
+                misfit = misfit.linearised_at(x.mean)
                 length = misfit.step_size(self.step_rule)
         return super().towards(x, misfit, length, tau)
 
-    def states(self, x: Tensor, misfit: WindowMisfit, background: Tensor) -> Tensor:
-        states = (misfit.linearised_at(x) if self.relinearise else misfit).states(x)
+    def states(self, x: Estimate, misfit: WindowMisfit, background: Tensor) -> Tensor:
+        states = (misfit.linearised_at(x.mean) if self.relinearise else misfit).states(x.mean)
         return torch.cat((background[None], states))
 
 

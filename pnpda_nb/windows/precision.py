@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..core.checks import Gappy, guard
 from ..core.random import standard_normal
+from ..observing.update import cholesky_factor, symmetric_solve
 from .banded import BandedCholesky, add_bands, band_dense, band_gram, band_product, dense_band, lift_bands
 from .laws import Information
 
@@ -133,18 +134,14 @@ class DensePrecision:
         return (self.matrix @ x.to(self.matrix).unsqueeze(-1)).squeeze(-1)
 
     def solve(self, right: Gappy) -> Gappy:
-        factor, failed = torch.linalg.cholesky_ex(self.matrix.double())
-        solved = torch.cholesky_solve(right.double().unsqueeze(-1), factor).squeeze(-1)
-        return solved.masked_fill((failed != 0).unsqueeze(-1), torch.nan).to(right)
+        return symmetric_solve(right.double(), self.matrix.double()).to(right)
 
     def banded(self) -> Gappy:
         return dense_band(self.matrix, self.matrix.shape[-1] - 1)
 
     def sample(self, shape: tuple[int, ...], generator: torch.Generator) -> Gappy:
         noise = standard_normal((*shape, self.matrix.shape[-1], 1), generator)
-        factor, failed = torch.linalg.cholesky_ex(self.matrix.detach().double())
-        drawn = torch.linalg.solve_triangular(factor.mT, noise, upper=True).squeeze(-1)
-        return drawn.masked_fill((failed != 0).unsqueeze(-1), torch.nan)
+        return torch.linalg.solve_triangular(cholesky_factor(self.matrix.detach().double()).mT, noise, upper=True).squeeze(-1)
 
 
 # %% ../../nbs/25_incremental.ipynb #c96f64b6
