@@ -331,6 +331,7 @@ d = {
         "pnpda_nb.core.compute": {
             "pnpda_nb.core.compute._alike": ("engine.html#_alike", "pnpda_nb/core/compute.py"),
             "pnpda_nb.core.compute._cast": ("engine.html#_cast", "pnpda_nb/core/compute.py"),
+            "pnpda_nb.core.compute._device": ("engine.html#_device", "pnpda_nb/core/compute.py"),
             "pnpda_nb.core.compute._moved": ("engine.html#_moved", "pnpda_nb/core/compute.py"),
         },
         "pnpda_nb.core.disk": {
@@ -2619,10 +2620,13 @@ d = {
             "pnpda_nb.twin.collecting._as_dataset": ("engine.html#_as_dataset", "pnpda_nb/twin/collecting.py"),
             "pnpda_nb.twin.collecting._averaged": ("engine.html#_averaged", "pnpda_nb/twin/collecting.py"),
             "pnpda_nb.twin.collecting._blocks_of_scores": ("engine.html#_blocks_of_scores", "pnpda_nb/twin/collecting.py"),
+            "pnpda_nb.twin.collecting._collected": ("engine.html#_collected", "pnpda_nb/twin/collecting.py"),
             "pnpda_nb.twin.collecting._described": ("engine.html#_described", "pnpda_nb/twin/collecting.py"),
             "pnpda_nb.twin.collecting._fair_crps": ("engine.html#_fair_crps", "pnpda_nb/twin/collecting.py"),
             "pnpda_nb.twin.collecting._mean": ("engine.html#_mean", "pnpda_nb/twin/collecting.py"),
             "pnpda_nb.twin.collecting._merge": ("engine.html#_merge", "pnpda_nb/twin/collecting.py"),
+            "pnpda_nb.twin.collecting._padded": ("engine.html#_padded", "pnpda_nb/twin/collecting.py"),
+            "pnpda_nb.twin.collecting._parts": ("engine.html#_parts", "pnpda_nb/twin/collecting.py"),
             "pnpda_nb.twin.collecting._unlike": ("engine.html#_unlike", "pnpda_nb/twin/collecting.py"),
             "pnpda_nb.twin.collecting._variance": ("engine.html#_variance", "pnpda_nb/twin/collecting.py"),
         },
@@ -2635,6 +2639,7 @@ d = {
             "pnpda_nb.twin.cycle._Runs.set_aside": ("twin.html#_runs.set_aside", "pnpda_nb/twin/cycle.py"),
             "pnpda_nb.twin.cycle._Runs.watched": ("twin.html#_runs.watched", "pnpda_nb/twin/cycle.py"),
             "pnpda_nb.twin.cycle._check_cycle": ("twin.html#_check_cycle", "pnpda_nb/twin/cycle.py"),
+            "pnpda_nb.twin.cycle._first_background": ("twin.html#_first_background", "pnpda_nb/twin/cycle.py"),
             "pnpda_nb.twin.cycle._warn_of_failed": ("twin.html#_warn_of_failed", "pnpda_nb/twin/cycle.py"),
             "pnpda_nb.twin.cycle._with_weights": ("twin.html#_with_weights", "pnpda_nb/twin/cycle.py"),
             "pnpda_nb.twin.cycle.cycle": ("twin.html#cycle", "pnpda_nb/twin/cycle.py"),
@@ -2647,10 +2652,15 @@ d = {
                 "pnpda_nb/twin/experiment.py",
             ),
             "pnpda_nb.twin.experiment.TwinExperiment.dim": ("twin.html#twinexperiment.dim", "pnpda_nb/twin/experiment.py"),
+            "pnpda_nb.twin.experiment.TwinExperiment.network_at": (
+                "twin.html#twinexperiment.network_at",
+                "pnpda_nb/twin/experiment.py",
+            ),
             "pnpda_nb.twin.experiment.TwinExperiment.resolved": (
                 "twin.html#twinexperiment.resolved",
                 "pnpda_nb/twin/experiment.py",
             ),
+            "pnpda_nb.twin.experiment.TwinExperiment.starts": ("twin.html#twinexperiment.starts", "pnpda_nb/twin/experiment.py"),
             "pnpda_nb.twin.experiment.TwinExperiment.steps": ("twin.html#twinexperiment.steps", "pnpda_nb/twin/experiment.py"),
             "pnpda_nb.twin.experiment.TwinExperiment.variables": (
                 "twin.html#twinexperiment.variables",
@@ -2676,11 +2686,13 @@ d = {
         },
         "pnpda_nb.twin.nature": {
             "pnpda_nb.twin.nature._advancing": ("engine.html#_advancing", "pnpda_nb/twin/nature.py"),
+            "pnpda_nb.twin.nature._differences": ("engine.html#_differences", "pnpda_nb/twin/nature.py"),
             "pnpda_nb.twin.nature._is_plain": ("engine.html#_is_plain", "pnpda_nb/twin/nature.py"),
             "pnpda_nb.twin.nature._moving": ("engine.html#_moving", "pnpda_nb/twin/nature.py"),
             "pnpda_nb.twin.nature._remembered": ("engine.html#_remembered", "pnpda_nb/twin/nature.py"),
             "pnpda_nb.twin.nature._spun_up": ("engine.html#_spun_up", "pnpda_nb/twin/nature.py"),
             "pnpda_nb.twin.nature._started": ("engine.html#_started", "pnpda_nb/twin/nature.py"),
+            "pnpda_nb.twin.nature._starts": ("engine.html#_starts", "pnpda_nb/twin/nature.py"),
             "pnpda_nb.twin.nature.forget_nature_runs": ("engine.html#forget_nature_runs", "pnpda_nb/twin/nature.py"),
         },
         "pnpda_nb.twin.reanalysis": {

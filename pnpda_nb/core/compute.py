@@ -67,6 +67,15 @@ def _alike(thing: Any, state: Tensor) -> Any:
     return made
 
 
+def _device(name: torch.device | str) -> torch.device:
+    """The device called `name`; raises `ValueError` if tensors cannot be there."""
+    try:
+        torch.zeros(1, dtype=torch.float64, device=name).cpu()
+    except (AssertionError, RuntimeError, TypeError) as error:  # torch has one of each
+        raise ValueError(f"device: expected cpu or, where there is one, cuda, got {str(name)!r}") from error
+    return torch.device(name)
+
+
 def _moved(network: nn.Module, device: torch.device) -> nn.Module:
     """A `network` on `device`, in its own precision."""
     parts = [*network.parameters(), *network.buffers()]
