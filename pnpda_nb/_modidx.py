@@ -331,7 +331,7 @@ d = {
         "pnpda_nb.core.compute": {
             "pnpda_nb.core.compute._alike": ("engine.html#_alike", "pnpda_nb/core/compute.py"),
             "pnpda_nb.core.compute._cast": ("engine.html#_cast", "pnpda_nb/core/compute.py"),
-            "pnpda_nb.core.compute._device": ("engine.html#_device", "pnpda_nb/core/compute.py"),
+            "pnpda_nb.core.compute._computing": ("engine.html#_computing", "pnpda_nb/core/compute.py"),
             "pnpda_nb.core.compute._moved": ("engine.html#_moved", "pnpda_nb/core/compute.py"),
         },
         "pnpda_nb.core.disk": {
@@ -2542,6 +2542,7 @@ d = {
             "pnpda_nb.pnp.windows._whitened": ("windows_by_loop.html#_whitened", "pnpda_nb/pnp/windows.py"),
         },
         "pnpda_nb.studies.parts": {
+            "pnpda_nb.studies.parts._cycled": ("studies.html#_cycled", "pnpda_nb/studies/parts.py"),
             "pnpda_nb.studies.parts._nature": ("studies.html#_nature", "pnpda_nb/studies/parts.py"),
             "pnpda_nb.studies.parts._require_digest": ("studies.html#_require_digest", "pnpda_nb/studies/parts.py"),
             "pnpda_nb.studies.parts.archive_file_part": ("studies.html#archive_file_part", "pnpda_nb/studies/parts.py"),

@@ -220,7 +220,7 @@ def test_that_no_analysis_leaves_the_device_of_its_background(name, where, missi
 
 # what else of a cycle is here, and so where states come from or go to
 BETWEEN = {
-    "core.compute._device": "whether there is such a device",
+    "core.compute._computing": "whether there is such a device",
     "twin.cycle.__init__": "first states are drawn around nature's, and so large is nature",
     "twin.cycle.watched": "nature grows",
     "twin.cycle.advance": "model errors are draws",
@@ -245,9 +245,9 @@ def test_that_a_cycle_on_another_device_is_the_same_and_no_more_goes_there_than_
     assert set(BETWEEN) <= inner <= {*ELSEWHERE, *BETWEEN}, inner
 
 
-@pytest.mark.parametrize("name", ["tpu", "cuda:99", "meta", 0.5])
+@pytest.mark.parametrize("name", ["tpu", "cuda:99", "meta"])
 def test_that_a_device_that_is_not_there_is_named(name):
-    with pytest.raises(ValueError, match=rf"^device: expected .*, got '?{name}"):
+    with pytest.raises(ValueError, match=rf"^device: expected cpu or, where there is one, cuda, got {name}"):
         cycle(*pair("free_run", "sakov2012"), device=name)
 
 
@@ -366,7 +366,7 @@ def test_that_a_cycle_in_single_precision_sees_the_same_nature():
     whole, rounded = (cycle(experiment, method, members=5, runs=3, dtype=dtype) for dtype in (DOUBLE, SINGLE))
     assert whole.truth.equals(rounded.truth) and rounded.attrs["dtype"] == "float32" and "dtype" not in whole.attrs
     assert np.array_equal(whole.observations.astype("float32"), rounded.observations)
-    with pytest.raises(ValueError, match="dtype: expected torch.float64 or torch.float32, got torch.float16"):
+    with pytest.raises(ValueError, match="dtype: expected float64 or float32, got float16"):
         cycle(experiment, method, dtype=torch.float16)
 
 

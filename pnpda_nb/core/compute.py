@@ -67,13 +67,16 @@ def _alike(thing: Any, state: Tensor) -> Any:
     return made
 
 
-def _device(name: torch.device | str) -> torch.device:
-    """The device called `name`; raises `ValueError` if tensors cannot be there."""
+def _computing(dtype: torch.dtype | str, device: torch.device | str) -> tuple[torch.dtype, torch.device]:
+    """Precision and device by their names; raises `ValueError` for states that are not computed so, or cannot be there."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in ("float64", "float32"):
+        raise ValueError(f"dtype: expected float64 or float32, got {name}")
     try:
-        torch.zeros(1, dtype=torch.float64, device=name).cpu()
+        torch.zeros(1, dtype=getattr(torch, name), device=device).cpu()
     except (AssertionError, RuntimeError, TypeError) as error:  # torch has one of each
-        raise ValueError(f"device: expected cpu or, where there is one, cuda, got {str(name)!r}") from error
-    return torch.device(name)
+        raise ValueError(f"device: expected cpu or, where there is one, cuda, got {device}") from error
+    return getattr(torch, name), torch.device(device)
 
 
 def _moved(network: nn.Module, device: torch.device) -> nn.Module:

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core.checks import guard
-from ..core.compute import _alike, _device
+from ..core.compute import _alike, _computing
 from ..core.random import RunNoise, RunStreams, standard_normal
 from ..core.settings import _require
 from ..dynamics.base import trajectory
@@ -169,7 +169,7 @@ def cycle(
     keep_members: bool = False,
     keep_steps: bool = True,
     nature: Sequence[tuple[Tensor, Observations | None]] | None = None,
-    dtype: torch.dtype = torch.float64,
+    dtype: torch.dtype | str = torch.float64,
     device: torch.device | str = "cpu",
     progress: bool | str = False,
 ) -> xr.Dataset:
@@ -183,13 +183,13 @@ def cycle(
     all of these use them; their `concentration` Σ w² is one over the effective number of members, and `keep_members` keeps them,
     too. With `keep="scores"` only what `scores` and the other summaries need, in memory that does not grow with the number of
     cycles. Without `keep_steps` there are no times between those of observations, neither kept nor scored. `nature` is what
-    `watch_nature` yields, if it is at hand. States, and whatever meets them, are of `dtype`, torch.float64 or torch.float32, on
+    `watch_nature` yields, if it is at hand. States, and whatever meets them, are of `dtype`, float64 or float32, on
     `device`; truths are always float64 on the processor, and so are draws before they are rounded. Where networks change, there are
     as many `observations` as the largest has, nan where there are fewer. Raises `ValueError` for fewer than one run or member, a
     method without a `window`, or a device that is not there.
     """
-    _check_cycle(method, members, runs, keep, dtype)
-    device = _device(device)
+    _check_cycle(method, members, runs, keep)
+    dtype, device = _computing(dtype, device)
     nature = iter(watch_nature(experiment, runs, seed, split) if nature is None else nature)
     every = 1 if keep_steps else experiment.interval
     batch = _Runs(experiment, nature, members, runs, seed, split, dtype, device, every)
@@ -216,7 +216,7 @@ def cycle(
 
 
 # %% ../../nbs/03_twin.ipynb #f2703b95
-def _check_cycle(method: Method, members: int, runs: int, keep: str, dtype: torch.dtype) -> None:
+def _check_cycle(method: Method, members: int, runs: int, keep: str) -> None:
     for name, count in (("members", members), ("runs", runs)):
         _require(isinstance(count, Integral) and count >= 1, name, "a whole number of at least 1", count)
     window = getattr(method, "window", None)
@@ -224,8 +224,6 @@ def _check_cycle(method: Method, members: int, runs: int, keep: str, dtype: torc
         raise ValueError(f"method: expected one with a window of at least 1, got window={window}")
     if keep not in ("all", "scores"):
         raise ValueError(f"keep: expected 'all' or 'scores', got {keep!r}")
-    if dtype not in (torch.float64, torch.float32):
-        raise ValueError(f"dtype: expected torch.float64 or torch.float32, got {dtype}")
 
 
 def _warn_of_failed(method: Method, failed: Tensor) -> None:
