@@ -605,6 +605,7 @@ d = {
             "pnpda_nb.dynamics.models.DoubleWell.step": ("models.html#doublewell.step", "pnpda_nb/dynamics/models.py"),
             "pnpda_nb.dynamics.models.DoubleWell.tendency": ("models.html#doublewell.tendency", "pnpda_nb/dynamics/models.py"),
             "pnpda_nb.dynamics.models.Lorenz96": ("models.html#lorenz96", "pnpda_nb/dynamics/models.py"),
+            "pnpda_nb.dynamics.models.Lorenz96.grid": ("models.html#lorenz96.grid", "pnpda_nb/dynamics/models.py"),
             "pnpda_nb.dynamics.models.Lorenz96.step": ("models.html#lorenz96.step", "pnpda_nb/dynamics/models.py"),
             "pnpda_nb.dynamics.models.Lorenz96.tendency": ("models.html#lorenz96.tendency", "pnpda_nb/dynamics/models.py"),
             "pnpda_nb.dynamics.models.Pendulum": ("models.html#pendulum", "pnpda_nb/dynamics/models.py"),
