@@ -114,10 +114,8 @@ def _collected(segments: list[Segment], smoothed: bool, members: bool) -> dict[s
         kept["background_spread"] = (per_cycle[:2], _variance(background, before).mean(-1).sqrt())
         kept["analysis_spread"] = (per_cycle[:2], _variance(analysis, weights).mean(-1).sqrt())
         if weights is None:
-            crps, rank = (
-                torch.from_numpy(crps_ensemble(at_cycles.numpy(), analysis.numpy(), m_axis=2, estimator="pwm")),
-                below.sum(2),
-            )
+            crps = torch.from_numpy(crps_ensemble(at_cycles.numpy(), analysis.numpy(), m_axis=2, estimator="pwm"))
+            rank = below.sum(2)
         else:  # the rank among as many members drawn evenly from the weighted ones
             crps, rank = _fair_crps(at_cycles, analysis, weights), (analysis.shape[2] * _mean(below, weights)).round()
             kept["concentration"] = (per_cycle[:2], weights.square().sum(-1))
@@ -152,13 +150,8 @@ def _as_dataset(
         if name in ("truth", "observations", "missing", "background_weights", "analysis_weights"):
             continue
         # a failure reaches back as far as the method looks: nothing of such a run is kept
-        lost = (
-            gone.repeat_interleave(interval, 0)
-            if dims[0] == "time"
-            else (failed >= 0).expand_as(gone)
-            if name == "smoothed"
-            else gone
-        )
+        lost = (failed >= 0).expand_as(gone) if name == "smoothed" else gone
+        lost = lost.repeat_interleave(interval, 0) if dims[0] == "time" else lost
         values.masked_fill_(lost.reshape(*lost.shape, *[1] * (values.ndim - 2)), torch.nan)
     times, cycles = first_cycle * interval + np.arange(1, steps + 1), first_cycle + np.arange(1, count + 1)
     dt = experiment.nature.dt
@@ -181,8 +174,10 @@ def _blocks_of_scores(
     neighbours are merged and blocks are twice as long from then on.
     """
     blocks: list[xr.Dataset] = []
-    missing, done, full = 0, experiment.burn_in, max(1, min(50, (experiment.cycles - experiment.burn_in) // 5))
-    for part in _parts(itertools.islice(segments, experiment.burn_in, None), full):
+    missing, done, full = 0, experiment.burn_in, 0
+    usual = max(1, min(50, (experiment.cycles - experiment.burn_in) // 5))
+    for part in _parts(itertools.islice(segments, experiment.burn_in, None), usual):
+        full = full or len(part)
         block = _as_dataset(experiment, method, part, done, failed, False)
         missing, done = missing + block.missing.sum("cycle"), done + len(part)
         block = _statistics(block).drop_vars("rmse").assign(cycles=float(len(part)))
