@@ -21,6 +21,7 @@ from .classical.particles import EnRDA, ParticleFilter
 from .classical.training_free import EnFF, EnSF
 from .classical.variational import Climatology, OptimalInterpolation, ThreeDVar, archive_background, gaspari_cohn_background
 from .core.checks import guard
+from .core.grid import Grid
 from .core.settings import PositiveNumber, Settings
 from .flow_matching.flow import FlowPrior
 from .flow_matching.prior import GaussianPrior
@@ -64,8 +65,14 @@ def climate_of(experiment: TwinExperiment, runs: int = 20, steps: int = 2000, se
 
 
 # %% ../nbs/95_studies.ipynb #237d272e
-def _distance(experiment: TwinExperiment) -> str:
-    return "ring" if getattr(experiment.forecast_model, "boundary", "periodic") == "periodic" else "line"
+def _distance(experiment: TwinExperiment) -> Grid | str:
+    """The grid of a model with two axes or several variables, and of others whether it is a ring: then points are one apart."""
+    grid = getattr(experiment.forecast_model, "grid", None)
+    if not isinstance(grid, Grid):
+        return "ring"
+    if len(grid.shape) + len(grid.channels) > 2:
+        return grid
+    return "ring" if "circular" in grid.edges else "line"
 
 
 def _local_enkf(experiment: TwinExperiment, **settings) -> LocalEnKF:

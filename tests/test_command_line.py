@@ -92,6 +92,23 @@ def test_that_a_finished_run_is_not_done_again(tiny, forked):
     assert {p: p.stat().st_mtime_ns for p in (folder / "parts").iterdir()} == parts
 
 
+def test_that_a_run_and_an_analysis_in_single_precision_are_those_in_double_up_to_rounding(tiny, files, tmp_path, forked):
+    folder, few = tiny[0], ["--methods", "var3d_gc,free_run", "--dtype", "float32", "--out", tmp_path]
+    answer = forked("run", "lorenz63", *TINY, "--seed", 4, *few)
+    assert answer.returncode == 0, answer.stderr
+    assert json.loads((tmp_path / "manifest.json").read_text())["settings"]["dtype"] == "float32"
+    tables = [pd.read_csv(f / "scores.csv").query("method == 'var3d_gc'")["mean"] for f in (folder, tmp_path)]
+    assert 0 < np.abs(tables[0].values / tables[1].values - 1).max() < 0.01
+    analyses = []
+    for dtype in ("float64", "float32"):
+        answer = forked(*ASSIMILATE, "--iterations", 2, "--dtype", dtype, "--out", tmp_path / f"{dtype}.nc", folder=files)
+        assert answer.returncode == 0, answer.stderr
+        analyses.append(xr.open_dataset(tmp_path / f"{dtype}.nc", engine="h5netcdf"))
+    assert f"--dtype {dtype}" in analyses[1].history
+    for name in analyses[0].data_vars:
+        assert np.allclose(analyses[0][name], analyses[1][name], rtol=1e-4, atol=1e-4), name
+
+
 @pytest.mark.slow  # quick: a training that is interrupted (test_files_and_operations), and a sweep that is killed (test_sweeps)
 @pytest.mark.parametrize("moment", ["training", "cycling"])
 def test_that_ctrl_c_leaves_usable_parts_and_the_same_command_resumes(moment, tmp_path, forked):
@@ -158,6 +175,9 @@ WRONG_WORDS = [
     (["run", "lorenz63", "--set", "observed=0,7"], "indices: expected distinct numbers from 0 to 2"),
     (["run", "lorenz63", "--set", "prior=missing.safetensors"], "no file missing.safetensors"),
     (["run", "lorenz63", "--out", "/dev/null/results"], "out: cannot write to"),
+    (["run", "lorenz63", "--dtype", "half"], "dtype: expected float64 or float32, got half"),
+    (["run", "lorenz63", "--device", "tpu"], "device: expected cpu or, where there is one, cuda, got tpu"),
+    (["run", "incremental_pendulum", "--dtype", "float32"], "dtype: expected a study that cycles states"),
     (["train", "missing.nc", "--out", "prior.safetensors"], "archive: no file missing.nc"),
     (["run", "lorenz63", "--bogus"], "No such option"),
     (["fly"], "No such command"),

@@ -136,6 +136,12 @@ def test_that_what_is_translated_says_what_dapper_says():
     squares = {"M": 3, "model": lambda x: x**2, "noise": modelling.GaussRV(C=np.eye(3) + 0.5)}
     network = dapper_experiment(changed(lorenz63(), obs=squares)).network
     assert not network.operator.linear and not isinstance(network.covariance, DiagonalCovariance)
+    one = [modelling.Operator(**modelling.partial_Id_Obs(3, [i]), noise=1.0 + i) for i in range(3)]
+    changing = dapper_experiment(changed(lorenz63(), obs={"time_dependent": lambda ko: one[ko % 3]}), cycles=4)
+    seen = [changing.network_at(k) for k in range(4)]
+    assert [network.operator.sites for network in seen] == [(0,), (1,), (2,), (0,)]
+    assert [float(network.covariance.variances) for network in seen] == [1.0, 2.0, 3.0, 1.0]
+    assert cycle(changing, ETKF(), members=5, runs=2).sizes["observation"] == 1
 
 
 @pytest.mark.parametrize(
@@ -151,7 +157,6 @@ def test_that_what_is_translated_says_what_dapper_says():
         ({"dyn": {"model": lambda x, t, dt: x + t}}, "Dyn: expected a model that does not depend on time"),
         ({"dyn": {"model": lambda x: x}}, "Dyn: raised TypeError"),
         ({"obs": {"M": 3}}, "Obs.noise: expected Gaussian noise with a covariance, got none"),
-        ({"obs": {"time_dependent": lambda ko: None}}, "Obs: expected an operator that does not change in time"),
         ({"obs": {"M": 3, "noise": modelling.GaussRV(mu=np.ones(3), C=np.eye(3))}}, "Obs.noise: expected noise of mean zero"),
     ],
 )

@@ -291,6 +291,7 @@ POOL = {
     "count": lambda: 3,
     "perturbations": ENSEMBLE,
     "sensitivities": ENSEMBLE,
+    "cycle": lambda: 1,
     "cycles": lambda: 3,
     "interval": lambda: 2,
     "size": lambda: 2,

@@ -2,7 +2,7 @@
 
 import math
 import pickle
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -14,9 +14,12 @@ from pnpda_nb.classical import LETKF, LocalEnKF
 from pnpda_nb.core import Grid, Homogeneous, gaspari_cohn, neighbours, stream, tapers
 from pnpda_nb.core.grid import as_grid
 from pnpda_nb.core.padding import convolution
+from pnpda_nb.dynamics import KuramotoSivashinsky, Lorenz63, Lorenz96
 from pnpda_nb.files import Axis, Field, Layout
 from pnpda_nb.flow_matching import ConvolutionNetwork, PyramidNetwork
+from pnpda_nb.methods import method_by_name
 from pnpda_nb.observing import DiagonalCovariance, ObservingNetwork, Select
+from pnpda_nb.twin import TwinExperiment
 
 DOUBLE = torch.float64
 EARTH = 6_371_000.0
@@ -562,3 +565,30 @@ def test_that_what_is_too_short_is_refused():
             network(kind, Grid((16, 16), "circular"))(randn(1, 2, 16, 1), TAU)
         with pytest.raises(ValueError, match="^boundary"):
             kind(2, 2, None, boundary="sphere")
+
+
+@dataclass(frozen=True)
+class OnAPlane:
+    """A model of a field that stands still."""
+
+    grid: Grid = PLANE
+    dim: int = PLANE.dim
+    dt: float = 1.0
+    names: tuple = ()
+
+    def step(self, state):
+        return state
+
+
+def test_that_models_know_where_their_numbers_are_and_local_methods_ask_them():
+    walls, ring = (KuramotoSivashinsky(dim=31, boundary=b).grid for b in ("hinged", "periodic"))
+    assert torch.allclose(walls.positions[:, 0], 50 / 32 * torch.arange(1, 32, dtype=DOUBLE))
+    first, second, last = torch.tensor([0]), torch.tensor([1]), torch.tensor([30])
+    assert torch.allclose(ring(first, last), ring(first, second)) and torch.allclose(walls(first, last), 30 * walls(first, second))
+    assert Lorenz96(12).grid == Grid(12, "circular") and not hasattr(Lorenz63(), "grid")
+
+    def distance(model) -> Grid | str:
+        network = ObservingNetwork(Select((0,), model.dim), DiagonalCovariance([1.0]))
+        return method_by_name("letkf", TwinExperiment("x", model, model, network, 1, 1, (0.0,) * model.dim)).distance
+
+    assert [distance(m) for m in (OnAPlane(), KuramotoSivashinsky(), Lorenz96(12), Lorenz63())] == [PLANE, "line", "ring", "ring"]

@@ -18,12 +18,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 import pnpda_nb
 from pnpda_nb.core import RunStreams, standard_normal, stream
 from pnpda_nb.core.compute import _alike, _casts
-from pnpda_nb.dynamics import Forecast, Lorenz63, trajectory
+from pnpda_nb.dynamics import AdditiveModelError, Forecast, Lorenz63, trajectory
 from pnpda_nb.flow_matching import FlowPrior, VelocityMLP
 from pnpda_nb.learned import AmortisedAnalysis, AnalysisPrior, LearnedMean, TruthRecord
 from pnpda_nb.learned.records import Examples
 from pnpda_nb.methods import build_method, method_by_name
-from pnpda_nb.observing import Covariance, DiagonalCovariance, GridObservations, Linear, Nonlinear, ObservingNetwork
+from pnpda_nb.observing import Covariance, DiagonalCovariance, GridObservations, Linear, Nonlinear, ObservingNetwork, Select
 from pnpda_nb.pnp import PnPDA
 from pnpda_nb.twin import cycle, mean_and_error, scores
 
@@ -218,6 +218,51 @@ def test_that_no_analysis_leaves_the_device_of_its_background(name, where, missi
     assert not (found := {where for where in device.moved if not listed(where, ELSEWHERE)}), found
 
 
+# what else of a cycle is here, and so where states come from or go to
+BETWEEN = {
+    "core.compute._computing": "whether there is such a device",
+    "twin.cycle.__init__": "first states are drawn around nature's, and so large is nature",
+    "twin.cycle.watched": "nature grows",
+    "twin.cycle.advance": "model errors are draws",
+    "twin.cycle.set_aside": "which runs have failed",
+    "twin.collecting._averaged": "what is kept",
+    "twin.collecting._collected": "what was seen",
+}
+CYCLED = ["free_run", "letkf_rotated", "enkf", "enks_symmetric", "particle_filter", "pnpda_kalman", "flow", "amortised"]
+
+
+@pytest.mark.parametrize("keep", ["all", "scores"])
+@pytest.mark.parametrize("name", CYCLED)
+def test_that_a_cycle_on_another_device_is_the_same_and_no_more_goes_there_than_must(name, keep):
+    experiment, method = made_for(name, "sakov2012")
+    experiment = replace(experiment, model_error=AdditiveModelError(0.1), network=(experiment.network, SEEN_IN_TURN))
+    settings = {"members": 5 if name in ENSEMBLE or name not in METHODS else 1, "runs": 2, "keep": keep, "keep_members": True}
+    here = cycle(experiment, method, **settings)
+    with Device() as device:
+        there = cycle(experiment, method, device="lazy", **settings)
+    assert there.equals(here) and there.attrs == here.attrs | {"device": "lazy"}
+    inner = {next(name for name in where if not name.endswith(">")) for where in device.moved}  # not a comprehension
+    assert set(BETWEEN) <= inner <= {*ELSEWHERE, *BETWEEN}, inner
+
+
+@pytest.mark.parametrize("name", ["tpu", "cuda:99", "meta"])
+def test_that_a_device_that_is_not_there_is_named(name):
+    with pytest.raises(ValueError, match=rf"^device: expected cpu or, where there is one, cuda, got {name}"):
+        cycle(*pair("free_run", "sakov2012"), device=name)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", [DOUBLE, SINGLE])
+@pytest.mark.parametrize("name", CYCLED)
+def test_that_cycles_on_a_gpu_are_those_of_the_processor(name, dtype):
+    experiment, method = made_for(name, "sakov2012")
+    settings = {"members": 5 if name in ENSEMBLE or name not in METHODS else 1, "runs": 2, "dtype": dtype}
+    here, there = (cycle(experiment, method, device=device, **settings) for device in ("cpu", "cuda"))
+    assert there.attrs["device"] == "cuda" and here.truth.equals(there.truth)
+    assert np.allclose(here.analysis, there.analysis, atol=0.01)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("dtype", [DOUBLE, SINGLE])
@@ -301,6 +346,7 @@ def test_that_a_rounded_covariance_is_made_of_the_whole_one():
     assert isinstance(_alike(FULL, state).covariance, Covariance)
 
 
+SEEN_IN_TURN = ObservingNetwork(Select((2,), 3), DiagonalCovariance([0.5]))
 FULL = ObservingNetwork(Linear(torch.eye(2, dtype=DOUBLE)), Covariance([[1.0, 0.5], [0.5, 1.0]]))
 
 
@@ -320,7 +366,7 @@ def test_that_a_cycle_in_single_precision_sees_the_same_nature():
     whole, rounded = (cycle(experiment, method, members=5, runs=3, dtype=dtype) for dtype in (DOUBLE, SINGLE))
     assert whole.truth.equals(rounded.truth) and rounded.attrs["dtype"] == "float32" and "dtype" not in whole.attrs
     assert np.array_equal(whole.observations.astype("float32"), rounded.observations)
-    with pytest.raises(ValueError, match="dtype: expected torch.float64 or torch.float32, got torch.float16"):
+    with pytest.raises(ValueError, match="dtype: expected float64 or float32, got float16"):
         cycle(experiment, method, dtype=torch.float16)
 
 

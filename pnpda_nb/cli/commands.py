@@ -25,7 +25,7 @@ import typer
 
 from .output import _FOR_PROGRAMMERS, _line, _occupy, _Outlet, _say, _short, _silence, _table, _told, _visible
 from .places import _check_free, _check_places, _Place, _read, _report_path, _room, _with_report, _write
-from .words import _name, _path, _roles, _seed, _whole, _words
+from .words import _Device, _Dtype, _name, _path, _roles, _seed, _whole, _words
 
 # %% auto #0
 __all__ = ["app", "main"]
@@ -99,6 +99,8 @@ def run(
     scheduler: Annotated[
         Optional[str], typer.Option(help="address of a Dask scheduler, such as tcp://host:8786, to use instead")
     ] = None,
+    dtype: _Dtype = "float64",
+    device: _Device = "cpu",
 ) -> None:
     """Run an experiment and write scores, cycles, figures and a manifest. Results do not depend on who computes them."""
     start = time.perf_counter()
@@ -113,11 +115,15 @@ def run(
 
     import torch
 
+    from ..core.compute import _computing
     from ..experiments import find_study
     from ..studies.tables import conditional_scores
     from ..sweep import Store
 
     torch.set_num_threads(1)
+    _computing(dtype, "cpu" if scheduler else device)
+    computing = {"dtype": dtype} if dtype != "float64" else {}
+    computing |= {"device": device} if device != "cpu" else {}
     study = find_study(experiment).with_preset(preset)
     settings = study.settings(preset, changes, runs=runs, members=members, seed=seed)
     _check_counts({name: getattr(settings, name) for name in changes})
@@ -133,13 +139,13 @@ def run(
     )
     workers = min(os.cpu_count() or 1, 4) if workers is None else workers
     with _room(out=folder / "parts"):
-        results = study.run(settings, chosen, Store(folder), workers=workers, scheduler=scheduler, progress=True)
+        results = study.run(settings, chosen, Store(folder), computing, workers=workers, scheduler=scheduler, progress=True)
         table = (study.tabulate or conditional_scores)(results)
         files = {folder / name: content for name, content in _contents(study, results, table).items()}
         kept = [folder / name for name in study.kept(settings, chosen)]
         report = study.report(table)
         about = _about(
-            files, kept, experiment=experiment, preset=preset, settings=vars(settings),
+            files, kept, experiment=experiment, preset=preset, settings=vars(settings) | computing,
             methods={_case(*case): json.loads(result.attrs["method_settings"]) for case, result in results.items()},
             failed_runs={_case(*case): int((result.failed >= 0).sum()) for case, result in results.items()},
             workers=workers if scheduler is None else scheduler, wall_seconds=round(time.perf_counter() - start, 1),
@@ -333,6 +339,8 @@ def assimilate_command(
     iterations: Annotated[Optional[int], typer.Option(help="of plug-and-play; default: what was best in training")] = None,
     ensemble: Annotated[int, typer.Option(help="analyses with noise of their own, of which the mean is taken")] = 1,
     seed: Annotated[int, typer.Option(help="seed of the noise")] = 0,
+    dtype: _Dtype = "float64",
+    device: _Device = "cpu",
     names: Annotated[
         Optional[str],
         typer.Option(help="what backgrounds and analyses are called in files; default: as in the archive of the prior"),
@@ -378,7 +386,8 @@ def assimilate_command(
     roles, dims = roles or tuple(known.get("roles", ROLES)), dims or tuple(known.get("samples", ()))
     states = read_states(background, layout, name=roles[0], samples=dims)
     sightings = read_observations(observations, states)
-    how = {"iterations": iterations, "ensemble": ensemble, "seed": seed, "names": names, "samples": samples}
+    computing = {"dtype": dtype, "device": device}
+    how = {"iterations": iterations, "ensemble": ensemble, "seed": seed, **computing, "names": names, "samples": samples}
     attributes = _attributes(loaded, given, {name: value for name, value in how.items() if value is not None})
     netcdf_bytes(states.dataset(states.values, roles[1]).isel({d: slice(1) for d in states.runs}).assign_attrs(attributes))
     method = pnpda_with(loaded, iterations, ensemble)
@@ -387,7 +396,8 @@ def assimilate_command(
         f"observations from {observations.name}."
     )
     with _room(out=out.parent, report=report.parent):
-        analysis = assimilate(loaded, states, sightings, iterations=iterations, ensemble=ensemble, seed=seed, progress=True)
+        options = {"iterations": iterations, "ensemble": ensemble, "seed": seed, **computing}
+        analysis = assimilate(loaded, states, sightings, **options, progress=True)
         described = assimilation_report(loaded, states, analysis, sightings, background.name, said)
         dataset = states.dataset(analysis, roles[1])
         dataset.attrs = attributes

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Optional
+from typing import Annotated, Optional
 
 import typer
 
 # %% auto #0
 __all__ = []
 
-
 # %% ../../nbs/96_command_line.ipynb #dfa8397c
+_Dtype = Annotated[str, typer.Option(help="precision in which states are computed, float64 or float32")]
+_Device = Annotated[str, typer.Option(help="where states are computed: cpu, or cuda where there is one")]
+
+
 def _name(text: str) -> str:
     """A name that a file could have."""
     try:

@@ -67,6 +67,18 @@ def _alike(thing: Any, state: Tensor) -> Any:
     return made
 
 
+def _computing(dtype: torch.dtype | str, device: torch.device | str) -> tuple[torch.dtype, torch.device]:
+    """Precision and device by their names; raises `ValueError` for states that are not computed so, or cannot be there."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in ("float64", "float32"):
+        raise ValueError(f"dtype: expected float64 or float32, got {name}")
+    try:
+        torch.zeros(1, dtype=getattr(torch, name), device=device).cpu()
+    except (AssertionError, RuntimeError, TypeError) as error:  # torch has one of each
+        raise ValueError(f"device: expected cpu or, where there is one, cuda, got {device}") from error
+    return getattr(torch, name), torch.device(device)
+
+
 def _moved(network: nn.Module, device: torch.device) -> nn.Module:
     """A `network` on `device`, in its own precision."""
     parts = [*network.parameters(), *network.buffers()]

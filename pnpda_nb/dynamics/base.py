@@ -28,7 +28,7 @@ class Model(Protocol):
     `dim` is the state dimension, `dt` the length of a step in model time units, and `names` labels
     the variables (empty for none). `step` takes and returns `(..., dim)` tensors; any leading
     dimensions are a batch. A model whose step torch cannot differentiate says so by an attribute
-    `differentiable = False`.
+    `differentiable = False`. One whose states are fields may have a `grid`, which says where their numbers are.
     """
 
     dim: int

@@ -17,6 +17,7 @@ from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
 from ..core.checks import Complex, guard
+from ..core.grid import Grid
 from ..core.settings import Count, PositiveNumber, Settings
 from .base import _require_states
 
@@ -130,10 +131,11 @@ class KuramotoSivashinsky(Settings):
         return self.length / (self.dim if self.boundary == "periodic" else self.dim + 1)
 
     @property
-    def grid(self) -> Tensor:
-        """The positions `(dim,)` of the points."""
-        first = 0 if self.boundary == "periodic" else 1
-        return self.dx * torch.arange(first, first + self.dim, dtype=torch.float64)
+    def grid(self) -> Grid:
+        """The points: on a ring, or between walls."""
+        if self.boundary == "periodic":
+            return Grid(self.dim, "circular", self.dx)
+        return Grid(self.dim, coordinates=[[self.dx * i for i in range(1, self.dim + 1)]])
 
     def _to_modes(self, state: Tensor, basis: Tensor) -> Tensor:
         return torch.fft.rfft(state) if self.boundary == "periodic" else state @ basis

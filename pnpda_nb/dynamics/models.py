@@ -13,6 +13,7 @@ from annotated_types import Ge
 from torch import Tensor
 
 from ..core.checks import guard
+from ..core.grid import Grid
 from ..core.settings import Count, NotNegative, PositiveNumber, Settings
 from .base import _require_states, rk4
 
@@ -31,6 +32,11 @@ class Lorenz96(Settings):
     forcing: float = 8.0
     dt: PositiveNumber = 0.05
     names: tuple[str, ...] = field(default=(), init=False, repr=False)
+
+    @property
+    def grid(self) -> Grid:
+        """The ring of sites."""
+        return Grid(self.dim, "circular")
 
     def tendency(self, state: Tensor) -> Tensor:
         ring = torch.cat((state[..., -2:], state, state[..., :1]), dim=-1)

@@ -106,22 +106,21 @@ def dapper_experiment(hmm: Any, cycles: int | None = None) -> TwinExperiment:
     """A DAPPER `HiddenMarkovModel` as a twin experiment: its model and noise, operator, start and intervals, for as many `cycles`
     as it has itself (`None`) or are asked for. Cycles inside its burn-in are not scored.
 
-    Raises `ValueError` for what a `TwinExperiment` does not have: an operator that changes in time, noise or starts of which the
-    covariance is not a multiple of the identity, or that are not Gaussian, and a model that is random or depends on time.
+    Raises `ValueError` for what a `TwinExperiment` does not have: noise or starts of which the covariance is not a multiple of the
+    identity, or that are not Gaussian, and a model that is random or depends on time.
     """
-    if hasattr(hmm.Obs, "Ops"):
-        raise ValueError(f"Obs: expected an operator that does not change in time, got one that does ({_name(hmm)})")
     model, tseq = dapper_model(hmm), hmm.tseq
     start, start_variance = _isotropic("X0", hmm.X0, model.dim)
     drift, noise = _isotropic("Dyn.noise", hmm.Dyn.noise, model.dim)
     if np.any(drift):
         raise ValueError(f"Dyn.noise: expected noise of mean zero, got {drift}")
     cycles = tseq.Ko + 1 if cycles is None else cycles
+    network = lambda ko: dapper_network(_operator_at(hmm, ko), model.dim, gaussian=True)
     return TwinExperiment(
         name=_name(hmm),
         nature=model,
         forecast_model=model,
-        network=dapper_network(_operator_at(hmm, 0), model.dim, gaussian=True),
+        network=network if hasattr(hmm.Obs, "Ops") else network(0),
         interval=int(tseq.dko),
         cycles=cycles,
         start=tuple(start.tolist()),

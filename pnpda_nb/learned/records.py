@@ -16,10 +16,10 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from ..core.checks import GappyFloat, Index, Mask, guard
+from ..core.checks import Gappy, GappyFloat, Index, Mask, guard
 from ..core.random import standard_normal
 from ..core.settings import Count, PositiveNumber, Settings, Share
-from ..observing.observations import GridObservations, Observations, on_grid
+from ..observing.observations import GridObservations, Observations, ObservingNetwork, on_grid
 from ..twin.cycle import Method, cycle
 from ..twin.experiment import TwinExperiment, watch_nature
 
@@ -70,6 +70,25 @@ class RandomNetworks(Settings):
 
 
 # %% ../../nbs/94_priors.ipynb #2d81e791
+def _reported(
+    experiment: TwinExperiment, cycles: Index, report: Callable[[ObservingNetwork, Any], Observations]
+) -> Observations | GridObservations:
+    """What `report(network, which)` says for the network of some `cycles`; on a grid if there are several networks."""
+    at = {k: experiment.network_at(k) for k in cycles.unique().tolist()}
+    networks = list(dict.fromkeys(at.values()))
+    if len(networks) == 1:
+        return report(networks[0], slice(None))
+    which = torch.tensor([networks.index(at[k]) for k in cycles.tolist()])
+    each = [(network, (which == i).nonzero()[:, 0]) for i, network in enumerate(networks)]
+    return _gathered([(here, on_grid(report(network, here), experiment.dim)) for network, here in each])
+
+
+def _gathered(shown: list[tuple[Index, GridObservations]]) -> GridObservations:
+    """Observations of some trajectories each, as one, in the order of trajectories."""
+    order = torch.cat([here for here, _ in shown]).argsort()
+    return GridObservations(*(torch.cat(parts)[order] for parts in zip(*(_tensors(seen) for _, seen in shown))))
+
+
 class TruthRecord:
     """A nature run of `experiment` to learn from, `cycles` observation times of `runs` truths of their own; seen by the
     experiment's network, or by `networks`.
@@ -91,7 +110,7 @@ class TruthRecord:
         """What is seen of the targets at `times` of `runs`, drawn anew at each call."""
         truth = self.targets[times, runs]
         if networks is None:
-            return self.experiment.network.observe(truth, generator)
+            return _reported(self.experiment, times - 1, lambda network, which: network.observe(truth[which], generator))
         mask, error = networks
         value = (truth + error * standard_normal(tuple(truth.shape), generator)).where(mask, 0.0)
         return GridObservations(*(x.unsqueeze(-2) for x in (value, mask, error)))
@@ -121,7 +140,8 @@ def observed_record(
     """What `method` makes of observations alone: truths of their own are observed by the network of `experiment`, cycled for
     `cycles` times, and then forgotten.
 
-    Returns `target`, `analysis` (of the moment) and `observations`, each (cycle, run, ...); targets are the analyses or, if
+    Returns `target`, `analysis` (of the moment) and `observations`, each (cycle, run, ...), and the numbers of the `cycle`s;
+    targets are the analyses or, if
     `smoothed`, what the method made of them later. Runs that fail are left out, and so are the first `discard` cycles. Raises
     `ValueError` if no run is left, or the method does not look back.
     """
@@ -138,25 +158,33 @@ def observed_record(
         "analysis": ("cycle", "run", "variable"),
         "observations": ("cycle", "run", "seen"),
     }
-    return xr.Dataset({name: (dims[name], x.transpose("cycle", "run", ...).values) for name, x in fields.items()})
+    kept = {name: (dims[name], x.transpose("cycle", "run", ...).values) for name, x in fields.items()}
+    return xr.Dataset(kept, {"cycle": np.arange(discard, cycles)})
 
 
 # %% ../../nbs/94_priors.ipynb #74d7dd0b
 class ObservedRecord:
     """A record to learn from that knows nothing of nature: an `observed_record` of `experiment`."""
 
+    values: Gappy
+
     def __init__(self, experiment: TwinExperiment, dataset: xr.Dataset):
         self.experiment = experiment
         self.targets, self.analyses, self.values = (
             torch.tensor(dataset[name].values.astype("float64")) for name in ("target", "analysis", "observations")
         )
+        self.first = int(dataset.cycle[0])
 
     def networks_of(self, runs: Index, generator: torch.Generator) -> None:
         return None
 
-    def observe(self, times: Index, runs: Index, networks: tuple[Mask, Tensor] | None, generator: torch.Generator) -> Observations:
+    def observe(
+        self, times: Index, runs: Index, networks: tuple[Mask, Tensor] | None, generator: torch.Generator
+    ) -> Observations | GridObservations:
         """What was seen at `times` of `runs`."""
-        return self.experiment.network.report(self.values[times, runs])
+        values = self.values[times, runs]
+        report = lambda network, which: network.report(values[which, : network.operator.size])
+        return _reported(self.experiment, times + self.first, report)
 
     def begin(self, times: Index, runs: Index, generator: torch.Generator) -> Tensor:
         """The analyses at `times` of `runs`."""
@@ -198,9 +226,9 @@ class Records:
         self, times: Index, runs: Index, networks: tuple[Mask, Tensor] | None, generator: torch.Generator
     ) -> GridObservations:
         dim = self.targets.shape[-1]
-        shown = [(here, on_grid(record.observe(t, r, None, generator), dim)) for record, here, t, r in self._each(times, runs)]
-        order = torch.cat([here for here, _ in shown]).argsort()
-        return GridObservations(*(torch.cat([getattr(s, name) for _, s in shown])[order] for name in ("value", "mask", "error")))
+        return _gathered(
+            [(here, on_grid(record.observe(t, r, None, generator), dim)) for record, here, t, r in self._each(times, runs)]
+        )
 
     def begin(self, times: Index, runs: Index, generator: torch.Generator) -> Tensor:
         return self._gather(times, runs, lambda record, t, r, here: record.begin(t, r, generator))

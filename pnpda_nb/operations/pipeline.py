@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core.checks import GAPS, guard
+from ..core.compute import _alike, _computing
 from ..core.random import RunStreams, stream
 from ..files.layout import layout_from_record
 from ..files.states import States
@@ -140,15 +141,18 @@ def assimilate(
     iterations: int | None = None,
     ensemble: int = 1,
     seed: int = 0,
+    dtype: torch.dtype | str = torch.float64,
+    device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> Tensor:
     """The analyses of `states` given what was seen of them, `(run, member, dim)`: each run, and each member, by itself.
 
-    The mean of an `ensemble` of analyses that differ by their noise. Where increments never change in the pairs of training, it is
-    the background. Raises `ValueError` for arguments out of range, for states or observations that do not fit the prior or one
-    another, and if a state or an analysis is not finite.
+    The mean of an `ensemble` of analyses that differ by their noise, computed in `dtype`, float64 or float32, on `device`. Where
+    increments never change in the pairs of training, it is the background. Raises `ValueError` for arguments out of range, for
+    states or observations that do not fit the prior or one another, and if a state or an analysis is not finite.
     """
     _check_seed(seed)
+    dtype, device = _computing(dtype, device)
     method, parts, unit = pnpda_with(prior, iterations, ensemble), [], attached_unit(prior)
     runs, members, dim = states.values.shape
     values = states.values.double()
@@ -158,7 +162,9 @@ def assimilate(
         for first in range(0, runs, together):
             some = slice(first, min(first + together, runs))
             streams = RunStreams(seed, "assimilate", first, runs=some.stop - first)
-            parts.append(method.analyse(values[some], sightings.observations(some), forecast=None, generator=streams))
+            background = values[some].to(device, dtype)
+            asked = _alike((method, sightings.observations(some)), background)
+            parts.append(asked[0].analyse(background, asked[1], forecast=None, generator=streams).to(values))
             bar.update(some.stop - first)
     analysis = torch.cat(parts)
     if unit is not None:

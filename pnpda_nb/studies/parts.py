@@ -161,13 +161,21 @@ def tuning_task(
 
 
 # %% ../../nbs/95_studies.ipynb #cf545636
-def cycle_part(settings: dict, **learned: Any) -> xr.Dataset:
-    """A cycle on test truths, whole or as its `summary`: see `cycle`."""
+def _cycled(settings: dict, learned: dict, nature: list | None = None) -> tuple[xr.Dataset, float]:
+    """The cycle of a part on test truths, and the seconds that it took."""
     experiment = experiment_of(settings["testbed"])
     method = build_method(experiment, settings["method"], **learned)
-    result = cycle(experiment, method, members=settings["members"], runs=settings["runs"], seed=settings["seed"])
-    chosen = dict(learned.get("tuned", {}).get("setting", {}))
+    options = {name: settings[name] for name in ("members", "runs", "seed", "dtype", "device") if name in settings}
+    begin = time.perf_counter()
+    result = cycle(experiment, method, nature=nature, **options)
+    seconds, chosen = time.perf_counter() - begin, dict(learned.get("tuned", {}).get("setting", {}))
     result.attrs["method_settings"] = json.dumps(json.loads(result.attrs["method_settings"]) | chosen)
+    return result, seconds
+
+
+def cycle_part(settings: dict, **learned: Any) -> xr.Dataset:
+    """A cycle on test truths, whole or as its `summary`: see `cycle`."""
+    result, _ = _cycled(settings, learned)
     return result if settings["whole"] else summary(result)
 
 
@@ -300,23 +308,16 @@ def learning_task(
 # %% ../../nbs/95_studies.ipynb #8c472e66
 def costed_part(settings: dict, **learned: Any) -> xr.Dataset:
     """A cycle on test truths with what it cost: forecasts per cycle, passes of a network per cycle, and seconds in all."""
-    experiment = experiment_of(settings["testbed"])
-    method = build_method(experiment, settings["method"], **learned)
-    nature = _nature(
-        json.dumps(settings["testbed"]), settings["runs"], settings["seed"]
-    )  # the same for all methods, and no part of the cost
-    begin = time.perf_counter()
-    whole = cycle(experiment, method, members=settings["members"], runs=settings["runs"], seed=settings["seed"], nature=nature)
+    # nature is the same for all methods, and no part of the cost
+    nature = _nature(json.dumps(settings["testbed"]), settings["runs"], settings["seed"])
+    whole, seconds = _cycled(settings, learned, nature)
+    asked = settings["method"] | learned.get("tuned", {}).get("setting", {})
     cost = {
-        "seconds": time.perf_counter() - begin,
+        "seconds": seconds,
         "forecasts": settings["members"],
-        "passes": passes(settings["method"] | learned.get("tuned", {}).get("setting", {}), settings["members"])
-        if "prior" in learned
-        else 0,
+        "passes": passes(asked, settings["members"]) if "prior" in learned else 0,
     }
     result = summary(whole)
-    chosen = dict(learned.get("tuned", {}).get("setting", {}))
-    result.attrs["method_settings"] = json.dumps(json.loads(result.attrs["method_settings"]) | chosen)
     if settings["members"] > 1:
         n = settings["members"]
         result["spread_skill"] = np.sqrt((n + 1) / n * result.variance / result.squared_error)

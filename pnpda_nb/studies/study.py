@@ -16,7 +16,18 @@ from annotated_types import Gt
 
 from ..core.checks import guard
 from ..core.disk import write_whole
-from ..core.settings import Count, Distinct, Members, NotNegative, PositiveNumber, Settings, Some, annotations_of, parse_as
+from ..core.settings import (
+    Count,
+    Distinct,
+    Members,
+    NotNegative,
+    PositiveNumber,
+    Settings,
+    Some,
+    _require,
+    annotations_of,
+    parse_as,
+)  # fmt: skip
 from ..flow_matching.pairs import PAPER_TRAINING, TrainingSettings
 from ..pnp.loop import StepRule
 from ..sweep import Store, Task, run_tasks
@@ -57,10 +68,17 @@ class Study:
             raise ValueError(f"preset: unknown preset {preset!r}; known: {', '.join([*self.presets, *self.others])}")
         return self.others.get(preset, self)
 
-    def run(self, settings: Any, methods: Sequence[str] | None, store: Store, **options: Any) -> dict[tuple[str, str], xr.Dataset]:
-        """The cycled datasets by condition and method; `options` as for `run_tasks`."""
+    def run(
+        self, settings: Any, methods: Sequence[str] | None, store: Store, computing: Mapping[str, str] = {}, **options: Any
+    ) -> dict[tuple[str, str], xr.Dataset]:
+        """The cycled datasets by condition and method; `computing` may say in which `dtype` and on which `device` states are
+        cycled, and `options` are as for `run_tasks`. Raises `ValueError` for such a wish to a study whose results are not cycles.
+        """
         chosen = self.choose(methods)
         plan, kept = self.plan(settings, chosen), self.kept(settings, chosen)
+        if computing:
+            _require(self.stack is None, next(iter(computing)), "a study that cycles states", self.name)
+            plan = {case: dataclasses.replace(task, settings={**task.settings, **computing}) for case, task in plan.items()}
         results = run_tasks([*plan.values(), *kept.values()], store, **options)
         write_whole({store.folder / name: store.path(task).read_bytes() for name, task in kept.items()})
         return dict(zip(plan, results))

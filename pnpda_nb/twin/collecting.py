@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from typing import Iterable
+from typing import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -27,13 +27,14 @@ __all__ = []
 
 # %% ../../nbs/92_engine.ipynb #26336e13
 def _averaged(segment: Segment) -> Segment:
-    """Of the states between analyses only the mean is of use, and they are many."""
+    """A segment with all of it where nature is. Of the states between analyses only the mean is of use, and they are many."""
     if segment.weights is None:
-        segment.estimate = segment.estimate.mean(-2, keepdim=True)
+        estimate = segment.estimate.mean(-2)
     else:  # the last of them is the analysis
         before, last = segment.estimate[:-1], segment.estimate[-1:]
-        segment.estimate = torch.cat((_mean(before, segment.background_weights), _mean(last, segment.weights))).unsqueeze(-2)
-    return segment
+        estimate = torch.cat((_mean(before, segment.background_weights), _mean(last, segment.weights)))
+    here = {name: x.cpu() for name, x in vars(segment).items() if isinstance(x, Tensor)}
+    return dataclasses.replace(segment, **here | {"estimate": estimate.cpu()})
 
 
 def _mean(ensemble: Tensor, weights: Tensor | None) -> Tensor:
@@ -77,77 +78,92 @@ def _described(experiment: TwinExperiment, method: Method) -> dict[str, str]:
 
 
 # %% ../../nbs/92_engine.ipynb #f29b533a
-def _as_dataset(
-    experiment: TwinExperiment, method: Method, segments: list[Segment], first_cycle: int, failed: Tensor, keep_members: bool
-) -> xr.Dataset:
-    """Collect segments of a cycle; set-aside runs become nan from the cycle of their failure on."""
-    interval, count = len(segments[0].truth), len(segments)  # states that are kept
-    every = experiment.interval // interval
-    truth = torch.cat([s.truth for s in segments])
-    bad_cycle = (failed >= 0)[None] & (first_cycle + torch.arange(count)[:, None] >= failed[None])
-    bad_step = bad_cycle.repeat_interleave(interval, dim=0)
-    estimate = torch.cat([s.estimate.mean(-2) for s in segments])
-    estimate = estimate.masked_fill(bad_step[..., None], torch.nan)
-    background, analysis = (
-        torch.stack(x).masked_fill(bad_cycle[..., None, None], torch.nan)
-        for x in ([s.background for s in segments], [s.analysis for s in segments])
-    )
-    members, at_cycles = analysis.shape[2], truth[interval - 1 :: interval]
+def _parts(segments: Iterable[Segment], most: int | None = None) -> Iterator[list[Segment]]:
+    """Lists of segments one after the other, of so few that their members take little memory, and of no more than `most`."""
+    segments = iter(segments)
+    for first in segments:
+        length = max(1, 2_000_000 // first.analysis.numel())
+        yield [first, *itertools.islice(segments, (length if most is None else min(length, most)) - 1)]
+
+
+def _collected(segments: list[Segment], smoothed: bool, members: bool) -> dict[str, tuple[tuple[str, ...], Tensor]]:
+    """What is kept of some segments: names of dimensions, and values `(time or cycle, run, …)`."""
+    step, per_cycle, whole = ("time", "run", "variable"), ("cycle", "run", "variable"), ("cycle", "run", "member", "variable")
+    truth, estimate = (torch.cat([getattr(s, name) for s in segments]) for name in ("truth", "estimate"))
+    background, analysis = (torch.stack([getattr(s, name) for s in segments]) for name in ("background", "analysis"))
     weights = before = None
     if segments[0].weights is not None:
         before, weights = (torch.stack(x) for x in ([s.background_weights for s in segments], [s.weights for s in segments]))
+    interval, seen = len(segments[0].truth), [s.observations for s in segments]
+    lost = [torch.zeros_like(o.values, dtype=bool) if o.missing is None else o.missing for o in seen]
+    values = [o.values.masked_fill(missing, torch.nan).cpu() for o, missing in zip(seen, lost)]
+    kept = {
+        "truth": (step, truth),
+        "estimate": (step, estimate),
+        "rmse": (step[:2], (estimate - truth).square().mean(-1).sqrt()),
+        "background": (per_cycle, _mean(background, before)),
+        "analysis": (per_cycle, _mean(analysis, weights)),
+        "observations": (("cycle", "run", "observation"), torch.stack(_padded(values))),
+        "missing": (("cycle", "run"), torch.stack([missing.sum(-1).cpu() for missing in lost])),
+    }
+    if smoothed:
+        kept["smoothed"] = (per_cycle, torch.stack([s.smoothed.mean(-2) for s in segments]))
+    if analysis.shape[2] > 1:
+        at_cycles = truth[interval - 1 :: interval]
+        below = analysis < at_cycles.unsqueeze(2)
+        kept["background_spread"] = (per_cycle[:2], _variance(background, before).mean(-1).sqrt())
+        kept["analysis_spread"] = (per_cycle[:2], _variance(analysis, weights).mean(-1).sqrt())
+        if weights is None:
+            crps = torch.from_numpy(crps_ensemble(at_cycles.numpy(), analysis.numpy(), m_axis=2, estimator="pwm"))
+            rank = below.sum(2)
+        else:  # the rank among as many members drawn evenly from the weighted ones
+            crps, rank = _fair_crps(at_cycles, analysis, weights), (analysis.shape[2] * _mean(below, weights)).round()
+            kept["concentration"] = (per_cycle[:2], weights.square().sum(-1))
+        kept |= {"crps": (per_cycle, crps), "rank": (per_cycle, rank.double())}
+    if members:
+        kept |= {"background_members": (whole, background), "analysis_members": (whole, analysis)}
+        if weights is not None:
+            kept |= {"background_weights": (whole[:-1], before), "analysis_weights": (whole[:-1], weights)}
+    return kept
 
-    def spread(x: Tensor, weights: Tensor | None) -> Tensor:
-        return _variance(x, weights).mean(-1).sqrt()
 
-    def by_run(x: Tensor) -> np.ndarray:
-        return x.transpose(0, 1).numpy()
+def _padded(values: list[Tensor]) -> list[Tensor]:
+    """Tensors `(…, size)`, with nan after those that are shorter than others."""
+    size = max(x.shape[-1] for x in values)
+    return [torch.nn.functional.pad(x, (0, size - x.shape[-1]), value=torch.nan) if x.shape[-1] < size else x for x in values]
 
-    step, per_cycle = ("run", "time", "variable"), ("run", "cycle", "variable")
-    values = torch.stack([s.observations.values for s in segments])
-    lost = [s.observations.missing for s in segments]
-    missing = torch.stack([torch.zeros_like(v, dtype=bool) if m is None else m for v, m in zip(values, lost)])
-    result = xr.Dataset(
-        {
-            "truth": (step, by_run(truth)),
-            "estimate": (step, by_run(estimate)),
-            "rmse": (("run", "time"), by_run((estimate - truth).square().mean(-1).sqrt())),
-            "background": (per_cycle, by_run(_mean(background, before))),
-            "analysis": (per_cycle, by_run(_mean(analysis, weights))),
-            "observations": (("run", "cycle", "observation"), by_run(values.masked_fill(missing, torch.nan))),
-            "missing": (("run", "cycle"), by_run(missing.sum(-1))),
-        },
+
+def _as_dataset(
+    experiment: TwinExperiment, method: Method, segments: Iterable[Segment], first_cycle: int, failed: Tensor, keep_members: bool
+) -> xr.Dataset:
+    """Collect segments of a cycle; set-aside runs become nan from the cycle of their failure on."""
+    looks_back = bool(getattr(method, "lag", 0) or getattr(method, "shift", method.window) < method.window)
+    members, parts = 1, []
+    for some in _parts(segments):
+        members = some[0].analysis.shape[1]
+        parts.append(_collected(some, looks_back, keep_members))
+    kept = {name: (dims, torch.cat(_padded([part[name][1] for part in parts]))) for name, (dims, _) in parts[0].items()}
+    count, steps = len(kept["missing"][1]), len(kept["truth"][1])
+    interval = steps // count  # states that are kept
+    gone = (failed >= 0) & (first_cycle + torch.arange(count)[:, None] >= failed)
+    for name, (dims, values) in kept.items():
+        if name in ("truth", "observations", "missing", "background_weights", "analysis_weights"):
+            continue
+        # a failure reaches back as far as the method looks: nothing of such a run is kept
+        lost = (failed >= 0).expand_as(gone) if name == "smoothed" else gone
+        lost = lost.repeat_interleave(interval, 0) if dims[0] == "time" else lost
+        values.masked_fill_(lost.reshape(*lost.shape, *[1] * (values.ndim - 2)), torch.nan)
+    times, cycles = first_cycle * interval + np.arange(1, steps + 1), first_cycle + np.arange(1, count + 1)
+    dt = experiment.nature.dt
+    return xr.Dataset(
+        {name: ((dims[1], dims[0], *dims[2:]), values.transpose(0, 1).numpy()) for name, (dims, values) in kept.items()},
         coords={
-            "time": (
-                "time",
-                (first_cycle * interval + np.arange(1, count * interval + 1)) * every * experiment.nature.dt,
-                {"units": "model time units"},
-            ),
-            "cycle_time": ("cycle", (first_cycle + np.arange(1, count + 1)) * experiment.interval * experiment.nature.dt),
+            "time": ("time", times * (experiment.interval // interval) * dt, {"units": "model time units"}),
+            "cycle_time": ("cycle", cycles * experiment.interval * dt),
             "variable": experiment.variables,
         },
+        attrs={"members": members},
     )
-    if getattr(method, "lag", 0) or getattr(method, "shift", method.window) < method.window:
-        smoothed = torch.stack([s.smoothed.mean(-2) for s in segments])
-        # a failure reaches back as far as the method looks: nothing of such a run is kept
-        result["smoothed"] = (per_cycle, by_run(smoothed.masked_fill((failed >= 0)[:, None], torch.nan)))
-    if members > 1:
-        result["background_spread"] = (("run", "cycle"), by_run(spread(background, before)))
-        result["analysis_spread"] = (("run", "cycle"), by_run(spread(analysis, weights)))
-        below = analysis < at_cycles.unsqueeze(2)
-        if weights is None:
-            crps, rank = crps_ensemble(by_run(at_cycles), by_run(analysis), m_axis=2, estimator="pwm"), below.sum(2).double()
-        else:  # the rank among as many members drawn evenly from the weighted ones
-            crps, rank = by_run(_fair_crps(at_cycles, analysis, weights)), (members * _mean(below, weights)).round()
-            result["concentration"] = (("run", "cycle"), by_run(weights.square().sum(-1).masked_fill(bad_cycle, torch.nan)))
-        result["crps"] = (per_cycle, crps)
-        result["rank"] = (per_cycle, by_run(rank.masked_fill(bad_cycle[..., None], torch.nan)))
-    if keep_members:
-        whole = ("run", "cycle", "member", "variable")
-        result["background_members"], result["analysis_members"] = ((whole, by_run(background)), (whole, by_run(analysis)))
-        if weights is not None:
-            result["background_weights"], result["analysis_weights"] = ((whole[:-1], by_run(x)) for x in (before, weights))
-    return result
 
 
 # %% ../../nbs/92_engine.ipynb #2e1cc207
@@ -158,16 +174,11 @@ def _blocks_of_scores(
     neighbours are merged and blocks are twice as long from then on.
     """
     blocks: list[xr.Dataset] = []
-    missing, done, segments = 0, experiment.burn_in, iter(segments)
-    for _ in itertools.islice(segments, experiment.burn_in):
-        pass
-    first = next(segments)
-    segments = itertools.chain([first], segments)
-    scored = experiment.cycles - experiment.burn_in
-    length = full = max(1, min(50, scored // 5, 2_000_000 // first.analysis.numel()))
-    while part := list(itertools.islice(segments, length)):
+    missing, done, full = 0, experiment.burn_in, 0
+    usual = max(1, min(50, (experiment.cycles - experiment.burn_in) // 5))
+    for part in _parts(itertools.islice(segments, experiment.burn_in, None), usual):
+        full = full or len(part)
         block = _as_dataset(experiment, method, part, done, failed, False)
-        block.attrs["members"] = part[0].analysis.shape[1]
         missing, done = missing + block.missing.sum("cycle"), done + len(part)
         block = _statistics(block).drop_vars("rmse").assign(cycles=float(len(part)))
         if blocks and blocks[-1].cycles < full:

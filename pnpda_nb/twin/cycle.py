@@ -18,8 +18,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core.checks import guard
-from ..core.compute import _alike
-from ..core.random import RunNoise, RunStreams
+from ..core.compute import _alike, _computing
+from ..core.random import RunNoise, RunStreams, standard_normal
 from ..core.settings import _require
 from ..dynamics.base import trajectory
 from ..dynamics.derivatives import Forecast
@@ -27,6 +27,7 @@ from ..observing.observations import Observations
 from .collecting import _as_dataset, _averaged, _blocks_of_scores, _described
 from .experiment import TwinExperiment, watch_nature
 from .method import Method, Segment, _same_shape
+from .nature import _differences
 from .window import window_cycle
 
 # %% auto #0
@@ -104,31 +105,40 @@ def _with_weights(method: Method, background: Tensor, answer: Any) -> tuple[Tens
 
 
 # %% ../../nbs/03_twin.ipynb #9be330d4
+def _first_background(e: TwinExperiment, truth: Tensor, members: int, seed: int, split: str) -> Tensor:
+    """The first ensemble `(run, member, dim)`, of a truth `(run, dim)`; the first member of each run has a stream of its own."""
+    runs, spread = len(truth), e.background_variance**0.5
+    if e.first_ensemble == "same_law":
+        draw = lambda run, count, generator: e.starts(count, generator)
+    elif e.first_ensemble == "around_truth":
+        draw = lambda run, count, generator: truth[run] + spread * standard_normal((count, e.dim), generator)
+    else:
+        away = _differences(e.forecast_model, e.model_error.variance, e.interval, truth, seed, split)
+        draw = lambda run, count, generator: truth[run] + spread * away(run, count, generator)
+    noise = RunNoise(seed, split, "first background", runs)
+    streams = [((1, noise.first[run]), (members - 1, noise.others[run])) for run in range(runs)]
+    return torch.stack([torch.cat([draw(run, *some) for some in both if some[0]]) for run, both in enumerate(streams)])
+
+
 class _Runs:
     """The runs of a cycle: their first states, how they advance, how large nature is, and which of them failed when."""
 
     def __init__(
         self, experiment: TwinExperiment, nature: Iterator, members: int, runs: int, seed: int, split: str,
-        dtype: torch.dtype, every: int,
+        dtype: torch.dtype, device: torch.device, every: int,
     ):  # fmt: skip
         self.experiment, self.nature, self.members, self.every = experiment, nature, members, every
         self.noise = RunNoise(seed, split, "model error", runs)
-        error = RunNoise(seed, split, "first background", runs).draw(1, members, experiment.dim)[0]
-        truth = next(nature)[0][0].unsqueeze(-2)
+        truth = next(nature)[0][0]
         if len(truth) != runs:
             raise ValueError(f"nature: expected one of {runs} runs, got {len(truth)}")
-        if experiment.first_ensemble == "around_truth":
-            self.first = truth + experiment.background_variance**0.5 * error
-        else:
-            centre = torch.tensor(experiment.start, dtype=torch.float64)
-            self.first = centre + experiment.start_variance**0.5 * error
-        self.first = self.first.to(dtype)
+        self.first = _first_background(experiment, truth, members, seed, split).to(device, dtype)
         self.failed = torch.full((runs,), -1)
-        self.size = truth.abs().amax((1, 2), keepdim=True).clamp_min(1.0)  # of each run's nature
+        self.size = truth.abs().amax(1).clamp_min(1.0)[:, None, None].to(device)  # of each run's nature
 
     def watched(self) -> Iterator[tuple[Tensor, Observations]]:
         for truth, observations in self.nature:
-            self.size = torch.maximum(self.size, truth.abs().amax((0, 2))[:, None, None])
+            self.size = torch.maximum(self.size, truth.abs().amax((0, 2))[:, None, None].to(self.size))
             yield truth if self.every == 1 else truth[self.every - 1 :: self.every].clone(), _alike(observations, self.first)
 
     def advance(self, state: Tensor) -> Tensor:
@@ -140,10 +150,10 @@ class _Runs:
 
     def set_aside(self, state: Tensor, k: int) -> Tensor:
         """Note runs of `state` `(run, member, dim)` that are not finite, or about to be so; a harmless state takes their place."""
-        broken = ~(state.abs() <= 1e6 * self.size).flatten(1).all(1)
+        broken = ~(state.abs() <= 1e6 * self.size).flatten(1).all(1).cpu()
         self.failed[broken & (self.failed < 0)] = k
         gone = self.failed >= 0
-        return torch.where(gone[:, None, None], self.first, state) if gone.any() else state
+        return torch.where(gone[:, None, None].to(state.device), self.first, state) if gone.any() else state
 
 
 # %% ../../nbs/03_twin.ipynb #9f846bee
@@ -159,7 +169,8 @@ def cycle(
     keep_members: bool = False,
     keep_steps: bool = True,
     nature: Sequence[tuple[Tensor, Observations | None]] | None = None,
-    dtype: torch.dtype = torch.float64,
+    dtype: torch.dtype | str = torch.float64,
+    device: torch.device | str = "cpu",
     progress: bool | str = False,
 ) -> xr.Dataset:
     """Run `method` through `runs` independent twin experiments at once.
@@ -172,13 +183,16 @@ def cycle(
     all of these use them; their `concentration` Σ w² is one over the effective number of members, and `keep_members` keeps them,
     too. With `keep="scores"` only what `scores` and the other summaries need, in memory that does not grow with the number of
     cycles. Without `keep_steps` there are no times between those of observations, neither kept nor scored. `nature` is what
-    `watch_nature` yields, if it is at hand. States, and whatever meets them, are of `dtype`, torch.float64 or torch.float32; truths
-    are always float64. Raises `ValueError` for fewer than one run or member, or a method without a `window`.
+    `watch_nature` yields, if it is at hand. States, and whatever meets them, are of `dtype`, float64 or float32, on
+    `device`; truths are always float64 on the processor, and so are draws before they are rounded. Where networks change, there are
+    as many `observations` as the largest has, nan where there are fewer. Raises `ValueError` for fewer than one run or member, a
+    method without a `window`, or a device that is not there.
     """
-    _check_cycle(method, members, runs, keep, dtype)
+    _check_cycle(method, members, runs, keep)
+    dtype, device = _computing(dtype, device)
     nature = iter(watch_nature(experiment, runs, seed, split) if nature is None else nature)
     every = 1 if keep_steps else experiment.interval
-    batch = _Runs(experiment, nature, members, runs, seed, split, dtype, every)
+    batch = _Runs(experiment, nature, members, runs, seed, split, dtype, device, every)
     loop = filter_cycle
     if getattr(method, "from_start", method.window > 1):
         loop = partial(window_cycle, cycles=experiment.cycles, every=every)
@@ -189,19 +203,20 @@ def cycle(
     name, off = progress if isinstance(progress, str) else type(method).__name__, None if progress else True
     bar = tqdm(map(_averaged, segments), total=experiment.cycles, desc=name, disable=off, leave=False)
     if keep == "all":
-        result = _as_dataset(experiment, method, list(bar), 0, batch.failed, keep_members)
+        result = _as_dataset(experiment, method, bar, 0, batch.failed, keep_members)
     else:
         result = _blocks_of_scores(experiment, method, bar, batch.failed)
     result["failed"] = (("run",), batch.failed.numpy())
     settings = {"members": members, "runs": runs, "seed": seed, "split": split, "burn_in": experiment.burn_in}
     settings |= {} if dtype == torch.float64 else {"dtype": str(dtype).removeprefix("torch.")}
+    settings |= {} if device.type == "cpu" else {"device": str(device)}
     result.attrs = _described(experiment, method) | settings
     _warn_of_failed(method, batch.failed)
     return result
 
 
 # %% ../../nbs/03_twin.ipynb #f2703b95
-def _check_cycle(method: Method, members: int, runs: int, keep: str, dtype: torch.dtype) -> None:
+def _check_cycle(method: Method, members: int, runs: int, keep: str) -> None:
     for name, count in (("members", members), ("runs", runs)):
         _require(isinstance(count, Integral) and count >= 1, name, "a whole number of at least 1", count)
     window = getattr(method, "window", None)
@@ -209,8 +224,6 @@ def _check_cycle(method: Method, members: int, runs: int, keep: str, dtype: torc
         raise ValueError(f"method: expected one with a window of at least 1, got window={window}")
     if keep not in ("all", "scores"):
         raise ValueError(f"keep: expected 'all' or 'scores', got {keep!r}")
-    if dtype not in (torch.float64, torch.float32):
-        raise ValueError(f"dtype: expected torch.float64 or torch.float32, got {dtype}")
 
 
 def _warn_of_failed(method: Method, failed: Tensor) -> None:

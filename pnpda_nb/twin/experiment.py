@@ -7,31 +7,36 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Callable, Iterator, Literal
+from itertools import groupby, islice
+from typing import Callable, Iterator, Literal, Sequence
 
 import torch
 from torch import Tensor
 
-from ..core.checks import Gappy, guard
+from ..core.checks import Gappy, guard, shown
 from ..core.random import RunStreams
-from ..core.settings import Count, NotNegative, Settings, Size
+from ..core.settings import Count, NotNegative, Settings, Size, Some, _require
 from ..dynamics.base import AdditiveModelError, Model
 from ..observing.observations import Observations, ObservingNetwork
-from .nature import _moving, _started
+from .nature import Start, _moving, _started, _starts
 
 # %% auto #0
 __all__ = ["TwinExperiment", "nature_start", "nature_run", "observe_truth", "watch_nature"]
 
-
 # %% ../../nbs/03_twin.ipynb #a1703d7c
+Networks = ObservingNetwork | Some[ObservingNetwork] | Callable[[int], ObservingNetwork]
+
+
 @dataclass(frozen=True, eq=False)
 class TwinExperiment(Settings):
     """Everything about a twin experiment but the method, the number of runs and the seed.
 
-    Truths start from N(`start`, `start_variance` · I) and run `spin_up` steps of `nature` before
-    anything is recorded. The first background is the truth plus N(0, `background_variance` · I); with
-    `first_ensemble="same_law"` it is drawn, like the truth, from N(`start`, `start_variance` · I).
-    The network reports every `interval` model steps, `cycles` times, never at the start. The forecast
+    Truths start from N(`start`, `start_variance` · I), or from one of the states `(count, dim)` that `start` holds, or from what
+    `start(count, generator)` draws, `(count, dim)`; they run `spin_up` steps of `nature` before anything is recorded. The first
+    background is the truth plus N(0, `background_variance` · I); with `first_ensemble="same_law"` it is drawn like the start of the
+    truth, and with "forecast_differences" its errors are differences of two states of a free run of the forecast model, scaled to a
+    mean variance of `background_variance`. The network reports every `interval` model steps, `cycles` times, never at the start:
+    the same each time, one of several in turn, or what a function gives for the number of the cycle, from 0. The forecast
     model is perturbed by `model_error` at every step, and nature, after the spin-up, by
     `nature_error`. The first `burn_in` cycles are run but not scored. Nature may have more variables than the forecast model:
     `resolve` then maps its states to those that are forecast, observed and scored.
@@ -40,21 +45,23 @@ class TwinExperiment(Settings):
     name: str
     nature: Model
     forecast_model: Model
-    network: ObservingNetwork
+    network: Networks
     interval: Count
     cycles: Count
-    start: tuple[float, ...]
+    start: Start
     start_variance: NotNegative = 1.0
     spin_up: Size = 1000
     background_variance: NotNegative = 1.0
     model_error: AdditiveModelError = field(default_factory=lambda: AdditiveModelError(0.0))
     nature_error: AdditiveModelError = field(default_factory=lambda: AdditiveModelError(0.0))
     burn_in: Size = 0
-    first_ensemble: Literal["around_truth", "same_law"] = "around_truth"
+    first_ensemble: Literal["around_truth", "same_law", "forecast_differences"] = "around_truth"
     resolve: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self):
         super().__post_init__()
+        if not (callable(self.start) or getattr(self.start, "ndim", 1) == 2):
+            object.__setattr__(self, "start", tuple(map(float, self.start)))
         _check_experiment(self)
 
     @property
@@ -73,9 +80,21 @@ class TwinExperiment(Settings):
     def variables(self) -> list[str]:
         return list(self.forecast_model.names) or [f"x{i}" for i in range(self.dim)]
 
-    def with_network(self, network: ObservingNetwork) -> "TwinExperiment":
+    def with_network(self, network: Networks) -> "TwinExperiment":
         """The same experiment seen by another network."""
         return replace(self, network=network)
+
+    def network_at(self, cycle: int) -> ObservingNetwork:
+        """The network that reports at the end of a cycle, counted from 0."""
+        if callable(self.network):
+            found = self.network(cycle)
+            _require(isinstance(found, ObservingNetwork), "network", f"an ObservingNetwork for cycle {cycle}", shown(found))
+            return found
+        return self.network[cycle % len(self.network)] if isinstance(self.network, Sequence) else self.network
+
+    def starts(self, count: int, generator: torch.Generator) -> Tensor:
+        """`count` states of nature `(count, dim of nature)` as truths start from, before the spin-up."""
+        return _starts(self.nature, self.start, self.start_variance, count, generator)
 
 
 # %% ../../nbs/03_twin.ipynb #d9fdc045
@@ -83,9 +102,11 @@ def _check_experiment(e: TwinExperiment) -> None:
     """Raise `ValueError` for choices that do not fit together."""
     if not math.isclose(e.nature.dt, e.forecast_model.dt):
         raise ValueError(f"forecast_model: expected time steps of {e.nature.dt} as nature's, got {e.forecast_model.dt}")
-    if len(e.start) != e.nature.dim:
+    if isinstance(e.start, tuple) and len(e.start) != e.nature.dim:
         raise ValueError(f"start: expected {e.nature.dim} numbers, got {len(e.start)}")
-    resolved = e.resolved(torch.tensor(e.start, dtype=torch.float64)).shape[-1]
+    if isinstance(e.start, Tensor) and (e.start.shape[1] != e.nature.dim or not len(e.start)):
+        raise ValueError(f"start: expected states of shape (count, {e.nature.dim}), got {tuple(e.start.shape)}")
+    resolved = e.resolved(torch.zeros(e.nature.dim, dtype=torch.float64)).shape[-1]
     if resolved != e.forecast_model.dim:
         raise ValueError(f"forecast_model: expected states of size {resolved} as nature's, got {e.forecast_model.dim}")
     if e.burn_in >= e.cycles:
@@ -100,7 +121,7 @@ def nature_start(experiment: TwinExperiment, runs: int, seed: int, split: str = 
     if runs < 1:
         raise ValueError(f"runs: expected at least 1, got {runs}")
     e = experiment
-    return _started(e.nature, tuple(e.start), e.start_variance, e.spin_up, runs, seed, split)
+    return _started(e.nature, e.start, e.start_variance, e.spin_up, runs, seed, split)
 
 
 # %% ../../nbs/03_twin.ipynb #990ff898
@@ -110,7 +131,7 @@ def nature_intervals(experiment: TwinExperiment, runs: int, seed: int, split: st
     """
     e, start = experiment, nature_start(experiment, runs, seed, split)
     yield e.resolved(start)[None]
-    began = (tuple(e.start), e.start_variance, e.spin_up)
+    began = (e.start, e.start_variance, e.spin_up)
     states = _moving(start, began, e.nature, e.nature_error.variance, e.interval, e.cycles, runs, seed, split)
     yield from map(e.resolved, states)
 
@@ -124,15 +145,18 @@ def nature_run(experiment: TwinExperiment, runs: int, seed: int, split: str = "t
 
 
 # %% ../../nbs/03_twin.ipynb #3af64956
-def observation_errors(experiment: TwinExperiment, runs: int, seed: int, split: str = "test") -> Iterator[Gappy]:
-    """The errors `(run, size)` of every observation time, drawn in blocks, so that a long experiment
-    does not need them all at once; nan where a value is missing.
+def observation_errors(
+    experiment: TwinExperiment, runs: int, seed: int, split: str = "test"
+) -> Iterator[tuple[ObservingNetwork, Gappy]]:
+    """The network of every observation time and its errors `(run, size)`, nan where a value is missing; drawn in blocks, so that a
+    long experiment does not need them all at once.
     """
-    network, streams = experiment.network, RunStreams(seed, split, "observations", runs=runs).runs
-    block = max(1, min(64, 100_000 // max(1, network.operator.size)))
-    for first in range(0, experiment.cycles, block):
-        times = min(block, experiment.cycles - first)
-        yield from torch.stack([network.errors((times,), one) for one in streams], dim=1)
+    streams = RunStreams(seed, split, "observations", runs=runs).runs
+    for network, cycles in groupby(map(experiment.network_at, range(experiment.cycles))):
+        block = max(1, min(64, 100_000 // max(1, network.operator.size)))
+        while times := len(list(islice(cycles, block))):
+            for errors in torch.stack([network.errors((times,), one) for one in streams], dim=1):
+                yield network, errors
 
 
 # %% ../../nbs/03_twin.ipynb #b33a3b17
@@ -140,17 +164,16 @@ def observe_truth(experiment: TwinExperiment, truth: Tensor, seed: int, split: s
     """One `Observations` with values `(run, size)` for every observation time of `truth` `(steps +
     1, run, dim)`.
     """
-    network, seen = experiment.network, truth[experiment.interval :: experiment.interval]
-    errors = observation_errors(experiment, truth.shape[1], seed, split)
-    return [network.report(network.operator(state) + error) for state, error in zip(seen, errors)]
+    seen, errors = truth[experiment.interval :: experiment.interval], observation_errors(experiment, truth.shape[1], seed, split)
+    return [network.report(network.operator(state) + error) for state, (network, error) in zip(seen, errors)]
 
 
 # %% ../../nbs/03_twin.ipynb #73bd369c
 def watch_nature(experiment: TwinExperiment, runs: int, seed: int, split: str) -> Iterator[tuple[Tensor, Observations | None]]:
     """True states of one interval after the other, and what is seen at its end: nothing at the start."""
-    network, nature = experiment.network, nature_intervals(experiment, runs, seed, split)
+    nature = nature_intervals(experiment, runs, seed, split)
     yield next(nature), None
-    for truth, error in zip(nature, observation_errors(experiment, runs, seed, split)):
+    for truth, (network, error) in zip(nature, observation_errors(experiment, runs, seed, split)):
         yield truth, network.report(network.operator(truth[-1]) + error)
 
 

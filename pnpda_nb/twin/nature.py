@@ -8,14 +8,17 @@ from __future__ import annotations
 import dataclasses
 from functools import lru_cache
 from numbers import Number
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from ..core.checks import guard
 from ..core.random import RunStreams, standard_normal
+from ..core.settings import _require
 from ..dynamics.base import Model, trajectory
+
+Start = tuple[float, ...] | Tensor | Callable[[int, torch.Generator], Tensor]
 
 # %% auto #0
 __all__ = []
@@ -30,10 +33,22 @@ def _is_plain(nature: Model) -> bool:
 
 
 # %% ../../nbs/92_engine.ipynb #19149c8c
+def _starts(nature: Model, start: Start, variance: float, count: int, generator: torch.Generator) -> Tensor:
+    """`count` states of nature around `start`, out of many, or from a function that draws them."""
+    if isinstance(start, tuple):
+        centre = torch.tensor(start, dtype=torch.float64)
+        return centre + variance**0.5 * standard_normal((count, nature.dim), generator)
+    if isinstance(start, Tensor):
+        return start[torch.randint(len(start), (count,), generator=generator)].double()
+    states = start(count, generator)
+    _require(states.shape == (count, nature.dim), "start", f"states of shape {(count, nature.dim)}", tuple(states.shape))
+    return states.double()
+
+
 @lru_cache(maxsize=64)
-def _spun_up(nature: Model, start: tuple[float, ...], variance: float, spin_up: int, runs: int, seed: int, split: str) -> Tensor:
-    draws = standard_normal((runs, nature.dim), RunStreams(seed, split, "truth", runs=runs))
-    state = torch.tensor(start, dtype=torch.float64) + variance**0.5 * draws
+def _spun_up(nature: Model, start: Start, variance: float, spin_up: int, runs: int, seed: int, split: str) -> Tensor:
+    each = RunStreams(seed, split, "truth", runs=runs).runs
+    state = torch.cat([_starts(nature, start, variance, 1, one) for one in each])
     for _ in range(spin_up):
         state = nature.step(state)
     return state
@@ -41,10 +56,18 @@ def _spun_up(nature: Model, start: tuple[float, ...], variance: float, spin_up: 
 
 # %% ../../nbs/92_engine.ipynb #6d8365de
 def _advancing(
-    state: Tensor, nature: Model, variance: float, interval: int, cycles: int, runs: int, seed: int, split: str
+    state: Tensor,
+    nature: Model,
+    variance: float,
+    interval: int,
+    cycles: int,
+    runs: int,
+    seed: int,
+    split: str,
+    what: str = "nature",
 ) -> Iterator[Tensor]:
     """The states of one interval after the other."""
-    streams = RunStreams(seed, split, "nature error", runs=runs)
+    streams = RunStreams(seed, split, f"{what} error", runs=runs)
     for _ in range(cycles):
         error = None
         if variance > 0:
@@ -53,21 +76,23 @@ def _advancing(
         states = trajectory(nature, state, interval, error)[1:]
         if not torch.isfinite(states).all():
             lost = (~torch.isfinite(states)).any(-1).any(0).nonzero()[:, 0].tolist()
-            raise ValueError(f"nature: the nature run became non-finite in runs {lost[:5]}; is the time step too long?")
+            raise ValueError(f"{what}: the {what} run became non-finite in runs {lost[:5]}; is the time step too long?")
         state = states[-1]
         yield states
 
 
 # %% ../../nbs/92_engine.ipynb #bdd5cb4b
 @lru_cache(maxsize=8)
-def _remembered(start: tuple[float, ...], start_variance: float, spin_up: int, *chosen: Any) -> tuple[Tensor, ...]:
+def _remembered(start: Start, start_variance: float, spin_up: int, *chosen: Any) -> tuple[Tensor, ...]:
     return tuple(_advancing(_spun_up(chosen[0], start, start_variance, spin_up, *chosen[-3:]), *chosen))
 
 
 # %% ../../nbs/92_engine.ipynb #a100d843
-def _started(nature: Model, *chosen: Any) -> Tensor:
+def _started(nature: Model, start: Start, *chosen: Any) -> Tensor:
     """Nature's states after the spin-up; of what is remembered, a copy."""
-    return _spun_up(nature, *chosen).clone() if _is_plain(nature) else _spun_up.__wrapped__(nature, *chosen)
+    if _is_plain(nature) and isinstance(start, tuple):
+        return _spun_up(nature, start, *chosen).clone()
+    return _spun_up.__wrapped__(nature, start, *chosen)
 
 
 def _moving(
@@ -75,12 +100,30 @@ def _moving(
 ) -> Iterator[Tensor]:
     """The states of one interval after the other from `start`, which `began` as given to `_started`."""
     run = (nature, variance, interval, cycles, *chosen)
-    if _is_plain(nature) and cycles * interval * len(start) * nature.dim <= 2_000_000:  # 16 MB
+    if _is_plain(nature) and isinstance(began[0], tuple) and cycles * interval * len(start) * nature.dim <= 2_000_000:  # 16 MB
         return (x.clone() for x in _remembered(*began, *run))
     return _advancing(start, *run)
 
 
 # %% ../../nbs/92_engine.ipynb #6b41d14e
+def _differences(
+    model: Model, variance: float, interval: int, truth: Tensor, seed: int, split: str, length: int = 100
+) -> Callable[[int, int, torch.Generator], Tensor]:
+    """A function `(run, count, generator)` that draws differences `(count, dim)` between two states of a run of the forecast
+    `model`, which is `length` intervals long and begins at the `truth` `(run, dim)`; their mean variance is one.
+    """
+    moving = _advancing(truth, model, variance, interval, length, len(truth), seed, split, "forecast_model")
+    states = torch.stack([ends[-1] for ends in moving], 1)  # (run, time, dim)
+    size = (2 * states.var(1).mean(-1)).sqrt()
+    _require((size > 0).all(), "first_ensemble", "a forecast model that moves", "one that does not")
+
+    def draw(run: int, count: int, generator: torch.Generator) -> Tensor:
+        one, ahead = (torch.randint(n, (count,), generator=generator) for n in (length, length - 1))
+        return (states[run, one] - states[run, (one + 1 + ahead) % length]) / size[run]
+
+    return draw
+
+
 def forget_nature_runs() -> None:
     """Free the memory of the nature runs that were kept for the next method, and let them be computed again."""
     _spun_up.cache_clear(), _remembered.cache_clear()

@@ -41,8 +41,7 @@ def draw_windows(experiment: TwinExperiment, count: int, generator: torch.Genera
     """
     if experiment.resolve is not None:
         raise ValueError("experiment: expected a nature with the forecast model's variables, got one that resolves others")
-    start = torch.tensor(experiment.start, dtype=torch.float64)
-    state = start + experiment.start_variance**0.5 * standard_normal((count, len(start)), generator)
+    state = experiment.starts(count, generator)
     for _ in range(experiment.spin_up):
         state = experiment.nature.step(state)
     states, noise = [state], experiment.nature_error.variance**0.5
