@@ -25,7 +25,7 @@ import xarray as xr
 from .checks import GAPS, guard
 
 # %% auto #0
-__all__ = ["write_whole", "write_record", "read_record", "write_netcdf"]
+__all__ = ["read_record", "write_netcdf"]
 
 
 # %% ../../nbs/93_files.ipynb #fbd22e95

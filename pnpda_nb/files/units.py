@@ -15,7 +15,7 @@ import numpy as np
 from ..core.checks import guard
 
 # %% auto #0
-__all__ = ["same_units", "conversion"]
+__all__ = []
 
 
 # %% ../../nbs/93_files.ipynb #acb01fa6

@@ -35,7 +35,7 @@ from ..twin.scores import scores, summary
 from ..twin.tuning import tune
 
 # %% auto #0
-__all__ = ["archive_task", "prior_task", "tuning_task", "cycle_task", "record_task", "learning_task"]
+__all__ = []
 
 
 # %% ../../nbs/95_studies.ipynb #e927deff

@@ -19,7 +19,7 @@ from ..plotting.style import LABELS, line_style
 from ..twin.scores import score_table
 
 # %% auto #0
-__all__ = ["stack_runs", "along", "figure_along", "table_along"]
+__all__ = ["along", "figure_along", "table_along"]
 
 
 # %% ../../nbs/95_studies.ipynb #45cd990d

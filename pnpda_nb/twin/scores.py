@@ -21,12 +21,10 @@ __all__ = [
     "scores",
     "summary",
     "score_table",
-    "stack_methods",
     "rank_histogram",
     "spread_skill",
     "ensemble_scores",
     "paired_difference",
-    "time_mean",
     "mean_and_error",
 ]
 
