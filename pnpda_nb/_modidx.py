@@ -130,6 +130,8 @@ d = {
             "pnpda_nb.classical.four_dvar._apply": ("four_dvar.html#_apply", "pnpda_nb/classical/four_dvar.py"),
             "pnpda_nb.classical.four_dvar._in_double": ("four_dvar.html#_in_double", "pnpda_nb/classical/four_dvar.py"),
             "pnpda_nb.classical.four_dvar._misfit": ("four_dvar.html#_misfit", "pnpda_nb/classical/four_dvar.py"),
+            "pnpda_nb.classical.four_dvar.chain_of": ("four_dvar.html#chain_of", "pnpda_nb/classical/four_dvar.py"),
+            "pnpda_nb.classical.four_dvar.sensitive_path": ("four_dvar.html#sensitive_path", "pnpda_nb/classical/four_dvar.py"),
             "pnpda_nb.classical.four_dvar.solve_block_tridiagonal": (
                 "four_dvar.html#solve_block_tridiagonal",
                 "pnpda_nb/classical/four_dvar.py",
@@ -2779,7 +2781,6 @@ d = {
             ),
             "pnpda_nb.windows.four_dvar._Strong": ("windows.html#_strong", "pnpda_nb/windows/four_dvar.py"),
             "pnpda_nb.windows.four_dvar._Strong.__init__": ("windows.html#_strong.__init__", "pnpda_nb/windows/four_dvar.py"),
-            "pnpda_nb.windows.four_dvar._Strong._path": ("windows.html#_strong._path", "pnpda_nb/windows/four_dvar.py"),
             "pnpda_nb.windows.four_dvar._Strong._sensitive": ("windows.html#_strong._sensitive", "pnpda_nb/windows/four_dvar.py"),
             "pnpda_nb.windows.four_dvar._Strong.cost": ("windows.html#_strong.cost", "pnpda_nb/windows/four_dvar.py"),
             "pnpda_nb.windows.four_dvar._Strong.law": ("windows.html#_strong.law", "pnpda_nb/windows/four_dvar.py"),

@@ -391,6 +391,8 @@ OWN = {  # arguments of one callable, where they are not those of the pool
     "classical.archive_background": PAIRS,
     "classical.nmc_background": {"longer": A(8, 3), "shorter": lambda: states(8, 3, seed=1)},
     "classical.four_dvar.solve_block_tridiagonal": CHAIN | {"right": A(3, 4, 2)},
+    "classical.four_dvar.sensitive_path": {"first": A(4, 3), "times": lambda: 2},
+    "classical.four_dvar.chain_of": {"x": A(3, 4, 3), "rigidity": lambda: spd(3)},
     "windows.banded.block_bands": CHAIN
     | {"diagonal": lambda: 3 * torch.eye(2, dtype=DOUBLE).expand(4, 3, 2, 2).clone(), "below": lambda: states(4, 2, 2, 2) / 9},
     "classical.FourDVar.analyse": WINDOW,

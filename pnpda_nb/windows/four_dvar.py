@@ -13,6 +13,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from ..classical.four_dvar import chain_of, sensitive_path
 from ..core.checks import ALONE, Gappy, guard
 from ..dynamics.derivatives import Forecast
 from ..observing.covariance import Covariance
@@ -112,17 +113,12 @@ class _Weak:
         return total / 2 + self.seen[which].misfit(flat)
 
     def system(self, flat: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
-        x, n = flat.unflatten(-1, (self.steps, self.n)), self.n
-        forecasts, M = self.method.forecast.linearised(x[:, :-1])
-        pull = (x[:, 1:] - forecasts) @ self.rigidity
-        weighed = self.rigidity @ M
-        diagonal = torch.cat((self.start.expand(len(x), 1, n, n), self.rigidity.expand(len(x), self.steps - 1, n, n)), 1)
-        diagonal[:, :-1] += M.mT @ weighed
-        slope = torch.cat(((self.method.mean - x[:, :1]) @ self.start, -pull), 1)
-        slope[:, :-1] += (pull.unsqueeze(-2) @ M).squeeze(-2)
-        bands = block_bands(diagonal, -weighed)
-        seen = self.seen[which]
-        return add_bands(bands, seen.bands), slope.flatten(1) + seen.vector - band_product(seen.bands, flat)
+        x, seen = flat.unflatten(-1, (self.steps, self.n)), self.seen[which]
+        diagonal, below, slope = chain_of(self.method.forecast, x.movedim(1, 0), self.rigidity)
+        diagonal[0] += self.start
+        slope[0] += (self.method.mean - x[:, 0]) @ self.start
+        bands = block_bands(diagonal.movedim(0, 1), below.movedim(0, 1))
+        return add_bands(bands, seen.bands), slope.movedim(0, 1).flatten(1) + seen.vector - band_product(seen.bands, flat)
 
     def law(self, flat: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
         return flat, self.system(flat, which)[0]
@@ -139,22 +135,14 @@ class _Strong:
 
     def cost(self, first: Tensor, which: Tensor) -> Tensor:
         away = first - self.method.mean
-        return (away @ self.start * away).sum(-1) / 2 + self.seen[which].misfit(self._path(first))
-
-    def _path(self, first: Tensor) -> Tensor:
         path = [first]
         for _ in range(self.steps - 1):
             path.append(self.method.forecast(path[-1]))
-        return torch.stack(path, 1).flatten(1)
+        return (away @ self.start * away).sum(-1) / 2 + self.seen[which].misfit(torch.cat(path, 1))
 
     def _sensitive(self, first: Tensor) -> tuple[Tensor, Tensor]:
-        """The path and its derivatives `(N, T·n, n)` with respect to the first state."""
-        path = self._path(first).unflatten(-1, (self.steps, self.n))
-        each = [torch.eye(self.n).to(first).expand(len(first), -1, -1)]
-        M = self.method.forecast.linearised(path[:, :-1])[1]  # of all times at once
-        for t in range(self.steps - 1):
-            each.append(M[:, t] @ each[-1])
-        return path.flatten(1), torch.stack(each, 1).flatten(1, 2)
+        """The path `(N, T·n)` and its derivatives `(N, T·n, n)` with respect to the first state."""
+        return tuple(each.movedim(0, 1).flatten(1, 2) for each in sensitive_path(self.method.forecast, first, self.steps - 1))
 
     def system(self, first: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
         path, sensitivity = self._sensitive(first)
