@@ -31,7 +31,7 @@ from ..sweep import Task
 from ..twin.cycle import cycle
 from ..twin.experiment import TwinExperiment, watch_nature
 from ..twin.reanalysis import make_archive, pairs_of, read_archive
-from ..twin.scores import scores, summary
+from ..twin.scores import scores, spread_skill, summary
 from ..twin.tuning import tune
 
 # %% auto #0
@@ -318,8 +318,7 @@ def costed_part(settings: dict, **learned: Any) -> xr.Dataset:
     chosen = dict(learned.get("tuned", {}).get("setting", {}))
     result.attrs["method_settings"] = json.dumps(json.loads(result.attrs["method_settings"]) | chosen)
     if settings["members"] > 1:
-        n = settings["members"]
-        result["spread_skill"] = np.sqrt((n + 1) / n * result.variance / result.squared_error)
+        result["spread_skill"] = spread_skill(result)
     return result.assign({name: ("run", np.full(result.sizes["run"], float(value))) for name, value in cost.items()})
 
 

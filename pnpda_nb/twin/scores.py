@@ -14,7 +14,7 @@ import xarray as xr
 from scoringrules import crps_ensemble
 from torch import Tensor
 
-from ..core.checks import GAPS, GappyArray, GappyFloat, guard
+from ..core.checks import GAPS, Gappy, GappyArray, GappyFloat, Index, Mask, guard
 
 # %% auto #0
 __all__ = [
@@ -71,7 +71,17 @@ def _scored(result: xr.Dataset) -> xr.Dataset:
 
 
 def _spatial_rmse(x: xr.DataArray, truth: xr.DataArray) -> xr.DataArray:
-    return xr.DataArray(np.sqrt(((x.values - truth.values) ** 2).mean(-1)), dims=("run", "cycle"))
+    return xr.DataArray(rmse(x.values, truth.values), dims=("run", "cycle"))
+
+
+def rmse(x: Gappy | GappyArray, truth: Gappy | GappyArray) -> Gappy | GappyArray:
+    """The root of the mean squared distance over variables, `(...)`, of tensors or arrays `(..., dim)`."""
+    return ((x - truth) ** 2).mean(-1) ** 0.5
+
+
+def standard_error(values: Gappy | GappyArray) -> GappyFloat:
+    """Of the mean of independent `values` `(n,)`; nan for fewer than two."""
+    return float(np.std(np.asarray(values), ddof=1) / len(values) ** 0.5) if len(values) > 1 else np.nan
 
 
 # %% ../../nbs/92_engine.ipynb #43f31d30
@@ -183,17 +193,44 @@ def ensemble_scores(truth: Tensor, ensemble: Tensor) -> dict:
     the definitions of `cycle`: `rmse` of the mean (mean over cases), fair `crps`, `spread`, `spread_skill` and `ranks`
     `(member + 1,)`.
     """
-    n, mean = ensemble.shape[-2], ensemble.mean(-2)
-    error, variance = (mean - truth).square().mean(-1), ensemble.var(-2).mean(-1)
-    ranks = (ensemble < truth.unsqueeze(-2)).sum(-2)
-    crps = crps_ensemble(truth.numpy(), ensemble.numpy(), m_axis=-2, estimator="pwm")
+    n, error, variance = ensemble.shape[-2], rmse(ensemble.mean(-2), truth), ensemble.var(-2).mean(-1)
     return {
-        "rmse": float(error.sqrt().mean()),
-        "crps": float(crps.mean()),
+        "rmse": float(error.mean()),
+        "crps": float(fair_crps(truth, ensemble).mean()),
         "spread": float(variance.sqrt().mean()),
-        "spread_skill": float(((n + 1) / n * variance.mean() / error.mean()).sqrt()),
-        "ranks": torch.bincount(ranks.flatten(), minlength=n + 1).double().numpy() / ranks.numel(),
+        "spread_skill": float(((n + 1) / n * variance.mean() / error.square().mean()).sqrt()),
+        "ranks": rank_fractions((ensemble < truth.unsqueeze(-2)).sum(-2), n),
     }
+
+
+def rank_fractions(below: Index, members: int) -> np.ndarray:
+    """How often a truth had each rank `(members + 1,)`, from how many of the `members` are `below` it."""
+    return torch.bincount(below.flatten(), minlength=members + 1).double().numpy() / below.numel()
+
+
+def inside(below: Index, members: int, width: float) -> Mask:
+    """Whether a truth is in the central interval of `width` of an ensemble, from how many of its `members` are `below` it."""
+    edge = (1 - width) / 2 * (members + 1)
+    return (below >= edge) & (below <= members - edge)
+
+
+def fair_crps(truth: Gappy, ensemble: Gappy, weights: Gappy | None = None) -> Gappy:
+    """The fair CRPS `(..., dim)` of `truth` `(..., dim)` for members `(..., member, dim)`, with their `weights` `(..., member)`, if
+    they have some: in a sorted ensemble, the mean distance between two members is a sum over one of them.
+    """
+    if weights is None:
+        return torch.from_numpy(crps_ensemble(truth.numpy(), ensemble.numpy(), m_axis=-2, estimator="pwm"))
+    apart = (ensemble - truth.unsqueeze(-2)).movedim(-1, -2)  # sorted values then lose nothing to a large mean
+    order = apart.argsort(-1)
+    apart = apart.gather(-1, order)
+    w = weights.unsqueeze(-2).expand(apart.shape).gather(-1, order)
+    between = (w * apart * (2 * w.cumsum(-1) - w - 1)).sum(-1)  # half of it, over all pairs
+    return (w * apart.abs()).sum(-1) - between / _unlike(weights).unsqueeze(-1)
+
+
+def _unlike(weights: Gappy) -> Gappy:
+    """1 - Σ w²: how often two members drawn by their `weights` `(..., member)` are two; what makes sample statistics unbiased."""
+    return (1 - weights.square().sum(-1)).clamp_min(1 / weights.shape[-1])
 
 
 # %% ../../nbs/92_engine.ipynb #48a068a8
@@ -213,7 +250,7 @@ def paired_difference(
     difference = difference[np.isfinite(difference)]
     if len(difference) < 2:
         return np.nan, np.nan, 0
-    return float(difference.mean()), float(difference.std(ddof=1) / len(difference) ** 0.5), len(difference)
+    return float(difference.mean()), standard_error(difference), len(difference)
 
 
 # %% ../../nbs/92_engine.ipynb #941e54e6
@@ -255,7 +292,7 @@ def mean_and_error(result: xr.Dataset, metric: str = "analysis_rmse") -> tuple[G
     kept = np.isfinite(values.values)
     values = values.values[kept]
     if len(values) >= 10 or not len(values) or "analysis_error" in result:
-        error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
+        error = standard_error(values)
     elif "block" in result.dims:
         blocks = result["squared" if metric == "rmse" else metric].transpose("block", "run", ...)
         blocks = blocks.values[:, kept].reshape(result.sizes["block"], len(values), -1).mean(-1)
