@@ -50,6 +50,7 @@ d = {
         },
         "pnpda_nb.bench.speed": {
             "pnpda_nb.bench.speed._etdrk4": ("bench.html#_etdrk4", "pnpda_nb/bench/speed.py"),
+            "pnpda_nb.bench.speed._in_turns": ("bench.html#_in_turns", "pnpda_nb/bench/speed.py"),
             "pnpda_nb.bench.speed._lsoda_ends": ("bench.html#_lsoda_ends", "pnpda_nb/bench/speed.py"),
             "pnpda_nb.bench.speed._minibatches": ("bench.html#_minibatches", "pnpda_nb/bench/speed.py"),
             "pnpda_nb.bench.speed._models": ("bench.html#_models", "pnpda_nb/bench/speed.py"),
@@ -944,6 +945,11 @@ d = {
                 "studies.html#_memory",
                 "pnpda_nb/experiments/trajectories/parts.py",
             ),
+            "pnpda_nb.experiments.trajectories.parts._place": ("studies.html#_place", "pnpda_nb/experiments/trajectories/parts.py"),
+            "pnpda_nb.experiments.trajectories.parts._scene_of": (
+                "studies.html#_scene_of",
+                "pnpda_nb/experiments/trajectories/parts.py",
+            ),
             "pnpda_nb.experiments.trajectories.parts.flow_part": (
                 "studies.html#flow_part",
                 "pnpda_nb/experiments/trajectories/parts.py",
@@ -1033,8 +1039,20 @@ d = {
                 "studies.html#windowsettings.__post_init__",
                 "pnpda_nb/experiments/trajectories/study.py",
             ),
+            "pnpda_nb.experiments.trajectories.study.WindowSettings.case": (
+                "studies.html#windowsettings.case",
+                "pnpda_nb/experiments/trajectories/study.py",
+            ),
             "pnpda_nb.experiments.trajectories.study.WindowSettings.network": (
                 "studies.html#windowsettings.network",
+                "pnpda_nb/experiments/trajectories/study.py",
+            ),
+            "pnpda_nb.experiments.trajectories.study.WindowSettings.place": (
+                "studies.html#windowsettings.place",
+                "pnpda_nb/experiments/trajectories/study.py",
+            ),
+            "pnpda_nb.experiments.trajectories.study.WindowSettings.training": (
+                "studies.html#windowsettings.training",
                 "pnpda_nb/experiments/trajectories/study.py",
             ),
             "pnpda_nb.experiments.trajectories.study._method_task": (
@@ -2546,6 +2564,7 @@ d = {
         "pnpda_nb.studies.parts": {
             "pnpda_nb.studies.parts._nature": ("studies.html#_nature", "pnpda_nb/studies/parts.py"),
             "pnpda_nb.studies.parts._require_digest": ("studies.html#_require_digest", "pnpda_nb/studies/parts.py"),
+            "pnpda_nb.studies.parts._with_chosen": ("studies.html#_with_chosen", "pnpda_nb/studies/parts.py"),
             "pnpda_nb.studies.parts.archive_file_part": ("studies.html#archive_file_part", "pnpda_nb/studies/parts.py"),
             "pnpda_nb.studies.parts.archive_part": ("studies.html#archive_part", "pnpda_nb/studies/parts.py"),
             "pnpda_nb.studies.parts.archive_task": ("studies.html#archive_task", "pnpda_nb/studies/parts.py"),
@@ -2560,9 +2579,9 @@ d = {
             "pnpda_nb.studies.parts.prior_file_part": ("studies.html#prior_file_part", "pnpda_nb/studies/parts.py"),
             "pnpda_nb.studies.parts.prior_part": ("studies.html#prior_part", "pnpda_nb/studies/parts.py"),
             "pnpda_nb.studies.parts.prior_task": ("studies.html#prior_task", "pnpda_nb/studies/parts.py"),
-            "pnpda_nb.studies.parts.readable": ("studies.html#readable", "pnpda_nb/studies/parts.py"),
             "pnpda_nb.studies.parts.record_part": ("studies.html#record_part", "pnpda_nb/studies/parts.py"),
             "pnpda_nb.studies.parts.record_task": ("studies.html#record_task", "pnpda_nb/studies/parts.py"),
+            "pnpda_nb.studies.parts.resumable": ("studies.html#resumable", "pnpda_nb/studies/parts.py"),
             "pnpda_nb.studies.parts.tuning_part": ("studies.html#tuning_part", "pnpda_nb/studies/parts.py"),
             "pnpda_nb.studies.parts.tuning_task": ("studies.html#tuning_task", "pnpda_nb/studies/parts.py"),
         },

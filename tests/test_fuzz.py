@@ -223,11 +223,9 @@ def study():
         description="a study",
         presets={"quick": SweepSettings(runs=1)},
         methods=("enkf",),
-        default_methods=("enkf",),
         plan=answer,
         figures=answer,
         report=answer,
-        published=pd.DataFrame(),
     )
 
 

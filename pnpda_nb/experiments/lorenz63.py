@@ -297,10 +297,8 @@ LORENZ63 = Study(
     description="Lorenz-63 with a wrong and noisy model, x and z observed: Table 1 and Figure 2 of PnP-DA",
     presets={"smoke": dataclasses.replace(PAPER, runs=20, tuning_runs=20, patience=20), "paper": PAPER},
     methods=LORENZ63_METHODS,
-    default_methods=LORENZ63_METHODS,
     plan=plan_lorenz63,
     kept=kept_lorenz63,
     figures=figures_lorenz63,
     report=report_lorenz63,
-    published=PUBLISHED_63,
 )

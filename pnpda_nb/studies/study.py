@@ -30,20 +30,18 @@ __all__ = ["Study", "SweepSettings"]
 class Study:
     """A named experiment with presets. `plan(settings, methods)` gives a task for every condition and method, whose
     result is a cycled dataset; `kept(settings)` tasks whose results are kept under file names of their own;
-    `figures(results)` named matplotlib figures; `report(scores)` a text; `published` has columns method, metric, variable, mean,
-    std; `others` are studies that stand in for this one under a preset of their own. A study whose results are not cycles has its
-    own `tabulate(results)`, a table of scores, and `stack(results)`, one dataset of them all.
+    `figures(results)` named matplotlib figures; `report(scores)` a text; `others` are studies that stand in for this one under a
+    preset of their own. A study whose results are not cycles has its own `tabulate(results)`, a table of scores, and
+    `stack(results)`, one dataset of them all.
     """
 
     name: str
     description: str
     presets: Mapping[str, Any]
     methods: tuple[str, ...]
-    default_methods: tuple[str, ...]
     plan: Callable[[Any, tuple[str, ...]], dict[tuple[str, str], Task]]
     figures: Callable[[dict[tuple[str, str], xr.Dataset]], dict]
     report: Callable[[pd.DataFrame], str]
-    published: pd.DataFrame
     kept: Callable[[Any, tuple[str, ...]], dict[str, Task]] = lambda settings, methods: {}
     others: Mapping[str, "Study"] = field(default_factory=dict)
     tabulate: Callable[[dict[tuple[str, str], xr.Dataset]], pd.DataFrame] | None = None
@@ -86,13 +84,13 @@ class Study:
         return dataclasses.replace(base, **values)
 
     def choose(self, methods: Sequence[str] | None) -> tuple[str, ...]:
-        """The methods named, in the study's own order; all default ones for none. Raises
+        """The methods named, in the study's own order; all of them for none. Raises
         `ValueError` for an unknown name.
         """
         unknown = [m for m in methods or () if m not in self.methods]
         if unknown:
             raise ValueError(f"methods: unknown method {unknown[0]!r}; known: {', '.join(self.methods)}")
-        return tuple(m for m in self.methods if m in (methods or self.default_methods))
+        return tuple(m for m in self.methods if m in (methods or self.methods))
 
 
 # %% ../../nbs/95_studies.ipynb #e2fa0f2d
