@@ -77,14 +77,7 @@ class Field:
 
 
 # %% ../../nbs/93_files.ipynb #368c8965
-LONGITUDES = (
-    "degrees_east",
-    "degree_east",
-    "degrees_E",
-    "degree_E",
-    "degreesE",
-    "degreeE",
-)  # as the CF conventions spell their units
+LONGITUDES = ("degrees_east", "degree_east", "degrees_E", "degree_E", "degreesE", "degreeE")  # as CF spells their units
 
 
 @dataclass(frozen=True)
@@ -418,17 +411,8 @@ def check_units(found: object, field: Field, where: str) -> tuple[float, float]:
 
 
 def _kind_of(dtype: np.dtype) -> str:
-    kinds = {
-        "c": "complex numbers",
-        "M": "times",
-        "m": "durations",
-        "S": "text",
-        "U": "text",
-        "T": "text",
-        "O": "text or objects",
-        "V": "records",
-    }
-    return kinds.get(dtype.kind, str(dtype))
+    kinds = {"c": "complex numbers", "M": "times", "m": "durations", "O": "text or objects", "V": "records"}
+    return "text" if dtype.kind in "SUT" else kinds.get(dtype.kind, str(dtype))
 
 
 def _first_difference(one: Axis, other: Axis) -> str:
