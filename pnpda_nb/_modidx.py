@@ -849,10 +849,6 @@ d = {
                 "studies.html#lorenz63settings.experiment",
                 "pnpda_nb/experiments/lorenz63.py",
             ),
-            "pnpda_nb.experiments.lorenz63.Lorenz63Settings.training": (
-                "studies.html#lorenz63settings.training",
-                "pnpda_nb/experiments/lorenz63.py",
-            ),
             "pnpda_nb.experiments.lorenz63.Lorenz63Settings.world": (
                 "studies.html#lorenz63settings.world",
                 "pnpda_nb/experiments/lorenz63.py",
@@ -946,7 +942,6 @@ d = {
                 "studies.html#_memory",
                 "pnpda_nb/experiments/trajectories/parts.py",
             ),
-            "pnpda_nb.experiments.trajectories.parts._place": ("studies.html#_place", "pnpda_nb/experiments/trajectories/parts.py"),
             "pnpda_nb.experiments.trajectories.parts._scene_of": (
                 "studies.html#_scene_of",
                 "pnpda_nb/experiments/trajectories/parts.py",
@@ -1016,6 +1011,10 @@ d = {
             ),
             "pnpda_nb.experiments.trajectories.scenes.scene": (
                 "few_points.html#scene",
+                "pnpda_nb/experiments/trajectories/scenes.py",
+            ),
+            "pnpda_nb.experiments.trajectories.scenes.sets_for_training": (
+                "few_points.html#sets_for_training",
                 "pnpda_nb/experiments/trajectories/scenes.py",
             ),
             "pnpda_nb.experiments.trajectories.scenes.training_windows": (
@@ -2590,15 +2589,15 @@ d = {
             "pnpda_nb.studies.published.published_scores": ("published.html#published_scores", "pnpda_nb/studies/published.py"),
         },
         "pnpda_nb.studies.study": {
+            "pnpda_nb.studies.study.CycleSettings": ("studies.html#cyclesettings", "pnpda_nb/studies/study.py"),
+            "pnpda_nb.studies.study.CycleSettings.pnpda": ("studies.html#cyclesettings.pnpda", "pnpda_nb/studies/study.py"),
+            "pnpda_nb.studies.study.CycleSettings.training": ("studies.html#cyclesettings.training", "pnpda_nb/studies/study.py"),
             "pnpda_nb.studies.study.Study": ("studies.html#study", "pnpda_nb/studies/study.py"),
             "pnpda_nb.studies.study.Study.choose": ("studies.html#study.choose", "pnpda_nb/studies/study.py"),
             "pnpda_nb.studies.study.Study.run": ("studies.html#study.run", "pnpda_nb/studies/study.py"),
             "pnpda_nb.studies.study.Study.settings": ("studies.html#study.settings", "pnpda_nb/studies/study.py"),
             "pnpda_nb.studies.study.Study.with_preset": ("studies.html#study.with_preset", "pnpda_nb/studies/study.py"),
             "pnpda_nb.studies.study.SweepSettings": ("studies.html#sweepsettings", "pnpda_nb/studies/study.py"),
-            "pnpda_nb.studies.study.SweepSettings.pnpda": ("studies.html#sweepsettings.pnpda", "pnpda_nb/studies/study.py"),
-            "pnpda_nb.studies.study.SweepSettings.training": ("studies.html#sweepsettings.training", "pnpda_nb/studies/study.py"),
-            "pnpda_nb.studies.study.training_of": ("studies.html#training_of", "pnpda_nb/studies/study.py"),
         },
         "pnpda_nb.studies.tables": {
             "pnpda_nb.studies.tables.along": ("studies.html#along", "pnpda_nb/studies/tables.py"),

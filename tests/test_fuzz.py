@@ -846,7 +846,7 @@ LEFT_OUT = re.compile(
     r"|interop\.(ProgramModel|dapper|for_dapper|per_state|from_tendency)|sweep\.(code_version|run_task|run_tasks|workplace|HereExecutor|Store\.read)|studies\.(Study\.(__init__|run|kept)|[Pp]ublished)"
     r"|twin\.(lorenz|kura|pend|double|saka|sako|bocq)|studies\.(parts\.\w+_part|(parts\.)?(learning|costed|record)_task|parts\.passes|figure_along|SweepSettings\.require)|core\.(Settings|guard$|RunStreams|interface|deprecated|unchecked)|plotting\.(explore|book_style)"
     r"|pnp\.Constraint\.|flow_matching\.(store\.(PriorFile|FlowFile)|field_prior\.FieldPrior)\.|windows\.IncrementalPrior\.on"
-    r"|windows\.networks\.WindowPrior\.|core\.settings\.(annotations_of|check_fields|rules_of_fields)|studies\.study\.training_of"
+    r"|windows\.networks\.WindowPrior\.|core\.settings\.(annotations_of|check_fields|rules_of_fields)"
 )
 MISSING = re.compile(  # results in which nan is documented: scores of runs that failed, and of single times
     r"twin\.(cycle|scores|summary|score_table|stack_methods|time_mean|mean_and_error|rank_histogram|spread_skill|tune|paired|make_archive)|studies\.(tables\.)?(stack|conditional|paired|along|table)|windows\.train_incremental"

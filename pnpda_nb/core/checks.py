@@ -195,20 +195,9 @@ def _lost(result: object, depth: int = 3, outside: bool = True, strict: bool = F
 # %% ../../nbs/92_engine.ipynb #d36ff8c4
 _OURS = re.compile(r"[^\s:]+(, [^\s:]+)*( \S*[./\\].*)?: ")  # arguments, or what a file was to be and its path
 _FOREIGN = (
-    RuntimeError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    MemoryError,
-    ValueError,
-    NameError,
-    AssertionError,
-    EOFError,
-    BufferError,
-    SystemError,
-    StopIteration,
-)
+    RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError, MemoryError, ValueError, NameError, AssertionError,
+    EOFError, BufferError, SystemError, StopIteration,
+)  # fmt: skip
 
 
 def _called(function: Callable) -> str:

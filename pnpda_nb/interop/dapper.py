@@ -118,20 +118,12 @@ def dapper_experiment(hmm: Any, cycles: int | None = None) -> TwinExperiment:
         raise ValueError(f"Dyn.noise: expected noise of mean zero, got {drift}")
     cycles = tseq.Ko + 1 if cycles is None else cycles
     return TwinExperiment(
-        name=_name(hmm),
-        nature=model,
-        forecast_model=model,
-        network=dapper_network(_operator_at(hmm, 0), model.dim, gaussian=True),
-        interval=int(tseq.dko),
-        cycles=cycles,
-        start=tuple(start.tolist()),
-        start_variance=start_variance,
-        spin_up=0,
-        model_error=AdditiveModelError(noise * model.dt),
-        nature_error=AdditiveModelError(noise * model.dt),
-        burn_in=min(int((~tseq.masko).sum()), cycles - 1),
+        name=_name(hmm), nature=model, forecast_model=model,
+        network=dapper_network(_operator_at(hmm, 0), model.dim, gaussian=True), interval=int(tseq.dko), cycles=cycles,
+        start=tuple(start.tolist()), start_variance=start_variance, spin_up=0, model_error=AdditiveModelError(noise * model.dt),
+        nature_error=AdditiveModelError(noise * model.dt), burn_in=min(int((~tseq.masko).sum()), cycles - 1),
         first_ensemble="same_law",
-    )
+    )  # fmt: skip
 
 
 # %% ../../nbs/93_files.ipynb #4315bb98

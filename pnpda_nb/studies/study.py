@@ -97,34 +97,16 @@ class Study:
 Deviation = Annotated[float, Gt(1e-6)]  # of errors of observations
 
 
-def training_of(settings: Any) -> TrainingSettings:
-    """The paper's training, with those of its settings that a study's `settings` have too."""
-    names = {f.name for f in dataclasses.fields(TrainingSettings)} & {f.name for f in dataclasses.fields(settings)}
-    return dataclasses.replace(PAPER_TRAINING, **{name: getattr(settings, name) for name in names})
-
-
 # %% ../../nbs/95_studies.ipynb #71014193
 @dataclass(frozen=True)
-class SweepSettings(Settings):
-    """What a sweep over conditions depends on: `members` and `large_members` of the two EnKFs; the archive's method, an EnKF
-    with `archive_inflation` and `archive_additive`; training as in `TrainingSettings`; PnP-DA; the paper's B; `tuning_runs`.
-
-    Raises `ValueError` for settings out of range.
-    """
+class CycleSettings(Settings):
+    """What studies of the paper depend on: the archive, training as in `TrainingSettings`; PnP-DA; the paper's B; `tuning_runs`."""
 
     runs: Count = 50
     members: Count = 20
-    large_members: Count = 100
     seed: int = 1
-    cycles: Count = 50
-    sigma: Deviation = 0.5
-    sigmas: Distinct[Deviation] = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
     archive_runs: Count = 25
     archive_cycles: Count = 100
-    archive_members: Members = 20
-    archive_inflation: PositiveNumber = 1.0
-    archive_additive: NotNegative = 0.0
-    hidden: Some[Count] = PAPER_TRAINING.hidden
     beta: NotNegative = PAPER_TRAINING.beta
     batch: Count = PAPER_TRAINING.batch
     epochs: Count = PAPER_TRAINING.epochs
@@ -139,12 +121,29 @@ class SweepSettings(Settings):
     tuning_runs: Count = 20
 
     def training(self) -> TrainingSettings:
-        """The paper's training with what these settings change in it."""
-        return training_of(self)
+        """The paper's training, with those of its settings that these have too."""
+        names = {f.name for f in dataclasses.fields(TrainingSettings)} & {f.name for f in dataclasses.fields(self)}
+        return dataclasses.replace(PAPER_TRAINING, **{name: getattr(self, name) for name in names})
 
     def pnpda(self, **changes: Any) -> dict:
         """PnP-DA as the settings say, as a method for `build_method`."""
         return {"name": "pnpda", "iterations": self.iterations, "alpha": self.alpha, "step_rule": self.step_rule} | changes
+
+
+@dataclass(frozen=True)
+class SweepSettings(CycleSettings):
+    """What a sweep over conditions depends on, too: `members` and `large_members` of the two EnKFs; the archive's method, an EnKF
+    with `archive_inflation` and `archive_additive`. Raises `ValueError` for settings out of range.
+    """
+
+    large_members: Count = 100
+    cycles: Count = 50
+    sigma: Deviation = 0.5
+    sigmas: Distinct[Deviation] = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
+    archive_members: Members = 20
+    archive_inflation: PositiveNumber = 1.0
+    archive_additive: NotNegative = 0.0
+    hidden: Some[Count] = PAPER_TRAINING.hidden
 
 
 # %% ../../nbs/95_studies.ipynb #637d297e

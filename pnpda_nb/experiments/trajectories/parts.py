@@ -33,7 +33,7 @@ from .answers import (
     pnpda_of_starts,
     pnpda_of_windows,
 )
-from .scenes import Scene, held_out_sets, scene, window_climate, window_testbed
+from .scenes import Scene, scene, sets_for_training, window_climate, window_testbed
 from ...flow_matching.flow import FlowPrior
 from ...flow_matching.pairs import TrainingSettings
 from ...flow_matching.training import train_prior
@@ -53,7 +53,7 @@ __all__ = []
 def window_prior_part(settings: dict, checkpoint: str | None = None) -> IncrementalPrior:
     """An incremental prior, trained and calibrated."""
     name, seed = settings["testbed"], settings["seed"]
-    testbed, climate, sets = _place(name, settings["climate_windows"], seed)
+    testbed, climate = window_testbed(name), window_climate(name, settings["climate_windows"], seed)
     if settings["archive"]:  # the same windows again and again
         windows = draw_windows(testbed.experiment, settings["archive"], stream(seed, "archive", name))
     else:
@@ -63,21 +63,12 @@ def window_prior_part(settings: dict, checkpoint: str | None = None) -> Incremen
     validation = scene(name, "", settings["validation_windows"], settings["climate_windows"], seed, "validation")
     third = settings["validation_windows"] // 3  # choose the weights; the others are for calibration
     options = {"validation": validation.truth[:third], "seed": seed, "checkpoint": resumable(checkpoint)}
-    prior, _ = train_incremental(made, windows, sets, trained, **options)
+    prior, _ = train_incremental(made, windows, sets_for_training(name, seed), trained, **options)
     rest = validation.part(third, settings["validation_windows"])
     return prior.calibrated(prior.analyse(rest.information), rest.truth)
 
 
 # %% ../../../nbs/95_studies.ipynb #5e3ae920
-def _place(name: str, climate_windows: int, seed: int) -> tuple:
-    """A testbed of windows, its climate, and the sets of observations that are not held out."""
-    testbed, climate = window_testbed(name), window_climate(name, climate_windows, seed)
-    sets = testbed.sets
-    for kept in held_out_sets(name, seed).values():
-        sets = sets.holding_out(kept)
-    return testbed, climate, sets
-
-
 def _scene_of(settings: dict) -> Scene:
     return scene(*(settings[k] for k in ("testbed", "condition", "windows", "climate_windows", "seed")))
 
@@ -86,7 +77,8 @@ def window_pairs(name: str, count: int, climate_windows: int, seed: int, purpose
     """Pairs for a flow prior: optimal interpolations of windows, each seen by a process of its own, and the windows, both
     standardised `(count, T, n)`; other ones for every `purpose`.
     """
-    (testbed, climate, sets), generator = _place(name, climate_windows, seed), stream(seed, purpose, name)
+    testbed, climate = window_testbed(name), window_climate(name, climate_windows, seed)
+    sets, generator = sets_for_training(name, seed), stream(seed, purpose, name)
     truth = draw_windows(testbed.experiment, count, generator)
     spread = testbed.deviation * climate.scale
     seen = truth + spread * standard_normal(tuple(truth.shape), generator)

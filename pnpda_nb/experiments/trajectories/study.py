@@ -260,33 +260,14 @@ _SMOKE = {
 WINDOW_PRESETS = {
     "lorenz63": WindowSettings(),
     "pendulum": WindowSettings(
-        "pendulum",
-        levels=5,
-        paper_levels=5,
-        iterations=1000,
-        width=256,
-        archive=400,
-        paper_iterations=3750,
-        level_iterations=0,
-        epochs=10,
-        draws=0,
-        unseen=("points=5", "points=20", "noise=0.1", "clustered", "variable=1"),
-        lengths=(100, 500, 2000),
+        "pendulum", levels=5, paper_levels=5, iterations=1000, width=256, archive=400, paper_iterations=3750, level_iterations=0,
+        epochs=10, draws=0, unseen=("points=5", "points=20", "noise=0.1", "clustered", "variable=1"), lengths=(100, 500, 2000),
     ),
     "lorenz96": WindowSettings(
-        "lorenz96",
-        levels=3,
-        iterations=800,
-        batch=8,
-        width=48,
-        paper_iterations=2000,
-        level_iterations=0,
-        draws=0,
-        epochs=10,
-        lengths=(64, 256, 1024, 2048),
-        unseen=("points=16", "points=64", "points=128", "noise=0.025", "noise=0.4"),
+        "lorenz96", levels=3, iterations=800, batch=8, width=48, paper_iterations=2000, level_iterations=0, draws=0, epochs=10,
+        lengths=(64, 256, 1024, 2048), unseen=("points=16", "points=64", "points=128", "noise=0.025", "noise=0.4"),
     ),
-}
+}  # fmt: skip
 
 # %% ../../../nbs/95_studies.ipynb #d83061a4
 _WITHOUT = {
