@@ -716,6 +716,7 @@ OWN = {  # arguments of one callable, where they are not those of the pool
     "studies.parts.cycle_task": TASKS,
     "studies.parts.tuning_task": TASKS | {"grid": lambda: {"inflation": [1.0, 1.1]}},
     "studies.parts.prior_task": {"archive": task, "training": SETTINGS},
+    "studies.parts.resumable": {"checkpoint": lambda: None},
     "studies.parts.file_task": {"kind": lambda: "archive", "path": lambda: str(written("archive"))},
     "studies.parts.readable": {"checkpoint": lambda: str(folder() / "c")},
     "studies.tables.conditional_scores": {"results": lambda: {("a", "enkf"): result()}},

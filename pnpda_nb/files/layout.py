@@ -470,9 +470,8 @@ def layout_from_record(record: Mapping) -> Layout:
         ends = [0, *(edge for start, length in runs for edge in (start, start + length)), size]
         if not all(length > 0 for _, length in runs) or sorted(ends) != ends:
             raise ValueError("positions outside the state")
-        if sum(length for _, length in runs) > 10_000_000 + 1000 * (
-            size - sum(length for _, length in runs)
-        ):  # so much would be allocated
+        lost = sum(length for _, length in runs)
+        if lost > 10_000_000 + 1000 * (size - lost):  # so much would be allocated
             raise ValueError("far more positions that are left out than others")
         samples, roles = (tuple(map(str, record.get(key, usual))) for key, usual in (("samples", ()), ("roles", ROLES)))
         if len(roles) != 2:

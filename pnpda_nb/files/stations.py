@@ -373,12 +373,8 @@ def _errors(data: xr.Dataset, name: str, like: xr.DataArray, rest: Sequence[str]
             f"{where}: expected {name!r} to be the same for all {unknown[0]}, got one for each; analyse them one by one"
         )
     given = given.isel({d: 0 for d in given.dims if d not in rest}).reset_coords(drop=True)
-    numbers = (
-        xr.DataArray(_numbers(given, where), dims=given.dims)
-        .broadcast_like(xr.DataArray(np.empty(sizes), dims=rest))
-        .transpose(*rest)
-    )
-    return numbers.values.ravel() * factor[0]  # a difference has no offset
+    numbers = xr.DataArray(_numbers(given, where), dims=given.dims).broadcast_like(xr.DataArray(np.empty(sizes), dims=rest))
+    return numbers.transpose(*rest).values.ravel() * factor[0]  # a difference has no offset
 
 
 # %% ../../nbs/93_files.ipynb #7a878c83

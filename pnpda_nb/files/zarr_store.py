@@ -175,10 +175,10 @@ class _ZarrContents(_Contents):
         if len(shape) != len(chunks) or any(n < 0 for n in shape) or any(c < 1 for c in chunks):
             raise self.refuse(f"expected a shape and chunks of {variable!r}, got {_brief(shape)} and {_brief(chunks)}")
         array = _ZarrArray(shape, chunks, item, codecs, gaps, inner)
-        if len(shape) == 1 and _too_much(
-            shape[0] * (item or 8), stored := self._stored(variable, shape[0] * (item or 8))
-        ):  # coordinates are read when it is opened
-            raise self.refuse(f"{variable!r} claims {shape[0] * (item or 8):.3g} bytes, of which {stored} are stored")
+        if len(shape) == 1:  # coordinates are read when it is opened
+            wanted = shape[0] * (item or 8)
+            if _too_much(wanted, stored := self._stored(variable, wanted)):
+                raise self.refuse(f"{variable!r} claims {wanted:.3g} bytes, of which {stored} are stored")
         return array
 
     def _codecs(self, variable: str, given: list, key: str) -> tuple[tuple[str, dict], ...]:

@@ -251,19 +251,10 @@ def learning_task(
     `network` says. It is validated as the method that cycles, the `policy`, or as the one that is `judged`, with a single forecast.
     It goes on from where it was when it is interrupted.
     """
-    settings = {
-        "testbeds": [dict(t) for t in testbeds],
-        "policy": dict(policy),
-        "training": dataclasses.asdict(training),
-        "seed": seed,
-        "network": dict(network or {}),
-        "truth": dict(truth or {}),
-        "networks": dict(networks or {}),
-        "members": members,
-        "validation_runs": validation_runs,
-        "metric": metric,
-        "judged": dict(judged or {}),
-    }
+    given = {"policy": policy, "network": network, "truth": truth, "networks": networks, "judged": judged}
+    settings = {name: dict(value or {}) for name, value in given.items()} | {"testbeds": [dict(t) for t in testbeds]}
+    settings |= {"training": dataclasses.asdict(training), "seed": seed, "members": members}
+    settings |= {"validation_runs": validation_runs, "metric": metric}
     needs = {f"record{i}": task for i, task in enumerate(records)} | ({"start": start} if start else {})
     return Task(name, learning_part, settings, needs, "analysis_prior", cost, resumable=True)
 

@@ -55,20 +55,13 @@ class WindowFourDVar:
         """
         batch, size = first.shape[:-2], first.shape[-2] * first.shape[-1]
         first = first.double()
-        if not callable(information):
-            law, minimum = self._minimise(first.reshape(math.prod(batch), *first.shape[-2:]), _flat(information, batch, size))
-            return GaussianWindow(law.mean.reshape(first.shape), law.precision.reshape(len(law.precision), *batch, size)), minimum
         x, left, whole = first.reshape(math.prod(batch), *first.shape[-2:]).clone(), torch.arange(math.prod(batch)), None
-        for _ in range(10):
-            known = _flat(information(x.reshape(first.shape)), batch, size)
+        for _ in range(10 if callable(information) else 1):
+            known = _flat(information(x.reshape(first.shape)) if callable(information) else information, batch, size)
             law, minimum = self._minimise(x[left], known[left])
             if whole is None:
-                precision, whole = (
-                    law.precision.clone(),
-                    Minimum(
-                        minimum.x.clone(), minimum.cost.clone(), torch.zeros_like(minimum.iterations), minimum.converged.clone()
-                    ),
-                )
+                precision, whole = law.precision.clone(), Minimum(*(value.clone() for value in vars(minimum).values()))
+                whole.iterations.zero_()
             moved = (law.mean - x[left]).square().mean((-2, -1)).sqrt()
             x[left], precision[:, left] = law.mean, law.precision
             whole.x[left], whole.cost[left], whole.converged[left] = minimum.x, minimum.cost, minimum.converged

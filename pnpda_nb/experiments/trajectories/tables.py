@@ -263,11 +263,8 @@ def coverage_cases(condition: str) -> list[tuple[str, str]]:
 def figures_windows(results: dict[tuple[str, str], xr.Dataset]) -> dict:
     """Distributions of errors, and coverages."""
     book_style()
-    runs, scores, main = (
-        stack_windows(results),
-        window_scores(results),
-        [c for c in ("regular", "random") if any(k[0] == c for k in results)],
-    )
+    runs, scores = stack_windows(results), window_scores(results)
+    main = [c for c in ("regular", "random") if any(k[0] == c for k in results)]
     found = {f"distribution_{condition}": figure_distribution(runs, condition) for condition in main}
     if main:
         found["coverage"] = figure_coverage(scores, coverage_cases(main[0]))
