@@ -399,8 +399,9 @@ def draw_increments(spec: Field, states: States, analysis: Tensor, sightings: St
 # %% ../../nbs/93_files.ipynb #1107c58a
 def _ticks(axis: Axis | None, size: int) -> np.ndarray:
     """Where the points of an axis are drawn: at their coordinates, if these go one way, else one after the other."""
-    there = axis is not None and axis.numeric and len(axis.values) == size
-    places = np.array(axis.values, "float64") if there else np.arange(float(size))
+    places = np.arange(float(size))
+    if axis is not None and axis.numeric and len(axis.values) == size:
+        places = np.array(axis.values, "float64")
     if axis is not None and axis.period and np.isfinite(places).all():
         places = np.unwrap(places, period=axis.period)
     steps = np.diff(places)

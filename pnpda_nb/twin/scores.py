@@ -197,7 +197,7 @@ def ensemble_scores(truth: Tensor, ensemble: Tensor) -> dict:
         "rmse": float(error.mean()),
         "crps": float(fair_crps(truth, ensemble).mean()),
         "spread": float(variance.sqrt().mean()),
-        "spread_skill": float(((n + 1) / n * variance.mean() / error.square().mean()).sqrt()),
+        "spread_skill": float(((n + 1) / n * variance.mean() / (error**2).mean()).sqrt()),
         "ranks": rank_fractions((ensemble < truth.unsqueeze(-2)).sum(-2), n),
     }
 
