@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -75,12 +75,8 @@ def _distance(experiment: TwinExperiment) -> Grid | str:
     return "ring" if "circular" in grid.edges else "line"
 
 
-def _local_enkf(experiment: TwinExperiment, **settings) -> LocalEnKF:
-    return LocalEnKF(**({"distance": _distance(experiment)} | settings))
-
-
-def _letkf(experiment: TwinExperiment, **settings) -> LETKF:
-    return LETKF(**({"distance": _distance(experiment)} | settings))
+def _localised(kind: type[Method], experiment: TwinExperiment, **settings) -> Method:
+    return kind(**({"distance": _distance(experiment)} | settings))
 
 
 def _var3d_gc(experiment, variance: float = 1.0, half_width: float = 2.0, ring: bool | None = None, **settings) -> ThreeDVar:
@@ -159,8 +155,8 @@ METHODS: dict[str, Callable[..., Method]] = {
     "weak_var4d": _weak_var4d,
     "enkf": lambda experiment, **s: EnKF(**s),
     "etkf": lambda experiment, **s: ETKF(**s),
-    "letkf": _letkf,
-    "local_enkf": _local_enkf,
+    "letkf": partial(_localised, LETKF),
+    "local_enkf": partial(_localised, LocalEnKF),
     "enks": lambda experiment, **s: EnKS(**s),
     "particle_filter": lambda experiment, **s: ParticleFilter(**s),
     "ensf": lambda experiment, **s: EnSF(**s),

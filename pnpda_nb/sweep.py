@@ -359,9 +359,8 @@ def _finished(waiting: dict[str, Task], store: Store, place: tuple, report: "_Pr
             roles = {role: need.format for role, need in task.needs.items()}
             checkpoint = None
             if task.resumable:  # only where the disk is ours
-                checkpoint = (
-                    "" if slots > 1 and not isinstance(executor, ProcessPoolExecutor) else str(store.path(task, "training"))
-                )
+                ours = slots == 1 or isinstance(executor, ProcessPoolExecutor)
+                checkpoint = str(store.path(task, "training")) if ours else ""
             job = (code_version(), task.name, task.function, dict(task.settings), task.format, checkpoint, roles, *files)
             try:
                 running[executor.submit(run_task, *job)] = task

@@ -7,7 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pnpda_nb.bench import QUICK, bench, growth, measure, report, speed, suite
+from pnpda_nb.bench import bench, growth, measure, report, speed, suite
+from pnpda_nb.bench.measure import QUICK
 
 
 def test_that_the_quick_benchmark_writes_whole_files_and_prints_its_table(tmp_path, forked):

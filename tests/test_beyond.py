@@ -13,8 +13,7 @@ from pnpda_nb.experiments.beyond_testbeds import BEYOND_PRESETS
 from pnpda_nb.experiments.beyond_training import beyond_priors
 from pnpda_nb.experiments.ladder_parts import PARTS, off_policy_prior, plan_parts
 from pnpda_nb.learned import AnalysisPrior, OnPolicySettings
-from pnpda_nb.studies import learning_task, record_task
-from pnpda_nb.studies.parts import costed_task, passes
+from pnpda_nb.studies.parts import costed_task, learning_task, passes, record_task
 from pnpda_nb.sweep import Store, run_tasks
 
 TINY = beyond_study("lorenz63").presets["beyond_smoke"]

@@ -31,8 +31,9 @@ from pnpda_nb.classical import (
     ParticleFilter,
     ThreeDVar,
 )
-from pnpda_nb.core import Complex, Converted, Gappy, Index, Mask, RunStreams, guard, guarded, standard_normal, stream
-from pnpda_nb.core.checks import GAPS, rule_of, shown
+from pnpda_nb.core import Gappy, RunStreams, guard, guarded, standard_normal, stream
+from pnpda_nb.core.checks import GAPS, Complex, Converted, Index, Mask, shown
+from pnpda_nb.core.rules import rule_of
 from pnpda_nb.dynamics import Forecast, FunctionModel, KuramotoSivashinsky, Lorenz63, Model, trajectory
 from pnpda_nb.flow_matching import FlowPrior, GaussianPrior, VelocityMLP
 from pnpda_nb.observing import Covariance, DiagonalCovariance, Nonlinear, Observations, ObservingNetwork, Select

@@ -13,7 +13,7 @@ import pytest
 import torch
 import xarray as xr
 
-from pnpda_nb.core import read_record, standard_normal, stream, write_netcdf, write_record, write_whole
+from pnpda_nb.core import read_record, standard_normal, stream, write_netcdf
 from pnpda_nb.core.disk import (
     netcdf_bytes,
     netcdf_from,
@@ -23,6 +23,8 @@ from pnpda_nb.core.disk import (
     writable,
     writable_attributes,
     write_checkpoint,
+    write_record,
+    write_whole,
 )
 from pnpda_nb.flow_matching import TrainingSettings, describe_prior, train_prior
 from pnpda_nb.learned import AmortisedAnalysis, AnalysisPrior, OnPolicySettings, TruthRecord, train_on_policy

@@ -16,7 +16,8 @@ from pnpda_nb.dynamics import Forecast, FunctionModel, KuramotoSivashinsky, Lore
 from pnpda_nb.methods import LEARNED, climate_of, method_by_name
 from pnpda_nb.methods import METHODS as ALL_METHODS
 from pnpda_nb.observing import Covariance, DiagonalCovariance, Linear, Nonlinear, ObservingNetwork, Select
-from pnpda_nb.twin import TESTBEDS, cycle, mean_and_error, rank_histogram, scores, spread_skill, time_mean
+from pnpda_nb.twin import TESTBEDS, cycle, mean_and_error, rank_histogram, scores, spread_skill
+from pnpda_nb.twin.scores import time_mean
 
 METHODS = {name: make for name, make in ALL_METHODS.items() if name not in LEARNED}
 NEEDS_ENSEMBLE = ("enkf", "etkf", "letkf", "local_enkf", "enks", "enrda", "ensf", "enff")

@@ -20,10 +20,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pnpda_nb.core import write_netcdf
-from pnpda_nb.files import Axis, Field, Layout, conversion, open_archive, open_dataset, read_observations, read_states
+from pnpda_nb.files import Axis, Field, Layout, open_archive, open_dataset, read_observations, read_states
 from pnpda_nb.files.layout import layout_from_record, layout_record
 from pnpda_nb.files.states import writable_attributes
 from pnpda_nb.files.stations import along_axis
+from pnpda_nb.files.units import conversion
 from pnpda_nb.files.zarr_store import CODECS
 from pnpda_nb.operations import set_aside
 

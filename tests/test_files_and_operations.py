@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pnpda_nb.core import standard_normal, stream
-from pnpda_nb.files import Axis, open_archive, read_observations, read_states, same_units
+from pnpda_nb.files import Axis, open_archive, read_observations, read_states
 from pnpda_nb.files.layout import layout_from_record, layout_record
 from pnpda_nb.files.stations import along_axis
+from pnpda_nb.files.units import same_units
 from pnpda_nb.flow_matching import FlowPrior, TrainingSettings
 from pnpda_nb.observing import Interpolate, Select
 from pnpda_nb.operations import Report, set_aside, train_archive

@@ -25,8 +25,8 @@ import torch
 import xarray as xr
 
 from pnpda_nb.classical import EnFF, EnKF, EnRDA, EnSF, FourDVar, ThreeDVar, WeakFourDVar
-from pnpda_nb.core import Grid, Homogeneous, RunNoise, guarded, stream, write_netcdf, write_record
-from pnpda_nb.core.disk import BLANK, netcdf_bytes, record_bytes, sealed, with_tail, write_checkpoint
+from pnpda_nb.core import Grid, Homogeneous, RunNoise, guarded, stream, write_netcdf
+from pnpda_nb.core.disk import BLANK, netcdf_bytes, record_bytes, sealed, with_tail, write_checkpoint, write_record
 from pnpda_nb.dynamics import AdditiveModelError, Forecast, KuramotoSivashinsky, Lorenz63, Lorenz96, TwoScaleLorenz96
 from pnpda_nb.dynamics.kuramoto_sivashinsky import etdrk4_weights
 from pnpda_nb.flow_matching import Estimate, FlowPrior, GaussianPrior, TensorPairs, TrainingSettings, VelocityMLP
@@ -39,9 +39,9 @@ from pnpda_nb.learned import (
     RandomNetworks,
     Records,
     SeeingPrior,
-    TrainingBatch,
     TruthRecord,
 )
+from pnpda_nb.learned.on_policy import TrainingBatch
 from pnpda_nb.learned.records import observed_record
 from pnpda_nb.methods import Misspecified
 from pnpda_nb.observing import (
@@ -64,17 +64,16 @@ from pnpda_nb.pnp import (
     FunctionConstraint,
     GaussianResidual,
     LinearConstraint,
-    Misfit,
     PnPDA,
     PnPDA4D,
     RigidBody,
-    WindowMisfit,
 )
+from pnpda_nb.pnp.misfit import Misfit
+from pnpda_nb.pnp.windows import WindowMisfit
 from pnpda_nb.studies import Study, SweepSettings
 from pnpda_nb.sweep import Store, Task
 from pnpda_nb.twin import FreeRun, TwinExperiment, cycle, make_archive, nature_run, summary
 from pnpda_nb.windows import (
-    BandedCholesky,
     BandedPrecision,
     DensePrecision,
     GaussianWindow,
@@ -88,6 +87,7 @@ from pnpda_nb.windows import (
     WindowClimatology,
     WindowFourDVar,
 )
+from pnpda_nb.windows.banded import BandedCholesky
 
 ROOMS = "core dynamics observing twin classical flow_matching pnp learned windows interop plotting sweep methods studies".split()
 DOUBLE = torch.float64
@@ -224,11 +224,9 @@ def study():
         description="a study",
         presets={"quick": SweepSettings(runs=1)},
         methods=("enkf",),
-        default_methods=("enkf",),
         plan=answer,
         figures=answer,
         report=answer,
-        published=pd.DataFrame(),
     )
 
 
@@ -379,13 +377,18 @@ OWN = {  # arguments of one callable, where they are not those of the pool
     },
     "twin.observe_truth": {"truth": lambda: nature_run(experiment(), 2, 0)},
     "twin.score_table": {"results": lambda: {"enkf": result()}},
-    "twin.stack_methods": {"results": lambda: {"a": result(), "b": result()}},
-    "twin.time_mean": {"series": lambda: np.arange(12.0).reshape(2, 6)},
+    "twin.scores.stack_methods": {"results": lambda: {"a": result(), "b": result()}},
+    "twin.scores.rmse": {"x": A(4, 3), "truth": A(4, 3)},
+    "twin.scores.standard_error": {"values": lambda: np.arange(5.0)},
+    "twin.scores.rank_fractions": {"below": lambda: torch.tensor([[0, 2], [4, 1]])},
+    "twin.scores.inside": {"below": lambda: torch.tensor([[0, 2], [4, 1]]), "width": lambda: 0.5},
+    "twin.scores.fair_crps": {"truth": A(2, 3), "ensemble": A(2, 4, 3)},
+    "twin.scores.time_mean": {"series": lambda: np.arange(12.0).reshape(2, 6)},
     "twin.cycle": {"members": lambda: 4},
     "twin.tune": {"make": lambda: EnKF, "grid": lambda: {"inflation": [1.0, 1.1]}, "members": lambda: 4, "runs": lambda: 2},
     "observing.kalman_gain": {"background": A(0), "jacobian": lambda: torch.eye(3, dtype=DOUBLE)[:2], "error": lambda: spd(2)}
     | {"background": lambda: spd(3)},
-    "classical.gauss_newton": {
+    "classical.variational.gauss_newton": {
         "cost": lambda: lambda x: x.square().sum(-1),
         "direction": lambda: lambda x: -x / 2,
         "first": A(4, 3),
@@ -393,6 +396,8 @@ OWN = {  # arguments of one callable, where they are not those of the pool
     "classical.archive_background": PAIRS,
     "classical.nmc_background": {"longer": A(8, 3), "shorter": lambda: states(8, 3, seed=1)},
     "classical.four_dvar.solve_block_tridiagonal": CHAIN | {"right": A(3, 4, 2)},
+    "classical.four_dvar.sensitive_path": {"first": A(4, 3), "times": lambda: 2},
+    "classical.four_dvar.chain_of": {"x": A(3, 4, 3), "rigidity": lambda: spd(3)},
     "windows.banded.block_bands": CHAIN
     | {"diagonal": lambda: 3 * torch.eye(2, dtype=DOUBLE).expand(4, 3, 2, 2).clone(), "below": lambda: states(4, 2, 2, 2) / 9},
     "classical.FourDVar.analyse": WINDOW,
@@ -400,7 +405,7 @@ OWN = {  # arguments of one callable, where they are not those of the pool
     "pnp.PnPDA4D.analyse": WINDOW,
     "pnp.PnPDA4D.iterates": WINDOW,
     "pnp.PnPDA4D.misfit": WINDOW,
-    "pnp.WindowMisfit.__init__": WINDOW,
+    "pnp.windows.WindowMisfit.__init__": WINDOW,
     "windows.NeuralIncremental.analyse": WINDOW | {"observations": lambda: [seen(pair)]},
     "windows.banded.band_product": {"x": A(2, 6)},
     "windows.banded.band_gram": {"factor": A(2, 2, 6)},
@@ -433,7 +438,7 @@ OWN = {  # arguments of one callable, where they are not those of the pool
         "iterations": lambda: torch.tensor([1, 2]),
         "converged": lambda: torch.tensor([True, False]),
     },
-    "windows.levenberg_marquardt": {
+    "windows.minimise.levenberg_marquardt": {
         "cost": lambda: lambda x, i: x.square().sum(-1) / 2,
         "system": lambda: lambda x, i: (torch.ones_like(x)[None], -x),
         "first": A(2, 6),
@@ -490,8 +495,8 @@ OWN = {  # arguments of one callable, where they are not those of the pool
         "j": lambda: torch.tensor([1]),
     },
     "core.tapers": {"sites": lambda: (0, 2)},
-    "classical.systematic_resampling": {"weights": lambda: torch.full((2, 4), 0.25, dtype=DOUBLE)},
-    "classical.entropic_plan": {"source": A(2, 4, 3), "target": A(2, 4, 3), "iterations": lambda: 5},
+    "classical.particles.systematic_resampling": {"weights": lambda: torch.full((2, 4), 0.25, dtype=DOUBLE)},
+    "classical.particles.entropic_plan": {"source": A(2, 4, 3), "target": A(2, 4, 3), "iterations": lambda: 5},
     "classical.EnRDA.analyse": {"observations": lambda: seen(everything)},
     "classical.training_free": {"alpha": lambda: 0.5, "members": lambda: states(2, 4, 3, seed=1)},
     "classical.training_free.towards_observations": {"spread": lambda: torch.ones(2, 1, 3, dtype=DOUBLE)},
@@ -575,7 +580,7 @@ OWN = {  # arguments of one callable, where they are not those of the pool
     "pnp.analysis_ensemble": {"method": lambda: PnPDA(gaussian(), iterations=3), "background": A(2, 1, 3)},
     "pnp.ResidualCovariance.__init__": {"taus": lambda: (0.0, 0.5), "errors": lambda: (DenseError(spd(3)), DenseError(spd(3)))},
     "pnp.residual_covariance": PAIRS | {"taus": lambda: (0.0, 0.5)},
-    "pnp.WindowMisfit.weigh": {"residuals": lambda: window_misfit().residuals(ENSEMBLE())[1]},
+    "pnp.windows.WindowMisfit.weigh": {"residuals": lambda: window_misfit().residuals(ENSEMBLE())[1]},
     "observing.GridObservations.__init__": {
         "value": A(2, 1, 3),
         "mask": lambda: torch.ones(2, 1, 3, dtype=torch.bool),
@@ -618,8 +623,8 @@ OWN = {  # arguments of one callable, where they are not those of the pool
     "learned.TruthRecord.__init__": {"runs": lambda: 2},
     "learned.ObservedRecord": RECORDS,
     "learned.Records": RECORDS,
-    "learned.TrainingBatch.__init__": {"background": A(2, 3), "target": A(2, 3), "seen": lambda: sightings()[:, 0]},
-    "learned.on_policy_loss": {"prior": aware, "batch": batch_, "scored": lambda: 2},
+    "learned.on_policy.TrainingBatch.__init__": {"background": A(2, 3), "target": A(2, 3), "seen": lambda: sightings()[:, 0]},
+    "learned.on_policy.on_policy_loss": {"prior": aware, "batch": batch_, "scored": lambda: 2},
     "learned.OnPolicyTraining.__init__": {
         "prior": aware,
         "record": lambda: record_of("truth"),
@@ -663,12 +668,12 @@ OWN = {  # arguments of one callable, where they are not those of the pool
     "windows.RandomSets.draw": {"sets": lambda: 2},
     "windows.RandomSets.holding_out": {"present": lambda: torch.eye(3, dtype=torch.bool)[:, :2]},
     "windows.regular_sets": {"spacing": lambda: 2},
-    "windows.observe_windows": {
+    "windows.training.observe_windows": {
         "z": A(1, 2, 3, 2),
         "present": lambda: torch.ones(1, 3, 2, dtype=torch.bool),
         "deviation": lambda: 0.5,
     },
-    "windows.incremental_loss": {
+    "windows.training.incremental_loss": {
         "z": A(1, 2, 3, 2),
         "settings": lambda: IncrementalSettings(iterations=1),
         "information": lambda: Information(torch.ones(1, 1, 1, 6, dtype=DOUBLE), states(1, 2, 6)),
@@ -695,7 +700,7 @@ OWN = {  # arguments of one callable, where they are not those of the pool
         "attributes": lambda: {"units": "K", "valid": True},
     },
     "core.disk.naming": {"deed": lambda: "read"},
-    "core.write_whole": {"files": lambda: {folder() / "w.json": b"x"}},
+    "core.disk.write_whole": {"files": lambda: {folder() / "w.json": b"x"}},
     "core.disk.sealed": {"content": lambda: b"x " + BLANK},
     "core.disk.require_seal": {"content": lambda: sealed(b"x " + BLANK)},
     "core.disk.record_from": {"content": lambda: record_bytes({"a": 1})},
@@ -708,7 +713,7 @@ OWN = {  # arguments of one callable, where they are not those of the pool
     "core.disk.read_checkpoint": {"path": lambda: written("checkpoint")},
     "sweep.Store.__init__": {"folder": folder},
     "sweep.Task.__init__": {"function": lambda: answer},
-    "core.parse_as": {"text": lambda: "1.5", "annotation": lambda: float},
+    "core.settings.parse_as": {"text": lambda: "1.5", "annotation": lambda: float},
     "studies.Study.settings": {"preset": lambda: "quick", "changes": lambda: {"runs": "2"}, "overrides": lambda: {"runs": 2}},
     "studies.Study.choose": {"methods": lambda: ("enkf",)},
     "methods.method_by_name": {"name": lambda: "enkf", "settings": lambda: {"inflation": 1.1}},
@@ -716,14 +721,15 @@ OWN = {  # arguments of one callable, where they are not those of the pool
     "methods.climate_of": {"steps": lambda: 5},
     "methods.experiment_of": {"testbed": lambda: {"name": "lorenz63"}},
     "methods.build_method": {"method": lambda: {"name": "enkf"}},
-    "studies.archive_task": TASKS,
-    "studies.cycle_task": TASKS,
-    "studies.tuning_task": TASKS | {"grid": lambda: {"inflation": [1.0, 1.1]}},
-    "studies.prior_task": {"archive": task, "training": SETTINGS},
+    "studies.parts.archive_task": TASKS,
+    "studies.parts.cycle_task": TASKS,
+    "studies.parts.tuning_task": TASKS | {"grid": lambda: {"inflation": [1.0, 1.1]}},
+    "studies.parts.prior_task": {"archive": task, "training": SETTINGS},
+    "studies.parts.resumable": {"checkpoint": lambda: None},
     "studies.parts.file_task": {"kind": lambda: "archive", "path": lambda: str(written("archive"))},
     "studies.parts.readable": {"checkpoint": lambda: str(folder() / "c")},
     "studies.tables.conditional_scores": {"results": lambda: {("a", "enkf"): result()}},
-    "studies.stack_runs": {"results": lambda: {("a", "enkf"): summary(result())}},
+    "studies.tables.stack_runs": {"results": lambda: {("a", "enkf"): summary(result())}},
     "studies.tables.stack_cases": {"results": lambda: {("a", "enkf"): summary(result())}},
     "studies.along": {"axis": lambda: "sigma"},
     "studies.table_along": {"axis": lambda: "sigma"},
@@ -733,7 +739,7 @@ OWN = {  # arguments of one callable, where they are not those of the pool
         "better": lambda: "enkf",
         "worse": lambda: "free",
     },
-    "core.checks.rule_of": {"annotation": lambda: float},
+    "core.rules.rule_of": {"annotation": lambda: float},
     "core.checks.shown": {"value": A(3)},
     "core.guarded": {"function": lambda: answer},
     "windows.draw_windows": {"count": lambda: 2},
@@ -748,7 +754,7 @@ OWN |= {
 
 
 def stacked():
-    from pnpda_nb.studies import stack_runs
+    from pnpda_nb.studies.tables import stack_runs
 
     return stack_runs({("a", "enkf"): summary(result()), ("a", "free"): summary(result(1))})
 
@@ -780,7 +786,7 @@ SELF = {  # objects whose methods are called; without an entry they are made fro
     "classical.FourDVar": lambda: FourDVar(Covariance(spd(3)), window=2, iterations=2),
     "classical.WeakFourDVar": lambda: WeakFourDVar(Covariance(spd(3)), Covariance(spd(3)), window=2, iterations=2),
     "classical.ThreeDVar": lambda: ThreeDVar(Covariance(spd(3))),
-    "windows.BandedCholesky": lambda: BandedCholesky(information().bands),
+    "windows.banded.BandedCholesky": lambda: BandedCholesky(information().bands),
     "windows.GaussianWindow": lambda: GaussianWindow(states(2, 3, 2), information().bands),
     "windows.Information": information,
     "windows.WindowClimatology": lambda: WindowClimatology.of(states(200, 5, 2), order=1, stationary=True),
@@ -794,8 +800,8 @@ SELF = {  # objects whose methods are called; without an entry they are made fro
     "flow_matching.TrainingSettings": SETTINGS,
     "pnp.PnPDA": lambda: PnPDA(gaussian(), iterations=3),
     "pnp.PnPDA4D": lambda: PnPDA4D(gaussian(), iterations=3),
-    "pnp.WindowMisfit": window_misfit,
-    "pnp.Misfit": lambda: Misfit(ENSEMBLE(), seen()),
+    "pnp.windows.WindowMisfit": window_misfit,
+    "pnp.misfit.Misfit": lambda: Misfit(ENSEMBLE(), seen()),
     "observing.DenseError": lambda: DenseError(spd(3)),
     "observing.update.InformedError": lambda: InformedError(DenseError(spd(3)), torch.ones(3, dtype=DOUBLE)),
     "observing.FactoredError": lambda: FactoredError(states(3, 1), torch.ones(3, dtype=DOUBLE)),
@@ -840,7 +846,7 @@ OWN |= {
 OWN |= {
     "observing.Nonlinear.__init__": {"function": lambda: lambda x: x[..., :2] ** 2},
     "observing.Observations": {"state": ENSEMBLE},
-    "windows.BandedCholesky": {"bands": lambda: information().bands},
+    "windows.banded.BandedCholesky": {"bands": lambda: information().bands},
 }
 
 # What is left out: trainings with a memory of their own, programs and clusters, other libraries, and reports of whole studies
@@ -851,7 +857,7 @@ LEFT_OUT = re.compile(
     r"|interop\.(ProgramModel|dapper|for_dapper|per_state|from_tendency)|sweep\.(code_version|run_task|run_tasks|workplace|HereExecutor|Store\.read)|studies\.(Study\.(__init__|run|kept)|[Pp]ublished)"
     r"|twin\.(lorenz|kura|pend|double|saka|sako|bocq)|studies\.(parts\.\w+_part|(parts\.)?(learning|costed|record)_task|parts\.passes|figure_along|SweepSettings\.require)|core\.(Settings|guard$|RunStreams|interface|deprecated|unchecked)|plotting\.(explore|book_style)"
     r"|pnp\.Constraint\.|flow_matching\.(store\.(PriorFile|FlowFile)|field_prior\.FieldPrior)\.|windows\.IncrementalPrior\.on"
-    r"|windows\.networks\.WindowPrior\.|core\.settings\.(annotations_of|check_fields|rules_of_fields)|studies\.study\.training_of"
+    r"|windows\.networks\.WindowPrior\.|core\.settings\.(annotations_of|check_fields|rules_of_fields)"
 )
 MISSING = re.compile(  # results in which nan is documented: scores of runs that failed, and of single times
     r"twin\.(cycle|scores|summary|score_table|stack_methods|time_mean|mean_and_error|rank_histogram|spread_skill|tune|paired|make_archive)|studies\.(tables\.)?(stack|conditional|paired|along|table)|windows\.train_incremental"

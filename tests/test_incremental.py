@@ -29,16 +29,15 @@ from pnpda_nb.windows import (
     Recalibration,
     WindowClimatology,
     background_information,
-    incremental_loss,
     linearised,
     most_probable,
-    observe_windows,
     regular_sets,
     train_incremental,
 )
 from pnpda_nb.windows.banded import band_dense, band_gram, dense_band
 from pnpda_nb.windows.laws import pointwise
 from pnpda_nb.windows.precision import banded_solve
+from pnpda_nb.windows.training import incremental_loss, observe_windows
 
 PRECISIONS = ("banded", "low_rank", "dense")
 TURN = torch.tensor([[0.8, 0.4], [-0.4, 0.8]], dtype=torch.float64)

@@ -19,12 +19,11 @@ from pnpda_nb.learned import (
     OnPolicyTraining,
     RandomNetworks,
     Records,
-    TrainingBatch,
     TruthRecord,
-    on_policy_loss,
     train_on_policy,
 )
 from pnpda_nb.learned.methods import ENSEMBLE_FIELDS
+from pnpda_nb.learned.on_policy import TrainingBatch, on_policy_loss
 from pnpda_nb.learned.records import innovation_rms, observed_record
 from pnpda_nb.observing import GridObservations, on_grid
 from pnpda_nb.twin import cycle, lorenz63

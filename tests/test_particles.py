@@ -7,7 +7,8 @@ import pytest
 import torch
 from scoringrules import crps_ensemble
 
-from pnpda_nb.classical import ParticleFilter, systematic_resampling
+from pnpda_nb.classical import ParticleFilter
+from pnpda_nb.classical.particles import systematic_resampling
 from pnpda_nb.core import RunStreams, standard_normal, stream
 from pnpda_nb.dynamics import AdditiveModelError, FunctionModel, Lorenz96
 from pnpda_nb.observing import Covariance, DiagonalCovariance, Nonlinear, ObservingNetwork, Select

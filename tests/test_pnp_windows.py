@@ -11,7 +11,8 @@ from pnpda_nb.core import RunStreams, standard_normal, stream, unchecked
 from pnpda_nb.dynamics import Forecast, FunctionModel, Lorenz63
 from pnpda_nb.flow_matching import GaussianPrior
 from pnpda_nb.observing import Covariance, Nonlinear, ObservingNetwork, Select
-from pnpda_nb.pnp import PnPDA, PnPDA4D, WindowMisfit, analysis_ensemble, convergence
+from pnpda_nb.pnp import PnPDA, PnPDA4D, analysis_ensemble, convergence
+from pnpda_nb.pnp.windows import WindowMisfit
 from pnpda_nb.twin import cycle, ensemble_scores, lorenz63, rank_histogram, scores, spread_skill
 
 EYE = torch.eye(3, dtype=torch.float64)

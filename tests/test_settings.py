@@ -19,9 +19,9 @@ from test_fuzz import aware, experiment, incremental
 
 import pnpda_nb
 from pnpda_nb.classical import EnKF
-from pnpda_nb.core import Settings, parse_as, unchecked
+from pnpda_nb.core import Settings, unchecked
 from pnpda_nb.core.checks import GAPS
-from pnpda_nb.core.settings import annotations_of
+from pnpda_nb.core.settings import annotations_of, parse_as
 from pnpda_nb.dynamics import Lorenz63
 from pnpda_nb.learned.methods import ENSEMBLE_FIELDS
 from pnpda_nb.observing import DiagonalCovariance, Select

@@ -15,7 +15,7 @@ import xarray as xr
 
 from pnpda_nb import sweep
 from pnpda_nb.experiments import STUDIES
-from pnpda_nb.studies import cycle_task, tuning_task
+from pnpda_nb.studies.parts import cycle_task, tuning_task
 from pnpda_nb.sweep import Store, Task, run_tasks
 from pnpda_nb.twin import scores
 

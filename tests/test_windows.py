@@ -12,20 +12,19 @@ from pnpda_nb.dynamics import AdditiveModelError, Forecast, FunctionModel, Loren
 from pnpda_nb.observing import Covariance, DiagonalCovariance, Linear, Nonlinear, Observations, ObservingNetwork, Select
 from pnpda_nb.twin import TwinExperiment
 from pnpda_nb.windows import (
-    BandedCholesky,
     GaussianWindow,
     Information,
     WindowClimatology,
     WindowFourDVar,
     background_information,
     draw_windows,
-    levenberg_marquardt,
     linearised,
     normalised_mse,
     window_four_dvar,
 )
-from pnpda_nb.windows.banded import add_bands, band_dense, band_gram, band_product, block_bands, dense_band
+from pnpda_nb.windows.banded import BandedCholesky, add_bands, band_dense, band_gram, band_product, block_bands, dense_band
 from pnpda_nb.windows.laws import pointwise
+from pnpda_nb.windows.minimise import levenberg_marquardt
 
 TURN = torch.tensor([[0.9, 0.4], [-0.4, 0.9]], dtype=torch.float64)
 WAVE = FunctionModel(lambda s: s @ TURN.T + 0.3 * s.flip(-1).sin(), 2)

@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 
 from pnpda_nb.classical import ETKF, LETKF, EnKF
-from pnpda_nb.core import write_record
+from pnpda_nb.core.disk import write_record
 from pnpda_nb.flow_matching import GaussianPrior
 from pnpda_nb.interop import dapper_experiment, for_dapper
 from pnpda_nb.interop.dapper import import_dapper

@@ -3,8 +3,7 @@
 # %% ../../nbs/99_public.ipynb #0440e8c7
 """How fast, beside peers that are measured in the same run."""
 
-from .measure import QUICK, Sizes
 from .suite import bench, report
 
 # %% auto #0
-__all__ = ["QUICK", "Sizes", "bench", "report"]
+__all__ = ["bench", "report"]

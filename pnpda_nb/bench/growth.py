@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from math import nan
 
 import torch
@@ -55,12 +56,6 @@ def scores_workload(cycles: int, keep: str = "scores") -> Callable[[], object]:
     return lambda: cycle(experiment, EnKF(inflation=1.04), members=10, runs=20, keep=keep)
 
 
-# %% ../../nbs/97_bench.ipynb #9dce5f47
-def everything_workload(cycles: int) -> Callable[[], object]:
-    """The same, but everything is kept."""
-    return scores_workload(cycles, keep="all")
-
-
 # %% ../../nbs/97_bench.ipynb #9c454014
 def pnpda_workload(dim: int, step_rule: str = "lipschitz") -> Callable[[], object]:
     """One PnP-DA analysis of `dim` variables, every second one observed, with the hidden widths of the paper's Lorenz-96
@@ -68,12 +63,6 @@ def pnpda_workload(dim: int, step_rule: str = "lipschitz") -> Callable[[], objec
     """
     method = PnPDA(untrained_prior(dim, NETWORKS["Lorenz-96"][1]), step_rule=step_rule)
     return one_analysis(method, 1)
-
-
-# %% ../../nbs/97_bench.ipynb #76fa0edb
-def scaled_workload(dim: int) -> Callable[[], object]:
-    """The same with the step rule "scaled"."""
-    return pnpda_workload(dim, "scaled")
 
 
 # %% ../../nbs/97_bench.ipynb #a5034d20
@@ -92,9 +81,9 @@ WORKLOADS: dict[str, tuple[Callable, int, bool]] = {
     "members": (ensemble_workload, 10, True),
     "state": (state_workload, 20, True),
     "scores": (scores_workload, 10, False),
-    "all": (everything_workload, 10, False),
+    "all": (partial(scores_workload, keep="all"), 10, False),
     "pnpda_state": (pnpda_workload, 20, True),
-    "pnpda_scaled": (scaled_workload, 20, True),
+    "pnpda_scaled": (partial(pnpda_workload, step_rule="scaled"), 20, True),
 }
 
 

@@ -28,7 +28,7 @@ from ..core.settings import Count, Members, PositiveNumber, Settings, Some
 from ..twin.nature import forget_nature_runs
 
 # %% auto #0
-__all__ = ["QUICK", "Sizes"]
+__all__ = []
 
 # %% ../../nbs/97_bench.ipynb #67c25ab8
 COLUMNS = ("part", "case", "size", "ours", "peer", "ratio", "low", "high", "unit", "note")

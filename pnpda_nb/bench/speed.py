@@ -129,6 +129,11 @@ def _models() -> dict[str, Model]:
     return {"Lorenz-63": Lorenz63(), "Lorenz-96 (40)": Lorenz96(), "Kuramoto-Sivashinsky": KuramotoSivashinsky()}
 
 
+def _in_turns(ours: Callable[[], object], peer: Callable[[], object], repeats: int) -> np.ndarray:
+    """Seconds of both `(2, repeats)`, measured in turns; the first turn is not counted."""
+    return np.array([(seconds_of(ours), seconds_of(peer)) for _ in range(1 + repeats)])[1:].T
+
+
 def _plural(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
 
@@ -183,8 +188,7 @@ def etdrk4_speed(sizes: Sizes) -> Iterator[dict]:
             ensembles = states.repeat(40, 1)  # fifty runs of the paper's forty members
             for batch in (*([ensembles] if substeps < 32 else []), states, states[:1]):
                 ours = partial(_etdrk4, substeps, batch, sizes.steps)
-                turns = np.array([(seconds_of(ours), seconds_of(peer)) for _ in range(1 + sizes.repeats)])[1:]
-                mine, theirs = turns.T / [[len(batch)], [len(few)]]
+                mine, theirs = _in_turns(ours, peer, sizes.repeats) / [[len(batch)], [len(few)]]
                 case = f"{f'one of {len(batch)}' if len(batch) > 1 else 'one alone'}, {against}"
                 yield _row("etdrk4", case, unit="s", note=note, size=len(batch)) | speed_ratio(mine, theirs)
 
@@ -262,7 +266,7 @@ def pnpda(sizes: Sizes) -> Iterator[dict]:
     for name, (dim, hidden) in NETWORKS.items():
         method = PnPDA(untrained_prior(dim, hidden), iterations=sizes.iterations)
         ours, peer = one_analysis(method, sizes.runs), forward_passes(method, sizes.runs)
-        turns = np.array([(seconds_of(ours), seconds_of(peer)) for _ in range(1 + sizes.repeats)])[1:].T
+        turns = _in_turns(ours, peer, sizes.repeats)
         case, note = f"{name}, {_plural(sizes.runs, 'run')}", f"{sizes.iterations} iterations, {method.step_rule}"
         speed = speed_ratio(*turns)
         rates = {side: sizes.runs / speed[side] for side in ("ours", "peer")}
@@ -368,11 +372,8 @@ def training(sizes: Sizes) -> Iterator[dict]:
                 ("coupling alone", "coupling", True),
                 ("whole step, peer with the default AdamW", "step", False),
             ):
-                mine, theirs = (
-                    partial(training_steps, ours, minibatches, until),
-                    partial(training_steps, peer, minibatches, until, fused),
-                )
-                turns = np.array([(seconds_of(mine), seconds_of(theirs)) for _ in range(1 + sizes.repeats)])[1:].T / steps
+                mine = partial(training_steps, ours, minibatches, until)
+                turns = _in_turns(mine, partial(training_steps, peer, minibatches, until, fused), sizes.repeats) / steps
                 yield _row("training", f"batch {batch}, {case}", unit="s", size=batch, note=note) | speed_ratio(*turns)
         batch, last = min(sizes.minibatches), sizes.learning // 3
         minibatches = _minibatches(batch, sizes.learning)

@@ -26,15 +26,8 @@ __all__ = ["bench", "report"]
 
 # %% ../../nbs/97_bench.ipynb #9d7aff82
 PARTS: Mapping[str, Callable[[Sizes], Iterator[dict]]] = {
-    "enkf": enkf,
-    "steps": steps,
-    "etdrk4": etdrk4_speed,
-    "members": members,
-    "state": state,
-    "memory": memory,
-    "pnpda": pnpda,
-    "training": training,
-    "pnpda_state": pnpda_state,
+    part.__name__.removesuffix("_speed"): part
+    for part in (enkf, steps, etdrk4_speed, members, state, memory, pnpda, training, pnpda_state)
 }
 
 

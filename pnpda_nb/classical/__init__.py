@@ -3,9 +3,9 @@
 # %% ../../nbs/99_public.ipynb #8a677536
 """What forecasters have: variational methods, ensembles, particles, and filters by flow and diffusion without training."""
 
-from .ensemble import ETKF, LETKF, EnKF, EnKS, EnsembleFilter, LocalEnKF, inflate
+from .ensemble import ETKF, LETKF, EnKF, EnKS, LocalEnKF, inflate
 from .four_dvar import FourDVar, WeakFourDVar
-from .particles import EnRDA, ParticleFilter, entropic_plan, systematic_resampling
+from .particles import EnRDA, ParticleFilter
 from .training_free import EnFF, EnSF
 from .variational import (
     Climatology,
@@ -14,7 +14,6 @@ from .variational import (
     archive_background,
     climatological_background,
     gaspari_cohn_background,
-    gauss_newton,
     nmc_background,
 )
 
@@ -27,7 +26,6 @@ __all__ = [
     "EnKS",
     "EnRDA",
     "EnSF",
-    "EnsembleFilter",
     "FourDVar",
     "LETKF",
     "LocalEnKF",
@@ -37,10 +35,7 @@ __all__ = [
     "WeakFourDVar",
     "archive_background",
     "climatological_background",
-    "entropic_plan",
     "gaspari_cohn_background",
-    "gauss_newton",
     "inflate",
     "nmc_background",
-    "systematic_resampling",
 ]

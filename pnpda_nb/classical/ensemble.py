@@ -22,7 +22,7 @@ from ..observing.observations import Observations
 from ..observing.update import _solve, anomalies, factored_weights, innovation_weights
 
 # %% auto #0
-__all__ = ["inflate", "EnsembleFilter", "EnKF", "ETKF", "LETKF", "LocalEnKF", "EnKS"]
+__all__ = ["inflate", "EnKF", "ETKF", "LETKF", "LocalEnKF", "EnKS"]
 
 
 # %% ../../nbs/06_ensembles.ipynb #0b22eb8f

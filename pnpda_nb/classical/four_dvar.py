@@ -73,13 +73,9 @@ class FourDVar(_Windowed):
 
         def direction(x: Tensor) -> Tensor:
             hessian, descent = precision, (background - x).to(precision) @ precision
-            sensitivity = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-            for i, seen in enumerate(observations):
-                x, M = forecast.linearised(x)
-                sensitivity = M @ sensitivity
-                if i >= old:
-                    curvature, slope = _misfit(seen, x, sensitivity)
-                    hessian, descent = hessian + curvature, descent + slope
+            for seen, *at in list(zip(observations, *(each[1:] for each in sensitive_path(forecast, x, len(observations)))))[old:]:
+                curvature, slope = _misfit(seen, *at)
+                hessian, descent = hessian + curvature, descent + slope
             return symmetric_solve(descent, hessian).to(background)
 
         return gauss_newton(cost, direction, background, self.iterations)
@@ -98,6 +94,19 @@ def _apply(matrix: Tensor, vector: Tensor) -> Tensor:
     return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
 
 
+def sensitive_path(forecast: Callable, first: Tensor, times: int) -> tuple[Tensor, Tensor]:
+    """The states `(times + 1, ..., n)` that follow from the `first` one `(..., n)`, and their derivatives `(times + 1, ..., n, n)`
+    with respect to it.
+    """
+    path = [first]
+    for _ in range(times):
+        path.append(forecast(path[-1]))
+    path, each = torch.stack(path), [torch.eye(first.shape[-1]).to(first).expand(*first.shape, -1)]
+    for M in forecast.linearised(path[:-1])[1] if times else ():  # of all times at once
+        each.append(M @ each[-1])
+    return path, torch.stack(each)
+
+
 # %% ../../nbs/05_four_dvar.ipynb #c0e10007
 def _in_double(method: Any, state: Tensor) -> Any:
     """4D-Var with its covariances where `state` is, in double precision: normal equations are as ill-conditioned as they are."""
@@ -105,6 +114,21 @@ def _in_double(method: Any, state: Tensor) -> Any:
     held = {name: value for name, value in vars(method).items() if isinstance(value, Covariance)}
     moved = {name: _alike(value, like) for name, value in held.items()}
     return method if all(moved[name] is held[name] for name in held) else replace(method, **moved)
+
+
+# %% ../../nbs/05_four_dvar.ipynb #5de780bb
+def chain_of(forecast: Callable, x: Tensor, rigidity: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gauss-Newton of the model errors of states `x` `(K + 1, ..., n)`, whose inverse covariance is `rigidity`: the blocks of the
+    Hessian on its diagonal `(K + 1, ..., n, n)` and `below` it `(K, ..., n, n)`, and the downhill slope `(K + 1, ..., n)`.
+    """
+    forecasts, M = forecast.linearised(x[:-1])
+    pull, M = (x[1:] - forecasts).to(rigidity) @ rigidity, M.to(rigidity)
+    weighed = rigidity @ M
+    diagonal = torch.cat((M.mT @ weighed, rigidity.new_zeros(1, *M.shape[1:])))
+    diagonal[1:] += rigidity
+    descent = torch.cat((_apply(M.mT, pull), rigidity.new_zeros(1, *pull.shape[1:])))
+    descent[1:] -= pull
+    return diagonal, -weighed, descent
 
 
 # %% ../../nbs/05_four_dvar.ipynb #d3c1b481
@@ -178,13 +202,9 @@ class WeakFourDVar(_Windowed):
 
         def direction(flat: Tensor) -> Tensor:
             x = unstack(flat)
-            forecasts, M = forecast.linearised(x[:-1])
-            jump, M = (x[1:] - forecasts).to(precision), M.to(precision)
-            below = -rigidity @ M
-            diagonal = torch.cat((precision.expand_as(M[:1]), rigidity.expand_as(M))).clone()
-            diagonal[:-1] += M.mT @ rigidity @ M
-            descent = torch.cat(((background - x[0]).to(precision)[None] @ precision, -jump @ rigidity))
-            descent[:-1] += _apply(M.mT, jump @ rigidity)
+            diagonal, below, descent = chain_of(forecast, x, rigidity)
+            diagonal[0] += precision
+            descent[0] += (background - x[0]).to(precision) @ precision
             for i, seen in enumerate(observations, start=1):
                 curvature, slope = _misfit(seen, x[i])
                 diagonal[i] += curvature

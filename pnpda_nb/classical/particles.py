@@ -19,7 +19,7 @@ from ..observing.covariance import Covariance
 from ..observing.observations import Observations
 
 # %% auto #0
-__all__ = ["systematic_resampling", "ParticleFilter", "entropic_plan", "EnRDA"]
+__all__ = ["ParticleFilter", "EnRDA"]
 
 
 # %% ../../nbs/91_models.ipynb #29177d97

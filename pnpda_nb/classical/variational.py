@@ -20,7 +20,6 @@ from ..observing.update import ErrorCovariance, kalman_pull
 
 # %% auto #0
 __all__ = [
-    "gauss_newton",
     "ThreeDVar",
     "gaspari_cohn_background",
     "climatological_background",

@@ -5,18 +5,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import os
-import platform
 import signal
 import sys
 import threading
 import time
 import traceback
 import warnings
-from collections.abc import Iterable, Mapping
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Annotated, Optional
@@ -24,7 +20,19 @@ from typing import Annotated, Optional
 import typer
 
 from .output import _FOR_PROGRAMMERS, _line, _occupy, _Outlet, _say, _short, _silence, _table, _told, _visible
-from .places import _check_free, _check_places, _Place, _read, _report_path, _room, _with_report, _write
+from .places import _check_places, _Place, _read, _report_path, _room, _with_report, _write
+from .results import (
+    _about,
+    _attributes,
+    _case,
+    _check_counts,
+    _check_folder,
+    _check_size,
+    _contents,
+    _is_prior,
+    _key_value,
+    _manifest,
+)
 from .words import _Device, _Dtype, _name, _path, _roles, _seed, _whole, _words
 
 # %% auto #0
@@ -159,98 +167,6 @@ def run(
         _say(f"and {len(lost) - 10} more cases of which runs were lost; see manifest.json")
     figures = sum(path.suffix == ".png" for path in files)
     _say(f"\nIn {folder}: scores.csv, cycles.nc, manifest.json and {figures} figures, in {about['wall_seconds']:.0f} s")
-
-
-# %% ../../nbs/96_command_line.ipynb #6c3e9243
-def _key_value(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not (key.strip() and equals):
-        raise ValueError(f"set: expected key=value, got {text!r}")
-    return key.strip(), value.strip()
-
-
-# %% ../../nbs/96_command_line.ipynb #bef7dadf
-def _check_size(name: str, text: str) -> None:
-    """Raise `ValueError` for numbers that nobody could compute with."""
-    for word in text.split(",") if name != "seed" else ():
-        try:
-            size = abs(float(word))
-        except ValueError:  # no number, but perhaps a name
-            continue
-        if not size < 1e15:
-            raise ValueError(f"set: expected {name} to be finite, and smaller than 1e15, got {word}")
-
-
-def _check_counts(changes: Mapping[str, object]) -> None:
-    """Raise `ValueError` for whole numbers that no machine could do."""
-    for name, value in changes.items():
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, int) and name != "seed" and abs(number) > 1_000_000:
-                raise ValueError(f"set: expected {name} to be at most 1000000, got {number}")
-
-
-# %% ../../nbs/96_command_line.ipynb #073f56e4
-def _check_folder(folder: Path, *names: str, given: Iterable[_Place] = ()) -> None:
-    """Raise `ValueError` for a folder that `names` cannot be written in, or that is or holds what is `given`."""
-    there = [place for place in given if place.path.exists()]
-    _check_places([_Place("out", folder, True)], there)
-    for name in names:
-        _check_free(_Place("out", folder / name))
-
-
-def _case(condition: str, method: str) -> str:
-    return f"{condition} {method}".strip()
-
-
-# %% ../../nbs/96_command_line.ipynb #ab151022
-def _contents(study, results, table) -> dict[str, bytes]:
-    """What is in scores.csv, in cycles.nc and in the figures."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    from ..core.disk import netcdf_bytes
-    from ..studies.tables import stack_cases
-    from ..twin.scores import stack_methods
-
-    if study.stack:
-        cycles = study.stack(results)
-    elif all("estimate" in result for result in results.values()):
-        cycles = stack_methods({name: r for (_, name), r in results.items()})
-    else:
-        cycles = stack_cases(results)
-    files = {"scores.csv": table.to_csv(index=False, float_format="%.8g").encode(), "cycles.nc": netcdf_bytes(cycles)}
-    for name, figure in study.figures(results).items():
-        image = io.BytesIO()
-        figure.savefig(image, format="png", metadata={"Software": None})
-        plt.close(figure)
-        files[f"{name}.png"] = image.getvalue()
-    return files
-
-
-# %% ../../nbs/96_command_line.ipynb #b3bf24a0
-def _about(files: Mapping[Path, bytes], kept: Iterable[Path] = (), **facts: object) -> dict:
-    """The `facts` for a manifest, with versions and the checksums of `files` and of what is `kept` on the disk beside them."""
-    from ..sweep import code_version, digest_of
-
-    sums = {path.name: hashlib.sha256(content).hexdigest() for path, content in files.items()}
-    for path in kept:
-        with open(path, "rb") as file:
-            sums[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    versions = {name: installed_version(name) for name in ("pnpda_nb", "torch", "numpy", "scipy", "pot", "xarray")}
-    about = {
-        "versions": {"python": platform.python_version()} | versions,
-        "settings_hash": digest_of(facts["settings"]),
-        "code": code_version(),
-    }
-    return facts | about | {"files": sums}
-
-
-def _manifest(folder: Path, about: dict) -> dict[Path, bytes]:
-    from ..core.disk import record_bytes
-
-    return {folder / "manifest.json": record_bytes(about)}
 
 
 # %% ../../nbs/96_command_line.ipynb #753a93bd
@@ -408,20 +324,6 @@ def assimilate_command(
     _say(f"\nIn {out} and {report}")
 
 
-# %% ../../nbs/96_command_line.ipynb #b77ab04c
-def _attributes(prior: object, given: Mapping[str, Path], how: Mapping[str, object]) -> dict[str, str]:
-    """What an analysis says about itself."""
-    from datetime import datetime, timezone
-
-    words = " ".join(f"--{name} {value}" for name, value in ({name: path.name for name, path in given.items()} | dict(how)).items())
-    return {
-        "title": f"analysis of {given['background'].name}",
-        "source": f"PnP-DA with {prior!r}",
-        "history": f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ} pnpda {installed_version('pnpda_nb')} assimilate {words}",
-        "Conventions": "CF-1.11",
-    }
-
-
 # %% ../../nbs/96_command_line.ipynb #fd84fe8c
 @app.command()
 def describe(
@@ -455,16 +357,6 @@ def describe(
             _say(f"  {_line(dim)}: {_line(axis)}")
         if archive.state.left_out is not None:
             _say(f"  {len(archive.state.left_out)} points are missing always")
-
-
-# %% ../../nbs/96_command_line.ipynb #6d48d817
-def _is_prior(path: Path) -> bool:
-    """Whether a file is, or claims to be, of safetensors: the length of a header, and then the header."""
-    if not path.is_file():
-        return path.suffix == ".safetensors"
-    with open(path, "rb") as file:
-        head = file.read(9)
-    return path.suffix == ".safetensors" or (head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size)
 
 
 # %% ../../nbs/96_command_line.ipynb #f8345d50

@@ -80,12 +80,8 @@ def _say(text: str) -> None:
 assert _visible("T\x1b]0;gone\x07 \u202e") == r"T\x1b]0;gone\x07 \u202e" and _line("a\nb") == r"a\nb"
 
 # %% ../../nbs/96_command_line.ipynb #ddbef2fd
-_FOR_PROGRAMMERS = (
-    DeprecationWarning,
-    PendingDeprecationWarning,
-    ResourceWarning,
-    ImportWarning,
-)  # no matter for who uses a command
+# no matter for who uses a command
+_FOR_PROGRAMMERS = (DeprecationWarning, PendingDeprecationWarning, ResourceWarning, ImportWarning)
 
 
 # %% ../../nbs/96_command_line.ipynb #80aeeee2

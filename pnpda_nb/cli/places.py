@@ -36,20 +36,15 @@ def _same(one: Path, other: Path) -> bool:
         return os.path.samefile(one, other)
     if one.exists() or other.exists():
         return False
-    name, also = (
-        unicodedata.normalize("NFC", str(path)).casefold() for path in (one, other)
-    )  # some file systems know only one of Ä and ä
+    # some file systems know only one of Ä and ä
+    name, also = (unicodedata.normalize("NFC", str(path)).casefold() for path in (one, other))
     return name == also
 
 
 def _touch(one: _Place, other: _Place) -> bool:
     """Whether two places are the same, or one is inside the other."""
-    inside = any(
-        _same(above, b.path)
-        for a, b in ((one, other), (other, one))
-        if b.folder
-        for above in Path(os.path.realpath(a.path)).parents
-    )
+    pairs = [(a, b) for a, b in ((one, other), (other, one)) if b.folder]
+    inside = any(_same(above, b.path) for a, b in pairs for above in Path(os.path.realpath(a.path)).parents)
     return inside or _same(one.path, other.path)
 
 

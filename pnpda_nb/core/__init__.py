@@ -3,27 +3,20 @@
 # %% ../../nbs/99_public.ipynb #2026726e
 """The ground floor: random streams, settings, files that are whole or not there, checks of what comes in, geometry."""
 
-from .checks import Complex, Converted, Gappy, GappyArray, GappyFloat, Index, Mask, Positive, guard, guarded, unchecked
-from .disk import read_record, write_netcdf, write_record, write_whole
+from .checks import Gappy, guard, guarded, unchecked
+from .disk import read_record, write_netcdf
 from .grid import Distance, Grid, gaspari_cohn, gaspari_cohn_matrix, neighbours, tapers
 from .homogeneous import Homogeneous
 from .interface import deprecated
 from .random import RunNoise, RunStreams, standard_normal, stream
-from .settings import Settings, parse_as
+from .settings import Settings
 
 # %% auto #0
 __all__ = [
-    "Complex",
-    "Converted",
     "Distance",
     "Gappy",
-    "GappyArray",
-    "GappyFloat",
     "Grid",
     "Homogeneous",
-    "Index",
-    "Mask",
-    "Positive",
     "RunNoise",
     "RunStreams",
     "Settings",
@@ -33,13 +26,10 @@ __all__ = [
     "guard",
     "guarded",
     "neighbours",
-    "parse_as",
     "read_record",
     "standard_normal",
     "stream",
     "tapers",
     "unchecked",
     "write_netcdf",
-    "write_record",
-    "write_whole",
 ]

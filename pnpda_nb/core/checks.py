@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import collections.abc
 import dataclasses
 import inspect
 import math
@@ -13,12 +12,11 @@ import os
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache, cached_property, partial, wraps
-from numbers import Integral, Real
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from functools import cache, cached_property, wraps
+from typing import Annotated, Any, get_args
 
 import annotated_types
 import numpy as np
@@ -26,21 +24,10 @@ import torch
 from torch import Tensor
 
 from .compute import _alike
+from .rules import rule_of
 
 # %% auto #0
-__all__ = [
-    "Gappy",
-    "GappyArray",
-    "GappyFloat",
-    "Mask",
-    "Index",
-    "Complex",
-    "Converted",
-    "Positive",
-    "guarded",
-    "unchecked",
-    "guard",
-]
+__all__ = ["Gappy", "guarded", "unchecked", "guard"]
 
 # %% ../../nbs/92_engine.ipynb #28e5b075
 GAPS = "may hold nan where something is missing, or inf where nothing is near"
@@ -53,36 +40,6 @@ Index = Annotated[Tensor, "whole numbers"]
 Complex = Annotated[Tensor, "real or complex numbers"]
 Converted = Annotated[Tensor, GAPS, "made float64"]
 Positive = Annotated[Tensor, annotated_types.Gt(0)]
-Rule = Callable[[Any], "str | None"]
-
-
-def _number(value: object) -> str | None:
-    if isinstance(value, Tensor) and value.ndim == 0 and not value.is_complex() and value.dtype != torch.bool:
-        value = value.item()
-    fine = isinstance(value, Real) and not isinstance(value, (bool, np.bool_))
-    try:
-        return None if fine and not math.isnan(float(value)) else "a number"
-    except OverflowError:
-        return "a number that fits into 64 bits"
-
-
-# %% ../../nbs/92_engine.ipynb #123c265d
-def _count(value: object) -> str | None:
-    if not isinstance(value, Integral) or isinstance(value, (bool, np.bool_)):
-        return "a whole number"
-    return None if abs(int(value)) < 2**63 else "a whole number of at most 63 bits"
-
-
-def _tensor(value: object, of: str = "floating-point numbers") -> str | None:
-    if not isinstance(value, Tensor):
-        return f"a tensor of {of}"
-    whole = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
-    kinds = {
-        "floating-point numbers": value.is_floating_point(),
-        "whole numbers": whole,
-        "True and False": value.dtype == torch.bool,
-    }
-    return None if kinds.get(of, True) else f"a tensor of {of}"
 
 
 # %% ../../nbs/92_engine.ipynb #6fb1dd2b
@@ -100,142 +57,6 @@ def _finite(value: object) -> str | None:
         return None if torch.isfinite(value).all() else "finite numbers"
     except RuntimeError:  # inside a transform of torch.func there are no values to look at
         return None
-
-
-# %% ../../nbs/92_engine.ipynb #f2634f57
-_SIMPLE: dict[Any, Rule] = {
-    int: _count,
-    float: _number,
-    bool: lambda v: None if isinstance(v, (bool, np.bool_)) else "True or False",
-    str: lambda v: None if isinstance(v, str) else "a text",
-    type(None): lambda v: None if v is None else "None",
-    Tensor: _tensor,
-    os.PathLike: lambda v: None if isinstance(v, os.PathLike) else "a path",
-}
-_SEQUENCES = (tuple, list, collections.abc.Sequence)
-_RANGES = {
-    annotated_types.Ge: (">=", "at least"),
-    annotated_types.Gt: (">", "more than"),
-    annotated_types.Le: ("<=", "at most"),
-    annotated_types.Lt: ("<", "less than"),
-}
-_KINDER = {
-    "more than 0": "a positive number",
-    "more than 0 and less than inf": "a positive number",
-    "at least 0": "zero or a positive number",
-    "at least 0 and at most 1": "a share from 0 to 1",
-    "at least 0 and less than 1": "a share from 0 to less than 1",
-    "more than 0 and at most 1": "a share above 0, at most 1",
-    "more than 0 and less than 1": "a share between 0 and 1",
-}
-_COMPARE = {">=": lambda a, b: a >= b, ">": lambda a, b: a > b, "<=": lambda a, b: a <= b, "<": lambda a, b: a < b}
-
-
-# %% ../../nbs/92_engine.ipynb #2e5263f3
-@cache
-def rule_of(annotation: Any) -> Rule | None:
-    """What `annotation` asks of a value: a rule, or None for whatever is not checked."""
-    if annotation is Any or annotation is object:
-        return None
-    if annotation in _SIMPLE:
-        return _SIMPLE[annotation]
-    origin, parts = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        of = next((word for word in parts[1:] if word in ("True and False", "whole numbers", "real or complex numbers")), None)
-        rules = [rule_of(parts[0]) if of is None else partial(_tensor, of=of), *map(_range, parts[1:])]
-        return _whole_words(parts, _all_of([r for r in rules if r]))
-    if origin in (Union, types.UnionType):
-        return _one_of([rule_of(p) for p in parts])
-    if origin is Literal:
-        words = " or ".join(filter(None, (", ".join(map(repr, parts[:-1])), repr(parts[-1]))))
-        return lambda v: None if any(type(v) is type(p) and v == p for p in parts) else words
-    if (origin or annotation) in _SEQUENCES:
-        return _sequence(parts)
-    if origin is collections.abc.Callable or annotation in (Callable, typing.Callable):
-        return lambda v: None if callable(v) else "a function"
-    kind = origin or annotation
-    if not isinstance(kind, type) or (getattr(kind, "_is_protocol", False) and not getattr(kind, "_is_runtime_protocol", False)):
-        return None
-    called = "a mapping" if kind is Mapping else f"{'an' if kind.__name__[0] in 'AEIOU' else 'a'} {kind.__name__}"
-    return lambda v: None if isinstance(v, kind) or _made_anew(v, kind) else called
-
-
-# %% ../../nbs/92_engine.ipynb #0dbf3b69
-def _made_anew(value: object, kind: type) -> bool:
-    """Whether `value` is of a class that whoever runs a chapter has just defined again, or `kind` is."""
-    return any("__main__" in (k.__module__, kind.__module__) and k.__qualname__ == kind.__qualname__ for k in type(value).__mro__)
-
-
-# %% ../../nbs/92_engine.ipynb #8b8771ff
-def _range(bound: Any) -> Rule | None:
-    if isinstance(bound, annotated_types.Interval):  # which gives its ends as bounds of their own
-        return _all_of([r for r in map(_range, bound) if r])
-    if isinstance(bound, annotated_types.Predicate):
-        return lambda v: None if bound.func(v) else bound.func.__doc__
-    if type(bound) not in _RANGES:
-        return None
-    sign, words = _RANGES[type(bound)]
-    limit = dataclasses.astuple(bound)[0]
-
-    def rule(value: object) -> str | None:
-        fine = _COMPARE[sign](value, limit)
-        return None if (fine.all() if isinstance(fine, Tensor) else fine) else f"{words} {limit}"
-
-    return rule
-
-
-def _whole_words(parts: tuple, rule: Rule) -> Rule:
-    """The rule for a number with a range, which says all that is asked for to a number that is not in it, and to what is none."""
-    ends = [end for part in parts[1:] for end in (part if isinstance(part, annotated_types.Interval) else (part,))]
-    words = " and ".join(f"{_RANGES[type(end)][1]} {dataclasses.astuple(end)[0]}" for end in ends if type(end) in _RANGES)
-    if parts[0] not in (int, float) or not words:
-        return rule
-    whole = f"a whole number of {words}" if parts[0] is int else _KINDER.get(words, f"a number of {words}")
-    return lambda v: (whole if "bits" not in wanted else wanted) if (wanted := rule(v)) else None
-
-
-def _all_of(rules: list[Rule]) -> Rule:
-    return lambda v: next((wanted for rule in rules if (wanted := rule(v))), None)
-
-
-# %% ../../nbs/92_engine.ipynb #3e707f5b
-def _one_of(rules: list[Rule | None]) -> Rule | None:
-    if None in rules:
-        return None
-
-    def rule(value: object) -> str | None:
-        wanted = [r(value) for r in rules]
-        return None if None in wanted else " or ".join(dict.fromkeys(wanted))
-
-    return rule
-
-
-# %% ../../nbs/92_engine.ipynb #c6056bff
-def _sequence(parts: tuple) -> Rule:
-    """Anything with an order: tuples and lists, arrays and tensors of one dimension, ranges; each entry by its own rule."""
-    many = (len(parts) == 2 and parts[1] is Ellipsis) or len(parts) == 1
-    each = rule_of(parts[0]) if many else None
-
-    def rule(value: object) -> str | None:
-        array = hasattr(value, "__array__") and hasattr(value, "ndim")  # of numpy, torch, pandas or xarray
-        if (
-            isinstance(value, (str, bytes))
-            or not (array or isinstance(value, collections.abc.Sequence))
-            or (array and parts and value.ndim != 1)
-        ):
-            return "a sequence"
-        if not parts:
-            return None
-        entries = (value if isinstance(value, Tensor) else np.asarray(value)).tolist() if array else value
-        if not many:
-            if len(entries) != len(parts):
-                return f"{len(parts)} values"
-            rules = map(rule_of, parts)
-            return next((wanted for r, v in zip(rules, entries) if r and (wanted := r(v))), None)
-        wrong = next((wanted for v in entries if each and (wanted := each(v))), None)
-        return f"a sequence, each {wanted}" if wrong else None
-
-    return rule
 
 
 # %% ../../nbs/92_engine.ipynb #11c42801
@@ -374,20 +195,9 @@ def _lost(result: object, depth: int = 3, outside: bool = True, strict: bool = F
 # %% ../../nbs/92_engine.ipynb #d36ff8c4
 _OURS = re.compile(r"[^\s:]+(, [^\s:]+)*( \S*[./\\].*)?: ")  # arguments, or what a file was to be and its path
 _FOREIGN = (
-    RuntimeError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    MemoryError,
-    ValueError,
-    NameError,
-    AssertionError,
-    EOFError,
-    BufferError,
-    SystemError,
-    StopIteration,
-)
+    RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError, MemoryError, ValueError, NameError, AssertionError,
+    EOFError, BufferError, SystemError, StopIteration,
+)  # fmt: skip
 
 
 def _called(function: Callable) -> str:

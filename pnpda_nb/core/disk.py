@@ -25,7 +25,7 @@ import xarray as xr
 from .checks import GAPS, guard
 
 # %% auto #0
-__all__ = ["write_whole", "write_record", "read_record", "write_netcdf"]
+__all__ = ["read_record", "write_netcdf"]
 
 
 # %% ../../nbs/93_files.ipynb #fbd22e95
@@ -238,29 +238,41 @@ def write_netcdf(dataset: xr.Dataset, path: str | os.PathLike) -> Path:
 # %% ../../nbs/93_files.ipynb #5fb4edbd
 def writable_attributes(attributes: Mapping[Any, Any]) -> dict[str, Any]:
     """The same attributes in a form that NetCDF can hold: numbers, texts and lists of numbers or of texts as they are, truth values
-    as 0 and 1, and everything else (nothing at all, a dictionary, a mixed list) as text in JSON.
+    as 0 and 1, and everything else (nothing at all, a dictionary, a mixed list, times) as text in JSON.
     """
-    return {str(name).encode(errors="replace").decode(): _writable(value) for name, value in attributes.items()}
+    return {_clean(str(name)): _writable(value) for name, value in attributes.items()}
+
+
+def _clean(text: str) -> str:
+    """Text that can be encoded, without the zeros that end it in C."""
+    return text.replace("\0", "").encode("utf-8", "replace").decode()
 
 
 # %% ../../nbs/93_files.ipynb #d5cb6eec
 def _writable(value: Any) -> Any:
-    if isinstance(value, (bool, np.bool_)):
-        return np.int8(value)
-    if isinstance(value, str):
-        return value.encode(errors="replace").decode()  # half a character is none
-    if isinstance(value, (int, float)) and not (isinstance(value, int) and abs(value) >= 2**63):
-        return value
-    if isinstance(value, (np.number, np.ndarray)) and np.asarray(value).dtype.kind in "iuf":
-        return value
-    if isinstance(value, (list, tuple)) and value and all(isinstance(v, str) for v in value):
-        return [_writable(v) for v in value]
-    if isinstance(value, (list, tuple)) and value and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value):
-        return np.asarray(value, dtype=None if all(isinstance(v, int) and abs(v) < 2**63 for v in value) else "float64")
     if isinstance(value, bytes):
-        return value.decode(errors="replace")
-    plain = value.tolist() if isinstance(value, np.ndarray) else value
-    return json.dumps(plain, default=str)
+        value = value.decode(errors="replace")
+    if isinstance(value, str):
+        return _clean(value)
+    if isinstance(value, list | tuple | set | frozenset):
+        parts = list(value)
+        if all(isinstance(v, str) for v in parts) and parts:
+            return [_clean(v) for v in parts]
+        if not parts or not all(isinstance(v, bool | int | float | np.number | np.bool_) for v in parts):
+            return _clean(json.dumps(parts, default=str))
+        value = np.array(parts)
+    if value is None or isinstance(value, dict):
+        return _clean(json.dumps(value, default=str))
+    array = np.asarray(value)
+    if array.dtype.kind == "b":
+        array = array.astype("int8")
+    elif array.dtype == np.float16:
+        array = array.astype("float32")
+    elif array.dtype.kind == "f" and array.dtype.itemsize > 8:
+        array = array.astype("float64")
+    elif array.dtype.kind not in "iuf":  # times, objects, complex numbers, integers beyond 64 bits
+        return _clean(str(value) if array.ndim == 0 else json.dumps(array.tolist(), default=str))
+    return array[()] if array.ndim == 0 else array.ravel()
 
 
 # %% ../../nbs/93_files.ipynb #375ed042

@@ -15,10 +15,11 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Interval, Predicate
 
-from .checks import GAPS, _may_miss, guard, rule_of, shown
+from .checks import GAPS, _may_miss, guard, shown
+from .rules import rule_of
 
 # %% auto #0
-__all__ = ["Settings", "parse_as"]
+__all__ = ["Settings"]
 
 
 # %% ../../nbs/92_engine.ipynb #3b50dcb3

@@ -116,32 +116,16 @@ def report_ablations(scores: pd.DataFrame) -> str:
 
 # %% ../../nbs/95_studies.ipynb #439d7b0a
 PAPER_ABLATIONS = AblationSettings()
+_SMOKE_ABLATIONS = dataclasses.replace(
+    PAPER_ABLATIONS, runs=8, epochs=12, patience=12, iterations=(10, 100), alphas=(0.05, 0.5), draws=(1, 5), ensembles=(1, 5),
+    betas=(0.0, 1000.0), batches=(32,), sizes=(100, 1600), sigmas=(0.5, 1.5), forcings=(18.0, 20.0), field=False,
+)  # fmt: skip
 ABLATION_STUDY = Study(
     name="ablations",
     description="one setting of PnP-DA changed at a time: Figures 7 and 8 of PnP-DA, and nine more",
-    presets={
-        "smoke": dataclasses.replace(
-            PAPER_ABLATIONS,
-            runs=8,
-            epochs=12,
-            patience=12,
-            iterations=(10, 100),
-            alphas=(0.05, 0.5),
-            draws=(1, 5),
-            ensembles=(1, 5),
-            betas=(0.0, 1000.0),
-            batches=(32,),
-            sizes=(100, 1600),
-            sigmas=(0.5, 1.5),
-            forcings=(18.0, 20.0),
-            field=False,
-        ),  # fmt: skip
-        "paper": PAPER_ABLATIONS,
-    },
+    presets={"smoke": _SMOKE_ABLATIONS, "paper": PAPER_ABLATIONS},
     methods=tuple(ABLATIONS),
-    default_methods=tuple(ABLATIONS),
     plan=plan_ablations,
     figures=figures_ablations,
     report=report_ablations,
-    published=PUBLISHED_ABLATIONS,
 )

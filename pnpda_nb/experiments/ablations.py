@@ -147,15 +147,9 @@ def shift_forcing(settings: AblationSettings) -> Plan:
 
 # %% ../../nbs/15_ablations.ipynb #c751e26f
 ABLATIONS = {
-    "iterations": vary_iterations,
-    "alpha": vary_alpha,
-    "step_rule": vary_step_rule,
-    "draws": vary_draws,
-    "ensemble": vary_ensemble,
-    "coupling": vary_coupling,
-    "archive_size": vary_archive_size,
-    "archive_quality": vary_archive_quality,
-    "normalisation": vary_normalisation,
-    "shift_sigma": shift_sigma,
-    "shift_forcing": shift_forcing,
-}
+    vary.__name__.removeprefix("vary_"): vary
+    for vary in (
+        vary_iterations, vary_alpha, vary_step_rule, vary_draws, vary_ensemble, vary_coupling, vary_archive_size,
+        vary_archive_quality, vary_normalisation, shift_sigma, shift_forcing,
+    )
+}  # fmt: skip

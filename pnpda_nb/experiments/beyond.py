@@ -255,10 +255,8 @@ def beyond_study(testbed: str) -> Study:
         description=f"{testbed}: learned analyses against tuned ensembles",
         presets={"beyond": settings, "beyond_smoke": tiny},
         methods=BEYOND_METHODS,
-        default_methods=BEYOND_METHODS,
         plan=plan_beyond,
         kept=kept_beyond,
         figures=figures_beyond,
         report=report_beyond,
-        published=pd.DataFrame(columns=["condition", "method", "metric", "variable", "mean", "std"]),
     )

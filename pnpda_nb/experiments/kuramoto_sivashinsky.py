@@ -157,29 +157,17 @@ def report_kuramoto_sivashinsky(scores: pd.DataFrame) -> str:
 
 # %% ../../nbs/95_studies.ipynb #26a9b4de
 PAPER_KS = KuramotoSivashinskySettings()
+_SMOKE_KS = dataclasses.replace(
+    PAPER_KS, runs=6, members=20, tuning_runs=2, cycles=16, points=(16, 32), sigmas=(0.1, 1.0), archive_runs=10, epochs=40,
+    patience=10,
+)  # fmt: skip
 KURAMOTO_SIVASHINSKY = Study(
     name="kuramoto_sivashinsky",
     description="Kuramoto-Sivashinsky between walls with a noisy forecast: Figures 5 and 6 of PnP-DA",
-    presets={
-        "smoke": dataclasses.replace(
-            PAPER_KS,
-            runs=6,
-            members=20,
-            tuning_runs=2,
-            cycles=16,
-            points=(16, 32),
-            sigmas=(0.1, 1.0),
-            archive_runs=10,
-            epochs=40,
-            patience=10,
-        ),  # fmt: skip
-        "paper": PAPER_KS,
-    },
+    presets={"smoke": _SMOKE_KS, "paper": PAPER_KS},
     methods=KS_METHODS,
-    default_methods=KS_METHODS,
     plan=plan_kuramoto_sivashinsky,
     kept=kept_kuramoto_sivashinsky,
     figures=figures_kuramoto_sivashinsky,
     report=report_kuramoto_sivashinsky,
-    published=pd.DataFrame(columns=["condition", "method", "metric", "variable", "mean", "std"]),
 )

@@ -204,9 +204,7 @@ PARTS_STUDY = Study(
         "paper": PARTS,
     },
     methods=PARTS_METHODS,
-    default_methods=PARTS_METHODS,
     plan=plan_parts,
     figures=figures_parts,
     report=report_parts,
-    published=pd.DataFrame(columns=["condition", "method", "metric", "variable", "mean", "std"]),
 )  # fmt: skip

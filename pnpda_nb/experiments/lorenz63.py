@@ -13,12 +13,11 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from ..core.settings import BelowOne, Count, Members, NotNegative, PositiveNumber, Settings
-from ..flow_matching.pairs import PAPER_TRAINING, TrainingSettings
+from ..core.settings import BelowOne, Count, Members, NotNegative, PositiveNumber
+from ..flow_matching.pairs import PAPER_TRAINING
 from ..plotting.style import LABELS, book_style, line_style, mean_and_band
-from ..pnp.loop import StepRule
 from ..studies.parts import archive_task, cycle_task, file_task, prior_task, tuning_task
-from ..studies.study import Study, training_of
+from ..studies.study import CycleSettings, Study
 from ..sweep import Task
 from ..twin.experiment import TwinExperiment
 from ..twin.testbeds import lorenz63
@@ -29,40 +28,24 @@ __all__ = ["LORENZ63"]
 
 # %% ../../nbs/95_studies.ipynb #1dda88b5
 @dataclass(frozen=True)
-class Lorenz63Settings(Settings):
+class Lorenz63Settings(CycleSettings):
     """Everything that the study depends on. `archive` and `prior` name files to use instead of
     making them.
     """
 
-    runs: Count = 50
-    members: Count = 20
-    seed: int = 1
     cycles: Count = 25
     observed: tuple[int, ...] = (0, 2)
     observation_variance: PositiveNumber = 2.0
     observation_correlation: float = 0.5
     model_error_variance: NotNegative = 0.02
-    archive_runs: Count = 25
-    archive_cycles: Count = 100
     archive_members: Members = 10
     pairs: Literal["means", "members"] = "means"
-    beta: NotNegative = PAPER_TRAINING.beta
-    batch: Count = PAPER_TRAINING.batch
-    epochs: Count = PAPER_TRAINING.epochs
-    patience: Count = PAPER_TRAINING.patience
-    learning_rate: PositiveNumber = PAPER_TRAINING.learning_rate
     embedding_scale: PositiveNumber = PAPER_TRAINING.embedding_scale
     average: BelowOne = PAPER_TRAINING.average
     linear_skip: bool = PAPER_TRAINING.linear_skip
     start_fraction: BelowOne = PAPER_TRAINING.start_fraction
-    standardise: bool = PAPER_TRAINING.standardise
-    iterations: Count = 100
-    alpha: NotNegative = 0.5
     small_alpha: NotNegative = 0.05
-    step_rule: StepRule = "paper"
     draws: Count = 1
-    gc_variance: PositiveNumber = 15.0
-    gc_half_width: PositiveNumber = 2.0
     tuning_runs: Count = 50
     archive: str = ""
     prior: str = ""
@@ -81,10 +64,6 @@ class Lorenz63Settings(Settings):
         """The twin experiment that methods are judged on; `changes` as for `lorenz63`."""
         return lorenz63(**self.world(**changes))
 
-    def training(self) -> TrainingSettings:
-        """The paper's training with what these settings change in it."""
-        return training_of(self)
-
 
 # %% ../../nbs/95_studies.ipynb #506ab6ec
 def lorenz63_archive(settings: Lorenz63Settings) -> Task:
@@ -92,15 +71,8 @@ def lorenz63_archive(settings: Lorenz63Settings) -> Task:
     if settings.archive:
         return file_task("archive", settings.archive, dim=3)
     full = settings.world(observed=(0, 1, 2), cycles=settings.archive_cycles + 5)
-    return archive_task(
-        {"name": "lorenz63"} | full,
-        {"name": "enrda"},
-        members=settings.archive_members,
-        runs=settings.archive_runs,
-        seed=settings.seed,
-        pairs=settings.pairs,
-        cost=2,
-    )
+    some = {"members": settings.archive_members, "runs": settings.archive_runs, "seed": settings.seed, "pairs": settings.pairs}
+    return archive_task({"name": "lorenz63"} | full, {"name": "enrda"}, cost=2, **some)
 
 
 def lorenz63_prior(settings: Lorenz63Settings) -> Task:
@@ -146,7 +118,7 @@ def learned_63(settings: Lorenz63Settings, name: str, prior: Task) -> Task:
         "pnpda": (settings.iterations, settings.alpha, settings.draws),
         "pnpda_small_alpha": (settings.iterations, settings.small_alpha, settings.draws),
     }[name]
-    method = {"name": "pnpda", "iterations": iterations, "alpha": alpha, "step_rule": settings.step_rule, "draws": draws}
+    method = settings.pnpda(iterations=iterations, alpha=alpha, draws=draws)
     return cycle_task(testbed, method, prior=prior, name=name, runs=settings.runs, seed=settings.seed, whole=True)
 
 
@@ -297,10 +269,8 @@ LORENZ63 = Study(
     description="Lorenz-63 with a wrong and noisy model, x and z observed: Table 1 and Figure 2 of PnP-DA",
     presets={"smoke": dataclasses.replace(PAPER, runs=20, tuning_runs=20, patience=20), "paper": PAPER},
     methods=LORENZ63_METHODS,
-    default_methods=LORENZ63_METHODS,
     plan=plan_lorenz63,
     kept=kept_lorenz63,
     figures=figures_lorenz63,
     report=report_lorenz63,
-    published=PUBLISHED_63,
 )

@@ -207,30 +207,17 @@ def report_lorenz96(scores: pd.DataFrame) -> str:
 
 # %% ../../nbs/95_studies.ipynb #6fb64ae2
 PAPER_96 = Lorenz96Settings()
+_SMOKE_96 = dataclasses.replace(
+    PAPER_96, runs=10, tuning_runs=3, cycles=20, counts=(2, 4), sigmas=(0.5, 2.0), archive_runs=10, paper_runs=4, trainings=1,
+    patience=10, large_members=50,
+)  # fmt: skip
 LORENZ96 = Study(
     name="lorenz96",
     description="two-scale Lorenz-96, one scale in the forecast: Figures 3 and 4 of PnP-DA",
-    presets={
-        "smoke": dataclasses.replace(
-            PAPER_96,
-            runs=10,
-            tuning_runs=3,
-            cycles=20,
-            counts=(2, 4),
-            sigmas=(0.5, 2.0),
-            archive_runs=10,
-            paper_runs=4,
-            trainings=1,
-            patience=10,
-            large_members=50,
-        ),  # fmt: skip
-        "paper": PAPER_96,
-    },
+    presets={"smoke": _SMOKE_96, "paper": PAPER_96},
     methods=LORENZ96_METHODS,
-    default_methods=LORENZ96_METHODS,
     plan=plan_lorenz96,
     kept=kept_lorenz96,
     figures=figures_lorenz96,
     report=report_lorenz96,
-    published=PUBLISHED_96,
 )

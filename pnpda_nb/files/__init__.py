@@ -8,19 +8,6 @@ from .layout import Axis, Field, Layout
 from .opening import open_dataset
 from .states import States, read_states
 from .stations import read_observations
-from .units import conversion, same_units
 
 # %% auto #0
-__all__ = [
-    "Archive",
-    "Axis",
-    "Field",
-    "Layout",
-    "States",
-    "conversion",
-    "open_archive",
-    "open_dataset",
-    "read_observations",
-    "read_states",
-    "same_units",
-]
+__all__ = ["Archive", "Axis", "Field", "Layout", "States", "open_archive", "open_dataset", "read_observations", "read_states"]

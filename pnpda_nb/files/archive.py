@@ -188,18 +188,15 @@ class _Piece:
         counting = [str(d) for d in array.dims if is_sample(str(d), self.opened[-1], samples)]
         times = {d: _times_along(array, d, self.where) for d in counting if d not in MEMBERS}
         first = next((d for d in counting if times.get(d) is not None), None)
-        self.samples = tuple(
-            sorted(counting, key=lambda d: (d in MEMBERS, d != first))
-        )  # by time; members of one time stay together
+        self.samples = tuple(sorted(counting, key=lambda d: (d in MEMBERS, d != first)))  # members of one time stay together
         if not self.samples:
             raise ValueError(
                 f"archive: expected a dimension that counts pairs in {self.shown}, such as sample or time (or one named "
                 f"as `samples`), got ({', '.join(map(str, array.dims))})"
             )
         self.times = times[first] if first is not None else _time_of_all(array, self.where)
-        for d in {
-            str(name) for some in fields for a in some.values() for name in a.coords
-        }:  # backgrounds and analyses must be of the same times
+        # backgrounds and analyses must be of the same times
+        for d in {str(name) for some in fields for a in some.values() for name in a.coords}:
             if d in counting or _is_time(d, next(iter(fields[0].values())).coords.get(d)):
                 mine, theirs = (
                     _plain(_read(some.coords[d], self.where)) if d in some.coords else None

@@ -59,10 +59,7 @@ class _HDF5Contents(_Contents):
                     size = int.from_bytes(content[place + 8 : place + 16], "little")
                     part, last = place + 16, place + size
                     while part + 16 <= last <= whole:
-                        index, length = (
-                            int.from_bytes(content[part : part + 2], "little"),
-                            int.from_bytes(content[part + 8 : part + 16], "little"),
-                        )
+                        index, length = (int.from_bytes(content[part + a : part + b], "little") for a, b in ((0, 2), (8, 16)))
                         step = 16 + -(-length // 8) * 8 if index else length
                         if step < 16:
                             raise self.refuse(f"a heap of texts at byte {place} is damaged; is it whole?")
@@ -81,13 +78,11 @@ class _HDF5Contents(_Contents):
         if len([f for f in filters if f not in (h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32)]) > 1:
             raise self.refuse(f"expected at most one compression of {variable!r}, got {len(filters)} filters")
         label = found.attrs.get("NAME", b"") if "NAME" in found.attrs and len(found.shape) == 1 else b""
-        empty = (label if isinstance(label, bytes) else str(label).encode()).startswith(
-            b"This is a netCDF dimension but not a netCDF variable"
-        )
+        label = label if isinstance(label, bytes) else str(label).encode()
+        empty = label.startswith(b"This is a netCDF dimension but not a netCDF variable")
         declared = found.size * item
-        if (
-            len(found.shape) == 1 and not empty and _too_much(max(declared, chunk), stored)
-        ):  # coordinates are read when a file is opened
+        # coordinates are read when a file is opened
+        if len(found.shape) == 1 and not empty and _too_much(max(declared, chunk), stored):
             raise self.refuse(f"{variable!r} claims {declared:.3g} bytes, of which {stored} are stored")
         self.parts[variable] = (found.shape, found.chunks, declared, stored, chunk)
         if len(found.shape) == 1 and chunk and not empty:

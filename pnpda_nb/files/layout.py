@@ -77,14 +77,7 @@ class Field:
 
 
 # %% ../../nbs/93_files.ipynb #368c8965
-LONGITUDES = (
-    "degrees_east",
-    "degree_east",
-    "degrees_E",
-    "degree_E",
-    "degreesE",
-    "degreeE",
-)  # as the CF conventions spell their units
+LONGITUDES = ("degrees_east", "degree_east", "degrees_E", "degree_E", "degreesE", "degreeE")  # as CF spells their units
 
 
 @dataclass(frozen=True)
@@ -418,17 +411,8 @@ def check_units(found: object, field: Field, where: str) -> tuple[float, float]:
 
 
 def _kind_of(dtype: np.dtype) -> str:
-    kinds = {
-        "c": "complex numbers",
-        "M": "times",
-        "m": "durations",
-        "S": "text",
-        "U": "text",
-        "T": "text",
-        "O": "text or objects",
-        "V": "records",
-    }
-    return kinds.get(dtype.kind, str(dtype))
+    kinds = {"c": "complex numbers", "M": "times", "m": "durations", "O": "text or objects", "V": "records"}
+    return "text" if dtype.kind in "SUT" else kinds.get(dtype.kind, str(dtype))
 
 
 def _first_difference(one: Axis, other: Axis) -> str:
@@ -486,9 +470,8 @@ def layout_from_record(record: Mapping) -> Layout:
         ends = [0, *(edge for start, length in runs for edge in (start, start + length)), size]
         if not all(length > 0 for _, length in runs) or sorted(ends) != ends:
             raise ValueError("positions outside the state")
-        if sum(length for _, length in runs) > 10_000_000 + 1000 * (
-            size - sum(length for _, length in runs)
-        ):  # so much would be allocated
+        lost = sum(length for _, length in runs)
+        if lost > 10_000_000 + 1000 * (size - lost):  # so much would be allocated
             raise ValueError("far more positions that are left out than others")
         samples, roles = (tuple(map(str, record.get(key, usual))) for key, usual in (("samples", ()), ("roles", ROLES)))
         if len(roles) != 2:

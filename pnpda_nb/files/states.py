@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -18,6 +17,7 @@ import xarray as xr
 from torch import Tensor
 
 from ..core.checks import Gappy, guard
+from ..core.disk import writable_attributes as plain_attributes
 from .archive import MEMBERS, _listing, is_sample
 from .contents import _shown
 from .layout import Field, Layout, _in_units, check_field, check_units
@@ -61,16 +61,10 @@ class States:
             kind = array.dtype if array.dtype in (np.dtype("float32"), np.dtype("float64")) else np.dtype("float64")
             new = xr.DataArray(block.astype(kind), dims=samples + field.dims).transpose(*array.dims)
             copy = array.copy(data=new.values)
-            copy.encoding = {
-                k: v for k, v in array.encoding.items() if k in ("zlib", "complevel", "chunksizes", "shuffle")
-            }  # not packed
-            out[
-                re.sub(
-                    rf"(^|_){re.escape(self.layout.roles[0])}(_|$)|(^|_)background(_|$)",
-                    rf"\g<1>\g<3>{role}\g<2>\g<4>",
-                    str(array.name),
-                )
-            ] = copy
+            kept = ("zlib", "complevel", "chunksizes", "shuffle")  # not packed
+            copy.encoding = {k: v for k, v in array.encoding.items() if k in kept}
+            roles = rf"(^|_){re.escape(self.layout.roles[0])}(_|$)|(^|_)background(_|$)"
+            out[re.sub(roles, rf"\g<1>\g<3>{role}\g<2>\g<4>", str(array.name))] = copy
         data = xr.Dataset(out)
         data = data.assign(
             {
@@ -89,74 +83,22 @@ class States:
 
 # %% ../../nbs/93_files.ipynb #96ed5142
 def writable_attributes(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """The attributes in a form that NetCDF can hold: truth values as 0 and 1, dictionaries and mixed lists as JSON, times as
-    text; without those that are None, and those whose names HDF5 keeps for itself.
+    """The attributes in a form that NetCDF can hold (see `core.disk`), without those that are None, and those whose names HDF5
+    keeps for itself.
     """
-    kept = ((_clean(str(name)).replace("/", "_"), _writable(value)) for name, value in attributes.items())
-    return {name: value for name, value in kept if name and value is not None and name not in _RESERVED}
+    there = {str(name).replace("/", "_"): value for name, value in attributes.items() if value is not None}
+    return {name: value for name, value in plain_attributes(there).items() if name and name not in _RESERVED}
 
 
 # %% ../../nbs/93_files.ipynb #f92f72a6
 _RESERVED = (
-    "CLASS",
-    "NAME",
-    "DIMENSION_LIST",
-    "DIMENSION_LABELS",
-    "REFERENCE_LIST",
-    "_NCProperties",
-    "_Netcdf4Dimid",
-    "_Netcdf4Coordinates",
-    "_nc3_strict",
-)
+    "CLASS", "NAME", "DIMENSION_LIST", "DIMENSION_LABELS", "REFERENCE_LIST", "_NCProperties", "_Netcdf4Dimid",
+    "_Netcdf4Coordinates", "_nc3_strict",
+)  # fmt: skip
 _NAMING = (
-    "ancillary_variables",
-    "bounds",
-    "cell_measures",
-    "climatology",
-    "coordinates",
-    "formula_terms",
-    "grid_mapping",
-    "geometry",
-    "interior_ring",
-    "mesh",
-    "node_coordinates",
-    "node_count",
-    "nodes",
-    "part_node_count",
-    "quantization",
-)
-
-
-def _clean(text: str) -> str:
-    """Text that can be encoded, without the zeros that end it in C."""
-    return text.replace("\0", "").encode("utf-8", "replace").decode()
-
-
-# %% ../../nbs/93_files.ipynb #4b7b4343
-def _writable(value: Any) -> Any:
-    if isinstance(value, bytes):
-        value = value.decode(errors="replace")
-    if value is None or isinstance(value, str):
-        return None if value is None else _clean(value)
-    if isinstance(value, list | tuple | set | frozenset):
-        parts = list(value)
-        if all(isinstance(v, str) for v in parts) and parts:
-            return [_clean(v) for v in parts]
-        if not parts or not all(isinstance(v, bool | int | float | np.number | np.bool_) for v in parts):
-            return _clean(json.dumps(parts, default=str))
-        value = np.array(parts)
-    if isinstance(value, dict):
-        return _clean(json.dumps(value, default=str))
-    array = np.asarray(value)
-    if array.dtype.kind == "b":
-        array = array.astype("int8")
-    elif array.dtype == np.float16:
-        array = array.astype("float32")
-    elif array.dtype.kind == "f" and array.dtype.itemsize > 8:
-        array = array.astype("float64")
-    elif array.dtype.kind not in "iuf":  # times, objects, complex numbers, integers beyond 64 bits
-        return _clean(str(value) if array.ndim == 0 else json.dumps(array.tolist(), default=str))
-    return array[()] if array.ndim == 0 else array.ravel()
+    "ancillary_variables", "bounds", "cell_measures", "climatology", "coordinates", "formula_terms", "grid_mapping", "geometry",
+    "interior_ring", "mesh", "node_coordinates", "node_count", "nodes", "part_node_count", "quantization",
+)  # fmt: skip
 
 
 # %% ../../nbs/93_files.ipynb #ad04aaa7

@@ -211,18 +211,8 @@ def read_observations(path: str | os.PathLike, states: States, *, samples: Seque
         data = _table(path, where)
     else:
         dims = [d for f in layout.fields for d in f.dims]
-        used = {
-            "value",
-            "error",
-            "variable",
-            "units",
-            "index",
-            *names,
-            *(f"{n}_error" for n in names),
-            *dims,
-            *(f"{d}_index" for d in dims),
-            *counting,
-        }
+        plain = {"value", "error", "variable", "units", "index", *names, *dims, *counting}
+        used = plain | {f"{n}_error" for n in names} | {f"{d}_index" for d in dims}
         opened, contents = _opened(path, "observations")
         with opened as whole:
             data = whole.drop_vars([n for n in whole.variables if str(n) not in used])
@@ -306,13 +296,8 @@ def _check_times(data: xr.Dataset, states: States, counting: Sequence[str], wher
     for dim in counting:
         if dim not in data.variables:
             continue
-        known = (
-            dim
-            if dim in first.coords and first[dim].ndim <= 1
-            else next(iter(times), None)
-            if dim in ("time", "valid_time")
-            else None
-        )
+        own = dim in first.coords and first[dim].ndim <= 1
+        known = dim if own else next(iter(times), None) if dim in ("time", "valid_time") else None
         table = bool(data[dim].attrs.get("table"))
         if known is None:
             if table and dim in ("time", "valid_time") and len(several := dict.fromkeys(data[dim].values.tolist())) > 1:
@@ -388,12 +373,8 @@ def _errors(data: xr.Dataset, name: str, like: xr.DataArray, rest: Sequence[str]
             f"{where}: expected {name!r} to be the same for all {unknown[0]}, got one for each; analyse them one by one"
         )
     given = given.isel({d: 0 for d in given.dims if d not in rest}).reset_coords(drop=True)
-    numbers = (
-        xr.DataArray(_numbers(given, where), dims=given.dims)
-        .broadcast_like(xr.DataArray(np.empty(sizes), dims=rest))
-        .transpose(*rest)
-    )
-    return numbers.values.ravel() * factor[0]  # a difference has no offset
+    numbers = xr.DataArray(_numbers(given, where), dims=given.dims).broadcast_like(xr.DataArray(np.empty(sizes), dims=rest))
+    return numbers.transpose(*rest).values.ravel() * factor[0]  # a difference has no offset
 
 
 # %% ../../nbs/93_files.ipynb #7a878c83
@@ -493,16 +474,8 @@ def _listed(data: xr.Dataset, states: States, where: str) -> list[tuple]:
         mine = np.array([f is field for f in of])
         some = stations.assign(number=(dim, np.arange(len(of)))).isel({dim: mine})
         points, weights = locate(some, field, layout, where)
-        parts.append(
-            (
-                values[:, mine],
-                errors[mine],
-                (field.name,) * int(mine.sum()),
-                points,
-                weights,
-                [one for one in refused if of[one[1]] is field],
-            )
-        )
+        beyond = [one for one in refused if of[one[1]] is field]
+        parts.append((values[:, mine], errors[mine], (field.name,) * int(mine.sum()), points, weights, beyond))
     return parts
 
 

@@ -50,13 +50,8 @@ def _instants(values: np.ndarray) -> np.ndarray:
     values = np.asarray(values)
     if values.dtype.kind == "M":
         return values.astype("datetime64[ns]") if values.dtype != "datetime64[ns]" and _in_nanoseconds(values) else values
-    if (
-        values.dtype == object
-        and values.size
-        and all(
-            getattr(v, "calendar", "") in ("standard", "gregorian", "proleptic_gregorian") and v.year > 1582 for v in values.flat
-        )
-    ):
+    usual = ("standard", "gregorian", "proleptic_gregorian")
+    if values.dtype == object and values.size and all(getattr(v, "calendar", "") in usual and v.year > 1582 for v in values.flat):
         return np.array([np.datetime64(v.isoformat(), "us") for v in values.flat]).reshape(values.shape)
     return values
 

@@ -15,7 +15,7 @@ import numpy as np
 from ..core.checks import guard
 
 # %% auto #0
-__all__ = ["same_units", "conversion"]
+__all__ = []
 
 
 # %% ../../nbs/93_files.ipynb #acb01fa6
@@ -58,32 +58,21 @@ def _converted(one: str, other: str) -> tuple[float, float] | None:
         if not re.match(r"[\d.]", text):
             return 1.0, registry.parse_units(text)
         quantity = registry.parse_expression(text)  # 100 Pa
-        return (
-            (float(quantity), registry.dimensionless)
-            if isinstance(quantity, int | float)
-            else (float(quantity.magnitude), quantity.units)
-        )
+        if isinstance(quantity, int | float):
+            return float(quantity), registry.dimensionless
+        return float(quantity.magnitude), quantity.units
 
     try:
         (number, unit), (another, target) = (parsed(text) for text in (one, other))
-        kinds = [
-            {
-                "north": "north" in str(u),
-                "east": "east" in str(u),
-                "salinity": "salinity" in str(u),
-                "angle": bool(re.search("degree(?!_C|_F|_R)|radian|turn|arc", str(u))),
-            }
-            for u in (unit, target)
-        ]
+        patterns = {"north": "north", "east": "east", "salinity": "salinity", "angle": "degree(?!_C|_F|_R)|radian|turn|arc"}
+        kinds = [{kind: bool(re.search(pattern, str(u))) for kind, pattern in patterns.items()} for u in (unit, target)]
         if (kinds[0]["north"] and kinds[1]["east"]) or (kinds[0]["east"] and kinds[1]["north"]):
             return None
         if any(kinds[0][k] != kinds[1][k] for k in ("salinity", "angle")) and unit.dimensionless:
             return None
         with np.errstate(all="ignore"):  # what overflows is no factor
             zero, near, far = (float(registry.Quantity(x * number, unit).to(target).magnitude) / another for x in (0.0, 1e6, 2e6))
-    except (
-        Exception
-    ):  # pint raises what it likes, for text that is no unit and for units of another kind; without a factor they are refused
+    except Exception:  # pint raises what it likes, for text that is no unit and for units of another kind: there is no factor
         return None
     factor = float(near - zero) / 1e6
     if not (math.isfinite(factor) and factor) or not math.isclose(far - near, near - zero, rel_tol=1e-9):

@@ -34,24 +34,9 @@ __all__ = []
 PACKERS = ("blosc", "bz2", "gzip", "lz4", "lzma", "zlib", "zstd")
 CHECKSUMS = ("adler32", "crc32", "crc32c", "fletcher32", "jenkins_lookup3")
 CODECS = (
-    *PACKERS,
-    *CHECKSUMS,
-    "astype",
-    "base64",
-    "bitround",
-    "bytes",
-    "categorize",
-    "delta",
-    "endian",
-    "fixedscaleoffset",
-    "packbits",
-    "quantize",
-    "sharding_indexed",
-    "shuffle",
-    "transpose",
-    "vlen-bytes",
-    "vlen-utf8",
-)
+    *PACKERS, *CHECKSUMS, "astype", "base64", "bitround", "bytes", "categorize", "delta", "endian", "fixedscaleoffset",
+    "packbits", "quantize", "sharding_indexed", "shuffle", "transpose", "vlen-bytes", "vlen-utf8",
+)  # fmt: skip
 
 
 # %% ../../nbs/93_files.ipynb #e4abe079
@@ -127,11 +112,10 @@ class _ZarrContents(_Contents):
             if not isinstance(texts[kind], dict):
                 raise self.refuse(f"{key} is not a description of an array or group")
         variable = prefix.strip("/")
-        both = [texts.get(".zmetadata", {}).get("metadata"), (texts.get("zarr.json", {}).get("consolidated_metadata") or {})]
-        for copies in (
-            both[0],
-            both[1].get("metadata") if isinstance(both[1], dict) else None,
-        ):  # copies of what is below; they are not used, and may not hide anything
+        consolidated = texts.get("zarr.json", {}).get("consolidated_metadata")
+        # copies of what is below; they are not used, and may not hide anything
+        for copies in (texts.get(".zmetadata", {}), consolidated):
+            copies = copies.get("metadata") if isinstance(copies, dict) else None
             for key, copy in copies.items() if isinstance(copies, dict) else ():
                 if isinstance(copy, dict) and ("chunks" in copy or "codecs" in copy):
                     self._array(f"{prefix}{key}", copy, {}, 2 if "chunks" in copy else 3)
@@ -191,10 +175,10 @@ class _ZarrContents(_Contents):
         if len(shape) != len(chunks) or any(n < 0 for n in shape) or any(c < 1 for c in chunks):
             raise self.refuse(f"expected a shape and chunks of {variable!r}, got {_brief(shape)} and {_brief(chunks)}")
         array = _ZarrArray(shape, chunks, item, codecs, gaps, inner)
-        if len(shape) == 1 and _too_much(
-            shape[0] * (item or 8), stored := self._stored(variable, shape[0] * (item or 8))
-        ):  # coordinates are read when it is opened
-            raise self.refuse(f"{variable!r} claims {shape[0] * (item or 8):.3g} bytes, of which {stored} are stored")
+        if len(shape) == 1:  # coordinates are read when it is opened
+            wanted = shape[0] * (item or 8)
+            if _too_much(wanted, stored := self._stored(variable, wanted)):
+                raise self.refuse(f"{variable!r} claims {wanted:.3g} bytes, of which {stored} are stored")
         return array
 
     def _codecs(self, variable: str, given: list, key: str) -> tuple[tuple[str, dict], ...]:
@@ -208,16 +192,8 @@ class _ZarrContents(_Contents):
                     f"{self.name}: expected codecs that are known not to execute anything in {self.shown}, got the codec "
                     f"{_brief(said)} of {variable!r}"
                 )
-            codecs.append(
-                (
-                    known,
-                    (codec.get("configuration") or {})
-                    if key == "name" and isinstance(codec, dict)
-                    else codec
-                    if isinstance(codec, dict)
-                    else {},
-                )
-            )
+            setting = codec if isinstance(codec, dict) else {}
+            codecs.append((known, setting.get("configuration") or {} if key == "name" else setting))
         packers = [i for i, (known, _) in enumerate(codecs) if known in PACKERS]
         if len(packers) > 1 or (packers and any(known not in CHECKSUMS for known, _ in codecs[packers[0] + 1 :])):
             raise self.refuse(f"expected {variable!r} to be packed once, got {', '.join(known for known, _ in codecs)}")

@@ -94,15 +94,9 @@ class TrainingSettings(Settings):
 
 
 PAPER_TRAINING = TrainingSettings(
-    embedding_scale=10.0,
-    beta=1000.0,
-    batch=32,
-    learning_rate=3e-4,
-    average=0.0,
-    linear_skip=False,
-    start_fraction=0.0,
+    embedding_scale=10.0, beta=1000.0, batch=32, learning_rate=3e-4, average=0.0, linear_skip=False, start_fraction=0.0,
     standardise=False,
-)
+)  # fmt: skip
 
 
 # %% ../../nbs/94_priors.ipynb #cfc512f8
@@ -155,13 +149,10 @@ class _Units:
     def find_units(self, settings: TrainingSettings, states: Callable[[], _Sample], increments: Callable[[], _Sample]) -> None:
         """Find them, from all states and all increments. Raises `ValueError` where something does not vary."""
         plain = not settings.standardise
-        sample = None if plain else states()
-        self.location = torch.zeros(self.dim, dtype=torch.float64) if plain else sample.mean
-        self.scale = (
-            torch.ones(self.dim, dtype=torch.float64)
-            if plain
-            else self.unit(sample, "is constant over all pairs and cannot be standardised")
-        )
+        self.location, self.scale = torch.zeros(self.dim, dtype=torch.float64), torch.ones(self.dim, dtype=torch.float64)
+        if not plain:
+            self.location, constant = (sample := states()).mean, "is constant over all pairs and cannot be standardised"
+            self.scale = self.unit(sample, constant)
         self.factor = self.units = None
         if settings.source == "white" and settings.target == "state":
             return
@@ -297,10 +288,8 @@ class _RunningSample:
     def __init__(self, dim: int, products: bool = False):
         self.count, self.products, self.first = 0, products, None
         self.low = self.high = self.size = None
-        self.shifted, self.squares = (
-            torch.zeros(dim, dtype=torch.float64),
-            torch.zeros((dim, dim) if products else dim, dtype=torch.float64),
-        )
+        self.shifted = torch.zeros(dim, dtype=torch.float64)
+        self.squares = torch.zeros((dim, dim) if products else dim, dtype=torch.float64)
 
     def add(self, x: Tensor, size: Tensor | None = None) -> None:
         """Rows `(sample, dim)`; `size` as in `_Sample`."""

@@ -273,9 +273,8 @@ class FlowFile(PriorFile):
         tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}
         tensors |= {"location": self.location, "scale": self.scale, "factor": self.factor, "units": self.units}
         tensors |= {f"attached.{k}": v for k, v in self.attached.items()}
-        header = {"architecture": self.architecture, "training": self.training} | (
-            {} if self.layout is None else {"layout": self.layout}
-        )
+        header = {"architecture": self.architecture, "training": self.training}
+        header |= {} if self.layout is None else {"layout": self.layout}
         version = 1 if self.factor is None else self.newest
         return version, {k: v for k, v in tensors.items() if v is not None}, header
 
@@ -289,17 +288,11 @@ class FlowFile(PriorFile):
         location, scale = tensors["location"], tensors["scale"]
         if not location.shape == scale.shape == (a["dim"],):
             raise ValueError(f"location, scale: expected a size of {a['dim']}")
-        return cls(
-            network_from(make, a, named("network.")),
-            location,
-            scale,
-            a,
-            header["training"],
-            factor=tensors["factor"] if version > 1 else None,
-            units=tensors.get("units"),
-            layout=header.get("layout"),
-            attached=named("attached."),
-        )
+        network, layout, factor = network_from(make, a, named("network.")), header.get("layout"), None
+        if version > 1:
+            factor = tensors["factor"]
+        more = {"factor": factor, "units": tensors.get("units"), "layout": layout, "attached": named("attached.")}
+        return cls(network, location, scale, a, header["training"], **more)
 
 
 # %% ../../nbs/94_priors.ipynb #8463ac1e

@@ -117,20 +117,12 @@ def dapper_experiment(hmm: Any, cycles: int | None = None) -> TwinExperiment:
     cycles = tseq.Ko + 1 if cycles is None else cycles
     network = lambda ko: dapper_network(_operator_at(hmm, ko), model.dim, gaussian=True)
     return TwinExperiment(
-        name=_name(hmm),
-        nature=model,
-        forecast_model=model,
-        network=network if hasattr(hmm.Obs, "Ops") else network(0),
-        interval=int(tseq.dko),
-        cycles=cycles,
-        start=tuple(start.tolist()),
-        start_variance=start_variance,
-        spin_up=0,
-        model_error=AdditiveModelError(noise * model.dt),
-        nature_error=AdditiveModelError(noise * model.dt),
-        burn_in=min(int((~tseq.masko).sum()), cycles - 1),
+        name=_name(hmm), nature=model, forecast_model=model,
+        network=network if hasattr(hmm.Obs, "Ops") else network(0), interval=int(tseq.dko), cycles=cycles,
+        start=tuple(start.tolist()), start_variance=start_variance, spin_up=0, model_error=AdditiveModelError(noise * model.dt),
+        nature_error=AdditiveModelError(noise * model.dt), burn_in=min(int((~tseq.masko).sum()), cycles - 1),
         first_ensemble="same_law",
-    )
+    )  # fmt: skip
 
 
 # %% ../../nbs/93_files.ipynb #4315bb98

@@ -4,7 +4,7 @@
 """Priors that see the observations, trained where they are used."""
 
 from .methods import LearnedMean
-from .on_policy import OnPolicySettings, OnPolicyTraining, TrainingBatch, on_policy_loss, train_on_policy
+from .on_policy import OnPolicySettings, OnPolicyTraining, train_on_policy
 from .prior import AmortisedAnalysis, AnalysisPrior, BlindPrior, SeeingPrior
 from .records import ObservedRecord, RandomNetworks, Records, TruthRecord
 
@@ -20,8 +20,6 @@ __all__ = [
     "RandomNetworks",
     "Records",
     "SeeingPrior",
-    "TrainingBatch",
     "TruthRecord",
-    "on_policy_loss",
     "train_on_policy",
 ]

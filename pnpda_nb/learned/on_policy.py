@@ -28,7 +28,7 @@ from ..observing.update import Residual
 from ..twin.cycle import Method
 
 # %% auto #0
-__all__ = ["TrainingBatch", "on_policy_loss", "OnPolicyTraining", "OnPolicySettings", "train_on_policy"]
+__all__ = ["OnPolicyTraining", "OnPolicySettings", "train_on_policy"]
 
 
 # %% ../../nbs/18_on_policy.ipynb #603e3bb3

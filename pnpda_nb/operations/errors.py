@@ -203,15 +203,8 @@ def attached_errors(prior: FlowPrior) -> ResidualCovariance | None:
         return None
     taus, factors, diagonals = (prior.attached.get(f"residual_{name}") for name in ("taus", "factor", "diagonal"))
     shape = (taus.numel(), prior.dim)
-    if (
-        taus.ndim != 1
-        or factors is None
-        or diagonals is None
-        or factors.ndim != 3
-        or factors.shape[:2] != shape
-        or diagonals.shape != shape
-        or (diagonals < 0).any()
-    ):
+    there = factors is not None and diagonals is not None and taus.ndim == 1
+    if not there or factors.ndim != 3 or factors.shape[:2] != shape or diagonals.shape != shape or (diagonals < 0).any():
         raise ValueError(
             f"prior: expected attached error covariances for {shape[0]} pseudo-times and {shape[1]} numbers, got others"
         )

@@ -311,11 +311,8 @@ def innovations(states: States, analysis: Tensor, sightings: StationObservations
             row[name] = float(x[..., mine].square().nanmean().sqrt()) if there.any() else math.nan
         claimed = np.broadcast_to(sightings.errors[mine], there.shape)[there]
         row["error"] = float(np.sqrt((claimed**2).mean())) if there.any() else math.nan
-        row |= (
-            {"RMS increment": float(increment.square().mean().sqrt()), "largest": float(increment.abs().max())}
-            if increment.numel()
-            else {}
-        )
+        if increment.numel():
+            row |= {"RMS increment": float(increment.square().mean().sqrt()), "largest": float(increment.abs().max())}
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -402,11 +399,9 @@ def draw_increments(spec: Field, states: States, analysis: Tensor, sightings: St
 # %% ../../nbs/93_files.ipynb #1107c58a
 def _ticks(axis: Axis | None, size: int) -> np.ndarray:
     """Where the points of an axis are drawn: at their coordinates, if these go one way, else one after the other."""
-    places = (
-        np.array(axis.values, "float64")
-        if axis is not None and axis.numeric and len(axis.values) == size
-        else np.arange(float(size))
-    )
+    places = np.arange(float(size))
+    if axis is not None and axis.numeric and len(axis.values) == size:
+        places = np.array(axis.values, "float64")
     if axis is not None and axis.period and np.isfinite(places).all():
         places = np.unwrap(places, period=axis.period)
     steps = np.diff(places)

@@ -27,6 +27,7 @@ from ..observing.update import FactoredError, kalman_update
 from .errors import DRAWS, MOST, Fixed, Part, _check_pairs, _named, _points, _with, attached_errors, attached_unit, survey
 from ..pnp.errors import residual_covariance
 from ..pnp.loop import PnPDA
+from ..twin.scores import inside, rank_fractions, standard_error
 
 # %% auto #0
 __all__ = ["trial", "regression", "Calibration"]
@@ -80,12 +81,7 @@ def _error(x: Tensor, analysis: Tensor, unit: Tensor | float = 1.0) -> tuple[flo
     """Root of the mean squared distance, in `unit`s, and the standard error of that over samples (nan for a single one)."""
     each = ((x - analysis) / unit).square().mean(-1)
     mean = float(each.mean())
-    return mean**0.5, _bar(each) / 2 / mean**0.5 if mean else 0.0
-
-
-def _bar(each: Tensor) -> float:
-    """The standard error of the mean of some numbers, nan for a single one."""
-    return float(each.std()) / len(each) ** 0.5 if len(each) > 1 else math.nan
+    return mean**0.5, standard_error(each) / 2 / mean**0.5 if mean else 0.0
 
 
 # %% ../../nbs/93_files.ipynb #c8fc765b
@@ -332,12 +328,11 @@ def calibrate(
     below = (members < analysis[pick, None][..., points]).sum(1)
     coverage = {}
     for width in (0.5, 0.9):
-        edge = (1 - width) / 2 * (samples + 1)
-        inside = ((below >= edge) & (below <= samples - edge)).double().mean(-1)
-        coverage[width] = (float(inside.mean()), _bar(inside))
-    ranks = torch.bincount(below.flatten(), minlength=samples + 1).double().numpy() / below.numel()
+        share = inside(below, samples, width).double().mean(-1)
+        coverage[width] = (float(share.mean()), standard_error(share))
     tried = trial(prior, trained, tested, generator, sorted({1, pnpda_with(prior).iterations}), line)
-    return Calibration(pd.DataFrame(rows), tried, ranks, coverage, len(analysis), _left_out(unit, points, layout))
+    notes = _left_out(unit, points, layout)
+    return Calibration(pd.DataFrame(rows), tried, rank_fractions(below, samples), coverage, len(analysis), notes)
 
 
 # %% ../../nbs/93_files.ipynb #fb6a730b

@@ -17,8 +17,7 @@ from .constraints import (
 from .diagnostics import analysis_ensemble, convergence
 from .errors import EnsembleResidual, GaussianResidual, ResidualCovariance, Residuals, residual_covariance
 from .loop import PnPDA
-from .misfit import Misfit
-from .windows import PnPDA4D, WindowMisfit
+from .windows import PnPDA4D
 
 # %% auto #0
 __all__ = [
@@ -30,7 +29,6 @@ __all__ = [
     "FunctionConstraint",
     "GaussianResidual",
     "LinearConstraint",
-    "Misfit",
     "PnPDA",
     "PnPDA4D",
     "Projected",
@@ -38,7 +36,6 @@ __all__ = [
     "ResidualCovariance",
     "Residuals",
     "RigidBody",
-    "WindowMisfit",
     "analysis_ensemble",
     "convergence",
     "residual_covariance",

@@ -13,7 +13,7 @@ from ..observing.observations import Observations
 from ..observing.update import _beside_members, selects_alone
 
 # %% auto #0
-__all__ = ["Misfit"]
+__all__ = []
 
 
 # %% ../../nbs/10_pnp.ipynb #9c5cc870

@@ -21,7 +21,7 @@ from .loop import _PlugAndPlay
 from .misfit import Misfit, _flattest
 
 # %% auto #0
-__all__ = ["WindowMisfit", "PnPDA4D"]
+__all__ = ["PnPDA4D"]
 
 
 # %% ../../nbs/27_windows_by_loop.ipynb #3341697b

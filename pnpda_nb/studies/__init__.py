@@ -3,26 +3,9 @@
 # %% ../../nbs/99_public.ipynb #e1575122
 """What a study is made of: tasks, tables, and the published scores."""
 
-from .parts import archive_task, cycle_task, learning_task, prior_task, record_task, tuning_task
 from .published import PUBLISHED, Published, published_scores
 from .study import Study, SweepSettings
-from .tables import along, figure_along, stack_runs, table_along
+from .tables import along, figure_along, table_along
 
 # %% auto #0
-__all__ = [
-    "PUBLISHED",
-    "Published",
-    "Study",
-    "SweepSettings",
-    "along",
-    "archive_task",
-    "cycle_task",
-    "figure_along",
-    "learning_task",
-    "prior_task",
-    "published_scores",
-    "record_task",
-    "stack_runs",
-    "table_along",
-    "tuning_task",
-]
+__all__ = ["PUBLISHED", "Published", "Study", "SweepSettings", "along", "figure_along", "published_scores", "table_along"]

@@ -31,11 +31,11 @@ from ..sweep import Task
 from ..twin.cycle import cycle
 from ..twin.experiment import TwinExperiment, watch_nature
 from ..twin.reanalysis import make_archive, pairs_of, read_archive
-from ..twin.scores import scores, summary
+from ..twin.scores import scores, spread_skill, summary
 from ..twin.tuning import tune
 
 # %% auto #0
-__all__ = ["archive_task", "prior_task", "tuning_task", "cycle_task", "record_task", "learning_task"]
+__all__ = []
 
 
 # %% ../../nbs/95_studies.ipynb #e927deff
@@ -104,23 +104,20 @@ def prior_part(settings: dict, archive: xr.Dataset, checkpoint: str | None = Non
     count = settings["pairs"] or archive.sizes["sample"]
     if count > archive.sizes["sample"]:
         raise ValueError(f"pairs: expected an archive of at least {count}, got one of {archive.sizes['sample']}")
-    if checkpoint and not readable(checkpoint):
-        Path(checkpoint).unlink(missing_ok=True)  # a training that lost its memory begins anew
     background, analysis = (x[:count] for x in pairs_of(archive))
-    options = {"seed": settings["seed"], "checkpoint": checkpoint}
+    options = {"seed": settings["seed"], "checkpoint": resumable(checkpoint)}
     return train_prior(background, analysis, TrainingSettings(**training), **options)[0]
 
 
 # %% ../../nbs/95_studies.ipynb #7c94faf6
-def readable(checkpoint: str) -> bool:
-    """Whether a file is a whole checkpoint of a training, or is not there."""
-    if not Path(checkpoint).is_file():
-        return True
+def resumable(checkpoint: str | None) -> str | None:
+    """The same `checkpoint`; one that cannot be read is removed, and its training begins anew."""
     try:
-        read_checkpoint(checkpoint)
+        if checkpoint and Path(checkpoint).is_file():
+            read_checkpoint(checkpoint)
     except ValueError:
-        return False
-    return True
+        Path(checkpoint).unlink(missing_ok=True)
+    return checkpoint
 
 
 # %% ../../nbs/95_studies.ipynb #3c1010d4
@@ -136,16 +133,9 @@ def prior_task(
 def tuning_part(settings: dict, **learned: Any) -> dict:
     """The best setting of a grid on training truths, and what was tried: see `tune`."""
     experiment = experiment_of(settings["testbed"])
-    method = settings["method"]
-    tuned = tune(
-        lambda **setting: build_method(experiment, method | setting, **learned),
-        settings["grid"],
-        experiment,
-        metric=settings["metric"],
-        members=settings["members"],
-        runs=settings["runs"],
-        seed=settings["seed"],
-    )
+    options = {k: settings[k] for k in ("metric", "members", "runs", "seed")}
+    make = lambda **setting: build_method(experiment, settings["method"] | setting, **learned)
+    tuned = tune(make, settings["grid"], experiment, **options)
     return {"setting": tuned.setting, "tried": tuned.table.to_dict("records")}
 
 
@@ -199,18 +189,9 @@ def record_part(settings: dict, tuned: dict | None = None) -> xr.Dataset:
 
 # %% ../../nbs/95_studies.ipynb #2082b872
 def record_task(
-    testbed: Mapping,
-    method: Mapping,
-    *,
-    members: int,
-    runs: int,
-    cycles: int,
-    seed: int,
-    smoothed: bool,
-    tuned: Task | None = None,
-    name: str = "record",
-    cost: float = 30.0,
-) -> Task:
+    testbed: Mapping, method: Mapping, *, members: int, runs: int, cycles: int, seed: int, smoothed: bool,
+    tuned: Task | None = None, name: str = "record", cost: float = 30.0,
+) -> Task:  # fmt: skip
     """A task that makes a record of observations and of what `method` made of them."""
     settings = {"members": members, "runs": runs, "cycles": cycles, "seed": seed, "smoothed": smoothed}
     needs = {"tuned": tuned} if tuned else {}
@@ -222,8 +203,6 @@ def learning_part(
     settings: dict, checkpoint: str | None = None, start: AnalysisPrior | None = None, **records: Any
 ) -> AnalysisPrior:
     """A prior trained where it is used, on a nature run or on `records`: see `train_on_policy`."""
-    if checkpoint and not readable(checkpoint):
-        Path(checkpoint).unlink(missing_ok=True)  # a training that lost its memory begins anew
     testbeds = [experiment_of(testbed) for testbed in settings["testbeds"]]
     experiment, truth = testbeds[0], settings["truth"]
     if truth:
@@ -261,46 +240,25 @@ def learning_part(
 
     return train_on_policy(
         prior, record, method_of, OnPolicySettings(**settings["training"]), members=settings["members"], validate=validate,
-        seed=settings["seed"], checkpoint=checkpoint,
+        seed=settings["seed"], checkpoint=resumable(checkpoint),
     )[0]  # fmt: skip
 
 
 # %% ../../nbs/95_studies.ipynb #9b343343
 def learning_task(
-    testbeds: Sequence[Mapping],
-    policy: Mapping,
-    training: OnPolicySettings,
-    *,
-    seed: int,
-    network: Mapping | None = None,
-    truth: Mapping | None = None,
-    records: Sequence[Task] = (),
-    networks: Mapping | None = None,
-    start: Task | None = None,
-    members: int = 1,
-    validation_runs: int = 20,
-    metric: str = "step_rmse",
-    judged: Mapping | None = None,
-    name: str = "learning",
-    cost: float = 60.0,
-) -> Task:
+    testbeds: Sequence[Mapping], policy: Mapping, training: OnPolicySettings, *, seed: int, network: Mapping | None = None,
+    truth: Mapping | None = None, records: Sequence[Task] = (), networks: Mapping | None = None, start: Task | None = None,
+    members: int = 1, validation_runs: int = 20, metric: str = "step_rmse", judged: Mapping | None = None,
+    name: str = "learning", cost: float = 60.0,
+) -> Task:  # fmt: skip
     """A task that trains a prior on a nature run, given as `truth` (runs and cycles), or on `records`; from a `start`, or anew as
     `network` says. It is validated as the method that cycles, the `policy`, or as the one that is `judged`, with a single forecast.
     It goes on from where it was when it is interrupted.
     """
-    settings = {
-        "testbeds": [dict(t) for t in testbeds],
-        "policy": dict(policy),
-        "training": dataclasses.asdict(training),
-        "seed": seed,
-        "network": dict(network or {}),
-        "truth": dict(truth or {}),
-        "networks": dict(networks or {}),
-        "members": members,
-        "validation_runs": validation_runs,
-        "metric": metric,
-        "judged": dict(judged or {}),
-    }
+    given = {"policy": policy, "network": network, "truth": truth, "networks": networks, "judged": judged}
+    settings = {name: dict(value or {}) for name, value in given.items()} | {"testbeds": [dict(t) for t in testbeds]}
+    settings |= {"training": dataclasses.asdict(training), "seed": seed, "members": members}
+    settings |= {"validation_runs": validation_runs, "metric": metric}
     needs = {f"record{i}": task for i, task in enumerate(records)} | ({"start": start} if start else {})
     return Task(name, learning_part, settings, needs, "analysis_prior", cost, resumable=True)
 
@@ -319,8 +277,7 @@ def costed_part(settings: dict, **learned: Any) -> xr.Dataset:
     }
     result = summary(whole)
     if settings["members"] > 1:
-        n = settings["members"]
-        result["spread_skill"] = np.sqrt((n + 1) / n * result.variance / result.squared_error)
+        result["spread_skill"] = spread_skill(result)
     return result.assign({name: ("run", np.full(result.sizes["run"], float(value))) for name, value in cost.items()})
 
 
@@ -339,23 +296,10 @@ def passes(method: Mapping, members: int) -> int:
 
 
 # %% ../../nbs/95_studies.ipynb #a4a11943
-def costed_task(
-    testbed: Mapping,
-    method: Mapping,
-    *,
-    members: int = 1,
-    runs: int,
-    seed: int,
-    prior: Task | None = None,
-    tuned: Task | None = None,
-    archive: Task | None = None,
-    name: str = "",
-    cost: float = 5.0,
-) -> Task:
-    """A task that cycles `method` on `runs` test truths and says what that cost."""
-    needs = {role: task for role, task in (("prior", prior), ("tuned", tuned), ("archive", archive)) if task is not None}
-    settings = {"testbed": dict(testbed), "method": dict(method), "members": members, "runs": runs, "seed": seed}
-    return Task(name or method["name"], costed_part, settings, needs, cost=cost)
+def costed_task(testbed: Mapping, method: Mapping, **options: Any) -> Task:
+    """A task that cycles `method` on test truths and says what that cost; `options` as for `cycle_task`."""
+    plain = cycle_task(testbed, method, **options)
+    return dataclasses.replace(plain, function=costed_part, settings={k: v for k, v in plain.settings.items() if k != "whole"})
 
 
 # %% ../../nbs/95_studies.ipynb #63b15715

@@ -41,20 +41,18 @@ __all__ = ["Study", "SweepSettings"]
 class Study:
     """A named experiment with presets. `plan(settings, methods)` gives a task for every condition and method, whose
     result is a cycled dataset; `kept(settings)` tasks whose results are kept under file names of their own;
-    `figures(results)` named matplotlib figures; `report(scores)` a text; `published` has columns method, metric, variable, mean,
-    std; `others` are studies that stand in for this one under a preset of their own. A study whose results are not cycles has its
-    own `tabulate(results)`, a table of scores, and `stack(results)`, one dataset of them all.
+    `figures(results)` named matplotlib figures; `report(scores)` a text; `others` are studies that stand in for this one under a
+    preset of their own. A study whose results are not cycles has its own `tabulate(results)`, a table of scores, and
+    `stack(results)`, one dataset of them all.
     """
 
     name: str
     description: str
     presets: Mapping[str, Any]
     methods: tuple[str, ...]
-    default_methods: tuple[str, ...]
     plan: Callable[[Any, tuple[str, ...]], dict[tuple[str, str], Task]]
     figures: Callable[[dict[tuple[str, str], xr.Dataset]], dict]
     report: Callable[[pd.DataFrame], str]
-    published: pd.DataFrame
     kept: Callable[[Any, tuple[str, ...]], dict[str, Task]] = lambda settings, methods: {}
     others: Mapping[str, "Study"] = field(default_factory=dict)
     tabulate: Callable[[dict[tuple[str, str], xr.Dataset]], pd.DataFrame] | None = None
@@ -104,47 +102,29 @@ class Study:
         return dataclasses.replace(base, **values)
 
     def choose(self, methods: Sequence[str] | None) -> tuple[str, ...]:
-        """The methods named, in the study's own order; all default ones for none. Raises
+        """The methods named, in the study's own order; all of them for none. Raises
         `ValueError` for an unknown name.
         """
         unknown = [m for m in methods or () if m not in self.methods]
         if unknown:
             raise ValueError(f"methods: unknown method {unknown[0]!r}; known: {', '.join(self.methods)}")
-        return tuple(m for m in self.methods if m in (methods or self.default_methods))
+        return tuple(m for m in self.methods if m in (methods or self.methods))
 
 
 # %% ../../nbs/95_studies.ipynb #e2fa0f2d
 Deviation = Annotated[float, Gt(1e-6)]  # of errors of observations
 
 
-def training_of(settings: Any) -> TrainingSettings:
-    """The paper's training, with those of its settings that a study's `settings` have too."""
-    names = {f.name for f in dataclasses.fields(TrainingSettings)} & {f.name for f in dataclasses.fields(settings)}
-    return dataclasses.replace(PAPER_TRAINING, **{name: getattr(settings, name) for name in names})
-
-
 # %% ../../nbs/95_studies.ipynb #71014193
 @dataclass(frozen=True)
-class SweepSettings(Settings):
-    """What a sweep over conditions depends on: `members` and `large_members` of the two EnKFs; the archive's method, an EnKF
-    with `archive_inflation` and `archive_additive`; training as in `TrainingSettings`; PnP-DA; the paper's B; `tuning_runs`.
-
-    Raises `ValueError` for settings out of range.
-    """
+class CycleSettings(Settings):
+    """What studies of the paper depend on: the archive, training as in `TrainingSettings`; PnP-DA; the paper's B; `tuning_runs`."""
 
     runs: Count = 50
     members: Count = 20
-    large_members: Count = 100
     seed: int = 1
-    cycles: Count = 50
-    sigma: Deviation = 0.5
-    sigmas: Distinct[Deviation] = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
     archive_runs: Count = 25
     archive_cycles: Count = 100
-    archive_members: Members = 20
-    archive_inflation: PositiveNumber = 1.0
-    archive_additive: NotNegative = 0.0
-    hidden: Some[Count] = PAPER_TRAINING.hidden
     beta: NotNegative = PAPER_TRAINING.beta
     batch: Count = PAPER_TRAINING.batch
     epochs: Count = PAPER_TRAINING.epochs
@@ -159,12 +139,29 @@ class SweepSettings(Settings):
     tuning_runs: Count = 20
 
     def training(self) -> TrainingSettings:
-        """The paper's training with what these settings change in it."""
-        return training_of(self)
+        """The paper's training, with those of its settings that these have too."""
+        names = {f.name for f in dataclasses.fields(TrainingSettings)} & {f.name for f in dataclasses.fields(self)}
+        return dataclasses.replace(PAPER_TRAINING, **{name: getattr(self, name) for name in names})
 
     def pnpda(self, **changes: Any) -> dict:
         """PnP-DA as the settings say, as a method for `build_method`."""
         return {"name": "pnpda", "iterations": self.iterations, "alpha": self.alpha, "step_rule": self.step_rule} | changes
+
+
+@dataclass(frozen=True)
+class SweepSettings(CycleSettings):
+    """What a sweep over conditions depends on, too: `members` and `large_members` of the two EnKFs; the archive's method, an EnKF
+    with `archive_inflation` and `archive_additive`. Raises `ValueError` for settings out of range.
+    """
+
+    large_members: Count = 100
+    cycles: Count = 50
+    sigma: Deviation = 0.5
+    sigmas: Distinct[Deviation] = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
+    archive_members: Members = 20
+    archive_inflation: PositiveNumber = 1.0
+    archive_additive: NotNegative = 0.0
+    hidden: Some[Count] = PAPER_TRAINING.hidden
 
 
 # %% ../../nbs/95_studies.ipynb #637d297e

@@ -19,7 +19,7 @@ from ..plotting.style import LABELS, line_style
 from ..twin.scores import score_table
 
 # %% auto #0
-__all__ = ["stack_runs", "along", "figure_along", "table_along"]
+__all__ = ["along", "figure_along", "table_along"]
 
 
 # %% ../../nbs/95_studies.ipynb #45cd990d
@@ -81,16 +81,10 @@ def along(scores: pd.DataFrame, axis: str, metric: str = "step_rmse") -> pd.Data
 
 # %% ../../nbs/95_studies.ipynb #f2bf9cd3
 def figure_along(
-    scores: pd.DataFrame,
-    axis: str,
-    methods: Sequence[str] | None = None,
-    metric: str = "step_rmse",
-    published: Sequence[tuple[str, float, float]] | None = None,
-    ax: Axes | None = None,
-    label: str = "",
-    of: int = 0,
+    scores: pd.DataFrame, axis: str, methods: Sequence[str] | None = None, metric: str = "step_rmse",
+    published: Sequence[tuple[str, float, float]] | None = None, ax: Axes | None = None, label: str = "", of: int = 0,
     **options: Any,
-) -> Figure:
+) -> Figure:  # fmt: skip
     """Score against the value of `axis`, one line per method, with standard errors; `published` rows (method, value, mean)
     as crosses, and rings where some of the `of` runs were lost. Returns the figure.
     """

@@ -7,18 +7,7 @@ from .cycle import FreeRun, cycle
 from .experiment import TwinExperiment, nature_run, nature_start, observe_truth, watch_nature
 from .method import Method
 from .reanalysis import check_archive, make_archive, pairs_of, read_archive
-from .scores import (
-    ensemble_scores,
-    mean_and_error,
-    paired_difference,
-    rank_histogram,
-    score_table,
-    scores,
-    spread_skill,
-    stack_methods,
-    summary,
-    time_mean,
-)
+from .scores import ensemble_scores, mean_and_error, paired_difference, rank_histogram, score_table, scores, spread_skill, summary
 from .testbeds import (
     TESTBEDS,
     bocquet2010,
@@ -64,9 +53,7 @@ __all__ = [
     "score_table",
     "scores",
     "spread_skill",
-    "stack_methods",
     "summary",
-    "time_mean",
     "tune",
     "watch_nature",
 ]

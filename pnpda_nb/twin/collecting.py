@@ -13,13 +13,12 @@ from typing import Iterable, Iterator
 import numpy as np
 import torch
 import xarray as xr
-from scoringrules import crps_ensemble
 from torch import Tensor
 
 from ..core.checks import guard
 from .experiment import TwinExperiment
 from .method import Method, Segment
-from .scores import _statistics
+from .scores import _statistics, _unlike, fair_crps, rmse
 
 # %% auto #0
 __all__ = []
@@ -48,25 +47,6 @@ def _variance(ensemble: Tensor, weights: Tensor | None) -> Tensor:
         return ensemble.var(-2, unbiased=True)
     squared = (ensemble - _mean(ensemble, weights).unsqueeze(-2)).square()
     return _mean(squared, weights) / _unlike(weights).unsqueeze(-1)
-
-
-# %% ../../nbs/92_engine.ipynb #d6e4f1c9
-def _unlike(weights: Tensor) -> Tensor:
-    """1 - Σ w²: how often two members drawn by their weights are two; what makes sample statistics unbiased."""
-    return (1 - weights.square().sum(-1)).clamp_min(1 / weights.shape[-1])
-
-
-# %% ../../nbs/92_engine.ipynb #6b6a4eb6
-def _fair_crps(truth: Tensor, ensemble: Tensor, weights: Tensor) -> Tensor:
-    """The fair CRPS of `truth` `(..., dim)` for members `(..., member, dim)` with `weights` `(..., member)`: in a sorted ensemble,
-    the mean distance between two members is a sum over one of them.
-    """
-    apart = (ensemble - truth.unsqueeze(-2)).movedim(-1, -2)  # sorted values then lose nothing to a large mean
-    order = apart.argsort(-1)
-    apart = apart.gather(-1, order)
-    w = weights.unsqueeze(-2).expand(apart.shape).gather(-1, order)
-    between = (w * apart * (2 * w.cumsum(-1) - w - 1)).sum(-1)  # half of it, over all pairs
-    return (w * apart.abs()).sum(-1) - between / _unlike(weights).unsqueeze(-1)
 
 
 # %% ../../nbs/92_engine.ipynb #6c44e815
@@ -100,7 +80,7 @@ def _collected(segments: list[Segment], smoothed: bool, members: bool) -> dict[s
     kept = {
         "truth": (step, truth),
         "estimate": (step, estimate),
-        "rmse": (step[:2], (estimate - truth).square().mean(-1).sqrt()),
+        "rmse": (step[:2], rmse(estimate, truth)),
         "background": (per_cycle, _mean(background, before)),
         "analysis": (per_cycle, _mean(analysis, weights)),
         "observations": (("cycle", "run", "observation"), torch.stack(_padded(values))),
@@ -113,13 +93,11 @@ def _collected(segments: list[Segment], smoothed: bool, members: bool) -> dict[s
         below = analysis < at_cycles.unsqueeze(2)
         kept["background_spread"] = (per_cycle[:2], _variance(background, before).mean(-1).sqrt())
         kept["analysis_spread"] = (per_cycle[:2], _variance(analysis, weights).mean(-1).sqrt())
-        if weights is None:
-            crps = torch.from_numpy(crps_ensemble(at_cycles.numpy(), analysis.numpy(), m_axis=2, estimator="pwm"))
-            rank = below.sum(2)
-        else:  # the rank among as many members drawn evenly from the weighted ones
-            crps, rank = _fair_crps(at_cycles, analysis, weights), (analysis.shape[2] * _mean(below, weights)).round()
+        rank = below.sum(2)
+        if weights is not None:  # the rank among as many members drawn evenly from the weighted ones
+            rank = (analysis.shape[2] * _mean(below, weights)).round()
             kept["concentration"] = (per_cycle[:2], weights.square().sum(-1))
-        kept |= {"crps": (per_cycle, crps), "rank": (per_cycle, rank.double())}
+        kept |= {"crps": (per_cycle, fair_crps(at_cycles, analysis, weights)), "rank": (per_cycle, rank.double())}
     if members:
         kept |= {"background_members": (whole, background), "analysis_members": (whole, analysis)}
         if weights is not None:

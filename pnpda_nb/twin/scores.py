@@ -14,19 +14,17 @@ import xarray as xr
 from scoringrules import crps_ensemble
 from torch import Tensor
 
-from ..core.checks import GAPS, GappyArray, GappyFloat, guard
+from ..core.checks import GAPS, Gappy, GappyArray, GappyFloat, Index, Mask, guard
 
 # %% auto #0
 __all__ = [
     "scores",
     "summary",
     "score_table",
-    "stack_methods",
     "rank_histogram",
     "spread_skill",
     "ensemble_scores",
     "paired_difference",
-    "time_mean",
     "mean_and_error",
 ]
 
@@ -65,15 +63,18 @@ def summary(result: xr.Dataset) -> xr.Dataset:
 
 
 # %% ../../nbs/92_engine.ipynb #2adc63f9
-def _scored(result: xr.Dataset) -> xr.Dataset:
-    """The part of a cycle that counts."""
-    burn_in = result.attrs.get("burn_in", 0)
-    interval = result.sizes["time"] // result.sizes["cycle"]
-    return result.isel(cycle=slice(burn_in, None), time=slice(burn_in * interval, None))
-
-
 def _spatial_rmse(x: xr.DataArray, truth: xr.DataArray) -> xr.DataArray:
-    return xr.DataArray(np.sqrt(((x.values - truth.values) ** 2).mean(-1)), dims=("run", "cycle"))
+    return xr.DataArray(rmse(x.values, truth.values), dims=("run", "cycle"))
+
+
+def rmse(x: Gappy | GappyArray, truth: Gappy | GappyArray) -> Gappy | GappyArray:
+    """The root of the mean squared distance over variables, `(...)`, of tensors or arrays `(..., dim)`."""
+    return ((x - truth) ** 2).mean(-1) ** 0.5
+
+
+def standard_error(values: Gappy | GappyArray) -> GappyFloat:
+    """Of the mean of independent `values` `(n,)`; nan for fewer than two."""
+    return float(np.std(np.asarray(values), ddof=1) / len(values) ** 0.5) if len(values) > 1 else np.nan
 
 
 # %% ../../nbs/92_engine.ipynb #43f31d30
@@ -85,39 +86,47 @@ def _statistics(result: xr.Dataset) -> xr.Dataset:
         blocks = result.drop_vars(["failed", "missing", "cycles"])
         pooled = blocks.weighted(result.cycles).mean("block", skipna=False)
         return pooled.assign(rmse=np.sqrt(pooled.squared))
-    result = _scored(result)
-    error = result.estimate - result.truth
-    at_cycles = result.truth.sel(time=result.cycle_time, method="nearest")
-    squared = (error**2).mean("time", skipna=False)
-    out = xr.Dataset(
-        {
-            "step_rmse": result.rmse.mean("time", skipna=False),
-            "analysis_rmse": _spatial_rmse(result.analysis, at_cycles).mean("cycle", skipna=False),
-            "background_rmse": _spatial_rmse(result.background, at_cycles).mean("cycle", skipna=False),
-            "mae": abs(error).mean("time", skipna=False),
-            "bias": error.mean("time", skipna=False),
-            "rmse": np.sqrt(squared),
-            "squared": squared,
-        }
-    )
-    if "smoothed" in result:
-        out["smoother_rmse"] = _spatial_rmse(result.smoothed, at_cycles).mean("cycle", skipna=False)
-    if "crps" in result:
-        out["crps"] = result.crps.mean("cycle", skipna=False)
-        out["spread"] = result.analysis_spread.mean("cycle", skipna=False)
+    series, result = _series(result)
+    means = {name: x.mean("time" if "time" in x.dims else "cycle", skipna=False) for name, x in series.items()}
+    out = xr.Dataset(means | {"rmse": np.sqrt(means["rmse"]), "squared": means["rmse"]})
+    if "rank" in result:
         out["variance"] = (result.analysis_spread**2).mean("cycle", skipna=False)
-        if "concentration" in result:
-            out["concentration"] = result.concentration.mean("cycle", skipna=False)
-        out["squared_error"] = (("run",), ((result.analysis - at_cycles.values) ** 2).values.mean((1, 2)))
         bins = np.arange(result.attrs["members"] + 1)
         counts = (result["rank"].values[..., None] == bins).mean((1, 2))
         out["ranks"] = (("run", "bin"), np.where(np.isfinite(out.step_rmse.values)[:, None], counts, np.nan))
-    else:
-        out["crps"] = abs(result.analysis - at_cycles.values).mean("cycle", skipna=False)
     return out
 
 
+def _series(result: xr.Dataset) -> tuple[dict[str, xr.DataArray], xr.Dataset]:
+    """What scores are the means of, by time or cycle (of `rmse`, the squares), and the part of a cycle that counts."""
+    burn_in, interval = result.attrs.get("burn_in", 0), result.sizes["time"] // result.sizes["cycle"]
+    result = result.isel(cycle=slice(burn_in, None), time=slice(burn_in * interval, None))
+    error, at_cycles = result.estimate - result.truth, result.truth.sel(time=result.cycle_time, method="nearest")
+    series = {"step_rmse": result.rmse, "analysis_rmse": _spatial_rmse(result.analysis, at_cycles)}
+    series |= {"background_rmse": _spatial_rmse(result.background, at_cycles), "mae": abs(error), "bias": error, "rmse": error**2}
+    if "smoothed" in result:
+        series["smoother_rmse"] = _spatial_rmse(result.smoothed, at_cycles)
+    if "crps" not in result:
+        return series | {"crps": abs(result.analysis - at_cycles.values)}, result
+    series |= {"crps": result.crps, "spread": result.analysis_spread}
+    if "concentration" in result:
+        series["concentration"] = result.concentration
+    squared = ((result.analysis - at_cycles.values) ** 2).values.mean(-1)
+    return series | {"squared_error": xr.DataArray(squared, dims=("run", "cycle"))}, result
+
+
 # %% ../../nbs/92_engine.ipynb #d22b8799
+def _over_variables(values: xr.DataArray) -> xr.DataArray:
+    return values.mean("variable", skipna=False) if "variable" in values.dims else values
+
+
+def _moments(values: xr.DataArray) -> tuple[float, float, int]:
+    """Mean and standard deviation of a score over the runs that did not fail, and how many these are."""
+    kept = _over_variables(values).values
+    kept = kept[np.isfinite(kept)]
+    return kept.mean() if len(kept) else np.nan, kept.std(ddof=1) if len(kept) > 1 else np.nan, len(kept)
+
+
 def score_table(results: Mapping[str, xr.Dataset], condition: str = "") -> pd.DataFrame:
     """One row per method, metric and variable: mean and standard deviation over the runs that did
     not fail.
@@ -125,13 +134,11 @@ def score_table(results: Mapping[str, xr.Dataset], condition: str = "") -> pd.Da
     rows = []
     for method, result in results.items():
         for metric, values in scores(result).data_vars.items():
-            by_variable = [("all", values.mean("variable", skipna=False) if "variable" in values.dims else values)]
+            by_variable = [("all", values)]
             if "variable" in values.dims:
                 by_variable += [(str(name), values.sel(variable=name)) for name in values["variable"].values]
             for variable, value in by_variable:
-                kept = value.values[np.isfinite(value.values)]
-                mean, std = (kept.mean(), kept.std(ddof=1) if len(kept) > 1 else np.nan) if len(kept) else (np.nan, np.nan)
-                rows.append((result.attrs["experiment"], condition, method, metric, variable, mean, std, len(kept)))
+                rows.append((result.attrs["experiment"], condition, method, metric, variable, *_moments(value)))
     return pd.DataFrame(rows, columns=["experiment", "condition", "method", "metric", "variable", "mean", "std", "runs"])
 
 
@@ -185,17 +192,44 @@ def ensemble_scores(truth: Tensor, ensemble: Tensor) -> dict:
     the definitions of `cycle`: `rmse` of the mean (mean over cases), fair `crps`, `spread`, `spread_skill` and `ranks`
     `(member + 1,)`.
     """
-    n, mean = ensemble.shape[-2], ensemble.mean(-2)
-    error, variance = (mean - truth).square().mean(-1), ensemble.var(-2).mean(-1)
-    ranks = (ensemble < truth.unsqueeze(-2)).sum(-2)
-    crps = crps_ensemble(truth.numpy(), ensemble.numpy(), m_axis=-2, estimator="pwm")
+    n, error, variance = ensemble.shape[-2], rmse(ensemble.mean(-2), truth), ensemble.var(-2).mean(-1)
     return {
-        "rmse": float(error.sqrt().mean()),
-        "crps": float(crps.mean()),
+        "rmse": float(error.mean()),
+        "crps": float(fair_crps(truth, ensemble).mean()),
         "spread": float(variance.sqrt().mean()),
-        "spread_skill": float(((n + 1) / n * variance.mean() / error.mean()).sqrt()),
-        "ranks": torch.bincount(ranks.flatten(), minlength=n + 1).double().numpy() / ranks.numel(),
+        "spread_skill": float(((n + 1) / n * variance.mean() / (error**2).mean()).sqrt()),
+        "ranks": rank_fractions((ensemble < truth.unsqueeze(-2)).sum(-2), n),
     }
+
+
+def rank_fractions(below: Index, members: int) -> np.ndarray:
+    """How often a truth had each rank `(members + 1,)`, from how many of the `members` are `below` it."""
+    return torch.bincount(below.flatten(), minlength=members + 1).double().numpy() / below.numel()
+
+
+def inside(below: Index, members: int, width: float) -> Mask:
+    """Whether a truth is in the central interval of `width` of an ensemble, from how many of its `members` are `below` it."""
+    edge = (1 - width) / 2 * (members + 1)
+    return (below >= edge) & (below <= members - edge)
+
+
+def fair_crps(truth: Gappy, ensemble: Gappy, weights: Gappy | None = None) -> Gappy:
+    """The fair CRPS `(..., dim)` of `truth` `(..., dim)` for members `(..., member, dim)`, with their `weights` `(..., member)`, if
+    they have some: in a sorted ensemble, the mean distance between two members is a sum over one of them.
+    """
+    if weights is None:
+        return torch.from_numpy(crps_ensemble(truth.numpy(), ensemble.numpy(), m_axis=-2, estimator="pwm"))
+    apart = (ensemble - truth.unsqueeze(-2)).movedim(-1, -2)  # sorted values then lose nothing to a large mean
+    order = apart.argsort(-1)
+    apart = apart.gather(-1, order)
+    w = weights.unsqueeze(-2).expand(apart.shape).gather(-1, order)
+    between = (w * apart * (2 * w.cumsum(-1) - w - 1)).sum(-1)  # half of it, over all pairs
+    return (w * apart.abs()).sum(-1) - between / _unlike(weights).unsqueeze(-1)
+
+
+def _unlike(weights: Gappy) -> Gappy:
+    """1 - Σ w²: how often two members drawn by their `weights` `(..., member)` are two; what makes sample statistics unbiased."""
+    return (1 - weights.square().sum(-1)).clamp_min(1 / weights.shape[-1])
 
 
 # %% ../../nbs/92_engine.ipynb #48a068a8
@@ -215,7 +249,7 @@ def paired_difference(
     difference = difference[np.isfinite(difference)]
     if len(difference) < 2:
         return np.nan, np.nan, 0
-    return float(difference.mean()), float(difference.std(ddof=1) / len(difference) ** 0.5), len(difference)
+    return float(difference.mean()), standard_error(difference), len(difference)
 
 
 # %% ../../nbs/92_engine.ipynb #941e54e6
@@ -253,11 +287,11 @@ def mean_and_error(result: xr.Dataset, metric: str = "analysis_rmse") -> tuple[G
     known = scores(result)
     if metric not in known:
         raise ValueError(f"metric: expected one of {', '.join(map(str, known.data_vars))}, got {metric!r}")
-    values = known[metric].mean("variable", skipna=False) if "variable" in known[metric].dims else known[metric]
-    kept = np.isfinite(values.values)
-    values = values.values[kept]
+    values = _over_variables(known[metric]).values
+    kept = np.isfinite(values)
+    values = values[kept]
     if len(values) >= 10 or not len(values) or "analysis_error" in result:
-        error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
+        error = standard_error(values)
     elif "block" in result.dims:
         blocks = result["squared" if metric == "rmse" else metric].transpose("block", "run", ...)
         blocks = blocks.values[:, kept].reshape(result.sizes["block"], len(values), -1).mean(-1)
@@ -267,30 +301,11 @@ def mean_and_error(result: xr.Dataset, metric: str = "analysis_rmse") -> tuple[G
         within = apart.sum(0) / (1 - (weight**2).sum()) if many else np.full(len(values), np.nan)
         error = np.sqrt(within.mean() / len(values))
     else:
-        within = time_mean(_series(result, metric)[kept])[1]
+        within = time_mean(_over_variables(_series(result)[0][metric]).values[kept])[1]
         error = np.sqrt((within**2).mean() / len(values))
     if metric == "rmse" and len(values) < 10:  # what is averaged over time are squares
         error = error / (2 * values.mean())
     return (float(values.mean()) if len(values) else np.nan), float(error)
-
-
-# %% ../../nbs/92_engine.ipynb #f49a7935
-def _series(result: xr.Dataset, metric: str) -> np.ndarray:
-    """What `metric` is the time mean of, `(run, time)`."""
-    result = _scored(result)
-    at_cycles = result.truth.sel(time=result.cycle_time, method="nearest")
-    error = (result.estimate - result.truth).values
-    return {
-        "step_rmse": lambda: result.rmse.values,
-        "analysis_rmse": lambda: _spatial_rmse(result.analysis, at_cycles).values,
-        "background_rmse": lambda: _spatial_rmse(result.background, at_cycles).values,
-        "smoother_rmse": lambda: _spatial_rmse(result.smoothed, at_cycles).values,
-        "mae": lambda: abs(error).mean(-1),
-        "bias": lambda: error.mean(-1),
-        "rmse": lambda: (error**2).mean(-1),
-        "spread": lambda: result.analysis_spread.values,
-        "crps": lambda: (result.crps if "crps" in result else abs(result.analysis - at_cycles.values)).values.mean(-1),
-    }[metric]()
 
 
 # %% ../../nbs/92_engine.ipynb #97796b01

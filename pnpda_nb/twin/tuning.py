@@ -10,14 +10,13 @@ import warnings
 from dataclasses import dataclass
 from typing import Callable, Mapping, Sequence
 
-import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
 from ..core.checks import guard
 from .cycle import Method, cycle
 from .experiment import TwinExperiment, watch_nature
-from .scores import scores
+from .scores import _moments, scores
 
 # %% auto #0
 __all__ = ["Tuned", "tune"]
@@ -60,17 +59,8 @@ def tune(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the table counts failed runs
             result = cycle(experiment, make(**setting), members=members, runs=runs, seed=seed, split="training", nature=nature)
-        values = scores(result)[metric]
-        values = (values.mean("variable", skipna=False) if "variable" in values.dims else values).values
-        kept = values[np.isfinite(values)]
-        rows.append(
-            {
-                **setting,
-                "mean": kept.mean() if len(kept) else np.nan,
-                "std": kept.std(ddof=1) if len(kept) > 1 else np.nan,
-                "failed": runs - len(kept),
-            }
-        )
+        mean, std, kept = _moments(scores(result)[metric])
+        rows.append({**setting, "mean": mean, "std": std, "failed": runs - kept})
     table = pd.DataFrame(rows)
     if table["mean"].isna().all():
         raise ValueError(f"tune: every run of every setting in {dict(grid)} became non-finite")

@@ -3,19 +3,16 @@
 # %% ../../nbs/99_public.ipynb #0dfe1c9b
 """Whole trajectories from observations of a window: banded Gaussian laws, 4D-Var and neural incremental assimilation."""
 
-from .banded import BandedCholesky
 from .four_dvar import WindowFourDVar, window_four_dvar
 from .incremental import IncrementalPrior, NeuralIncremental
 from .laws import GaussianWindow, Information, WindowClimatology, background_information, draw_windows, linearised, normalised_mse
-from .minimise import levenberg_marquardt
 from .precision import BandedPrecision, DensePrecision, LowRankPrecision, most_probable
 from .recalibration import Recalibration
 from .sets import RandomSets, regular_sets
-from .training import IncrementalSettings, incremental_loss, observe_windows, train_incremental
+from .training import IncrementalSettings, train_incremental
 
 # %% auto #0
 __all__ = [
-    "BandedCholesky",
     "BandedPrecision",
     "DensePrecision",
     "GaussianWindow",
@@ -30,12 +27,9 @@ __all__ = [
     "WindowFourDVar",
     "background_information",
     "draw_windows",
-    "incremental_loss",
-    "levenberg_marquardt",
     "linearised",
     "most_probable",
     "normalised_mse",
-    "observe_windows",
     "regular_sets",
     "train_incremental",
     "window_four_dvar",

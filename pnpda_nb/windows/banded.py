@@ -14,7 +14,7 @@ from torch import Tensor
 from ..core.checks import Gappy, guard
 
 # %% auto #0
-__all__ = ["BandedCholesky"]
+__all__ = []
 
 
 # %% ../../nbs/92_engine.ipynb #bc3a5020

@@ -13,6 +13,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from ..classical.four_dvar import chain_of, sensitive_path
 from ..core.checks import ALONE, Gappy, guard
 from ..dynamics.derivatives import Forecast
 from ..observing.covariance import Covariance
@@ -54,20 +55,13 @@ class WindowFourDVar:
         """
         batch, size = first.shape[:-2], first.shape[-2] * first.shape[-1]
         first = first.double()
-        if not callable(information):
-            law, minimum = self._minimise(first.reshape(math.prod(batch), *first.shape[-2:]), _flat(information, batch, size))
-            return GaussianWindow(law.mean.reshape(first.shape), law.precision.reshape(len(law.precision), *batch, size)), minimum
         x, left, whole = first.reshape(math.prod(batch), *first.shape[-2:]).clone(), torch.arange(math.prod(batch)), None
-        for _ in range(10):
-            known = _flat(information(x.reshape(first.shape)), batch, size)
+        for _ in range(10 if callable(information) else 1):
+            known = _flat(information(x.reshape(first.shape)) if callable(information) else information, batch, size)
             law, minimum = self._minimise(x[left], known[left])
             if whole is None:
-                precision, whole = (
-                    law.precision.clone(),
-                    Minimum(
-                        minimum.x.clone(), minimum.cost.clone(), torch.zeros_like(minimum.iterations), minimum.converged.clone()
-                    ),
-                )
+                precision, whole = law.precision.clone(), Minimum(*(value.clone() for value in vars(minimum).values()))
+                whole.iterations.zero_()
             moved = (law.mean - x[left]).square().mean((-2, -1)).sqrt()
             x[left], precision[:, left] = law.mean, law.precision
             whole.x[left], whole.cost[left], whole.converged[left] = minimum.x, minimum.cost, minimum.converged
@@ -112,17 +106,12 @@ class _Weak:
         return total / 2 + self.seen[which].misfit(flat)
 
     def system(self, flat: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
-        x, n = flat.unflatten(-1, (self.steps, self.n)), self.n
-        forecasts, M = self.method.forecast.linearised(x[:, :-1])
-        pull = (x[:, 1:] - forecasts) @ self.rigidity
-        weighed = self.rigidity @ M
-        diagonal = torch.cat((self.start.expand(len(x), 1, n, n), self.rigidity.expand(len(x), self.steps - 1, n, n)), 1)
-        diagonal[:, :-1] += M.mT @ weighed
-        slope = torch.cat(((self.method.mean - x[:, :1]) @ self.start, -pull), 1)
-        slope[:, :-1] += (pull.unsqueeze(-2) @ M).squeeze(-2)
-        bands = block_bands(diagonal, -weighed)
-        seen = self.seen[which]
-        return add_bands(bands, seen.bands), slope.flatten(1) + seen.vector - band_product(seen.bands, flat)
+        x, seen = flat.unflatten(-1, (self.steps, self.n)), self.seen[which]
+        diagonal, below, slope = chain_of(self.method.forecast, x.movedim(1, 0), self.rigidity)
+        diagonal[0] += self.start
+        slope[0] += (self.method.mean - x[:, 0]) @ self.start
+        bands = block_bands(diagonal.movedim(0, 1), below.movedim(0, 1))
+        return add_bands(bands, seen.bands), slope.movedim(0, 1).flatten(1) + seen.vector - band_product(seen.bands, flat)
 
     def law(self, flat: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
         return flat, self.system(flat, which)[0]
@@ -139,22 +128,14 @@ class _Strong:
 
     def cost(self, first: Tensor, which: Tensor) -> Tensor:
         away = first - self.method.mean
-        return (away @ self.start * away).sum(-1) / 2 + self.seen[which].misfit(self._path(first))
-
-    def _path(self, first: Tensor) -> Tensor:
         path = [first]
         for _ in range(self.steps - 1):
             path.append(self.method.forecast(path[-1]))
-        return torch.stack(path, 1).flatten(1)
+        return (away @ self.start * away).sum(-1) / 2 + self.seen[which].misfit(torch.cat(path, 1))
 
     def _sensitive(self, first: Tensor) -> tuple[Tensor, Tensor]:
-        """The path and its derivatives `(N, T·n, n)` with respect to the first state."""
-        path = self._path(first).unflatten(-1, (self.steps, self.n))
-        each = [torch.eye(self.n).to(first).expand(len(first), -1, -1)]
-        M = self.method.forecast.linearised(path[:, :-1])[1]  # of all times at once
-        for t in range(self.steps - 1):
-            each.append(M[:, t] @ each[-1])
-        return path.flatten(1), torch.stack(each, 1).flatten(1, 2)
+        """The path `(N, T·n)` and its derivatives `(N, T·n, n)` with respect to the first state."""
+        return tuple(each.movedim(0, 1).flatten(1, 2) for each in sensitive_path(self.method.forecast, first, self.steps - 1))
 
     def system(self, first: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
         path, sensitivity = self._sensitive(first)

@@ -15,7 +15,7 @@ from ..core.checks import Gappy, Index, Mask, guard
 from .banded import BandedCholesky, band_product
 
 # %% auto #0
-__all__ = ["levenberg_marquardt"]
+__all__ = []
 
 
 # %% ../../nbs/92_engine.ipynb #e787ec03

@@ -29,7 +29,7 @@ from .precision import most_probable
 from .sets import RandomSets
 
 # %% auto #0
-__all__ = ["IncrementalSettings", "observe_windows", "incremental_loss", "train_incremental"]
+__all__ = ["IncrementalSettings", "train_incremental"]
 
 
 # %% ../../nbs/25_incremental.ipynb #2dd880cf

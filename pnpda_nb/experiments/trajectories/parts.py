@@ -33,12 +33,12 @@ from .answers import (
     pnpda_of_starts,
     pnpda_of_windows,
 )
-from .scenes import held_out_sets, scene, window_climate, window_testbed
+from .scenes import Scene, scene, sets_for_training, window_climate, window_testbed
 from ...flow_matching.flow import FlowPrior
 from ...flow_matching.pairs import TrainingSettings
 from ...flow_matching.training import train_prior
 from ...pnp.errors import residual_covariance
-from ...studies.parts import readable
+from ...studies.parts import resumable
 from ...windows.four_dvar import window_four_dvar
 from ...windows.incremental import IncrementalPrior
 from ...windows.laws import Information, WindowClimatology, draw_windows, normalised_mse, pointwise
@@ -52,37 +52,33 @@ __all__ = []
 # %% ../../../nbs/95_studies.ipynb #aa7979cc
 def window_prior_part(settings: dict, checkpoint: str | None = None) -> IncrementalPrior:
     """An incremental prior, trained and calibrated."""
-    name, seed, options = settings["testbed"], settings["seed"], settings["training"]
+    name, seed = settings["testbed"], settings["seed"]
     testbed, climate = window_testbed(name), window_climate(name, settings["climate_windows"], seed)
-    sets = testbed.sets
-    for kept in held_out_sets(name, seed).values():
-        sets = sets.holding_out(kept)
     if settings["archive"]:  # the same windows again and again
         windows = draw_windows(testbed.experiment, settings["archive"], stream(seed, "archive", name))
     else:
         windows = partial(draw_windows, testbed.experiment)
-    if checkpoint and not readable(checkpoint):
-        Path(checkpoint).unlink(missing_ok=True)  # a training that lost its memory begins anew
     made = IncrementalPrior.make(climate, **settings["make"], seed=seed)
-    trained = IncrementalSettings(deviation=testbed.deviation, **options)
+    trained = IncrementalSettings(deviation=testbed.deviation, **settings["training"])
     validation = scene(name, "", settings["validation_windows"], settings["climate_windows"], seed, "validation")
     third = settings["validation_windows"] // 3  # choose the weights; the others are for calibration
-    prior, _ = train_incremental(
-        made, windows, sets, trained, validation=validation.truth[:third], seed=seed, checkpoint=checkpoint
-    )
+    options = {"validation": validation.truth[:third], "seed": seed, "checkpoint": resumable(checkpoint)}
+    prior, _ = train_incremental(made, windows, sets_for_training(name, seed), trained, **options)
     rest = validation.part(third, settings["validation_windows"])
     return prior.calibrated(prior.analyse(rest.information), rest.truth)
 
 
 # %% ../../../nbs/95_studies.ipynb #5e3ae920
+def _scene_of(settings: dict) -> Scene:
+    return scene(*(settings[k] for k in ("testbed", "condition", "windows", "climate_windows", "seed")))
+
+
 def window_pairs(name: str, count: int, climate_windows: int, seed: int, purpose: str = "pairs") -> tuple[Tensor, Tensor]:
     """Pairs for a flow prior: optimal interpolations of windows, each seen by a process of its own, and the windows, both
     standardised `(count, T, n)`; other ones for every `purpose`.
     """
     testbed, climate = window_testbed(name), window_climate(name, climate_windows, seed)
-    sets, generator = testbed.sets, stream(seed, purpose, name)
-    for kept in held_out_sets(name, seed).values():
-        sets = sets.holding_out(kept)
+    sets, generator = sets_for_training(name, seed), stream(seed, purpose, name)
     truth = draw_windows(testbed.experiment, count, generator)
     spread = testbed.deviation * climate.scale
     seen = truth + spread * standard_normal(tuple(truth.shape), generator)
@@ -104,27 +100,24 @@ def flow_part(settings: dict, checkpoint: str | None = None) -> FlowPrior:
         start = (climate.mean + climate.scale * first)[:, 0]
         background = Forecast(experiment.forecast_model, experiment.interval)(start)
         analysis = (climate.mean + climate.scale * truth)[:, 1]
-    if checkpoint and not readable(checkpoint):
-        Path(checkpoint).unlink(missing_ok=True)
     options = settings["training"] | {"hidden": tuple(settings["training"]["hidden"])}
-    return train_prior(background, analysis, TrainingSettings(**options), seed=seed, checkpoint=checkpoint)[0]
+    return train_prior(background, analysis, TrainingSettings(**options), seed=seed, checkpoint=resumable(checkpoint))[0]
 
 
 # %% ../../../nbs/95_studies.ipynb #0bb25cb9
 def window_case_part(settings: dict, **learned: Any) -> xr.Dataset:
     """What a method does under a condition, as a dataset by process and window."""
-    here = scene(*(settings[k] for k in ("testbed", "condition", "windows", "climate_windows", "seed")))
+    here = _scene_of(settings)
     options = dict(settings["method"])
     here = here.part(0, options.pop("few", settings["windows"]))
     name, first = options.pop("name"), options.pop("first", None)
-    start = None
-    if first is not None:
-        start = {"climatology": climatology, "oi": interpolation}.get(first)
-        start = (
-            here.truth
-            if first == "truth"
-            else (start(here).mean if start else incremental(here, learned["prior"], spread=False).mean)
-        )
+    starts = {
+        "climatology": lambda at: climatology(at).mean,
+        "oi": lambda at: interpolation(at).mean,
+        "truth": lambda at: at.truth,
+        "prior": lambda at: incremental(at, learned["prior"], spread=False).mean,
+    }
+    start = first and starts[first](here)
     if name in ("pnpda_window", "pnpda4d"):
         options["seed"] = settings["seed"]
     if name == "pnpda_window":
@@ -148,17 +141,12 @@ def window_case_part(settings: dict, **learned: Any) -> xr.Dataset:
     seconds = time.perf_counter() - begin
     if name == "four_dvar" and settings["calibrate"]:
         usual = scene(settings["testbed"], "", settings["calibrate"], settings["climate_windows"], settings["seed"], "validation")
-        before = interpolation(usual).mean if first == "oi" else incremental(usual, learned["prior"], spread=False).mean
-        known = four_dvar(usual, before, **options)
+        known = four_dvar(usual, starts[first](usual), **options)
         scale = here.climate.scale
         fitted = Recalibration.fit((known.mean - usual.truth) / scale, known.deviation / scale)
         answer = dataclasses.replace(answer, deviation=scale * fitted(answer.deviation / scale))
-    return measured(
-        here,
-        answer,
-        seconds,
-        {"experiment": f"incremental_{settings['testbed']}", "method": name, "method_settings": json.dumps(settings["method"])},
-    )
+    about = {"experiment": f"incremental_{settings['testbed']}", "method": name, "method_settings": json.dumps(settings["method"])}
+    return measured(here, answer, seconds, about)
 
 
 # %% ../../../nbs/95_studies.ipynb #3cca6ffc
@@ -166,7 +154,7 @@ def timing_part(settings: dict, prior: IncrementalPrior) -> dict:
     """Milliseconds per window of the neural analysis and of converged 4D-Var from several starts, on the same batch, `repeats`
     times in turn: least and median; those of one window alone; and how many seconds the prior was trained.
     """
-    here = scene(*(settings[k] for k in ("testbed", "condition", "windows", "climate_windows", "seed")))
+    here = _scene_of(settings)
     strong = not here.experiment.nature_error.variance > 0
     known, climate = here.information, here.climate
     first, near = climate.law(known)[0], prior.analyse(known).mean
@@ -281,7 +269,7 @@ def scaling_part(settings: dict, prior: IncrementalPrior | None = None) -> dict:
 # %% ../../../nbs/95_studies.ipynb #2bf5b8a5
 def levels_part(settings: dict, prior: IncrementalPrior) -> xr.Dataset:
     """The laws of a few windows after optimal interpolation and after every level, for the pictures."""
-    here = scene(*(settings[k] for k in ("testbed", "condition", "windows", "climate_windows", "seed")))
+    here = _scene_of(settings)
     process, few = settings["process"], slice(0, settings["few"])
     truth = here.truth[few]
     one = dataclasses.replace(

@@ -53,34 +53,21 @@ def window_testbed(name: str, steps: int = 0) -> WindowTestbed:
     """The testbed "lorenz63", "pendulum" or "lorenz96", with windows of `steps` states (0: as many as it has). Raises `ValueError`
     for another name.
     """
+    noisy = {"nature_error": AdditiveModelError(0.05)}
+    match name:
+        case "lorenz63":
+            model, steps, seen = Lorenz63(dt=0.05), steps or 32, (4, 8, 0.05)
+            law = noisy | {"start": (0.0, 0.0, 25.0), "start_variance": 100.0, "spin_up": 0, "first_ensemble": "same_law"}
+        case "pendulum":
+            model, steps, seen = Pendulum(), steps or 100, (10, 10, 1e-3)
+            law = {"start": (1.5, 0.0), "start_variance": 0.25, "spin_up": 0, "first_ensemble": "same_law"}
+        case "lorenz96":
+            model, steps = Lorenz96(dim=8, dt=0.05), steps or 64
+            law, seen = noisy | {"start": (8.0,) * 8, "spin_up": 200}, (steps // 2, 0, 0.1, tuple(range(8)), 0.0)
+        case _:
+            raise ValueError(f"testbed: expected one of lorenz63, pendulum, lorenz96, got {name!r}")
     one = ObservingNetwork(Select((0,), 3), DiagonalCovariance([1.0]))
-    if name == "lorenz63":
-        model, steps = Lorenz63(dt=0.05), steps or 32
-        law = {
-            "start": (0.0, 0.0, 25.0),
-            "start_variance": 100.0,
-            "spin_up": 0,
-            "nature_error": AdditiveModelError(0.05),
-            "first_ensemble": "same_law",
-        }
-        made = WindowTestbed(TwinExperiment(name, model, model, one, 1, steps - 1, **law), 4, 8, 0.05)
-    elif name == "pendulum":
-        model, steps = Pendulum(), steps or 100
-        made = WindowTestbed(
-            TwinExperiment(
-                name, model, model, one, 1, steps - 1, start=(1.5, 0.0), start_variance=0.25, spin_up=0, first_ensemble="same_law"
-            ),
-            10,
-            10,
-            1e-3,
-        )
-    elif name == "lorenz96":
-        model, steps = Lorenz96(dim=8, dt=0.05), steps or 64
-        law = {"start": (8.0,) * 8, "spin_up": 200, "nature_error": AdditiveModelError(0.05)}
-        made = WindowTestbed(TwinExperiment(name, model, model, one, 1, steps - 1, **law), steps // 2, 0, 0.1, tuple(range(8)), 0.0)
-    else:
-        raise ValueError(f"testbed: expected one of lorenz63, pendulum, lorenz96, got {name!r}")
-    return made
+    return WindowTestbed(TwinExperiment(name, model, model, one, 1, steps - 1, **law), *seen)
 
 
 # %% ../../../nbs/26_few_points.ipynb #10d5ce75
@@ -150,14 +137,20 @@ def window_climate(name: str, count: int, seed: int) -> WindowClimatology:
 def held_out_sets(name: str, seed: int) -> dict[str, Tensor]:
     """The processes `(P, T, n)` that are kept for tests: "random" ones, and "regular" ones where there are any."""
     testbed = window_testbed(name)
-    found = {}
+    found, size = {}, (testbed.experiment.cycles + 1, testbed.experiment.dim)
     if testbed.spacing:
-        found["regular"] = regular_sets(testbed.experiment.cycles + 1, testbed.experiment.dim, testbed.spacing, testbed.variables)[
-            :8
-        ]
+        found["regular"] = regular_sets(*size, testbed.spacing, testbed.variables)[:8]
     sets = dataclasses.replace(testbed.sets, near_regular=0.0)
     sets = sets.holding_out(found["regular"]) if found else sets
     return found | {"random": sets.draw(8, stream(seed, "held-out sets", name))}
+
+
+def sets_for_training(name: str, seed: int) -> RandomSets:
+    """Random processes without those that are kept for tests."""
+    sets = window_testbed(name).sets
+    for kept in held_out_sets(name, seed).values():
+        sets = sets.holding_out(kept)
+    return sets
 
 
 # %% ../../../nbs/26_few_points.ipynb #129fe281
@@ -200,10 +193,8 @@ def scene(name: str, condition: str, windows: int, climate_windows: int, seed: i
     testbed, climate = window_testbed(name), window_climate(name, climate_windows, seed)
     truth = draw_windows(testbed.experiment, windows, stream(seed, split, "windows", name))
     if split == "validation":
-        sets = testbed.sets
-        for kept in held_out_sets(name, seed).values():
-            sets = sets.holding_out(kept)
-        present, deviation, function = sets.draw(8, stream(seed, "validation sets", name)), testbed.deviation, None
+        present = sets_for_training(name, seed).draw(8, stream(seed, "validation sets", name))
+        deviation, function = testbed.deviation, None
     else:
         present, deviation, function = _processes(name, seed, condition)
     spread = deviation * climate.scale

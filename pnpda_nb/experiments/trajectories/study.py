@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Literal
 
-import pandas as pd
 from annotated_types import Ge
 
 from ...core.settings import Count, Members, NotNegative, PositiveNumber, Settings, Size, Some
@@ -75,26 +74,26 @@ class WindowSettings(Settings):
         kind = {"network": "convolution", "dilations": (1, 2, 4, 8, 4, 2)} if self.testbed == "lorenz96" else {"network": "dense"}
         return kind | {"levels": self.levels, "width": self.width}
 
+    @property
+    def place(self) -> dict:
+        """Where every task is."""
+        return {"testbed": self.testbed, "seed": self.seed, "climate_windows": self.climate_windows}
+
+    def case(self, condition: str) -> dict:
+        """What every method meets under a condition."""
+        return self.place | {"condition": condition, "windows": self.runs}
+
+    def training(self, iterations: int, **changes) -> dict:
+        """How a prior is trained, with `changes`."""
+        plain = {"windows": self.batch, "likelihood": self.likelihood, "learning_rate": self.learning_rate}
+        return {"iterations": iterations} | plain | changes
+
 
 # %% ../../../nbs/95_studies.ipynb #cc1b18f7
 WINDOW_METHODS = (
-    "climatology",
-    "oi",
-    "unconditional",
-    "paper_size",
-    "interpolated",
-    "incremental",
-    "strong4d_oi",
-    "weak4d_climatology",
-    "weak4d_oi",
-    "weak4d_best",
-    "weak4d_paper",
-    "hybrid",
-    "weak4d_truth",
-    "pnpda_window",
-    "pnpda4d",
-    "floor",
-)
+    "climatology", "oi", "unconditional", "paper_size", "interpolated", "incremental", "strong4d_oi", "weak4d_climatology",
+    "weak4d_oi", "weak4d_best", "weak4d_paper", "hybrid", "weak4d_truth", "pnpda_window", "pnpda4d", "floor",
+)  # fmt: skip
 
 
 # %% ../../../nbs/95_studies.ipynb #da10a2d6
@@ -102,74 +101,42 @@ def window_prior_task(
     name: str, settings: "WindowSettings", make: Mapping, training: Mapping, archive: int = 0, cost: float = 100.0
 ) -> Task:
     """A task that trains an incremental prior on windows that are drawn anew, or on an `archive` of so many."""
-    plain = {k: getattr(settings, k) for k in ("testbed", "seed", "climate_windows", "validation_windows")}
-    return Task(
-        name,
-        window_prior_part,
-        plain | {"make": dict(make), "training": dict(training), "archive": archive},
-        format="incremental_prior",
-        cost=cost,
-        resumable=True,
-    )
+    plain = settings.place | {"validation_windows": settings.validation_windows, "archive": archive}
+    plain |= {"make": dict(make), "training": dict(training)}
+    return Task(f"training {name}", window_prior_part, plain, format="incremental_prior", cost=cost, resumable=True)
 
 
 # %% ../../../nbs/95_studies.ipynb #e5e8bf2e
 def window_priors(settings: WindowSettings) -> dict[str, Task]:
     """The task of every prior."""
-    s = settings
-    rolled = {"iterations": s.iterations, "windows": s.batch, "likelihood": s.likelihood, "learning_rate": s.learning_rate}
-    each = 0.09 if s.testbed != "lorenz96" else 0.4
+    s, each = settings, 0.09 if settings.testbed != "lorenz96" else 0.4
+
+    # without model error, windows fill no volume
+    source = "covariance" if window_testbed(s.testbed).experiment.nature_error.variance else "background"
+
+    def flow(name: str, kind: str, width: int, source: str, cost: float) -> Task:
+        training = {
+            "hidden": (width,) * (3 if kind == "window" else 2),
+            "epochs": s.epochs,
+            "source": source,
+            "target": "increment",
+        }
+        options = s.place | {"pairs": s.pairs, "kind": kind, "training": training | {"batch": 256, "patience": 1000}}
+        return Task(name, flow_part, options, format="prior", cost=cost * s.epochs, resumable=True)
+
     paper = {"network": "dense", "levels": s.paper_levels, "width": 32, "layers": 4, "shared": True, "update": "average"}
-    paper_training = {
-        "iterations": s.paper_iterations,
-        "processes": 1,
-        "windows": 32,
-        "mode": "interpolated",
-        "likelihood": s.likelihood,
-        "learning_rate": s.learning_rate,
+    as_paper = s.training(s.paper_iterations, processes=1, windows=32, mode="interpolated")
+    rolled, few = s.training(s.iterations), s.training(max(1, s.iterations // 10), learning_rate=1e-2)
+    between = s.network | {"update": "average"}
+    recipes = {
+        "incremental": (s.network, rolled, 0, each * s.iterations),
+        "interpolated": (between, rolled | {"mode": "interpolated"}, 0, each * s.iterations),
+        "paper_size": (paper, as_paper, s.archive, 0.015 * s.paper_iterations),
+        "unconditional": ({"network": "constant", "levels": 1}, few, 0, 0.02 * s.iterations / 10),
     }
-    flow = {"testbed": s.testbed, "seed": s.seed, "climate_windows": s.climate_windows, "pairs": s.pairs}
-    source = (
-        "covariance" if window_testbed(s.testbed).experiment.nature_error.variance else "background"
-    )  # without model error, windows fill no volume
-    wide = {"hidden": (384, 384, 384), "epochs": s.epochs, "source": source, "target": "increment", "batch": 256, "patience": 1000}
-    narrow = {"hidden": (64, 64), "epochs": s.epochs, "source": "covariance", "target": "increment", "batch": 256, "patience": 1000}
-    return {
-        "incremental": window_prior_task("training incremental", s, s.network, rolled, cost=each * s.iterations),
-        "interpolated": window_prior_task(
-            "training interpolated",
-            s,
-            s.network | {"update": "average"},
-            rolled | {"mode": "interpolated"},
-            cost=each * s.iterations,
-        ),
-        "paper_size": window_prior_task(
-            "training paper_size", s, paper, paper_training, archive=s.archive, cost=0.015 * s.paper_iterations
-        ),
-        "unconditional": window_prior_task(
-            "training unconditional",
-            s,
-            {"network": "constant", "levels": 1},
-            rolled | {"iterations": max(1, s.iterations // 10), "learning_rate": 1e-2},
-            cost=0.02 * s.iterations / 10,
-        ),
-        "pnpda_window": Task(
-            "training flow",
-            flow_part,
-            flow | {"kind": "window", "training": wide},
-            format="prior",
-            cost=1.5 * s.epochs,
-            resumable=True,
-        ),
-        "pnpda4d": Task(
-            "training flow of starts",
-            flow_part,
-            flow | {"kind": "start", "training": narrow},
-            format="prior",
-            cost=0.5 * s.epochs,
-            resumable=True,
-        ),
-    }
+    found = {name: window_prior_task(name, s, *recipe) for name, recipe in recipes.items()}
+    found["pnpda_window"] = flow("training flow", "window", 384, source, 1.5)
+    return found | {"pnpda4d": flow("training flow of starts", "start", 64, "covariance", 0.5)}
 
 
 # %% ../../../nbs/95_studies.ipynb #f49ad3fa
@@ -181,46 +148,25 @@ def level_priors(settings: WindowSettings) -> dict[tuple[str, str], Task]:
         for mode in ("rollout", "interpolated"):
             if (levels, mode) == (1, "interpolated"):
                 continue  # the same
-            training = {
-                "iterations": s.level_iterations,
-                "windows": s.batch,
-                "likelihood": s.likelihood,
-                "learning_rate": s.learning_rate,
-                "mode": mode,
-            }
-            make = s.network | {
-                "levels": levels,
-                "update": "estimate" if mode == "rollout" else "average",
-            }  # each as it was trained
+            training = s.training(s.level_iterations, mode=mode)
+            update = "estimate" if mode == "rollout" else "average"  # each as it was trained
+            make = s.network | {"levels": levels, "update": update}
             if (levels, mode) == (1, "rollout"):  # as many weights in one level as the others have in all
                 wide = make | {"width": round(s.width * s.levels**0.5)}
-                found["levels=1", "wide"] = window_prior_task("training wide", s, wide, training, cost=0.06 * s.level_iterations)
-            found[f"levels={levels}", mode] = window_prior_task(
-                f"training {mode} {levels}", s, make, training, cost=0.03 * levels * s.level_iterations
-            )
+                found["levels=1", "wide"] = window_prior_task("wide", s, wide, training, cost=0.06 * s.level_iterations)
+            cost = 0.03 * levels * s.level_iterations
+            found[f"levels={levels}", mode] = window_prior_task(f"{mode} {levels}", s, make, training, cost=cost)
     return found
 
 
 # %% ../../../nbs/95_studies.ipynb #782e1e93
 def window_case_task(
-    settings: WindowSettings,
-    condition: str,
-    method: str,
-    prior: Task | None = None,
-    calibrate: int = 0,
-    cost: float = 3.0,
+    settings: WindowSettings, condition: str, method: str, prior: Task | None = None, calibrate: int = 0, cost: float = 3.0,
     **options,
-) -> Task:
+) -> Task:  # fmt: skip
     """A task that runs a method, of these `options`, under a condition."""
-    plain = {
-        "testbed": settings.testbed,
-        "condition": condition,
-        "windows": settings.runs,
-        "climate_windows": settings.climate_windows,
-        "seed": settings.seed,
-    }
-    needs = {"prior": prior} if prior is not None else {}
-    return Task(f"{method} {condition}", window_case_part, plain | {"method": options, "calibrate": calibrate}, needs, cost=cost)
+    needs, case = {"prior": prior} if prior is not None else {}, settings.case(condition)
+    return Task(f"{method} {condition}", window_case_part, case | {"method": options, "calibrate": calibrate}, needs, cost=cost)
 
 
 # %% ../../../nbs/95_studies.ipynb #c44e97b6
@@ -294,13 +240,7 @@ def kept_windows(settings: WindowSettings, methods: tuple[str, ...]) -> dict[str
     if "incremental" not in methods:
         return {}
     s, prior = settings, window_priors(settings)["incremental"]
-    plain = {
-        "testbed": s.testbed,
-        "condition": next(iter(held_out_sets(s.testbed, s.seed))),
-        "windows": s.runs,
-        "climate_windows": s.climate_windows,
-        "seed": s.seed,
-    }
+    plain = s.case(next(iter(held_out_sets(s.testbed, s.seed))))
     lengths = {"testbed": s.testbed, "seed": s.seed, "batch": 16, "lengths": list(s.lengths)}
     trained = {"prior": prior} if s.network["network"] == "convolution" else {}
     return {
@@ -313,52 +253,21 @@ def kept_windows(settings: WindowSettings, methods: tuple[str, ...]) -> dict[str
 
 # %% ../../../nbs/95_studies.ipynb #694e98b5
 _SMOKE = {
-    "runs": 20,
-    "climate_windows": 1500,
-    "validation_windows": 60,
-    "iterations": 150,
-    "paper_iterations": 300,
-    "level_iterations": 0,
-    "pairs": 1000,
-    "epochs": 3,
-    "draws": 20000,
-    "width": 32,
-    "batch": 8,
-    "few": 5,
-    "lengths": (32, 128),
-    "repeats": 1,
-    "members": 4,
-}
+    "runs": 20, "climate_windows": 1500, "validation_windows": 60, "iterations": 150, "paper_iterations": 300,
+    "level_iterations": 0, "pairs": 1000, "epochs": 3, "draws": 20000, "width": 32, "batch": 8, "few": 5, "lengths": (32, 128),
+    "repeats": 1, "members": 4,
+}  # fmt: skip
 WINDOW_PRESETS = {
     "lorenz63": WindowSettings(),
     "pendulum": WindowSettings(
-        "pendulum",
-        levels=5,
-        paper_levels=5,
-        iterations=1000,
-        width=256,
-        archive=400,
-        paper_iterations=3750,
-        level_iterations=0,
-        epochs=10,
-        draws=0,
-        unseen=("points=5", "points=20", "noise=0.1", "clustered", "variable=1"),
-        lengths=(100, 500, 2000),
+        "pendulum", levels=5, paper_levels=5, iterations=1000, width=256, archive=400, paper_iterations=3750, level_iterations=0,
+        epochs=10, draws=0, unseen=("points=5", "points=20", "noise=0.1", "clustered", "variable=1"), lengths=(100, 500, 2000),
     ),
     "lorenz96": WindowSettings(
-        "lorenz96",
-        levels=3,
-        iterations=800,
-        batch=8,
-        width=48,
-        paper_iterations=2000,
-        level_iterations=0,
-        draws=0,
-        epochs=10,
-        lengths=(64, 256, 1024, 2048),
-        unseen=("points=16", "points=64", "points=128", "noise=0.025", "noise=0.4"),
+        "lorenz96", levels=3, iterations=800, batch=8, width=48, paper_iterations=2000, level_iterations=0, draws=0, epochs=10,
+        lengths=(64, 256, 1024, 2048), unseen=("points=16", "points=64", "points=128", "noise=0.025", "noise=0.4"),
     ),
-}
+}  # fmt: skip
 
 # %% ../../../nbs/95_studies.ipynb #d83061a4
 _WITHOUT = {
@@ -391,14 +300,12 @@ def window_study(testbed: str) -> Study:
         description=_ABOUT[testbed],
         presets={"smoke": smoke, "paper": paper},
         methods=methods,
-        default_methods=methods,
         plan=plan,
         figures=figures_windows,
         report=report_windows,
         kept=kept_windows,
         tabulate=window_scores,
         stack=stack_windows,
-        published=pd.DataFrame(columns=["condition", "method", "metric", "variable", "mean", "std"]),
     )
 
 

@@ -150,16 +150,9 @@ def report_windows(scores: pd.DataFrame) -> str:
 
 # %% ../../../nbs/95_studies.ipynb #91494cf5
 _COLOURS = {
-    "oi": "#7f7f7f",
-    "paper_size": "#E69F00",
-    "interpolated": "#56B4E9",
-    "incremental": "#009E73",
-    "weak4d_oi": "#0072B2",
-    "hybrid": "#D55E00",
-    "weak4d_best": "#999933",
-    "weak4d_truth": "#000000",
-    "pnpda_window": "#CC79A7",
-}
+    "oi": "#7f7f7f", "paper_size": "#E69F00", "interpolated": "#56B4E9", "incremental": "#009E73", "weak4d_oi": "#0072B2",
+    "hybrid": "#D55E00", "weak4d_best": "#999933", "weak4d_truth": "#000000", "pnpda_window": "#CC79A7",
+}  # fmt: skip
 
 
 def figure_distribution(runs: xr.Dataset, condition: str, ax: Axes | None = None) -> Figure:
@@ -270,11 +263,8 @@ def coverage_cases(condition: str) -> list[tuple[str, str]]:
 def figures_windows(results: dict[tuple[str, str], xr.Dataset]) -> dict:
     """Distributions of errors, and coverages."""
     book_style()
-    runs, scores, main = (
-        stack_windows(results),
-        window_scores(results),
-        [c for c in ("regular", "random") if any(k[0] == c for k in results)],
-    )
+    runs, scores = stack_windows(results), window_scores(results)
+    main = [c for c in ("regular", "random") if any(k[0] == c for k in results)]
     found = {f"distribution_{condition}": figure_distribution(runs, condition) for condition in main}
     if main:
         found["coverage"] = figure_coverage(scores, coverage_cases(main[0]))
