@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..core.checks import Gappy, guard
 from ..core.compute import _alike
-from ..core.grid import Distance, as_grid, between_points, interpolated, local_tapers, tapers
+from ..core.grid import Distance, as_grid, tapers
+from ..core.localisation import between_points, interpolated, local_tapers
 from ..core.random import standard_normal
 from ..core.settings import Count, NotNegative, PositiveNumber, Settings, Share, Unbounded
 from ..observing.covariance import DiagonalCovariance

@@ -5,9 +5,10 @@
 
 from .checks import Gappy, guard, guarded, unchecked
 from .disk import read_record, write_netcdf
-from .grid import Distance, Grid, gaspari_cohn, gaspari_cohn_matrix, neighbours, tapers
+from .grid import Distance, Grid, gaspari_cohn, gaspari_cohn_matrix, tapers
 from .homogeneous import Homogeneous
 from .interface import deprecated
+from .localisation import neighbours
 from .random import RunNoise, RunStreams, standard_normal, stream
 from .settings import Settings
 

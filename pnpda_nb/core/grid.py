@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from numbers import Integral
-from typing import Any, Callable, Iterator, Literal, Sequence
+from typing import Any, Callable, Literal, Sequence
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from .settings import _require
 EARTH = 6_371_000.0  # mean radius, m
 
 # %% auto #0
-__all__ = ["Distance", "gaspari_cohn", "gaspari_cohn_matrix", "Grid", "neighbours", "tapers"]
+__all__ = ["Distance", "gaspari_cohn", "gaspari_cohn_matrix", "Grid", "tapers"]
 
 
 # %% ../../nbs/92_engine.ipynb #cdda6a74
@@ -356,120 +356,6 @@ def as_grid(geometry: Grid | str | Callable, dim: int | None = None, name: str =
     edges = {"ring": "circular", "line": "zeros", "walls": "zeros"}
     _require(geometry in edges, name, "'ring', 'line' or a function", repr(geometry))
     return Grid(dim, edges[geometry])
-
-
-# %% ../../nbs/92_engine.ipynb #ea1712ad
-@lru_cache(maxsize=8)
-def neighbours(dim: int, sites: tuple[int, ...], reach: float, distance: Distance = "ring") -> tuple[Index, Gappy]:
-    """For every state variable the observations within `reach`: their numbers and distances, both
-    `(dim, most)`, padded with number 0 at infinite distance.
-
-    `distance` is "ring" or "line" (indices are positions, one apart), a `Grid` (time and memory linear in `dim`, too),
-    or a function of two index tensors that broadcasts and returns distances (time `dim` × `size`).
-    """
-    grid = as_grid(distance, dim)
-    number, apart = _near_points(grid, sites, reach)
-    point = torch.arange(dim) if grid.metric else grid.cells % math.prod(grid.shape)
-    return number[point], apart[point]
-
-
-def _near_points(grid: Grid, sites: tuple[int, ...], reach: float, every: int = 1) -> tuple[Index, Gappy]:
-    """The same for the points of a grid, of which a state has a number in every channel; of each axis, one in `every`."""
-    if grid.metric is None:
-        places = grid.places
-        for axis, (n, edge) in enumerate(zip(grid.shape, grid.edges)):
-            places = places.index_select(axis, torch.from_numpy(_one_in(n, every, edge == "circular")))
-        count, (row, column, length) = math.prod(places.shape[:-1]), _found(grid, places.flatten(0, -2), sites, reach)
-    else:
-        _require(every == 1, "every", "1 for distances that are given by a function", every)
-        count, (row, column, length) = grid.dim, _asked(grid, sites, reach)
-    order = np.lexsort((column, row))
-    row, column, length = row[order], column[order], length[order]
-    counts = np.bincount(row, minlength=count)
-    place = np.arange(len(row)) - np.repeat(counts.cumsum() - counts, counts)
-    number = np.zeros((count, counts.max(initial=0)), dtype=np.int64)
-    apart = np.full(number.shape, np.inf)
-    number[row, place], apart[row, place] = column, length
-    return torch.from_numpy(number), torch.from_numpy(apart)
-
-
-# %% ../../nbs/92_engine.ipynb #5591d0f9
-def _asked(grid: Grid, sites: tuple[int, ...], reach: float) -> tuple[np.ndarray, ...]:
-    """Variables, observations and distances of all pairs within reach, from the grid's metric."""
-    parts = []
-    for block in torch.arange(grid.dim).split(max(1, 4_000_000 // max(1, len(sites)))):
-        lengths = grid.metric(block[:, None], torch.tensor(sites)[None, :]).numpy()
-        i, j = np.nonzero(lengths <= reach)
-        parts.append((i + int(block[0]), j, lengths[i, j]))
-    return tuple(np.concatenate(x) for x in zip(*parts))
-
-
-def _found(grid: Grid, places: Tensor, sites: tuple[int, ...], reach: float) -> tuple[np.ndarray, ...]:
-    """The same for `places` `(count, axes)`, from search trees."""
-    _require(all(0 <= site < grid.dim for site in sites), "sites", f"numbers from 0 to {grid.dim - 1}", "others")
-    at = torch.tensor(sites, dtype=torch.long)
-    (here, box), (there, _) = (_in_space(grid, x) for x in (places, grid.positions[at]))
-    if grid.radius is None:
-        straight = min(reach, 1.0 + np.ptp(here, axis=0).sum())  # finite
-    else:
-        straight = 2 * math.sin(min(reach / grid.radius, math.pi) / 2)
-    trees = [cKDTree(x, boxsize=box) for x in (here, there)]
-    pairs = trees[0].sparse_distance_matrix(trees[1], straight * (1 + 1e-9), output_type="ndarray")
-    row, column = pairs["i"], pairs["j"]
-    length = grid.apart(places[row], grid.positions[at][column]).numpy()
-    return tuple(x[length <= reach] for x in (row, column, length))
-
-
-def _one_in(n: int, every: int, circular: bool) -> np.ndarray:
-    """One in `every` of `n` points of an axis; of one that is not a circle, the last one, too."""
-    some = np.arange(0, n, every)
-    return some if circular or some[-1] == n - 1 else np.append(some, n - 1)
-
-
-# %% ../../nbs/92_engine.ipynb #9a3f6b42
-@lru_cache(maxsize=8)
-def local_tapers(grid: Grid, sites: tuple[int, ...], half_width: float, every: int = 1) -> tuple[Index, Tensor]:
-    """For every point of the grid (of each axis, one in `every`) the observations that count there: their numbers and Gaspari-Cohn
-    weights, both `(points, most)`, padded with number 0 and weight 0.
-    """
-    number, apart = _near_points(grid, sites, 2 * half_width, every)
-    taper = torch.ones_like(apart) if half_width == math.inf else gaspari_cohn(apart, half_width)
-    return number, taper.where(apart < math.inf, 0.0)
-
-
-@lru_cache(maxsize=8)
-def between_points(grid: Grid, every: int) -> tuple[Tensor, ...]:
-    """What interpolates linearly from one point in `every` to all of them: a matrix `(n, some)` for each axis, or nothing for 1."""
-    matrices = []
-    for n, edge in zip(grid.shape, grid.edges) if every > 1 else ():
-        some, point = _one_in(n, every, edge == "circular"), np.arange(n)
-        left = np.searchsorted(some, point, side="right") - 1
-        share = (point - some[left]) / np.diff(some, append=n)[left]
-        matrix = np.zeros((n, len(some)))
-        matrix[point, left] = 1 - share
-        matrix[point, (left + 1) % len(some)] += share
-        matrices.append(torch.from_numpy(matrix))
-    return tuple(matrices)
-
-
-def interpolated(
-    weights: Callable[[Index], Tensor], between: Sequence[Tensor], points: int, most: int, device: torch.device
-) -> Iterator[tuple[Index, Tensor]]:
-    """All `points` of a grid, some `most` at a time, with `weights(points)` `(batch, point, …)`. With the matrices `between` of
-    `between_points`, weights are asked for at some points only, and interpolated.
-    """
-    if not between:
-        yield from ((some, weights(some)) for some in torch.arange(points, device=device).split(most))
-        return
-    few = torch.arange(math.prod(matrix.shape[1] for matrix in between), device=device)
-    found = torch.cat([weights(some) for some in few.split(most)], 1)
-    first, *second = (matrix.to(found.dtype) for matrix in between)
-    rows = found.unflatten(1, (first.shape[1], -1)).movedim(1, 0)  # (some, batch, …)
-    if second:
-        rows = torch.einsum("rbc...,nc->rbn...", rows, second[0])
-    for part in torch.arange(points, device=device).unflatten(0, (len(first), -1)).split(max(1, most * len(first) // points)):
-        row = part[:, 0] // part.shape[1]
-        yield part.flatten(), torch.einsum("kr,rb...->bk...", first[row], rows).flatten(1, 2)
 
 
 # %% ../../nbs/92_engine.ipynb #58cc97e9

@@ -16,18 +16,7 @@ from annotated_types import Gt
 
 from ..core.checks import guard
 from ..core.disk import write_whole
-from ..core.settings import (
-    Count,
-    Distinct,
-    Members,
-    NotNegative,
-    PositiveNumber,
-    Settings,
-    Some,
-    _require,
-    annotations_of,
-    parse_as,
-)  # fmt: skip
+from ..core.settings import Count, Distinct, Members, NotNegative, PositiveNumber, Settings, Some, annotations_of, parse_as
 from ..flow_matching.pairs import PAPER_TRAINING, TrainingSettings
 from ..pnp.loop import StepRule
 from ..sweep import Store, Task, run_tasks
@@ -75,7 +64,8 @@ class Study:
         chosen = self.choose(methods)
         plan, kept = self.plan(settings, chosen), self.kept(settings, chosen)
         if computing:
-            _require(self.stack is None, next(iter(computing)), "a study that cycles states", self.name)
+            if self.stack is not None:
+                raise ValueError(f"{next(iter(computing))}: expected a study that cycles states, got {self.name}")
             plan = {case: dataclasses.replace(task, settings={**task.settings, **computing}) for case, task in plan.items()}
         results = run_tasks([*plan.values(), *kept.values()], store, **options)
         write_whole({store.folder / name: store.path(task).read_bytes() for name, task in kept.items()})
