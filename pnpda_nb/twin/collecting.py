@@ -13,13 +13,12 @@ from typing import Iterable
 import numpy as np
 import torch
 import xarray as xr
-from scoringrules import crps_ensemble
 from torch import Tensor
 
 from ..core.checks import guard
 from .experiment import TwinExperiment
 from .method import Method, Segment
-from .scores import _statistics
+from .scores import _fair_crps, _statistics, _unlike
 
 # %% auto #0
 __all__ = []
@@ -47,25 +46,6 @@ def _variance(ensemble: Tensor, weights: Tensor | None) -> Tensor:
         return ensemble.var(-2, unbiased=True)
     squared = (ensemble - _mean(ensemble, weights).unsqueeze(-2)).square()
     return _mean(squared, weights) / _unlike(weights).unsqueeze(-1)
-
-
-# %% ../../nbs/92_engine.ipynb #d6e4f1c9
-def _unlike(weights: Tensor) -> Tensor:
-    """1 - Σ w²: how often two members drawn by their weights are two; what makes sample statistics unbiased."""
-    return (1 - weights.square().sum(-1)).clamp_min(1 / weights.shape[-1])
-
-
-# %% ../../nbs/92_engine.ipynb #6b6a4eb6
-def _fair_crps(truth: Tensor, ensemble: Tensor, weights: Tensor) -> Tensor:
-    """The fair CRPS of `truth` `(..., dim)` for members `(..., member, dim)` with `weights` `(..., member)`: in a sorted ensemble,
-    the mean distance between two members is a sum over one of them.
-    """
-    apart = (ensemble - truth.unsqueeze(-2)).movedim(-1, -2)  # sorted values then lose nothing to a large mean
-    order = apart.argsort(-1)
-    apart = apart.gather(-1, order)
-    w = weights.unsqueeze(-2).expand(apart.shape).gather(-1, order)
-    between = (w * apart * (2 * w.cumsum(-1) - w - 1)).sum(-1)  # half of it, over all pairs
-    return (w * apart.abs()).sum(-1) - between / _unlike(weights).unsqueeze(-1)
 
 
 # %% ../../nbs/92_engine.ipynb #6c44e815
@@ -135,12 +115,11 @@ def _as_dataset(
         result["background_spread"] = (("run", "cycle"), by_run(spread(background, before)))
         result["analysis_spread"] = (("run", "cycle"), by_run(spread(analysis, weights)))
         below = analysis < at_cycles.unsqueeze(2)
-        if weights is None:
-            crps, rank = crps_ensemble(by_run(at_cycles), by_run(analysis), m_axis=2, estimator="pwm"), below.sum(2).double()
-        else:  # the rank among as many members drawn evenly from the weighted ones
-            crps, rank = by_run(_fair_crps(at_cycles, analysis, weights)), (members * _mean(below, weights)).round()
+        rank = below.sum(2).double()
+        if weights is not None:  # the rank among as many members drawn evenly from the weighted ones
+            rank = (members * _mean(below, weights)).round()
             result["concentration"] = (("run", "cycle"), by_run(weights.square().sum(-1).masked_fill(bad_cycle, torch.nan)))
-        result["crps"] = (per_cycle, crps)
+        result["crps"] = (per_cycle, by_run(_fair_crps(at_cycles, analysis, weights)))
         result["rank"] = (per_cycle, by_run(rank.masked_fill(bad_cycle[..., None], torch.nan)))
     if keep_members:
         whole = ("run", "cycle", "member", "variable")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..core.checks import guard
 from ..core.random import RunStreams, standard_normal
-from ..dynamics.base import Model, trajectory
+from ..dynamics.base import Model, _moved, trajectory
 
 # %% auto #0
 __all__ = []
@@ -34,9 +34,7 @@ def _is_plain(nature: Model) -> bool:
 def _spun_up(nature: Model, start: tuple[float, ...], variance: float, spin_up: int, runs: int, seed: int, split: str) -> Tensor:
     draws = standard_normal((runs, nature.dim), RunStreams(seed, split, "truth", runs=runs))
     state = torch.tensor(start, dtype=torch.float64) + variance**0.5 * draws
-    for _ in range(spin_up):
-        state = nature.step(state)
-    return state
+    return _moved(nature, state, spin_up)
 
 
 # %% ../../nbs/92_engine.ipynb #6d8365de

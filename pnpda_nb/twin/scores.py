@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
-from scoringrules import crps_ensemble
 from torch import Tensor
 
 from ..core.checks import GAPS, GappyArray, GappyFloat, guard
@@ -179,6 +178,26 @@ def spread_skill(result: xr.Dataset) -> xr.DataArray:
     return np.sqrt((1 + own) * statistics.variance / statistics.squared_error)
 
 
+# %% ../../nbs/92_engine.ipynb #f41rc4p5
+def _unlike(weights: Tensor) -> Tensor:
+    """1 - Σ w²: how often two members drawn by their weights are two; what makes sample statistics unbiased."""
+    return (1 - weights.square().sum(-1)).clamp_min(1 / weights.shape[-1])
+
+
+def _fair_crps(truth: Tensor, ensemble: Tensor, weights: Tensor | None = None) -> Tensor:
+    """The fair CRPS of `truth` `(..., dim)` for members `(..., member, dim)`, equal ones or with `weights` `(..., member)`: in a
+    sorted ensemble, the mean distance between two members is a sum over one of them.
+    """
+    apart, members = (ensemble - truth.unsqueeze(-2)).movedim(-2, -1), ensemble.shape[-2]
+    apart, order = apart.sort(-1)  # sorted values then lose nothing to a large mean
+    if weights is None:
+        above = 2 * torch.arange(members, dtype=apart.dtype, device=apart.device) + 1 - members
+        return apart.abs().mean(-1) - apart @ (above / (members * (members - 1)))
+    w = weights.unsqueeze(-2).expand(apart.shape).gather(-1, order)
+    between = (w * apart * (2 * w.cumsum(-1) - w - 1)).sum(-1)  # half of it, over all pairs
+    return (w * apart.abs()).sum(-1) - between / _unlike(weights).unsqueeze(-1)
+
+
 # %% ../../nbs/92_engine.ipynb #af6ea3b5
 def ensemble_scores(truth: Tensor, ensemble: Tensor) -> dict:
     """Scores of an `ensemble` `(..., member, dim)` against the `truth` `(..., dim)`, over everything that is given, with
@@ -188,7 +207,7 @@ def ensemble_scores(truth: Tensor, ensemble: Tensor) -> dict:
     n, mean = ensemble.shape[-2], ensemble.mean(-2)
     error, variance = (mean - truth).square().mean(-1), ensemble.var(-2).mean(-1)
     ranks = (ensemble < truth.unsqueeze(-2)).sum(-2)
-    crps = crps_ensemble(truth.numpy(), ensemble.numpy(), m_axis=-2, estimator="pwm")
+    crps = _fair_crps(truth, ensemble)
     return {
         "rmse": float(error.sqrt().mean()),
         "crps": float(crps.mean()),
