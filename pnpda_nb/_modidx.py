@@ -399,6 +399,7 @@ d = {
             "pnpda_nb.core.grid.gaspari_cohn": ("engine.html#gaspari_cohn", "pnpda_nb/core/grid.py"),
             "pnpda_nb.core.grid.gaspari_cohn_matrix": ("engine.html#gaspari_cohn_matrix", "pnpda_nb/core/grid.py"),
             "pnpda_nb.core.grid.great_circle": ("engine.html#great_circle", "pnpda_nb/core/grid.py"),
+            "pnpda_nb.core.grid.local_tapers": ("engine.html#local_tapers", "pnpda_nb/core/grid.py"),
             "pnpda_nb.core.grid.neighbours": ("engine.html#neighbours", "pnpda_nb/core/grid.py"),
             "pnpda_nb.core.grid.tapers": ("engine.html#tapers", "pnpda_nb/core/grid.py"),
             "pnpda_nb.core.grid.unit_vectors": ("engine.html#unit_vectors", "pnpda_nb/core/grid.py"),

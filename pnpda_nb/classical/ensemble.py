@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..core.checks import Gappy, guard
 from ..core.compute import _alike
-from ..core.grid import Distance, gaspari_cohn, neighbours, tapers
+from ..core.grid import Distance, local_tapers, tapers
 from ..core.random import standard_normal
 from ..core.settings import Count, NotNegative, PositiveNumber, Settings, Share, Unbounded
 from ..observing.covariance import DiagonalCovariance
@@ -190,12 +190,8 @@ class LETKF(EnsembleFilter):
     ) -> Tensor:
         *batch, members, dim = background.shape
         self.require_ensemble(background)
-        near = neighbours(dim, _sites_of(observations, dim, "LETKF"), 2 * self.half_width, self.distance)
-        number, apart = _alike(near, background)
-        taper = torch.ones_like(apart, dtype=background.dtype)
-        if self.half_width < float("inf"):
-            taper = gaspari_cohn(apart, self.half_width).to(background)
-        taper = torch.where(apart < math.inf, taper, 0.0)
+        sites = _sites_of(observations, dim, "LETKF")
+        number, taper = _alike(local_tapers(dim, sites, self.half_width, self.distance), background)
         seen = observations.operator(background)
         count = math.prod(batch)  # explicit, since nothing may have been seen
         states, shown = (x.reshape(count, members, x.shape[-1]) for x in (background, seen))

@@ -368,6 +368,17 @@ def neighbours(dim: int, sites: tuple[int, ...], reach: float, distance: Distanc
     return torch.from_numpy(number), torch.from_numpy(apart)
 
 
+# %% ../../nbs/92_engine.ipynb #ta9e7ed1
+@lru_cache(maxsize=8)
+def local_tapers(dim: int, sites: tuple[int, ...], half_width: float, distance: Distance = "ring") -> tuple[Index, Tensor]:
+    """For every state variable the observations that reach it, and what a Gaspari-Cohn function of `half_width` leaves of their
+    precision, both `(dim, most)`; arguments and padding (of no weight) as in `neighbours`.
+    """
+    number, apart = neighbours(dim, sites, 2 * half_width, distance)
+    taper = gaspari_cohn(apart, half_width) if half_width < math.inf else torch.ones_like(apart)
+    return number, torch.where(apart < math.inf, taper, 0.0)
+
+
 # %% ../../nbs/92_engine.ipynb #5591d0f9
 def _asked(grid: Grid, sites: tuple[int, ...], reach: float) -> tuple[np.ndarray, ...]:
     """Variables, observations and distances of all pairs within reach, from the grid's metric."""
