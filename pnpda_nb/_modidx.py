@@ -555,6 +555,7 @@ d = {
             "pnpda_nb.dynamics.kernels._end": ("models.html#_end", "pnpda_nb/dynamics/kernels.py"),
             "pnpda_nb.dynamics.kernels._fast": ("models.html#_fast", "pnpda_nb/dynamics/kernels.py"),
             "pnpda_nb.dynamics.kernels._first_words": ("models.html#_first_words", "pnpda_nb/dynamics/kernels.py"),
+            "pnpda_nb.dynamics.kernels._loop": ("models.html#_loop", "pnpda_nb/dynamics/kernels.py"),
             "pnpda_nb.dynamics.kernels._lorenz63": ("models.html#_lorenz63", "pnpda_nb/dynamics/kernels.py"),
             "pnpda_nb.dynamics.kernels._lorenz96": ("models.html#_lorenz96", "pnpda_nb/dynamics/kernels.py"),
             "pnpda_nb.dynamics.kernels._may_be_kept": ("models.html#_may_be_kept", "pnpda_nb/dynamics/kernels.py"),
@@ -570,7 +571,6 @@ d = {
             "pnpda_nb.dynamics.kernels.lorenz96": ("models.html#lorenz96", "pnpda_nb/dynamics/kernels.py"),
             "pnpda_nb.dynamics.kernels.pendulum": ("models.html#pendulum", "pnpda_nb/dynamics/kernels.py"),
             "pnpda_nb.dynamics.kernels.two_scale_lorenz96": ("models.html#two_scale_lorenz96", "pnpda_nb/dynamics/kernels.py"),
-            "pnpda_nb.dynamics.kernels.walk": ("models.html#walk", "pnpda_nb/dynamics/kernels.py"),
         },
         "pnpda_nb.dynamics.kuramoto_sivashinsky": {
             "pnpda_nb.dynamics.kuramoto_sivashinsky.ETDRK4Weights": (

@@ -166,9 +166,9 @@ def trajectory(model: Model, initial: Tensor, steps: int, error: Tensor | None =
         raise ValueError(f"error: expected shape {(steps, *initial.shape)}, got {tuple(error.shape)}")
     _require(every >= 1, "every", "one or more", every)
     if kernel := _kernel_of(model, initial, *(() if error is None else (error,))):
-        from .kernels import walk  # with a compiler, which takes long to import
+        from .kernels import _walk  # with a compiler, which takes long to import
 
-        return walk(kernel, initial, steps, error, every)
+        return _walk(kernel, initial, steps, error, every)
     states, state = [initial], initial
     for t in range(steps):
         state = model.step(state)

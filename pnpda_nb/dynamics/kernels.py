@@ -124,7 +124,7 @@ def _end(x, k, total, h):
 
 
 @njit(inline="always", **OPTIONS)
-def _walk(tendency, path, error, counts, numbers, scratch):
+def _loop(tendency, path, error, counts, numbers, scratch):
     first, last, steps, every, substeps, lanes = counts
     half, whole, sixth, one, two, p = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5:]
     dim = path.shape[2]
@@ -157,31 +157,31 @@ def _walk(tendency, path, error, counts, numbers, scratch):
 # %% ../../nbs/91_models.ipynb #ke4e0a11
 @compiled
 def lorenz63(path, error, counts, numbers, scratch):
-    _walk(_lorenz63, path, error, counts, numbers, scratch)
+    _loop(_lorenz63, path, error, counts, numbers, scratch)
 
 
 @compiled
 def lorenz96(path, error, counts, numbers, scratch):
-    _walk(_lorenz96, path, error, counts, numbers, scratch)
+    _loop(_lorenz96, path, error, counts, numbers, scratch)
 
 
 @compiled
 def two_scale_lorenz96(path, error, counts, numbers, scratch):
-    _walk(_two_scale_lorenz96, path, error, counts, numbers, scratch)
+    _loop(_two_scale_lorenz96, path, error, counts, numbers, scratch)
 
 
 @compiled
 def double_well(path, error, counts, numbers, scratch):
-    _walk(_double_well, path, error, counts, numbers, scratch)
+    _loop(_double_well, path, error, counts, numbers, scratch)
 
 
 @compiled
 def pendulum(path, error, counts, numbers, scratch):
-    _walk(_pendulum, path, error, counts, numbers, scratch)
+    _loop(_pendulum, path, error, counts, numbers, scratch)
 
 
 # %% ../../nbs/91_models.ipynb #ke4e0a13
-def walk(kernel: Any, initial: Tensor, steps: int, error: Tensor | None, every: int) -> Tensor:
+def _walk(kernel: Any, initial: Tensor, steps: int, error: Tensor | None, every: int) -> Tensor:
     """What `trajectory` returns, `(steps // every + 1, ..., dim)`, for a `Kernel` of `dynamics.base` and states and errors that are
     plain numbers.
     """
@@ -239,7 +239,7 @@ def along(tendency: Callable) -> Callable:
 
     @njit(**options)
     def user(path, error, counts, numbers, scratch):
-        _walk(slope, path, error, counts, numbers, scratch)
+        _loop(slope, path, error, counts, numbers, scratch)
 
     return user
 

@@ -171,10 +171,10 @@ class _Compiled(_RungeKutta):
         object.__setattr__(self, "kernel", Kernel(along(self.tendency), self.dt, (), self.substeps, lanes=1))
 
     def __call__(self, states):
-        from ..dynamics.kernels import walk
+        from ..dynamics.kernels import _walk
 
         initial = torch.from_numpy(states if states.dtype == np.float32 else states.astype(np.float64))
-        return walk(self.kernel, initial, 1, None, 1)[-1].numpy()
+        return _walk(self.kernel, initial, 1, None, 1)[-1].numpy()
 
 
 # %% ../../nbs/28_your_model.ipynb #40770e81
