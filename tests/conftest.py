@@ -94,7 +94,7 @@ def executed(executions):
 FORKS = """
 import gc, json, os, resource, sys, tempfile
 gc.disable()
-import pnpda_nb.cli, pnpda_nb.experiments, pnpda_nb.flow_matching, pnpda_nb.operations, pnpda_nb.twin
+import pnpda_nb.cli, pnpda_nb.dynamics.kernels, pnpda_nb.experiments, pnpda_nb.flow_matching, pnpda_nb.operations, pnpda_nb.twin
 gc.freeze()
 gc.enable()
 for line in sys.stdin:

@@ -1,11 +1,12 @@
 """Particles that carry weights from one analysis to the next, and scores that count them."""
 
+import sys
 from dataclasses import dataclass, replace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
-from scoringrules import crps_ensemble
 
 from pnpda_nb.classical import ParticleFilter
 from pnpda_nb.classical.particles import systematic_resampling
@@ -13,6 +14,9 @@ from pnpda_nb.core import RunStreams, standard_normal, stream
 from pnpda_nb.dynamics import AdditiveModelError, FunctionModel, Lorenz96
 from pnpda_nb.observing import Covariance, DiagonalCovariance, Nonlinear, ObservingNetwork, Select
 from pnpda_nb.twin import FreeRun, TwinExperiment, bocquet2010, cycle, make_archive, rank_histogram, scores, spread_skill, summary
+
+with patch.dict(sys.modules, numba=None):  # or it would compile everything it has
+    from scoringrules import crps_ensemble
 
 STILL = FunctionModel(lambda x: x, 6)
 R = Covariance([[0.5]])

@@ -35,6 +35,7 @@ LIBRARIES = [
     "xarray",
     "pandas",
     "scipy.stats",
+    "numba",
     "ot",
     "h5netcdf",
     "matplotlib.pyplot",

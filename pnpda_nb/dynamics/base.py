@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Callable, Protocol, runtime_checkable
+from typing import Callable, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..core.checks import guard
 from ..core.random import standard_normal
@@ -29,6 +30,8 @@ class Model(Protocol):
     the variables (empty for none). `step` takes and returns `(..., dim)` tensors; any leading
     dimensions are a batch. A model whose step torch cannot differentiate says so by an attribute
     `differentiable = False`. One whose states are fields may have a `grid`, which says where their numbers are.
+    One that has a compiled step, too, has a `kernel`, which counts for the very class that declares it and not
+    for those derived from it.
     """
 
     dim: int
@@ -54,6 +57,20 @@ def _require_states(model: Model, argument: str, states: Tensor) -> None:
     _require(states.shape[-1:] == (model.dim,), argument, f"states of size {model.dim}", tuple(states.shape))
 
 
+# %% ../../nbs/01_dynamics.ipynb #d0ke0001
+class Kernel(NamedTuple):
+    """A step of RK4 as machine code: the name of its `formula` in `dynamics.kernels`, or a function that is used like those; `dt`
+    and the formula's `parameters`; how many `substeps` a step has; and, unless that may be chosen, how many states (`lanes`) the
+    formula takes at a time.
+    """
+
+    formula: str | Callable
+    dt: float
+    parameters: tuple[float, ...] = ()
+    substeps: int = 1
+    lanes: int = 0
+
+
 # %% ../../nbs/01_dynamics.ipynb #5e0a6a1b
 @dataclass(frozen=True)
 class Lorenz63(Settings):
@@ -75,6 +92,10 @@ class Lorenz63(Settings):
 
     def step(self, state: Tensor) -> Tensor:
         return rk4(self.tendency, state, self.dt)
+
+    @property
+    def kernel(self) -> Kernel:
+        return Kernel("lorenz63", self.dt, (self.sigma, self.rho, self.beta))
 
 
 # %% ../../nbs/01_dynamics.ipynb #ad7265ea
@@ -112,6 +133,26 @@ class FunctionModel(Settings):
         return moved
 
 
+# %% ../../nbs/01_dynamics.ipynb #d0ke0002
+def _kernel_of(model: Model, *tensors: Tensor) -> Kernel | None:
+    """The machine code for a model's steps, if it has some and all `tensors` are plain numbers of one precision in this computer's
+    memory, which nobody differentiates, maps over or watches.
+    """
+    kernel = getattr(model, "kernel", None) if "kernel" in vars(type(model)) else None
+    if not isinstance(kernel, Kernel) or not all(isinstance(value, (int, float)) for value in kernel.parameters):
+        return None
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    if transformed or torch._C._len_torch_dispatch_stack():
+        return None
+    dtype = tensors[0].dtype
+    plain = dtype in (torch.float32, torch.float64) and all(
+        type(x) is Tensor and x.dtype == dtype and x.device.type == "cpu" and x.layout == torch.strided and not x.is_neg()
+        and not (x.requires_grad and torch.is_grad_enabled())
+        for x in tensors
+    )  # fmt: skip
+    return kernel if plain else None
+
+
 # %% ../../nbs/01_dynamics.ipynb #9796cb3b
 def trajectory(model: Model, initial: Tensor, steps: int, error: Tensor | None = None, every: int = 1) -> Tensor:
     """All states from `initial` `(..., dim)` on: a tensor `(steps + 1, ..., dim)` with time first. Of the states after the initial
@@ -125,6 +166,10 @@ def trajectory(model: Model, initial: Tensor, steps: int, error: Tensor | None =
     if error is not None and error.shape != (steps, *initial.shape):
         raise ValueError(f"error: expected shape {(steps, *initial.shape)}, got {tuple(error.shape)}")
     _require(every >= 1, "every", "one or more", every)
+    if kernel := _kernel_of(model, initial, *(() if error is None else (error,))):
+        from .kernels import _walk  # with a compiler, which takes long to import
+
+        return _walk(kernel, initial, steps, error, every)
     states, state = [initial], initial
     for t in range(steps):
         state = model.step(state)
@@ -132,6 +177,16 @@ def trajectory(model: Model, initial: Tensor, steps: int, error: Tensor | None =
         if (t + 1) % every == 0:
             states.append(state)
     return torch.stack(states)
+
+
+# %% ../../nbs/01_dynamics.ipynb #d0ke0005
+def _moved(model: Model, state: Tensor, steps: int) -> Tensor:
+    """A `state` `(..., dim)` after so many steps."""
+    if steps and _kernel_of(model, state):
+        return trajectory(model, state, steps, every=steps)[-1]
+    for _ in range(steps):
+        state = model.step(state)
+    return state
 
 
 # %% ../../nbs/01_dynamics.ipynb #a05fc542

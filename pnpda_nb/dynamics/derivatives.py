@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..core.checks import guard
 from ..core.settings import _require
-from .base import Model, _require_states, trajectory
+from .base import Model, _moved, _require_states, trajectory
 
 # %% auto #0
 __all__ = ["tangent_linear", "adjoint", "jacobian", "Forecast", "lyapunov_exponents"]
@@ -82,9 +82,7 @@ class Forecast:
     interval: int
 
     def __call__(self, states: Tensor, steps: int | None = None) -> Tensor:
-        for _ in range(self.interval if steps is None else steps):
-            states = self.model.step(states)
-        return states
+        return _moved(self.model, states, self.interval if steps is None else steps)
 
     def linearised(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """The forecast of `states` `(..., dim)` to the next observation time, and its derivatives

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..core.checks import guard
 from ..core.grid import Grid
 from ..core.settings import Count, NotNegative, PositiveNumber, Settings
-from .base import _require_states, rk4
+from .base import Kernel, _require_states, rk4
 
 # %% auto #0
 __all__ = ["Lorenz96", "TwoScaleLorenz96", "DoubleWell", "Pendulum"]
@@ -45,6 +45,10 @@ class Lorenz96(Settings):
     def step(self, state: Tensor) -> Tensor:
         _require_states(self, "state", state)
         return rk4(self.tendency, state, self.dt)
+
+    @property
+    def kernel(self) -> Kernel:
+        return Kernel("lorenz96", self.dt, (self.forcing,))
 
 
 # %% ../../nbs/91_models.ipynb #712d43b6
@@ -90,6 +94,12 @@ class TwoScaleLorenz96(Settings):
         _require_states(self, "state", state)
         return rk4(self.tendency, state, self.dt)
 
+    @property
+    def kernel(self) -> Kernel:
+        link = self.coupling * self.time_ratio / self.amplitude_ratio
+        numbers = (self.forcing, self.amplitude_ratio, self.time_ratio, link, self.feedback * link, self.slow)
+        return Kernel("two_scale_lorenz96", self.dt, numbers)
+
 
 # %% ../../nbs/91_models.ipynb #1c443f68
 @dataclass(frozen=True)
@@ -108,6 +118,10 @@ class DoubleWell(Settings):
     def step(self, state: Tensor) -> Tensor:
         _require_states(self, "state", state)
         return rk4(self.tendency, state, self.dt)
+
+    @property
+    def kernel(self) -> Kernel:
+        return Kernel("double_well", self.dt, (self.rate, 1))
 
 
 # %% ../../nbs/91_models.ipynb #ac539729
@@ -129,6 +143,10 @@ class Pendulum(Settings):
     def step(self, state: Tensor) -> Tensor:
         _require_states(self, "state", state)
         return rk4(self.tendency, state, self.dt)
+
+    @property
+    def kernel(self) -> Kernel:
+        return Kernel("pendulum", self.dt, (self.omega2, self.friction))
 
 
 # %% ../../nbs/91_models.ipynb #c13816dc

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from ..core.checks import guard
 from ..core.disk import naming
 from ..core.settings import Count, PositiveNumber, Settings, Unbounded
-from ..dynamics.base import FunctionModel, Model, rk4
+from ..dynamics.base import FunctionModel, Kernel, Model, _moved, rk4
 from ..files.layout import Field, Layout
 from ..observing.functions import _last_line, _real_numbers
 
@@ -60,6 +60,10 @@ class UserModel(FunctionModel):
     name: str = "model"
     one_at_a_time: bool = False
     on_nonfinite: Literal["raise", "pass"] = "pass"
+
+    @property
+    def kernel(self) -> Kernel | None:
+        return getattr(self.function, "kernel", None) if self.on_nonfinite == "pass" else None
 
     def step(self, state: Tensor) -> Tensor:
         _require_size(self, state)
@@ -153,13 +157,38 @@ def _fitting(k: Any, x: Tensor) -> Tensor:
     return k
 
 
+# %% ../../nbs/28_your_model.ipynb #c0mp11ed
+@dataclass(frozen=True)
+class _Compiled(_RungeKutta):
+    """The same as machine code, for a tendency of one state on arrays."""
+
+    kernel: Kernel = field(init=False, repr=False)
+
+    def __post_init__(self):
+        super().__post_init__()
+        from ..dynamics.kernels import along  # with a compiler, which takes long to import
+
+        object.__setattr__(self, "kernel", Kernel(along(self.tendency), self.dt, (), self.substeps, lanes=1))
+
+    def __call__(self, states):
+        from ..dynamics.kernels import _walk
+
+        initial = torch.from_numpy(states if states.dtype == np.float32 else states.astype(np.float64))
+        return _walk(self.kernel, initial, 1, None, 1)[-1].numpy()
+
+
 # %% ../../nbs/28_your_model.ipynb #40770e81
-def from_tendency(tendency: Callable, dim: int, dt: float, substeps: int = 1, **settings: Any) -> UserModel:
+def from_tendency(tendency: Callable, dim: int, dt: float, substeps: int = 1, compile: bool = False, **settings: Any) -> UserModel:
     """A model of dx/dt = `tendency(x)`, by `substeps` Runge-Kutta steps of order four in every `dt`; `settings` are those of
-    `UserModel`. Raises `ValueError` for a tendency that cannot be called, fewer than one substep, and what `UserModel` raises; so
+    `UserModel`. With `compile`, a tendency that is written in numpy for one state `(dim,)` is compiled by numba, with the values
+    that global names have now, and computes in the precision of the state; `numpy` and `one_at_a_time` are then implied.
+
+    Raises `ValueError` for a tendency that cannot be called or compiled, fewer than one substep, and what `UserModel` raises; so
     does a step whose tendency has another shape than its state.
     """
-    return UserModel(_RungeKutta(tendency, dt, substeps), dim, dt, **settings)
+    if compile:
+        settings |= {"numpy": True, "one_at_a_time": False}
+    return UserModel((_Compiled if compile else _RungeKutta)(tendency, dt, substeps), dim, dt, **settings)
 
 
 # %% ../../nbs/28_your_model.ipynb #7ceb55b2
@@ -334,9 +363,7 @@ class ManySteps(Settings):
         return getattr(self.model, "differentiable", True)
 
     def step(self, state: Tensor) -> Tensor:
-        for _ in range(self.steps):
-            state = self.model.step(state)
-        return state
+        return _moved(self.model, state, self.steps)
 
 
 # %% ../../nbs/28_your_model.ipynb #4f340239

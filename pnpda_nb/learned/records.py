@@ -19,6 +19,7 @@ from torch import Tensor
 from ..core.checks import Gappy, GappyFloat, Index, Mask, guard
 from ..core.random import standard_normal
 from ..core.settings import Count, PositiveNumber, Settings, Share
+from ..dynamics.base import trajectory
 from ..observing.observations import GridObservations, Observations, ObservingNetwork, on_grid
 from ..twin.cycle import Method, cycle
 from ..twin.experiment import TwinExperiment, watch_nature
@@ -274,12 +275,11 @@ class Trajectories:
 
     def forecast(self, states: Tensor) -> Tensor:
         """The next background, with the model's error."""
-        spread = self.experiment.model_error.variance**0.5
-        for _ in range(self.experiment.interval):
-            states = self.experiment.forecast_model.step(states)
-            if spread:
-                states = states + spread * standard_normal(tuple(states.shape), self.generator, states)
-        return states
+        interval, spread, error = self.experiment.interval, self.experiment.model_error.variance**0.5, None
+        if spread:
+            draws = [standard_normal(tuple(states.shape), self.generator, states) for _ in range(interval)]
+            error = spread * torch.stack(draws)
+        return trajectory(self.experiment.forecast_model, states, interval, error, every=interval)[-1]
 
     def remember(self) -> list:
         """Copies of all that changes."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..core.checks import guard
 from ..core.random import RunStreams, standard_normal
 from ..core.settings import _require
-from ..dynamics.base import Model, trajectory
+from ..dynamics.base import Model, _moved, trajectory
 
 Start = tuple[float, ...] | Tensor | Callable[[int, torch.Generator], Tensor]
 
@@ -49,9 +49,7 @@ def _starts(nature: Model, start: Start, variance: float, count: int, generator:
 def _spun_up(nature: Model, start: Start, variance: float, spin_up: int, runs: int, seed: int, split: str) -> Tensor:
     each = RunStreams(seed, split, "truth", runs=runs).runs
     state = torch.cat([_starts(nature, start, variance, 1, one) for one in each])
-    for _ in range(spin_up):
-        state = nature.step(state)
-    return state
+    return _moved(nature, state, spin_up)
 
 
 # %% ../../nbs/92_engine.ipynb #6d8365de

@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
-from scoringrules import crps_ensemble
 from torch import Tensor
 
 from ..core.checks import GAPS, Gappy, GappyArray, GappyFloat, Index, Mask, guard
@@ -217,11 +216,11 @@ def fair_crps(truth: Gappy, ensemble: Gappy, weights: Gappy | None = None) -> Ga
     """The fair CRPS `(..., dim)` of `truth` `(..., dim)` for members `(..., member, dim)`, with their `weights` `(..., member)`, if
     they have some: in a sorted ensemble, the mean distance between two members is a sum over one of them.
     """
+    apart, members = (ensemble - truth.unsqueeze(-2)).movedim(-2, -1), ensemble.shape[-2]
+    apart, order = apart.sort(-1)  # sorted values then lose nothing to a large mean
     if weights is None:
-        return torch.from_numpy(crps_ensemble(truth.numpy(), ensemble.numpy(), m_axis=-2, estimator="pwm"))
-    apart = (ensemble - truth.unsqueeze(-2)).movedim(-1, -2)  # sorted values then lose nothing to a large mean
-    order = apart.argsort(-1)
-    apart = apart.gather(-1, order)
+        above = 2 * torch.arange(members, dtype=apart.dtype, device=apart.device) + 1 - members
+        return apart.abs().mean(-1) - apart @ (above / (members * (members - 1)))
     w = weights.unsqueeze(-2).expand(apart.shape).gather(-1, order)
     between = (w * apart * (2 * w.cumsum(-1) - w - 1)).sum(-1)  # half of it, over all pairs
     return (w * apart.abs()).sum(-1) - between / _unlike(weights).unsqueeze(-1)

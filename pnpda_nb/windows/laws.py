@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..core.checks import ALONE, Gappy, Mask, Positive, guard
 from ..core.random import standard_normal
-from ..dynamics.base import trajectory
+from ..dynamics.base import _moved, trajectory
 from ..observing.covariance import Covariance
 from ..observing.observations import Observations
 from ..twin.experiment import TwinExperiment
@@ -41,9 +41,7 @@ def draw_windows(experiment: TwinExperiment, count: int, generator: torch.Genera
     """
     if experiment.resolve is not None:
         raise ValueError("experiment: expected a nature with the forecast model's variables, got one that resolves others")
-    state = experiment.starts(count, generator)
-    for _ in range(experiment.spin_up):
-        state = experiment.nature.step(state)
+    state = _moved(experiment.nature, experiment.starts(count, generator), experiment.spin_up)
     states, noise = [state], experiment.nature_error.variance**0.5
     for _ in range(experiment.cycles):
         error = noise * standard_normal((experiment.interval, *state.shape), generator) if noise else None
