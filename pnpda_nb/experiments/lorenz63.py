@@ -13,10 +13,9 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from ..core.settings import BelowOne, Count, Members, NotNegative, PositiveNumber
-from ..flow_matching.pairs import PAPER_TRAINING
+from ..core.settings import Count, Members, NotNegative, PositiveNumber
 from ..plotting.style import LABELS, book_style, line_style, mean_and_band
-from ..studies.parts import archive_task, cycle_task, file_task, prior_task, tuning_task
+from ..studies.parts import archive_task, file_task, prior_task, tuned_task
 from ..studies.study import CycleSettings, Study
 from ..sweep import Task
 from ..twin.experiment import TwinExperiment
@@ -40,10 +39,6 @@ class Lorenz63Settings(CycleSettings):
     model_error_variance: NotNegative = 0.02
     archive_members: Members = 10
     pairs: Literal["means", "members"] = "means"
-    embedding_scale: PositiveNumber = PAPER_TRAINING.embedding_scale
-    average: BelowOne = PAPER_TRAINING.average
-    linear_skip: bool = PAPER_TRAINING.linear_skip
-    start_fraction: BelowOne = PAPER_TRAINING.start_fraction
     small_alpha: NotNegative = 0.05
     draws: Count = 1
     tuning_runs: Count = 50
@@ -87,52 +82,32 @@ LEARNED_63 = ("conditional_mean", "pnpda", "pnpda_small_alpha")
 LORENZ63_METHODS = ("free_run", "var3d_gc", "var3d", "enkf", *LEARNED_63)
 
 
-def classical_63(settings: Lorenz63Settings, name: str, archive: Task) -> Task | None:
-    """The cycle of a method that has no prior; None if `name` is not one of them."""
-    testbed = {"name": "lorenz63"} | settings.world()
-    trial = {"runs": settings.runs, "seed": settings.seed, "whole": True}
-    training = {"runs": settings.tuning_runs, "seed": settings.seed, "name": f"tuning {name}"}
-    match name:
-        case "free_run":
-            return cycle_task(testbed, {"name": name}, **trial)
-        case "var3d_gc":
-            gc = {"variance": settings.gc_variance, "half_width": settings.gc_half_width}
-            return cycle_task(testbed, {"name": name} | gc, **trial)
-        case "var3d":
-            scales = {"scale": [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0]}
-            tuned = tuning_task(testbed, {"name": name}, scales, needs={"archive": archive}, **training)
-            return cycle_task(testbed, {"name": name}, archive=archive, tuned=tuned, **trial)
-        case "enkf":
-            inflations = {"inflation": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.8, 2.0]}
-            tuned = tuning_task(testbed, {"name": name}, inflations, members=settings.members, needs={}, **training)
-            return cycle_task(testbed, {"name": name}, members=settings.members, tuned=tuned, **trial)
-    return None
-
-
-# %% ../../nbs/95_studies.ipynb #2f36a99c
-def learned_63(settings: Lorenz63Settings, name: str, prior: Task) -> Task:
-    """The cycle of PnP-DA, or of its prior alone."""
-    testbed = {"name": "lorenz63"} | settings.world()
-    iterations, alpha, draws = {
-        "conditional_mean": (1, settings.alpha, 20),
-        "pnpda": (settings.iterations, settings.alpha, settings.draws),
-        "pnpda_small_alpha": (settings.iterations, settings.small_alpha, settings.draws),
-    }[name]
-    method = settings.pnpda(iterations=iterations, alpha=alpha, draws=draws)
-    return cycle_task(testbed, method, prior=prior, name=name, runs=settings.runs, seed=settings.seed, whole=True)
+def methods_63(settings: Lorenz63Settings, archive: Task, prior: Task) -> dict[str, dict]:
+    """What is cycled for every method, what it is tuned on and what it needs, as arguments of `tuned_task`."""
+    draws = {"draws": settings.draws}
+    return {
+        "free_run": {"method": {"name": "free_run"}},
+        "var3d_gc": {"method": {"name": "var3d_gc", "variance": settings.gc_variance, "half_width": settings.gc_half_width}},
+        "var3d": {"method": {"name": "var3d"}, "grid": {"scale": [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0]}, "archive": archive},
+        "enkf": {
+            "method": {"name": "enkf"}, "grid": {"inflation": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.8, 2.0]},
+            "members": settings.members,
+        },
+        "conditional_mean": {"method": settings.pnpda(iterations=1, draws=20), "prior": prior},
+        "pnpda": {"method": settings.pnpda(**draws), "prior": prior},
+        "pnpda_small_alpha": {"method": settings.pnpda(alpha=settings.small_alpha, **draws), "prior": prior},
+    }  # fmt: skip
 
 
 def plan_lorenz63(settings: Lorenz63Settings, methods: tuple[str, ...]) -> dict[tuple[str, str], Task]:
     """The task of every method: all meet the same truths, observations and model noise."""
     archive, prior = lorenz63_archive(settings), lorenz63_prior(settings)
-
-    def task(name: str) -> Task:
-        found = learned_63(settings, name, prior) if name in LEARNED_63 else classical_63(settings, name, archive)
-        if found is None:
-            raise ValueError(f"methods: unknown method {name!r}")
-        return found
-
-    return {("", name): task(name) for name in methods}
+    testbed = {"name": "lorenz63"} | settings.world()
+    rows = methods_63(settings, archive, prior)
+    if unknown := [name for name in methods if name not in rows]:
+        raise ValueError(f"methods: unknown method {unknown[0]!r}")
+    some = {"runs": settings.runs, "tuning_runs": settings.tuning_runs, "seed": settings.seed, "whole": True}
+    return {("", name): tuned_task(testbed, name=name, **rows[name], **some) for name in methods}
 
 
 # %% ../../nbs/95_studies.ipynb #917b9d67

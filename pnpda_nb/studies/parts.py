@@ -179,6 +179,18 @@ def cycle_task(
     return Task(name or method["name"], cycle_part, settings | {"whole": whole}, needs, cost=cost)
 
 
+def tuned_task(
+    testbed: Mapping, method: Mapping, *, name: str, runs: int, tuning_runs: int, seed: int, members: int = 1,
+    grid: Mapping[str, Sequence] | None = None, archive: Task | None = None, **options: Any,
+) -> Task:  # fmt: skip
+    """A task that cycles `method`; if there is a `grid`, with the settings of it that are best on `tuning_runs` training truths."""
+    if grid is not None:
+        needs = {} if archive is None else {"archive": archive}
+        some = {"members": members, "runs": tuning_runs, "seed": seed}
+        options["tuned"] = tuning_task(testbed, method, grid, needs=needs, name=f"tuning {name}", **some)
+    return cycle_task(testbed, method, name=name, members=members, runs=runs, seed=seed, archive=archive, **options)
+
+
 # %% ../../nbs/95_studies.ipynb #9e2d3101
 def record_part(settings: dict, tuned: dict | None = None) -> xr.Dataset:
     """An `observed_record`, as a part of a sweep."""

@@ -16,7 +16,18 @@ from annotated_types import Gt
 
 from ..core.checks import guard
 from ..core.disk import write_whole
-from ..core.settings import Count, Distinct, Members, NotNegative, PositiveNumber, Settings, Some, annotations_of, parse_as
+from ..core.settings import (
+    BelowOne,
+    Count,
+    Distinct,
+    Members,
+    NotNegative,
+    PositiveNumber,
+    Settings,
+    Some,
+    annotations_of,
+    parse_as,
+)
 from ..flow_matching.pairs import PAPER_TRAINING, TrainingSettings
 from ..pnp.loop import StepRule
 from ..sweep import Store, Task, run_tasks
@@ -120,6 +131,10 @@ class CycleSettings(Settings):
     epochs: Count = PAPER_TRAINING.epochs
     patience: Count = PAPER_TRAINING.patience
     learning_rate: PositiveNumber = PAPER_TRAINING.learning_rate
+    embedding_scale: PositiveNumber = PAPER_TRAINING.embedding_scale
+    average: BelowOne = PAPER_TRAINING.average
+    linear_skip: bool = PAPER_TRAINING.linear_skip
+    start_fraction: BelowOne = PAPER_TRAINING.start_fraction
     standardise: bool = PAPER_TRAINING.standardise
     iterations: Count = 100
     alpha: NotNegative = 0.5
