@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 
-from pnpda_nb.core import standard_normal, stream
+from pnpda_nb.classical import LETKF
+from pnpda_nb.core import Grid, standard_normal, stream
 from pnpda_nb.dynamics import SurfaceQuasiGeostrophic, jacobian, trajectory
+from pnpda_nb.observing import DiagonalCovariance, ObservingNetwork, Select
 
 
 def some_weather(model: SurfaceQuasiGeostrophic, runs: int = 3) -> torch.Tensor:
@@ -84,3 +86,49 @@ def test_that_what_does_not_fit_is_refused_by_name(wrong, told):
         SurfaceQuasiGeostrophic(**wrong)
     with pytest.raises(ValueError, match="state: expected states of size 8192"):
         SurfaceQuasiGeostrophic().step(torch.zeros(3))
+
+
+def looked_at(model: SurfaceQuasiGeostrophic, columns: int, members: int = 20):
+    """An ensemble `(1, member, dim)` of weather with errors of the day, its truth, and what is seen of that at some columns."""
+    state = trajectory(model, some_weather(model, 1), 60, every=60)[-1]
+    near = state + 0.3 * some_weather(model, members + 1)
+    truth, ensemble = trajectory(model, near, 16, every=16)[-1].split((1, members))
+    points = model.size**2
+    chosen = torch.randperm(points, generator=stream(1, "columns"))[:columns].sort().values
+    sites = torch.cat((chosen, chosen + points)).tolist()
+    network = ObservingNetwork(Select(sites, model.dim), DiagonalCovariance(torch.ones(2 * columns)))
+    return ensemble[None], truth, network.observe(truth, stream(1, "errors"))
+
+
+@pytest.mark.parametrize("every, apart", [(2, 0.1), (4, 0.25)])
+def test_that_weights_at_some_points_are_nearly_as_good_as_at_all(every, apart):
+    model = SurfaceQuasiGeostrophic(size=32, dt=6.0, substeps=6, diffusion=1.0)
+    ensemble, truth, seen = looked_at(model, 64)
+    wide = {"half_width": 4 * model.grid.spacing[0], "distance": model.grid}
+    all_, some = (LETKF(**wide, every=n).analyse(ensemble, seen, forecast=None, generator=None) for n in (1, every))
+    assert (some - all_).norm() < apart * (all_ - ensemble).norm()
+    before, exact, coarse = ((x.mean(-2) - truth).norm() for x in (ensemble, all_, some))
+    assert coarse < 1.02 * exact and exact < 0.95 * before
+
+
+def test_that_interpolated_weights_reach_the_end_of_axes_and_leave_land_out():
+    land = torch.zeros(5, 7, dtype=torch.bool)
+    land[1:3, 2:4] = True
+    grid = Grid((5, 7), ("zeros", "circular"), channels=2, land=land)
+    ensemble = standard_normal((2, 6, grid.dim), stream(1, "members"))
+    seen = ObservingNetwork(Select((0, 20), grid.dim), DiagonalCovariance([0.5, 0.5])).observe(ensemble[:, 0], stream(1, "errors"))
+    moved = LETKF(half_width=50.0, distance=grid, every=3).analyse(ensemble, seen, forecast=None, generator=None)
+    everywhere = LETKF(half_width=50.0, distance=grid).analyse(ensemble, seen, forecast=None, generator=None)
+    assert (moved - everywhere).norm() < 0.05 * (everywhere - ensemble).norm()  # tapers are flat, and so are weights
+    with pytest.raises(ValueError, match="every: expected 1 for distances that are given by a function"):
+        LETKF(distance=lambda i, j: (i - j).abs().double(), every=2).analyse(ensemble, seen, forecast=None, generator=None)
+
+
+def test_that_the_channels_of_a_point_share_the_weights_that_each_of_them_had():
+    grid = Grid((4, 6), "circular", channels=2)
+    ensemble = standard_normal((2, 5, 48), stream(1, "members"))
+    seen = ObservingNetwork(Select((0, 30), 48), DiagonalCovariance([0.5, 0.5])).observe(ensemble[:, 0], stream(1, "errors"))
+    for_itself = grid.__call__  # a function, for which every number is a point
+    answers = (LETKF(half_width=2.0, distance=d).analyse(ensemble, seen, forecast=None, generator=None) for d in (grid, for_itself))
+    shared, own = answers
+    torch.testing.assert_close(shared, own)

@@ -27,7 +27,17 @@ import xarray as xr
 from pnpda_nb.classical import EnFF, EnKF, EnRDA, EnSF, FourDVar, ThreeDVar, WeakFourDVar
 from pnpda_nb.core import Grid, Homogeneous, RunNoise, guarded, stream, write_netcdf
 from pnpda_nb.core.disk import BLANK, netcdf_bytes, record_bytes, sealed, with_tail, write_checkpoint, write_record
-from pnpda_nb.dynamics import AdditiveModelError, Forecast, KuramotoSivashinsky, Lorenz63, Lorenz96, TwoScaleLorenz96
+from pnpda_nb.core.localisation import between_points
+from pnpda_nb.core.spectral import Spectral
+from pnpda_nb.dynamics import (
+    AdditiveModelError,
+    Forecast,
+    KuramotoSivashinsky,
+    Lorenz63,
+    Lorenz96,
+    SurfaceQuasiGeostrophic,
+    TwoScaleLorenz96,
+)
 from pnpda_nb.dynamics.kuramoto_sivashinsky import etdrk4_weights
 from pnpda_nb.flow_matching import Estimate, FlowPrior, GaussianPrior, TensorPairs, TrainingSettings, VelocityMLP
 from pnpda_nb.interop import UserModel
@@ -318,6 +328,7 @@ POOL = {
 }
 
 
+TORUS = Grid((4, 6), "circular")
 GLOBE = Grid.sphere(
     (-67.5, -22.5, 22.5, 67.5),
     (0.0, 60.0, 120.0, 180.0, 240.0, 300.0),
@@ -495,6 +506,29 @@ OWN = {  # arguments of one callable, where they are not those of the pool
         "j": lambda: torch.tensor([1]),
     },
     "core.tapers": {"sites": lambda: (0, 2)},
+    "core.localisation.local_tapers": {"grid": lambda: GLOBE, "sites": lambda: (0, 2), "half_width": lambda: 1e6},
+    "core.localisation.between_points": {"grid": lambda: GLOBE, "every": lambda: 2},
+    "core.localisation.interpolated": {
+        "weights": lambda: lambda points: torch.ones(1, len(points)),
+        "between": lambda: between_points(GLOBE, 2),
+        "points": lambda: 24,
+        "most": lambda: 10,
+        "device": lambda: torch.device("cpu"),
+    },
+    "core.spectral.Spectral.__init__": {"grid": lambda: TORUS, "spectrum": lambda: torch.ones(4, 4, 1, 1, dtype=DOUBLE)},
+    "core.spectral.Spectral": {
+        "grid": lambda: TORUS,
+        "errors": A(5, 24),
+        "states": lambda: states(3, 24),
+        "shape": lambda: (2, 3),
+        "i": lambda: torch.tensor([0, 2, 7]),
+        "j": lambda: torch.tensor([1]),
+    },
+    "dynamics.surface_quasi_geostrophic.waves_of": {"fields": A(2, 8, 8), "most": lambda: 3},
+    "dynamics.surface_quasi_geostrophic.fields_of": {
+        "waves": lambda: torch.ones(2, 7, 4, dtype=torch.complex128),
+        "size": lambda: 8,
+    },
     "classical.particles.systematic_resampling": {"weights": lambda: torch.full((2, 4), 0.25, dtype=DOUBLE)},
     "classical.particles.entropic_plan": {"source": A(2, 4, 3), "target": A(2, 4, 3), "iterations": lambda: 5},
     "classical.EnRDA.analyse": {"observations": lambda: seen(everything)},
@@ -724,6 +758,7 @@ OWN = {  # arguments of one callable, where they are not those of the pool
     "studies.parts.archive_task": TASKS,
     "studies.parts.cycle_task": TASKS,
     "studies.parts.tuning_task": TASKS | {"grid": lambda: {"inflation": [1.0, 1.1]}},
+    "studies.parts.tuned_task": TASKS | {"grid": lambda: {"inflation": [1.0, 1.1]}, "tuning_runs": lambda: 2},
     "studies.parts.prior_task": {"archive": task, "training": SETTINGS},
     "studies.parts.resumable": {"checkpoint": lambda: None},
     "studies.parts.file_task": {"kind": lambda: "archive", "path": lambda: str(written("archive"))},
@@ -782,6 +817,8 @@ SELF = {  # objects whose methods are called; without an entry they are made fro
     "observing.Present": lambda: Present(select(), torch.tensor([True, False])),
     "core.Grid": lambda: GLOBE,
     "core.Homogeneous": lambda: Homogeneous(Grid((4, 6), "circular"), lambda r: torch.exp(-r)),
+    "core.spectral.Spectral": lambda: Spectral(TORUS, torch.ones(4, 4, 1, 1, dtype=DOUBLE)),
+    "dynamics.SurfaceQuasiGeostrophic": lambda: SurfaceQuasiGeostrophic(8),
     "core.RunNoise": lambda: RunNoise(0, "test", "x", 2),
     "classical.FourDVar": lambda: FourDVar(Covariance(spd(3)), window=2, iterations=2),
     "classical.WeakFourDVar": lambda: WeakFourDVar(Covariance(spd(3)), Covariance(spd(3)), window=2, iterations=2),
@@ -840,6 +877,7 @@ OWN |= {
     "dynamics.TwoScaleLorenz96": {"state": A(2, 8)},
     "dynamics.Lorenz96": {"state": A(2, 5)},
     "dynamics.KuramotoSivashinsky": {"state": A(2, 8)},
+    "dynamics.SurfaceQuasiGeostrophic": {"state": A(2, 128)},
     "dynamics.DoubleWell": {"state": A(2, 1)},
     "dynamics.Pendulum": {"state": A(2, 2)},
 }
