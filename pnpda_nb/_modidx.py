@@ -552,6 +552,7 @@ d = {
             "pnpda_nb.dynamics.base._kernel_of": ("dynamics.html#_kernel_of", "pnpda_nb/dynamics/base.py"),
             "pnpda_nb.dynamics.base._moved": ("dynamics.html#_moved", "pnpda_nb/dynamics/base.py"),
             "pnpda_nb.dynamics.base._require_states": ("dynamics.html#_require_states", "pnpda_nb/dynamics/base.py"),
+            "pnpda_nb.dynamics.base.by_formula": ("dynamics.html#by_formula", "pnpda_nb/dynamics/base.py"),
             "pnpda_nb.dynamics.base.rk4": ("dynamics.html#rk4", "pnpda_nb/dynamics/base.py"),
             "pnpda_nb.dynamics.base.trajectory": ("dynamics.html#trajectory", "pnpda_nb/dynamics/base.py"),
         },

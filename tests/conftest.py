@@ -24,7 +24,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 import chapters as loop  # noqa: E402
 
-settings.register_profile("book", deadline=None, max_examples=20, derandomize=True)
+settings.register_profile("book", deadline=None, max_examples=12, derandomize=True)
+settings.register_profile("slow", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("book")
 
 
@@ -34,6 +35,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    settings.load_profile("slow" if config.getoption("--slow") else "book")
     config.addinivalue_line("markers", "slow: takes minutes; run with --slow")
     config.addinivalue_line("markers", "gpu: needs a GPU, and is skipped without one")
 

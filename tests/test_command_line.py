@@ -79,8 +79,9 @@ def test_that_a_run_leaves_scores_cycles_figures_and_a_manifest(tiny):
     assert "8.31 ± 1.57" in printed and "3D-Var (tuned)" in printed
 
 
-def test_that_the_same_seed_gives_the_same_rows_byte_for_byte_on_two_processes_and_without_other_methods(tiny, tmp_path, forked):
-    forked("run", "lorenz63", *TINY[2:], "--workers", 2, "--seed", 4, "--methods", "pnpda,free_run", "--out", tmp_path)
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_that_the_same_seed_gives_the_same_rows_byte_for_byte_on_processes_and_without_others(tiny, tmp_path, forked, workers):
+    forked("run", "lorenz63", *TINY[2:], "--workers", workers, "--seed", 4, "--methods", "pnpda,free_run", "--out", tmp_path)
     few, all_methods = (f.read_text().splitlines() for f in (tmp_path / "scores.csv", tiny[0] / "scores.csv"))
     assert len(few) > 1 and few[1:] == [line for line in all_methods[1:] if line.split(",")[2] in ("pnpda", "free_run")]
 

@@ -889,7 +889,7 @@ OWN |= {
 
 # What is left out: trainings with a memory of their own, programs and clusters, other libraries, and reports of whole studies
 LEFT_OUT = re.compile(
-    r"twin\.cycle\.filter_cycle|twin\.window\.window_cycle|twin\.method\.Segment|twin\.Tuned|twin\.nature\.forget_nature_runs|core\.training"
+    r"twin\.cycle\.filter_cycle|dynamics\.by_formula|twin\.window\.window_cycle|twin\.method\.Segment|twin\.Tuned|twin\.nature\.forget_nature_runs|core\.training"
     r"|learned\.(OnPolicyTraining\.(?!__init__)|on_policy\.rollout_loss|records\.(Trajectories|Examples)|train_on_policy)"
     r"|learned\.(Records\.__init__|AnalysisPrior\.on)"
     r"|interop\.(ProgramModel|dapper|for_dapper|per_state|from_tendency)|sweep\.(code_version|run_task|run_tasks|workplace|HereExecutor|Store\.read)|studies\.(Study\.(__init__|run|kept)|[Pp]ublished)"

@@ -1,6 +1,5 @@
 """Machine code for the models' steps: the same as the torch formula, and used where nobody would notice."""
 
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch.autograd import forward_ad
 
 from pnpda_nb.core import standard_normal, stream
 from pnpda_nb.core.checks import unchecked
-from pnpda_nb.dynamics import DoubleWell, Forecast, Lorenz63, Lorenz96, Pendulum, TwoScaleLorenz96, kernels, trajectory
+from pnpda_nb.dynamics import DoubleWell, Forecast, Lorenz63, Lorenz96, Pendulum, TwoScaleLorenz96, by_formula, kernels, trajectory
 from pnpda_nb.interop import ManySteps, from_tendency
 
 # a model of every formula, with settings that are not the default, and the size of its states
@@ -178,27 +177,31 @@ def test_that_torch_takes_the_steps_wherever_it_could_be_noticed(monkeypatch):
     assert calls == 3 * ["lorenz63"]
 
 
-def in_a_process(program, **environment):
-    words, environment = [sys.executable, "-W", "always", "-c", program], os.environ | environment
-    return subprocess.run(words, capture_output=True, text=True, env=environment)
-
-
-def test_that_the_compiler_is_not_imported_before_it_is_needed():
+def test_that_neither_the_compiler_nor_dapper_is_imported_before_it_is_needed():
     program = "import sys, pnpda_nb.cli, pnpda_nb.experiments, pnpda_nb.interop, pnpda_nb.twin, pnpda_nb.dynamics as d\n"
-    program += "print('numba' in sys.modules, d.Lorenz63().kernel.formula)"
-    assert in_a_process(program).stdout == "False lorenz63\n"
+    program += "print({'numba', 'dapper'} & {*sys.modules}, d.Lorenz63().kernel.formula)"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "set() lorenz63\n"
 
 
-def test_that_what_is_compiled_is_kept_and_where_it_cannot_be_one_line_says_so(tmp_path):
-    program = "import torch\nfrom pnpda_nb.dynamics import DoubleWell, trajectory\n"
-    program += "print(trajectory(DoubleWell(), torch.ones(1), 3).sum())"
-    answer = in_a_process(program, NUMBA_CACHE_DIR=str(tmp_path))
+def test_that_what_is_compiled_is_kept_and_where_it_cannot_be_one_line_says_so(tmp_path, forked):
+    again = "import numba, torch, warnings, pnpda_nb.dynamics as d\nfrom numba.core import caching\n"
+    again += "warnings.simplefilter('always')\ndel sys.modules['pnpda_nb.dynamics.kernels'], d.kernels\n"
+    walk = "\nprint(d.trajectory(d.DoubleWell(), torch.ones(1), 3).sum())"
+    answer = forked("--version", before=f"{again}numba.config.CACHE_DIR = {str(tmp_path)!r}{walk}")
     kept = list(tmp_path.rglob("kernels.double_well-*.nbc"))
-    assert answer.stdout == "tensor(4.)\n" and not answer.stderr and len(kept) == 1, answer.stderr
-    nowhere = "from numba.core import caching\ncaching.CacheImpl._locator_classes = []\n"
-    answer = in_a_process(nowhere + program)
+    assert answer.stdout.startswith("tensor(4.)\n") and not answer.stderr and len(kept) == 1, answer.stderr
+    answer = forked("--version", before=f"{again}caching.CacheImpl._locator_classes = []{walk}")
     said = [line for line in answer.stderr.splitlines() if "arning" in line]
-    assert answer.stdout == "tensor(4.)\n" and len(said) == 1 and "NUMBA_CACHE_DIR" in said[0], answer.stderr
+    assert answer.stdout.startswith("tensor(4.)\n") and len(said) == 1 and "NUMBA_CACHE_DIR" in said[0], answer.stderr
+
+
+def test_that_steps_may_be_asked_to_be_those_of_the_formula(monkeypatch):
+    calls = compiled(monkeypatch)
+    model, state = states_of("lorenz63", (5,))
+    with by_formula():
+        assert torch.equal(trajectory(model, state, 20), by_torch(model, state, 20)) and not calls
+    trajectory(model, state, 2)
+    assert calls
 
 
 def test_that_a_full_disk_keeps_nobody_from_walking():

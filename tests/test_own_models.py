@@ -1,6 +1,5 @@
 """What a stranger's model may do: functions and programs, well behaved and not."""
 
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -436,11 +435,6 @@ def test_that_no_state_s_derivatives_depend_on_another_that_is_lost():
         together = operator.jacobian(crowd)
     assert torch.equal(together[:4], alone) and torch.allclose(torch.diagonal(alone, dim1=-2, dim2=-1), STATES.cos(), atol=1e-9)
     assert operator.jacobian(STATES[:0]).shape == (0, 5, 3, 3)
-
-
-def test_that_interop_does_not_need_dapper():
-    code = "import sys, pnpda_nb.interop; assert 'dapper' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_that_model_error_can_stand_in_for_a_model_s_own_noise():

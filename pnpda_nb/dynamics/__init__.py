@@ -3,7 +3,7 @@
 # %% ../../nbs/99_public.ipynb #dc7ebcbf
 """Models: how a state moves on, and how small differences move with it."""
 
-from .base import AdditiveModelError, FunctionModel, Lorenz63, Model, rk4, trajectory
+from .base import AdditiveModelError, FunctionModel, Lorenz63, Model, by_formula, rk4, trajectory
 from .derivatives import Forecast, adjoint, jacobian, lyapunov_exponents, tangent_linear
 from .kuramoto_sivashinsky import KuramotoSivashinsky, etdrk4
 from .models import DoubleWell, Lorenz96, Pendulum, TwoScaleLorenz96
@@ -23,6 +23,7 @@ __all__ = [
     "SurfaceQuasiGeostrophic",
     "TwoScaleLorenz96",
     "adjoint",
+    "by_formula",
     "etdrk4",
     "jacobian",
     "lyapunov_exponents",

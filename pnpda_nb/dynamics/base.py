@@ -5,8 +5,10 @@
 # %% ../../nbs/01_dynamics.ipynb #53c8d95a
 from __future__ import annotations
 
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Callable, NamedTuple, Protocol, runtime_checkable
+from typing import Callable, Iterator, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ from ..core.random import standard_normal
 from ..core.settings import Count, NotNegative, PositiveNumber, Settings, _require
 
 # %% auto #0
-__all__ = ["Model", "rk4", "Lorenz63", "FunctionModel", "trajectory", "AdditiveModelError"]
+__all__ = ["Model", "rk4", "Lorenz63", "FunctionModel", "by_formula", "trajectory", "AdditiveModelError"]
 
 
 # %% ../../nbs/01_dynamics.ipynb #e446c603
@@ -134,10 +136,27 @@ class FunctionModel(Settings):
 
 
 # %% ../../nbs/01_dynamics.ipynb #d0ke0002
+_FORMULA = ContextVar("formula", default=False)
+
+
+@contextmanager
+def by_formula() -> Iterator[None]:
+    """Inside, models take all their steps by torch's formula, as where something is differentiated, and not by machine code. They
+    round otherwise, of which chaos makes another weather.
+    """
+    token = _FORMULA.set(True)
+    try:
+        yield
+    finally:
+        _FORMULA.reset(token)
+
+
 def _kernel_of(model: Model, *tensors: Tensor) -> Kernel | None:
     """The machine code for a model's steps, if it has some and all `tensors` are plain numbers of one precision in this computer's
     memory, which nobody differentiates, maps over or watches.
     """
+    if _FORMULA.get():
+        return None
     kernel = getattr(model, "kernel", None) if "kernel" in vars(type(model)) else None
     if not isinstance(kernel, Kernel) or not all(isinstance(value, (int, float)) for value in kernel.parameters):
         return None
