@@ -74,7 +74,7 @@ for name, (method, operator, members) in METHODS.items():
 METHODS = ("homogeneous", "nonlinear", "factored", "diagonal", "EnKF", "EnKF of all", "LETKF", "look", "loop", "members", "drawn")
 
 
-@pytest.mark.parametrize("cycles", [2, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cycles", [1, pytest.param(100, marks=pytest.mark.slow)])
 def test_that_no_method_squares_the_size_of_a_field(cycles):
     done = subprocess.run([sys.executable, "-c", SCRIPT, str(cycles)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

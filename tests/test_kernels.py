@@ -221,8 +221,15 @@ def turning(x):
     return np.roll(x, 1) * np.array([1.0, -2.0, 0.5]) - x**3
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("substeps", [1, 3])
+@pytest.mark.parametrize(
+    "substeps, dtype",
+    [
+        (3, torch.float64),
+        pytest.param(1, torch.float64, marks=pytest.mark.slow),
+        pytest.param(1, torch.float32, marks=pytest.mark.slow),
+        (3, torch.float32),
+    ],
+)
 def test_that_a_compiled_tendency_makes_the_model_that_it_makes_in_numpy(substeps, dtype):
     slow, quick = (
         from_tendency(turning, 3, 0.1, substeps, **how) for how in ({"numpy": True, "one_at_a_time": True}, {"compile": True})

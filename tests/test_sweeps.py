@@ -72,8 +72,18 @@ def cluster(tmp_path):
             process.wait(30)
 
 
-def test_that_a_dask_cluster_gives_what_one_process_gives_and_repeats_nothing(tmp_path, cluster, in_this_process):
-    store = Store(tmp_path / "out")
+@pytest.fixture
+def threads():
+    """A Dask scheduler and two workers in threads of this process."""
+    with pytest.importorskip("distributed").LocalCluster(
+        2, processes=False, protocol="tcp://", threads_per_worker=1, dashboard_address=None
+    ) as here:
+        yield here.scheduler_address
+
+
+@pytest.mark.parametrize("workers", ["threads", pytest.param("cluster", marks=pytest.mark.slow)])
+def test_that_a_dask_cluster_gives_what_one_process_gives_and_repeats_nothing(tmp_path, workers, in_this_process, request):
+    store, cluster = Store(tmp_path / "out"), request.getfixturevalue(workers)
     assert identical(run_tasks(small_sweep(), store, scheduler=cluster), in_this_process)
     made = {path: path.stat().st_mtime_ns for path in store.parts.iterdir()}
     assert len(made) == 4  # two tasks were one
