@@ -21,7 +21,7 @@ from torch import Tensor
 from .measure import Sizes, _rate, _row, arithmetic_limits, operations_of, seconds_of, speed_ratio
 from ..classical.ensemble import EnKF
 from ..core.random import RunStreams, standard_normal, stream
-from ..dynamics.base import Lorenz63, Model
+from ..dynamics.base import Lorenz63, Model, trajectory
 from ..dynamics.kuramoto_sivashinsky import KuramotoSivashinsky
 from ..dynamics.models import Lorenz96
 from ..flow_matching.flow import FlowPrior, conditional_coupling, flow_matching_loss
@@ -106,7 +106,7 @@ def enkf(sizes: Sizes) -> Iterator[dict]:
 
 # %% ../../nbs/97_bench.ipynb #21b1b7f8
 def steps(sizes: Sizes) -> Iterator[dict]:
-    """Model steps per second for batches of states; as the peer, what they would be at the core's arithmetic limits."""
+    """Steps per second of trajectories without a gradient, for batches of states; as the peer, what they would be at the core's arithmetic limits."""
     limits = arithmetic_limits(sizes.arithmetic)
     for name, limit in limits.items():
         yield _row("steps", f"arithmetic limit, {name}", limit / 1e9, "Gflop/s", "double precision, one thread")
@@ -114,10 +114,10 @@ def steps(sizes: Sizes) -> Iterator[dict]:
         for batch in sizes.batches:
             if batch * model.dim > 5_000_000:  # no longer a question of arithmetic
                 continue
-            step = partial(model.step, _states(model, batch))
-            count = operations_of(step)
+            states = _states(model, batch)
+            count, walk = operations_of(partial(model.step, states)), partial(trajectory, model, states, 25, every=25)
             least = count.elementwise / limits["elementwise"] + count.matmul / limits["matmul"]
-            rate, note = _rate(step, sizes.arithmetic), f"{(count.elementwise + count.matmul) / batch:.0f} operations a step"
+            rate, note = 25 * _rate(walk, sizes.arithmetic), f"{(count.elementwise + count.matmul) / batch:.0f} operations a step"
             yield _row(
                 "steps", f"{name}, {_plural(batch, 'state')}", batch * rate, "steps/s", note,
                 size=batch, peer=batch / least, ratio=rate * least,
