@@ -106,7 +106,7 @@ def enkf(sizes: Sizes) -> Iterator[dict]:
 
 # %% ../../nbs/97_bench.ipynb #21b1b7f8
 def steps(sizes: Sizes) -> Iterator[dict]:
-    """Steps per second of trajectories without a gradient, for batches of states; as the peer, what they would be at the core's arithmetic limits."""
+    """Steps per second of trajectories, for batches of states; as the peer, that at the core's arithmetic limits."""
     limits = arithmetic_limits(sizes.arithmetic)
     for name, limit in limits.items():
         yield _row("steps", f"arithmetic limit, {name}", limit / 1e9, "Gflop/s", "double precision, one thread")
