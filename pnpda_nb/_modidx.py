@@ -47,6 +47,7 @@ d = {
             "pnpda_nb.bench.measure.speed_ratio": ("bench.html#speed_ratio", "pnpda_nb/bench/measure.py"),
         },
         "pnpda_nb.bench.speed": {
+            "pnpda_nb.bench.speed._against_dapper": ("bench.html#_against_dapper", "pnpda_nb/bench/speed.py"),
             "pnpda_nb.bench.speed._etdrk4": ("bench.html#_etdrk4", "pnpda_nb/bench/speed.py"),
             "pnpda_nb.bench.speed._in_turns": ("bench.html#_in_turns", "pnpda_nb/bench/speed.py"),
             "pnpda_nb.bench.speed._lsoda_ends": ("bench.html#_lsoda_ends", "pnpda_nb/bench/speed.py"),
@@ -60,6 +61,7 @@ d = {
             "pnpda_nb.bench.speed.enkf": ("bench.html#enkf", "pnpda_nb/bench/speed.py"),
             "pnpda_nb.bench.speed.etdrk4_speed": ("bench.html#etdrk4_speed", "pnpda_nb/bench/speed.py"),
             "pnpda_nb.bench.speed.forward_passes": ("bench.html#forward_passes", "pnpda_nb/bench/speed.py"),
+            "pnpda_nb.bench.speed.lorenz96": ("bench.html#lorenz96", "pnpda_nb/bench/speed.py"),
             "pnpda_nb.bench.speed.lsoda": ("bench.html#lsoda", "pnpda_nb/bench/speed.py"),
             "pnpda_nb.bench.speed.one_analysis": ("bench.html#one_analysis", "pnpda_nb/bench/speed.py"),
             "pnpda_nb.bench.speed.our_pairing": ("bench.html#our_pairing", "pnpda_nb/bench/speed.py"),

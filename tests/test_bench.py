@@ -30,7 +30,7 @@ def test_that_the_quick_benchmark_writes_whole_files_and_prints_its_table(tmp_pa
     [
         (
             ["--only", "speed"],
-            "only: unknown part 'speed'; known: enkf, steps, etdrk4, members, state, memory, pnpda, training, pnpda_state",
+            "only: unknown part 'speed'; known: enkf, lorenz96, steps, etdrk4, members, state, memory, pnpda, training, pnpda",
         ),
         (["--quick", "--full"], "quick: expected one of --quick and --full"),
     ],

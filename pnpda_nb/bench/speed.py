@@ -9,17 +9,20 @@ import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from importlib.metadata import version as installed_version
 from importlib.util import find_spec
 from math import sqrt
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .measure import Sizes, _rate, _row, arithmetic_limits, operations_of, seconds_of, speed_ratio
-from ..classical.ensemble import EnKF
+from ..classical.ensemble import LETKF, EnKF
 from ..core.random import RunStreams, standard_normal, stream
 from ..dynamics.base import Lorenz63, Model, trajectory
 from ..dynamics.kuramoto_sivashinsky import KuramotoSivashinsky
@@ -33,8 +36,9 @@ from ..observing.operators import Select
 from ..pnp.loop import PnPDA
 from ..twin.cycle import cycle
 from ..twin.experiment import TwinExperiment
+from ..twin.method import Method
 from ..twin.scores import scores
-from ..twin.testbeds import sakov2012
+from ..twin.testbeds import sakov2008, sakov2012
 
 # %% auto #0
 __all__ = []
@@ -43,26 +47,29 @@ __all__ = []
 DAPPER_MISSING = "skipped: DAPPER is not installed (pip install 'pnpda_nb[dapper]'; it brings an older Jupyter along)"
 
 
-def dapper_run(experiment: TwinExperiment, members: int, inflation: float, seed: int) -> tuple[float, float, float]:
-    """The twin experiment (fully observed Lorenz-63, as `sakov2012`) in DAPPER, once: processor seconds of its `simulate` and
-    `assimilate`, and the RMSE of the analysis after the burn-in.
+def dapper_run(experiment: TwinExperiment, made: Callable[[Any], Any], seed: int) -> tuple[float, float, float]:
+    """The twin experiment (Lorenz-63 or Lorenz-96, all of it observed) in DAPPER, once, with the method that is `made` of DAPPER's:
+    processor seconds of its `simulate` and `assimilate`, and the RMSE of the analysis after the burn-in.
     """
     import_dapper()
+    import dapper.da_methods
     import dapper.mods as modelling
-    from dapper.da_methods import EnKF as DapperEnKF
-    from dapper.mods.Lorenz63 import dstep_dx, step
+    from dapper.tools.localization import nd_Id_localization
     from dapper.tools.seeding import set_seed
 
-    model = {"M": 3, "model": step, "linear": dstep_dx, "noise": 0}
-    network = modelling.partial_Id_Obs(3, np.arange(3)) | {"noise": 2}
-    sequence = modelling.Chronology(0.01, dko=experiment.interval, Ko=experiment.cycles - 1, Tplot=4.0, BurnIn=0)
+    size, dt = experiment.dim, experiment.forecast_model.dt
+    theirs = import_module(f"dapper.mods.Lorenz{63 if size == 3 else 96}")
+    model = {"M": size, "model": theirs.step, "linear": theirs.dstep_dx, "noise": 0}
+    network = modelling.partial_Id_Obs(size, np.arange(size)) | {"localizer": nd_Id_localization((size,), (2,))}
+    network["noise"] = float(experiment.network.covariance.variances[0])
+    sequence = modelling.Chronology(dt, dko=experiment.interval, Ko=experiment.cycles - 1, Tplot=4.0, BurnIn=0)
     first = modelling.GaussRV(C=experiment.start_variance, mu=np.array(experiment.start))
     hmm = modelling.HiddenMarkovModel(model, network, sequence, first)
     set_seed(seed)
     start = time.process_time()
     truth, observations = hmm.simulate()
     middle = time.process_time()
-    method = DapperEnKF("PertObs", N=members, infl=inflation)
+    method = made(dapper.da_methods)
     method.assimilate(hmm, truth, observations)
     end = time.process_time()
     errors = np.asarray(method.stats.err.rms.a)[experiment.burn_in :]
@@ -72,35 +79,53 @@ def dapper_run(experiment: TwinExperiment, members: int, inflation: float, seed:
 # %% ../../nbs/97_bench.ipynb #3895b328
 def enkf(sizes: Sizes) -> Iterator[dict]:
     """The stochastic EnKF on Lorenz-63: our batch of runs against DAPPER's loop over them."""
+    made = lambda da: da.EnKF("PertObs", N=sizes.members, infl=1.04)
+    yield from _against_dapper("enkf", "", sakov2012(sizes.cycles), EnKF(inflation=1.04), made, sizes.members, sizes.runs, sizes)
+
+
+def lorenz96(sizes: Sizes) -> Iterator[dict]:
+    """The LETKF and the stochastic EnKF on forty variables, all of them observed, as in Sakov and Oke (2008)."""
+    experiment, runs = replace(sakov2008(sizes.cycles), burn_in=sizes.cycles // 5), min(sizes.runs, 20)
+    local = LETKF(inflation=1.04, rotate=True, half_width=1.82 * 4)
+    their_local = lambda da: da.LETKF(N=7, infl=1.04, rot=True, loc_rad=4)
+    their_global = lambda da: da.EnKF("PertObs", N=40, infl=1.06)
+    yield from _against_dapper("lorenz96", "LETKF of 7, ", experiment, local, their_local, 7, runs, sizes)
+    yield from _against_dapper("lorenz96", "EnKF of 40, ", experiment, EnKF(inflation=1.06), their_global, 40, runs, sizes)
+
+
+def _against_dapper(
+    part: str, label: str, experiment: TwinExperiment, method: Method, made: Callable[[Any], Any], members: int, size: int,
+    sizes: Sizes,
+) -> Iterator[dict]:  # fmt: skip
+    """Rows of `size` runs and of one: seconds in turns with DAPPER's, and the scores of both."""
     if find_spec("dapper") is None:
-        yield _row("enkf", DAPPER_MISSING, note=DAPPER_MISSING)
+        yield _row(part, DAPPER_MISSING, note=DAPPER_MISSING)
         return
-    experiment, method = sakov2012(sizes.cycles), EnKF(inflation=1.04)
-    peer = partial(dapper_run, experiment, sizes.members, method.inflation)
+    peer = partial(dapper_run, experiment, made)
 
     def ours(runs: int):
-        return cycle(experiment, method, members=sizes.members, runs=runs, seed=1, keep="scores")
+        return cycle(experiment, method, members=members, runs=runs, seed=1, keep="scores")
 
     peer(10_000), ours(1)  # not counted
     batch, alone, runs = [], [], []
     for turn in range(sizes.repeats):
-        batch.append(seconds_of(partial(ours, sizes.runs)))
+        batch.append(seconds_of(partial(ours, size)))
         runs += [peer(1 + turn * sizes.peer_runs + run) for run in range(sizes.peer_runs)]
         alone.append(seconds_of(partial(ours, 1)))
     simulate, assimilate, _ = np.array(runs).reshape(sizes.repeats, sizes.peer_runs, 3).mean(1).T
-    many = _plural(sizes.runs, "run")
+    many = _plural(size, "run")
     note = f"DAPPER {installed_version('dapper')}, mean of {_plural(len(runs), 'run')}"
-    for case, size, mine, theirs in (
-        (f"{many}, with their truths", sizes.runs, batch, simulate + assimilate),
-        (f"{many}, DAPPER's truths for free", sizes.runs, batch, assimilate),
+    for case, count, mine, theirs in (
+        (f"{many}, with their truths", size, batch, simulate + assimilate),
+        (f"{many}, DAPPER's truths for free", size, batch, assimilate),
         ("1 run, with its truth", 1, alone, simulate + assimilate),
     ):
-        scaled = f"{note}, scaled to {size}" if size not in (1, len(runs)) else note
-        yield _row("enkf", case, size=size, unit="s", note=scaled) | speed_ratio(mine, size * theirs)
-    scored, theirs = scores(ours(sizes.runs)).analysis_rmse.values, np.array(runs)[:, 2]
+        scaled = f"{note}, scaled to {count}" if count not in (1, len(runs)) else note
+        yield _row(part, label + case, size=count, unit="s", note=scaled) | speed_ratio(mine, count * theirs)
+    scored, theirs = scores(ours(size)).analysis_rmse.values, np.array(runs)[:, 2]
     off = [f"± {np.std(x, ddof=1) / sqrt(len(x)):.3f} ({len(x)} runs)" for x in (scored, theirs)]
     yield _row(
-        "enkf", "analysis RMSE", scored.mean(), size=sizes.runs, peer=theirs.mean(), note=f"ours {off[0]}, DAPPER {off[1]}"
+        part, f"{label}analysis RMSE", scored.mean(), size=size, peer=theirs.mean(), note=f"ours {off[0]}, DAPPER {off[1]}"
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from .growth import members, memory, pnpda_state, state
 from .measure import COLUMNS, Sizes, machine
-from .speed import enkf, etdrk4_speed, pnpda, steps, training
+from .speed import enkf, etdrk4_speed, lorenz96, pnpda, steps, training
 from ..core.disk import read_record, record_bytes, writable, write_whole
 from ..sweep import code_version
 
@@ -27,7 +27,7 @@ __all__ = ["bench", "report"]
 # %% ../../nbs/97_bench.ipynb #9d7aff82
 PARTS: Mapping[str, Callable[[Sizes], Iterator[dict]]] = {
     part.__name__.removesuffix("_speed"): part
-    for part in (enkf, steps, etdrk4_speed, members, state, memory, pnpda, training, pnpda_state)
+    for part in (enkf, lorenz96, steps, etdrk4_speed, members, state, memory, pnpda, training, pnpda_state)
 }
 
 
