@@ -85,7 +85,7 @@ def _per_wave(model: SurfaceQuasiGeostrophic, dtype: torch.dtype, device: torch.
 @dataclass(frozen=True)
 class SurfaceQuasiGeostrophic(Settings):
     """Surface quasi-geostrophic turbulence (Blumen 1978; Held et al. 1995) in a layer of `height` m on a doubly periodic square of
-    `length` m, with the settings of Tulloch and Smith's and Whitaker's experiments.
+    `length` m, with the settings of the public code sqgturb.
 
     States `(..., 2 * size²)` are temperatures in K, bottom and then top, on `size` × `size` points, rows from south to north; there
     are `waves` of them in each direction (None: as many as fit). A step is `dt` hours, in `substeps` Runge-Kutta steps. Temperature
