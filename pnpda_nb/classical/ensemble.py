@@ -56,7 +56,9 @@ def inflate(
     mean = analysis.mean(-2, keepdim=True)
     anomalies = analysis - mean
     if relaxation:
-        before, after = (x.std(-2, keepdim=True) for x in (background, analysis))
+        before, after = (
+            x.square().sum(-2, keepdim=True).sqrt() for x in (background - background.mean(-2, keepdim=True), anomalies)
+        )
         anomalies = anomalies * torch.where(after > 0, 1 + relaxation * (before / after - 1), 1.0)
     if inflation != 1:
         anomalies = inflation * anomalies
