@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from unittest.mock import patch
 
 import numpy as np
@@ -17,6 +17,7 @@ from pnpda_nb.core import standard_normal, stream
 from pnpda_nb.core.checks import unchecked
 from pnpda_nb.dynamics import DoubleWell, Forecast, Lorenz63, Lorenz96, Pendulum, TwoScaleLorenz96, by_formula, kernels, trajectory
 from pnpda_nb.interop import ManySteps, from_tendency
+from pnpda_nb.twin import nature_run, nature_start, sakov2012
 
 # a model of every formula, with settings that are not the default, and the size of its states
 MODELS = {
@@ -202,6 +203,16 @@ def test_that_steps_may_be_asked_to_be_those_of_the_formula(monkeypatch):
         assert torch.equal(trajectory(model, state, 20), by_torch(model, state, 20)) and not calls
     trajectory(model, state, 2)
     assert calls
+
+
+def test_that_a_truth_by_formula_is_not_one_that_is_remembered():
+    experiment = replace(sakov2012(cycles=20), first_ensemble="around_truth", spin_up=300)
+    compiled_, again = (nature_run(experiment, 2, 1) for _ in range(2))
+    with by_formula():
+        formula = nature_run(experiment, 2, 1)
+    assert torch.equal(compiled_, again) and torch.equal(nature_run(experiment, 2, 1), compiled_)
+    start = nature_start(replace(experiment, spin_up=0), 2, 1)
+    assert torch.equal(formula, by_torch(experiment.nature, start, 800)[300:]) and not torch.equal(formula, compiled_)
 
 
 def test_that_a_full_disk_keeps_nobody_from_walking():

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..core.checks import guard
 from ..core.random import RunStreams, standard_normal
 from ..core.settings import _require
-from ..dynamics.base import Model, _moved, trajectory
+from ..dynamics.base import _FORMULA, Model, _moved, trajectory
 
 Start = tuple[float, ...] | Tensor | Callable[[int, torch.Generator], Tensor]
 
@@ -26,8 +26,8 @@ __all__ = []
 
 # %% ../../nbs/92_engine.ipynb #0c0ce826
 def _is_plain(nature: Model) -> bool:
-    """Whether this is one of the library's models, and nothing but numbers and words."""
-    if not (dataclasses.is_dataclass(nature) and type(nature).__module__.startswith("pnpda_nb.")):
+    """Whether this is one of the library's models, nothing but numbers and words, which takes the steps that it always takes."""
+    if _FORMULA.get() or not (dataclasses.is_dataclass(nature) and type(nature).__module__.startswith("pnpda_nb.")):
         return False
     return all(isinstance(getattr(nature, f.name), (Number, str, type(None))) for f in dataclasses.fields(nature) if f.init)
 
