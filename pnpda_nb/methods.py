@@ -23,6 +23,7 @@ from .classical.variational import Climatology, OptimalInterpolation, ThreeDVar,
 from .core.checks import guard
 from .core.grid import Grid
 from .core.settings import PositiveNumber, Settings
+from .core.spectral import Spectral
 from .flow_matching.flow import FlowPrior
 from .flow_matching.prior import GaussianPrior
 from .learned.methods import LearnedMean
@@ -214,6 +215,26 @@ class Misspecified(Settings):
         return self.method.analyse(background, assumed, forecast=forecast, generator=generator)
 
 
+# %% ../nbs/95_studies.ipynb #28f29a01
+def spectral_errors(experiment: TwinExperiment, archive: xr.Dataset, lag: int = 2, slope: float = 0.0) -> Spectral:
+    """A homogeneous covariance for the experiment's fields from differences of `states` `(run, time, variable)` of an archive that
+    are `lag` intervals apart, with a mean variance of one, steeper by K^−`slope`.
+    """
+    states = torch.as_tensor(archive.states.values).double()
+    differences = (states[:, lag:] - states[:, :-lag]).flatten(0, 1)
+    return Spectral.of_errors(experiment.forecast_model.grid, differences).scaled(1.0, slope)
+
+
+def _on_fields(
+    experiment: TwinExperiment, archive: xr.Dataset, name: str, lag: int = 2, slope: float = 0.0, **settings: Any
+) -> Method:
+    """Methods that take a homogeneous covariance from the states of a free run."""
+    if name != "interpolation":
+        return ThreeDVar(spectral_errors(experiment, archive, lag, slope), **settings)
+    states = torch.as_tensor(archive.states.values).double().flatten(0, 1)
+    return OptimalInterpolation(states.mean(0), Spectral.of_errors(experiment.forecast_model.grid, states - states.mean(0)))
+
+
 # %% ../nbs/95_studies.ipynb #28f29996
 def build_method(
     experiment: TwinExperiment,
@@ -223,13 +244,16 @@ def build_method(
     tuned: Mapping[str, Any] | None = None,
 ) -> Method:
     """The method of `{"name": ..., **settings}` for `experiment`, with what was learned for it: a `prior`, the
-    `archive` that a 3D-Var takes its background covariance from, the setting that was `tuned`. A setting `assumed_variance` is that
+    `archive` of pairs, or of states of fields, that a 3D-Var takes its background covariance from, the setting that was `tuned`. A
+    setting `assumed_variance` is that
     of a misspecified **R**.
     """
     settings = {k: v for k, v in method.items() if k != "name"} | dict((tuned or {}).get("setting", {}))
     if "assumed_variance" in settings:
         variance = settings.pop("assumed_variance")
         return Misspecified(build_method(experiment, settings | {"name": method["name"]}, prior, archive), variance)
+    if archive is not None and "states" in archive:
+        return _on_fields(experiment, archive, method["name"], **settings)
     if archive is not None:
         return ThreeDVar(archive_background(*pairs_of(archive)), **settings)
     if prior is not None:

@@ -31,6 +31,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .core.checks import guard
+from .core.compute import reuse_memory
 from .core.disk import netcdf_bytes, netcdf_from, record_bytes, record_from, writable, write_whole
 
 # %% auto #0
@@ -247,6 +248,7 @@ def workplace(workers: int = 1, scheduler: str | None = None) -> Iterator[tuple[
             count = 2 * sum(client.nthreads().values())
             yield client.get_executor(pure=False), count, client.scatter, lambda: len(client.nthreads())
     elif workers == 1:
+        reuse_memory()
         yield HereExecutor(), 1, lambda content: content, lambda: 1
     else:
         context, made = copy.copy(get_context("spawn")), []
@@ -269,12 +271,13 @@ def workplace(workers: int = 1, scheduler: str | None = None) -> Iterator[tuple[
 
 # %% ../nbs/95_studies.ipynb #25dc586c
 def _quiet(parent: int) -> None:
-    """In a worker: Ctrl-C reaches every process of a terminal, but only the first decides what it means; bars, which are
-    not shown here, need no lock between processes; and a worker whose `parent` was killed ends.
+    """In a worker: large tensors reuse their memory; Ctrl-C reaches every process of a terminal, but only the first decides what
+    it means; bars, which are not shown here, need no lock between processes; and a worker whose `parent` was killed ends.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # temporary files are removed, a training is written down
     tqdm.set_lock(threading.RLock())
+    reuse_memory()
 
     def watch() -> None:
         while os.getppid() == parent:

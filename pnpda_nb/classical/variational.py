@@ -143,7 +143,7 @@ class OptimalInterpolation:
     """
 
     mean: Tensor
-    covariance: Covariance
+    covariance: ErrorCovariance
     window: int = field(default=1, init=False, repr=False)
 
     def analyse(

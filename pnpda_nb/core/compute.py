@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import weakref
 from functools import cached_property
 from typing import Any
@@ -85,3 +86,17 @@ def _moved(network: nn.Module, device: torch.device) -> nn.Module:
     if all(part.device == device for part in parts):
         return network
     return copy.deepcopy(network, {id(part): _cast(part.detach(), part.dtype, device) for part in parts})
+
+
+# %% ../../nbs/92_engine.ipynb #c0e10016
+def reuse_memory() -> None:
+    """Let this process keep the memory of large tensors that are gone for those that come. Without it, glibc gives blocks of more
+    than some hundred kB back at once, and a third of the time of large Fourier transforms is spent on getting them again. Where
+    there is no glibc, nothing happens.
+    """
+    try:
+        adjust = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    adjust(-3, 1 << 30)  # M_MMAP_THRESHOLD: fetch blocks from the heap
+    adjust(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and leave it as large as it is

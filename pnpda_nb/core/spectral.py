@@ -76,17 +76,25 @@ class Spectral:
         return self._times(standard_normal((*shape, self.size), generator), root)
 
     def between(self, i: Index, j: Index) -> Tensor:
-        """Covariances of the components `i` `(n,)` with `j` `(m,)`: `(n, m)`."""
-        places = [torch.unravel_index(k % math.prod(self.grid.shape), self.grid.shape) for k in (i.cpu(), j.cpu())]
-        gaps = [(a.unsqueeze(-1) - b) % n for a, b, n in zip(*places, self.grid.shape)]
-        channels = (self.grid.channel[k.cpu()] for k in (i, j))
-        return self._of_gaps[(next(channels).unsqueeze(-1), next(channels), *gaps)].to(i.device)
+        """Covariances of the components `i` `(…, n)` with `j` `(…, m)`: `(…, n, m)`."""
+        return self._of_gaps.to(i.device).take(self._place(i).unsqueeze(-1) + self._place(j, -1).unsqueeze(-2))
+
+    def _place(self, i: Index, sign: int = 1) -> Index:
+        """Numbers of components such that that of i and that of −j add up to the place of their gap in `_of_gaps`."""
+        point, number = i % math.prod(self.grid.shape), i // math.prod(self.grid.shape)
+        number = number * (len(self.grid.channels) if sign > 0 else 1)
+        for n, place in zip(self.grid.shape, torch.unravel_index(point, self.grid.shape)):
+            number = (2 * n - 1) * number + (place if sign > 0 else n - 1 - place)
+        return number
 
     @cached_property
     def _of_gaps(self) -> Tensor:
-        """Covariances `(channel, channel, *gaps)` between points so far apart along each axis."""
+        """Covariances `(channel, channel, *gaps)` between points so far apart along each axis, from 1 − n to n − 1."""
         axes = tuple(range(-len(self.grid.shape), 0))
-        return torch.fft.irfftn(self.spectrum.movedim((-2, -1), (0, 1)), s=self.grid.shape, dim=axes)
+        table = torch.fft.irfftn(self.spectrum.movedim((-2, -1), (0, 1)), s=self.grid.shape, dim=axes)
+        for axis, n in zip(axes, self.grid.shape):
+            table = table.index_select(axis, torch.arange(1 - n, n) % n)
+        return table
 
     def _times(self, states: Tensor, matrices: Tensor) -> Tensor:
         waves = _waves(self.grid, self.grid.unflatten(states))

@@ -13,6 +13,7 @@ from .kuramoto_sivashinsky import KURAMOTO_SIVASHINSKY
 from .ladder_parts import PARTS_STUDY
 from .lorenz63 import LORENZ63
 from .lorenz96 import LORENZ96
+from .sqg import SQG
 from .trajectories.study import INCREMENTAL_STUDIES
 from ..studies.study import Study
 
@@ -28,6 +29,7 @@ def _with_beyond(study: Study) -> Study:
 
 STUDIES: dict[str, Study] = {
     **{study.name: _with_beyond(study) for study in (LORENZ63, LORENZ96, KURAMOTO_SIVASHINSKY)},
+    SQG.name: SQG,
     ABLATION_STUDY.name: ABLATION_STUDY,
     PARTS_STUDY.name: PARTS_STUDY,
     **{study.name: study for study in INCREMENTAL_STUDIES},

@@ -27,14 +27,15 @@ class ConvolutionNetwork(GridNetwork):
     def __init__(
         self, channels: int, outputs: int, generator: torch.Generator | None, *, boundary: Boundary = "ring", width: int = 48,
         kernel: int = 5, dilations: tuple[int, ...] = (1, 2, 4, 8, 4, 2), embedding: int = 16, wall_length: float = 8.0,
+        patch: int = 1,
     ):  # fmt: skip
-        super().__init__(channels, outputs, generator, boundary, kernel, embedding, wall_length)
-        self.reach = (kernel // 2) * max(dilations)
+        super().__init__(channels, outputs, generator, boundary, kernel, embedding, wall_length, patch)
+        self.reach = patch * (kernel // 2) * max(dilations)
         self.first = self._convolution(self.shown, width)
         self.blocks = nn.ModuleList(self._convolution(width, width, dilation) for dilation in dilations)
         self.times = nn.ModuleList(nn.Linear(embedding, width) for _ in dilations)
         self.mixes = nn.ModuleList(self.plain(width, width, 1) for _ in dilations)
-        self.last = self._convolution(width, outputs)
+        self.last = self._convolution(width, self.answered)
         self._begin(generator, self.last)
 
     def forward(self, fields: Tensor, tau: Tensor) -> Tensor:
@@ -47,7 +48,7 @@ class ConvolutionNetwork(GridNetwork):
         for block, time, mix in zip(self.blocks, self.times, self.mixes):
             inside = nn.functional.silu(block(nn.functional.silu(h + self._beside(time(tau)))))
             h = h + mix(inside)
-        return self.last(nn.functional.silu(h)).reshape(*batch, self.outputs, *shape)
+        return self._unfolded(self.last(nn.functional.silu(h))).reshape(*batch, self.outputs, *shape)
 
 
 # %% ../../nbs/17_seeing.ipynb #a9eb6e6a

@@ -91,9 +91,10 @@ def walls(dim: int, length: float) -> Tensor:
 # %% ../../nbs/94_priors.ipynb #b098e579
 class GridNetwork(FieldNetwork):
     """What networks of convolutions share: a `kernel`, and what lies beyond the ends, on a "ring", between "walls" or on a
-    `Grid` of one or two axes, whose sizes may be others. Other arguments as in `FieldNetwork`.
+    `Grid` of one or two axes, whose sizes may be others. They compute on one place for every `patch` points along each axis, with
+    the values of all of those side by side (space to depth). Other arguments as in `FieldNetwork`.
 
-    Raises `ValueError` for an even `kernel` or an unknown `boundary`.
+    Raises `ValueError` for an even `kernel`, an unknown `boundary`, or a `patch` on a sphere.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class GridNetwork(FieldNetwork):
         kernel: int,
         embedding: int,
         wall_length: float,
+        patch: int = 1,
     ):
         super().__init__(channels, outputs, generator, embedding)
         if kernel < 1 or kernel % 2 == 0:
@@ -112,8 +114,11 @@ class GridNetwork(FieldNetwork):
         if not isinstance(boundary, Grid) and boundary not in ("ring", "walls"):
             raise ValueError(f"boundary: expected 'ring' or 'walls', got {boundary!r}")
         self.boundary, self.kernel, self.wall_length, grid = boundary, kernel, wall_length, as_grid(boundary)
-        self.edges, self.on_pole = grid.edges, grid.on_pole
-        self.shown = channels + 2 * sum(edge in ("zeros", "reflected") for edge in grid.edges)
+        self.edges, self.on_pole, self.patch = grid.edges, grid.on_pole, patch
+        if patch < 1 or (patch > 1 and "pole" in grid.edges):
+            raise ValueError(f"patch: expected at least 1, and 1 on a sphere, got {patch}")
+        self.shown = (channels + 2 * sum(edge in ("zeros", "reflected") for edge in grid.edges)) * patch ** len(grid.edges)
+        self.answered = outputs * patch ** len(grid.edges)
         self.plain = (nn.Conv1d, nn.Conv2d)[len(grid.edges) - 1]
 
     def _convolution(self, a: int, b: int, dilation: int = 1, fine: bool = True) -> nn.Module:
@@ -135,7 +140,28 @@ class GridNetwork(FieldNetwork):
                 near = walls(size, self.wall_length)[(..., *[None] * (axes - 1 - axis))]
                 near = near if axes == 1 else near.unflatten(0, (2, *[1] * axis))
                 h = torch.cat((h, near.to(h).expand(len(h), 2, *shape)), 1)
-        return h, tau.expand(*batch, -1).reshape(-1, tau.shape[-1])
+        return self._folded(h), tau.expand(*batch, -1).reshape(-1, tau.shape[-1])
+
+    def _folded(self, fields: Tensor) -> Tensor:
+        """Fields `(n, channels, *shape)` with the points of each patch as channels, the points innermost."""
+        if self.patch == 1:
+            return fields
+        axes, shape = len(self.edges), fields.shape[2:]
+        if any(size % self.patch for size in shape):
+            raise ValueError(f"fields: expected axes of multiples of {self.patch} points, got {tuple(shape)}")
+        split = fields.reshape(*fields.shape[:2], *(k for size in shape for k in (size // self.patch, self.patch)))
+        within = [3 + 2 * axis for axis in range(axes)]
+        return split.permute(0, 1, *within, *(k - 1 for k in within)).flatten(1, 1 + axes)
+
+    def _unfolded(self, fields: Tensor) -> Tensor:
+        """The inverse of that, `(n, outputs, *shape)`."""
+        if self.patch == 1:
+            return fields
+        axes = len(self.edges)
+        split = fields.unflatten(1, (-1, *axes * [self.patch]))
+        order = [k for axis in range(axes) for k in (2 + axes + axis, 2 + axis)]
+        joined = split.permute(0, 1, *order)
+        return joined.reshape(*joined.shape[:2], *(self.patch * size for size in fields.shape[2:]))
 
 
 # %% ../../nbs/94_priors.ipynb #74a7198f
@@ -159,8 +185,9 @@ class PyramidNetwork(GridNetwork):
         levels: int = 4,
         embedding: int = 16,
         wall_length: float = 8.0,
+        patch: int = 1,
     ):
-        super().__init__(channels, outputs, generator, boundary, kernel, embedding, wall_length)
+        super().__init__(channels, outputs, generator, boundary, kernel, embedding, wall_length, patch)
         if levels < 1:
             raise ValueError(f"levels: expected at least 1, got {levels}")
         self.coarsest = 2 ** (levels - 1)
@@ -177,18 +204,20 @@ class PyramidNetwork(GridNetwork):
         self.before, self.after, self.middle = blocks(widths[:-1]), blocks(widths[:-1]), blocks(2 * widths[-1:], levels)
         self.down = nn.ModuleList(self.plain(a, b, 2, stride=2) for a, b in zip(widths, widths[1:]))
         self.up = nn.ModuleList(self.plain(b, a, 1) for a, b in zip(widths, widths[1:]))
-        self.last = self._convolution(width, outputs)
+        self.last = self._convolution(width, self.answered)
         self._begin(generator, self.last)
 
     def forward(self, fields: Tensor, tau: Tensor) -> Tensor:
         axes = len(self.edges)
         batch, shape = fields.shape[: -1 - axes], fields.shape[-axes:]
+        fewest = self.coarsest * self.patch
         for dim, edge in zip(shape, self.edges):
-            if edge != "zeros" and (dim % self.coarsest or dim // self.coarsest < 2):
+            if edge != "zeros" and (dim % fewest or dim // fewest < 2):
                 kind = "a ring" if edge == "circular" else "an axis"
-                raise ValueError(f"fields: expected {kind} of 2 or more times {self.coarsest} points, got {dim}")
+                raise ValueError(f"fields: expected {kind} of 2 or more times {fewest} points, got {dim}")
         h, tau = self._flat(fields, tau)
-        h = nn.functional.pad(h, [x for dim in reversed(shape) for x in (0, -dim % self.coarsest)])
+        places = h.shape[2:]
+        h = nn.functional.pad(h, [x for n in reversed(places) for x in (0, -n % self.coarsest)])
 
         def block(h: Tensor, parts: nn.ModuleList) -> Tensor:
             first, second, time = parts
@@ -205,8 +234,8 @@ class PyramidNetwork(GridNetwork):
             for axis in range(1, axes + 1):
                 h = h.repeat_interleave(2, -axis)
             h = block(fine + h, parts)
-        h = self.last(nn.functional.silu(h))[(..., *(slice(dim) for dim in shape))]
-        return h.reshape(*batch, self.outputs, *shape)
+        h = self.last(nn.functional.silu(h))[(..., *(slice(n) for n in places))]
+        return self._unfolded(h).reshape(*batch, self.outputs, *shape)
 
 
 # %% ../../nbs/94_priors.ipynb #1ddc84fc

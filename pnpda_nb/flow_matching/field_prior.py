@@ -15,6 +15,7 @@ from torch import Tensor
 from ..core.checks import Positive, guard
 from ..core.grid import Grid, as_grid
 from ..core.random import stream
+from ..core.spectral import Spectral
 from .convolutions import ConvolutionNetwork
 from .field_networks import DenseNetwork, FieldNetwork, PyramidNetwork
 from .store import PriorFile, network_from
@@ -28,7 +29,8 @@ FIELDS = 6  # that every network is shown: background, noisy increment, innovati
 
 def _field_network(architecture: dict, generator: torch.Generator | None) -> FieldNetwork:
     """The network that an `architecture` describes; without a `generator` its weights wait to be loaded."""
-    channels, outputs, grid = FIELDS + architecture["extra"], 2 + architecture["rank"], _grid(architecture)
+    shown = FIELDS + architecture.get("first_guess", 0) + architecture["extra"]
+    channels, outputs, grid = shown, 2 + architecture["rank"], _grid(architecture)
     size = {k: tuple(v) if isinstance(v, list) else v for k, v in architecture["size"].items()}
     if grid is None:
         return DenseNetwork(channels, outputs, generator, dim=architecture["dim"], **size)
@@ -48,7 +50,8 @@ def _grid(architecture: dict) -> Grid | None:
 # %% ../../nbs/94_priors.ipynb #5e50e3cb
 class FieldPrior(PriorFile):
     """A network of fields with its `architecture` (see `make`); `location` and `scale` are the units of the state, `increment`
-    those of increments, each one number or one for each variable.
+    those of increments, each one number or one for each variable; `errors` is the covariance of background errors from which a
+    first guess of the increment is made, if one is.
     """
 
     def __init__(
@@ -59,9 +62,10 @@ class FieldPrior(PriorFile):
         increment: Positive,
         architecture: dict,
         training: dict | None = None,
+        errors: Spectral | None = None,
     ):
         self.network, self.location, self.scale, self.increment = network, location, scale, increment
-        self.architecture, self.training = architecture, training or {}
+        self.architecture, self.training, self.errors = architecture, training or {}, errors
         self.dim, self.extra, self.grid = architecture["dim"], architecture["extra"], _grid(architecture)
         self.half_precision = False  # of the network's arithmetic, while it is trained
 
@@ -77,12 +81,14 @@ class FieldPrior(PriorFile):
         rank: int = 8,
         half_width: float = 0.0,
         extra: int = 0,
+        errors: Spectral | None = None,
         seed: int = 0,
         **size: Any,
     ) -> "FieldPrior":
         """An untrained prior for states of size `dim`, with a `DenseNetwork` for `geometry` "none", or a `ConvolutionNetwork`
         for "ring", "walls" or a `Grid` without a metric (with `levels`, a `PyramidNetwork`), which `size` goes to; `extra` more
-        fields will be shown to it. Raises `ValueError` for settings out of range.
+        fields will be shown to it. With the covariance `errors` it begins as 3D-Var: the increment of that is its first guess.
+        Raises `ValueError` for settings out of range.
         """
         if isinstance(geometry, Grid) and geometry.metric is None:
             geometry = asdict(geometry) | {"land": None if geometry.land is None else geometry.land.tolist()}
@@ -93,13 +99,14 @@ class FieldPrior(PriorFile):
         if geometry == "ring" and half_width > dim / 4:
             raise ValueError(f"half_width: expected at most {dim / 4:g}, a quarter of the ring, got {half_width}")
         architecture = {"dim": dim, "geometry": geometry, "rank": rank, "half_width": half_width, "extra": extra, "size": size}
+        architecture |= {} if errors is None else {"first_guess": 1}
         architecture = json.loads(json.dumps(architecture))  # as it will be read back
         generator = stream(seed, "weights")
         network = _field_network(architecture, generator)
         with torch.no_grad():  # a factor of zero would stay so: the gradient of a square
             rows = network.last.weight.view(2 + rank, -1)[1:-1]
             rows.copy_(0.3 * rows.shape[1] ** -0.5 * torch.randn(rows.shape, generator=generator))
-        return cls(network, location, scale, increment, architecture)
+        return cls(network, location, scale, increment, architecture, errors=errors)
 
     def __repr__(self) -> str:
         weights = sum(p.numel() for p in self.network.parameters())
@@ -112,7 +119,7 @@ class FieldPrior(PriorFile):
         if self.grid is None or self.location.ndim or self.scale.ndim or self.increment.ndim:
             raise ValueError("dim: a prior without geometry works for one size of the state")
         architecture = self.architecture | {"dim": dim}
-        return type(self)(self.network, self.location, self.scale, self.increment, architecture, self.training)
+        return type(self)(self.network, self.location, self.scale, self.increment, architecture, self.training, self.errors)
 
     def widened(self, extra: int) -> "FieldPrior":
         """A prior that is also shown `extra` fields, and for now takes no notice of them."""
@@ -121,10 +128,11 @@ class FieldPrior(PriorFile):
         architecture = self.architecture | {"extra": extra}
         network, weights = _field_network(architecture, stream(0)), self.network.state_dict()
         old, rest = weights["first.weight"], network.state_dict()["first.weight"].shape[1] - weights["first.weight"].shape[1]
-        place = FIELDS * (self.dim if self.grid is None else len(self.grid.channels))
+        each = self.dim if self.grid is None else self.network.patch ** len(self.grid.shape)
+        place = self.network.channels * each
         new = old.new_zeros(old.shape[0], rest, *old.shape[2:])
         network.load_state_dict(weights | {"first.weight": torch.cat((old[:, :place], new, old[:, place:]), 1)})
-        return type(self)(network, self.location, self.scale, self.increment, architecture, self.training)
+        return type(self)(network, self.location, self.scale, self.increment, architecture, self.training, self.errors)
 
     def _answers(self, fields: Tensor, tau: Tensor) -> Tensor:
         """What the network answers, `(..., outputs, dim)`, to fields `(..., channels, dim)`; on land it is shown zeros."""
@@ -134,18 +142,29 @@ class FieldPrior(PriorFile):
         shown = self.grid.unflatten(fields, 0.0).flatten(point - 2, point - 1)
         return self.grid.flatten(self.network(shown, tau).unflatten(point - 1, (-1, len(self.grid.channels))))
 
+    def rounded(self) -> "FieldPrior":
+        """The same prior with weights in half precision, as which its file then keeps them."""
+        with torch.no_grad():
+            for weight in self.network.parameters():
+                weight.copy_(weight.half())
+        return self
+
     def contents(self) -> tuple[int, dict[str, Tensor], dict]:
-        tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}
+        weights = self.network.state_dict()
+        half = {k: v.half() for k, v in weights.items()}
+        tensors = {f"network.{k}": half[k] if torch.equal(half[k].to(v), v) else v for k, v in weights.items()}
         tensors |= {k: getattr(self, k) for k in ("location", "scale", "increment")}
+        tensors |= {} if self.errors is None else {"errors": self.errors.spectrum}
         return 1, tensors, {"architecture": self.architecture, "training": self.training}
 
     @classmethod
     def restored(cls, version: int, tensors: dict[str, Tensor], header: dict) -> "FieldPrior":
         architecture = header["architecture"]
-        weights = {k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")}
+        weights = {k.removeprefix("network."): v.float() for k, v in tensors.items() if k.startswith("network.")}
         network = network_from(lambda: _field_network(architecture, None), architecture, weights)
         units = [tensors[name] for name in ("location", "scale", "increment")]
-        return cls(network.eval().requires_grad_(False), *units, architecture, header["training"])
+        errors = Spectral(_grid(architecture), tensors["errors"]) if "errors" in tensors else None
+        return cls(network.eval().requires_grad_(False), *units, architecture, header["training"], errors)
 
 
 # %% ../../nbs/94_priors.ipynb #88bb8bee

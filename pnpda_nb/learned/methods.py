@@ -36,7 +36,8 @@ def ensemble_fields(background: Tensor, analysis: Tensor, increment: Tensor) -> 
 @dataclass(frozen=True, eq=False)
 class LearnedMean(Settings):
     """An ensemble `filter` whose mean is replaced by that of a `prior` with three extra fields, @eq-hybrid; `spread_factor`
-    multiplies the departures of the members from it. Raises `ValueError` for a prior without those fields, or an ensemble of one.
+    multiplies the departures of the members from it. A prior that has a first guess begins with the filter's increment. Raises
+    `ValueError` for a prior without those fields, or an ensemble of one.
     """
 
     prior: AnalysisPrior
@@ -51,17 +52,18 @@ class LearnedMean(Settings):
 
     def training_batch(
         self, background: Tensor, observations: Observations | GridObservations, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The analysis `(run, member, dim)`, and what the network was shown: the mean `(run, dim)`, and the extra fields `(run, 3,
-        dim)`.
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The analysis `(run, member, dim)`, and what the network was shown: the mean `(run, dim)`, the extra fields `(run, 3,
+        dim)`, and the first guess of the increment `(run, dim)` if it has one.
         """
         known = observations.observations() if isinstance(observations, GridObservations) else observations
         filtered = self.filter.analyse(background, known, forecast=None, generator=generator)
         mean, extra = background.mean(-2), ensemble_fields(background, filtered, self.prior.increment)
+        guess = None if self.prior.errors is None else filtered.mean(-2) - mean
         with torch.no_grad():
-            learned, _ = self.prior.look(mean, seen=on_grid(observations, self.prior.dim)[:, 0], extra=extra)
+            learned, _ = self.prior.look(mean, seen=on_grid(observations, self.prior.dim)[:, 0], extra=extra, guess=guess)
         departures = filtered - filtered.mean(-2, keepdim=True)
-        return learned.unsqueeze(-2) + self.spread_factor * departures, mean, extra
+        return learned.unsqueeze(-2) + self.spread_factor * departures, mean, extra, guess
 
     def analyse(
         self, background: Tensor, observations: Observations, *, forecast: Callable | None, generator: torch.Generator

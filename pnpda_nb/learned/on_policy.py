@@ -34,14 +34,15 @@ __all__ = ["OnPolicyTraining", "OnPolicySettings", "train_on_policy"]
 # %% ../../nbs/18_on_policy.ipynb #603e3bb3
 @dataclass(frozen=True, eq=False)
 class TrainingBatch:
-    """Backgrounds and targets `(example, dim)`, what was seen `(example, dim)`, and the extra fields `(example, extra, dim)` if
-    any.
+    """Backgrounds and targets `(example, dim)`, what was seen `(example, dim)`, and if there are any, the extra fields
+    `(example, extra, dim)` and the first guess of the increment `(example, dim)`.
     """
 
     background: Tensor
     target: Tensor
     seen: GridObservations
     extra: Tensor | None = None
+    guess: Tensor | None = None
 
 
 # %% ../../nbs/18_on_policy.ipynb #cf60feac
@@ -60,7 +61,7 @@ def on_policy_loss(
     if hidden:
         there = shown.mask & (torch.rand(count, 1, generator=generator) >= hidden)
         shown = GridObservations(shown.value, there, shown.error)
-    denoised, residual = prior.look(background, u, tau, shown, batch.extra)
+    denoised, residual = prior.look(background, u, tau, shown, batch.extra, batch.guess)
     error = target - denoised
     deviation = (batch.seen.error * batch.seen.mask / prior.scale).sum(-1) / batch.seen.mask.sum(-1).clamp_min(1)
     weight = 1 / (0.05 + deviation)
@@ -106,42 +107,47 @@ class OnPolicyTraining:
         with torch.no_grad():
             background = moving.forecast(moving.state)
             moving.times = moving.times + 1
+            moving.renew()
             seen = record.observe(moving.times, moving.runs, moving.networks, self.generator)
             target = record.targets[moving.times, moving.runs]
-            analysis, mean, extra = _analysed(self.method, background, seen, self.generator)
+            analysis, mean, extra, guess = _analysed(self.method, self.slow, background, seen, self.generator)
         lost = ~torch.isfinite(analysis).flatten(1).all(1) | ((mean - target).abs() > 1e3 * self.prior.scale).any(-1)
         if lost.all() and not len(self.examples):
             raise ValueError("policy: all trajectories became non-finite in their first cycle")
-        shown = None if extra is None else on_grid(seen, target.shape[-1])[:, 0]
-        parts = mean, target, shown, extra, moving.times, moving.runs, moving.networks
+        shown = on_grid(seen, target.shape[-1])[:, 0] if extra is not None or guess is not None else None
+        parts = mean, target, shown, extra, guess, moving.times, moving.runs, moving.networks
         self.examples.add(tuple(_rows(part, ~lost) for part in parts))
         moving.state = analysis
         moving.begin(lost)
         return float((analysis.mean(-2) - target)[~lost].square().mean(-1).sqrt().mean())
 
     def training_batch(self) -> TrainingBatch:
-        """A batch from the memory; what is seen is drawn anew if the record can."""
-        mean, target, shown, extra, times, runs, networks = self.examples.draw(self.settings.batch, self.generator)
-        if extra is None:
+        """A batch from the memory; what is seen is drawn anew if the record can, unless something was made of it."""
+        mean, target, shown, extra, guess, times, runs, networks = self.examples.draw(self.settings.batch, self.generator)
+        if shown is None:
             shown = on_grid(self.record.observe(times, runs, networks, self.generator), mean.shape[-1])[:, 0]
-        return TrainingBatch(mean, target, shown, extra)
+        return TrainingBatch(mean, target, shown, extra, guess)
 
 
 # %% ../../nbs/18_on_policy.ipynb #7a0c53e2
 def _analysed(
-    method: Method, background: Tensor, seen: Observations | GridObservations, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Analyses `(trajectory, member, dim)`; and backgrounds `(trajectory, dim)` and extra fields, if any, to learn from."""
+    method: Method, prior: AnalysisPrior, background: Tensor, seen: Observations | GridObservations, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Analyses `(trajectory, member, dim)`; and backgrounds `(trajectory, dim)`, extra fields and first guesses, if any, to learn
+    from.
+    """
     if hasattr(method, "training_batch"):
         return method.training_batch(background, seen, generator)
     grid = isinstance(seen, GridObservations) and not isinstance(method, AmortisedAnalysis)
     known = seen.observations() if grid else seen
-    return method.analyse(background, known, forecast=None, generator=generator), background.mean(-2), None
+    analysis, mean = method.analyse(background, known, forecast=None, generator=generator), background.mean(-2)
+    guess = prior.first_guess(mean.unsqueeze(-2), on_grid(seen, prior.dim))
+    return analysis, mean, None, None if guess is None else guess.squeeze(-2)
 
 
 def _copy(prior: AnalysisPrior, gradient: bool = True) -> AnalysisPrior:
     network = copy.deepcopy(prior.network).requires_grad_(gradient)
-    return AnalysisPrior(network, prior.location, prior.scale, prior.increment, prior.architecture, prior.training)
+    return AnalysisPrior(network, prior.location, prior.scale, prior.increment, prior.architecture, prior.training, prior.errors)
 
 
 # %% ../../nbs/18_on_policy.ipynb #7a0c53e3

@@ -17,7 +17,7 @@ from ..core.settings import NotNegative, Settings
 from ..flow_matching.field_prior import FieldPrior
 from ..flow_matching.prior import Estimate, FlowDenoiser, velocity_from_denoised
 from ..observing.observations import GridObservations, Observations, on_grid
-from ..observing.update import Residual, kalman_update, tapering
+from ..observing.update import Residual, gridded_increment, kalman_update, tapering
 
 # %% auto #0
 __all__ = ["AnalysisPrior", "SeeingPrior", "BlindPrior", "AmortisedAnalysis"]
@@ -46,12 +46,27 @@ class AnalysisPrior(FieldPrior, kept_as="analysis_prior"):
     `prior.seeing(observations)` is the prior that has seen them.
     """
 
-    def fields(self, background: Tensor, u: Tensor | None, seen: GridObservations | None, extra: Tensor | None = None) -> Tensor:
-        """What the network is shown, `(..., channels, dim)`, for an increment `u` in its units (None: zero)."""
+    def first_guess(self, background: Tensor, seen: GridObservations | None) -> Tensor | None:
+        """The increment `(..., dim)` of 3D-Var with the covariance `errors`; None for a prior that begins with none."""
+        if self.errors is None:
+            return None
+        return torch.zeros_like(background) if seen is None else gridded_increment(self.errors, background, seen)
+
+    def fields(
+        self,
+        background: Tensor,
+        u: Tensor | None,
+        seen: GridObservations | None,
+        *others: Tensor | None,
+        guess: Tensor | None = None,
+    ) -> Tensor:
+        """What the network is shown, `(..., channels, dim)`, for an increment `u` in its units (None: zero), and `others`
+        `(..., extra, dim)`.
+        """
         u = torch.zeros_like(background) if u is None else u
         rows = [(background - self.location) / self.scale, u, *_observed_fields(self, background, seen)]
-        shown = torch.stack(rows, -2).float()
-        return shown if extra is None else torch.cat((shown, extra.float()), -2)
+        rows += [] if guess is None else [guess / self.increment]
+        return torch.cat([torch.stack(rows, -2).float(), *(x.float() for x in others if x is not None)], -2)
 
     def look(
         self,
@@ -60,21 +75,24 @@ class AnalysisPrior(FieldPrior, kept_as="analysis_prior"):
         tau: Tensor | float = 0.0,
         seen: GridObservations | None = None,
         extra: Tensor | None = None,
+        guess: Tensor | None = None,
     ) -> Estimate:
         """D_τ and what it leaves open, for backgrounds and noisy states `(..., dim)` (without `x`: the centre of the source)
-        and a `tau` or one for each state, `(..., 1)`.
+        and a `tau` or one for each state, `(..., 1)`; with the first `guess` of the increment, if that is at hand.
         """
         u = None if x is None else (x - background) / self.increment
+        guess = self.first_guess(background, seen) if guess is None else guess
         tau = tau.float() if isinstance(tau, Tensor) else torch.full((1, 1), tau, dtype=torch.float32, device=background.device)
         kind = background.device.type if self.half_precision else "cpu"
         with torch.autocast(kind, torch.bfloat16, enabled=self.half_precision):
-            out = self._answers(self.fields(background, u, seen, extra), tau).to(background.dtype)
+            out = self._answers(self.fields(background, u, seen, extra, guess=guess), tau).to(background.dtype)
         rank, half_width = self.architecture["rank"], self.architecture["half_width"]
         factor = self.increment.reshape(-1, 1) * out[..., 1 : rank + 1, :].mT
         # before training: variances of one increment squared
         diagonal = self.increment**2 * (1e-4 + torch.nn.functional.softplus(out[..., -1, :] + 0.5413))
         taper = tapering(self.dim, half_width, self.grid or "line", background) if half_width else None
-        return Estimate(background + self.increment * out[..., 0, :], Residual(factor, diagonal, taper))
+        mean = background + self.increment * out[..., 0, :]
+        return Estimate(mean if guess is None else mean + guess, Residual(factor, diagonal, taper))
 
     def source(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """The noise s z around the background."""
@@ -93,12 +111,12 @@ class LearnedDenoiser(FlowDenoiser):
 
     def __init__(self, prior: AnalysisPrior, background: Tensor, seen: GridObservations | None):
         super().__init__(background, lambda x, tau: velocity_from_denoised(x, self(x, tau).mean, tau), prior.source, background)
-        self.prior, self.seen = prior, seen
+        self.prior, self.seen, self.guess = prior, seen, prior.first_guess(background, seen)
 
     def __call__(self, x: Tensor, tau: float) -> Estimate:
         with torch.no_grad():
             # at tau = 0 the noisy state says nothing, and the centre of the source is what was shown in training
-            return self.prior.look(self.background, x if tau else None, tau, self.seen)
+            return self.prior.look(self.background, x if tau else None, tau, self.seen, guess=self.guess)
 
 
 # %% ../../nbs/17_seeing.ipynb #9f105158

@@ -17,12 +17,13 @@ import xarray as xr
 from torch import Tensor
 
 from ..core.checks import Gappy, GappyFloat, Index, Mask, guard
+from ..core.compute import _computing
 from ..core.random import standard_normal
 from ..core.settings import Count, PositiveNumber, Settings, Share
 from ..dynamics.base import trajectory
 from ..observing.observations import GridObservations, Observations, ObservingNetwork, on_grid
 from ..twin.cycle import Method, cycle
-from ..twin.experiment import TwinExperiment, watch_nature
+from ..twin.experiment import TwinExperiment, nature_intervals
 
 # %% auto #0
 __all__ = ["RandomNetworks", "TruthRecord", "ObservedRecord", "Records"]
@@ -32,7 +33,9 @@ __all__ = ["RandomNetworks", "TruthRecord", "ObservedRecord", "Records"]
 @dataclass(frozen=True, eq=False)
 class RandomNetworks(Settings):
     """Networks of observations as they may come: one of `usual` (sites and standard deviation of errors) in a share `often` of
-    cases, else `counts` sites at random places or equal distances, with errors between `errors` (logarithmically).
+    cases, else `counts` sites at random places or, in a share `even`, at equal distances, with errors between `errors`
+    (logarithmically). A state may have several `channels`, which are then all seen at the same sites. If they are `moving`, all
+    trajectories have the same one, another at each time.
     """
 
     dim: Count
@@ -40,12 +43,17 @@ class RandomNetworks(Settings):
     often: Share = 0.5
     counts: tuple[Count, Count] = (8, 40)
     errors: tuple[PositiveNumber, PositiveNumber] = (0.07, 1.4)
+    even: Share = 0.5
+    channels: Count = 1
+    moving: bool = False
 
     def __post_init__(self):
         super().__post_init__()
         low, high = self.counts
-        if not low <= high <= self.dim:
-            raise ValueError(f"counts: expected two numbers from 1 to {self.dim}, got {self.counts}")
+        if self.dim % self.channels:
+            raise ValueError(f"channels: expected a divisor of {self.dim}, got {self.channels}")
+        if not low <= high <= self.dim // self.channels:
+            raise ValueError(f"counts: expected two numbers from 1 to {self.dim // self.channels}, got {self.counts}")
         if self.errors[0] > self.errors[1]:
             raise ValueError(f"errors: expected two standard deviations, the smaller first, got {self.errors}")
         if self.often and not self.usual:
@@ -61,13 +69,25 @@ class RandomNetworks(Settings):
                 sites, deviation = self.usual[int(size * len(self.usual))]
             else:
                 many = self.counts[0] + int(size * (self.counts[1] + 1 - self.counts[0]))
-                apart = self.dim / many
-                sites = torch.randperm(self.dim, generator=generator)[:many]
-                if kind > (1 + self.often) / 2:
-                    sites = ((torch.arange(many) + place) * apart).long().clamp_max(self.dim - 1)
+                points = self.dim // self.channels
+                sites = torch.randperm(points, generator=generator)[:many]
+                if kind > 1 - self.even * (1 - self.often):
+                    sites = ((torch.arange(many) + place) * (points / many)).long().clamp_max(points - 1)
+                sites = torch.cat([sites + channel * points for channel in range(self.channels)])
                 deviation = math.exp(low + (high - low) * torch.rand(1, generator=generator).item())
             mask[i, torch.as_tensor(sites)], error[i] = True, deviation
         return mask, error.expand(-1, self.dim).where(mask, 0.0)
+
+
+# %% ../../nbs/94_priors.ipynb #2d81e7a0
+def first_errors(record: TruthRecord | ObservedRecord | Records, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Errors `(*shape, dim)` with which trajectories begin, as the experiment says: white, or differences of two targets."""
+    targets, e = record.targets, record.experiment
+    if e.first_ensemble != "forecast_differences":
+        return e.background_variance**0.5 * standard_normal((*shape, e.dim), generator, targets)
+    some = [[torch.randint(n, shape, generator=generator) for n in targets.shape[:2]] for _ in range(2)]
+    differences = targets[tuple(some[0])] - targets[tuple(some[1])]
+    return differences * (e.background_variance / (2 * targets.var())) ** 0.5
 
 
 # %% ../../nbs/94_priors.ipynb #2d81e791
@@ -92,18 +112,28 @@ def _gathered(shown: list[tuple[Index, GridObservations]]) -> GridObservations:
 
 class TruthRecord:
     """A nature run of `experiment` to learn from, `cycles` observation times of `runs` truths of their own; seen by the
-    experiment's network, or by `networks`.
+    experiment's network, or by `networks`. Nature is computed, and remembered, in `dtype`.
     """
 
-    def __init__(self, experiment: TwinExperiment, *, runs: int, cycles: int, seed: int, networks: RandomNetworks | None = None):
-        self.experiment, self.networks = experiment, networks
-        longer = replace(experiment, cycles=cycles)
-        ends = (truth[-1].clone() for truth, _ in watch_nature(longer, runs, seed, "archive"))  # not a view of an interval
-        self.targets = torch.stack(list(ends))
+    def __init__(
+        self, experiment: TwinExperiment, *, runs: int, cycles: int, seed: int, networks: RandomNetworks | None = None,
+        dtype: torch.dtype | str = torch.float64,
+    ):  # fmt: skip
+        self.experiment, self.networks, (dtype, _) = experiment, networks, _computing(dtype, "cpu")
+        intervals = nature_intervals(replace(experiment, cycles=cycles), runs, seed, "archive", dtype)
+        self.targets = torch.stack([truth[-1].clone() for truth in intervals])  # not views of intervals
+
+    @property
+    def moving(self) -> bool:
+        """Whether a trajectory has another network at each time."""
+        return self.networks is not None and self.networks.moving
 
     def networks_of(self, runs: Index, generator: torch.Generator) -> tuple[Mask, Tensor] | None:
         """The network of every trajectory that begins in one of `runs`, or None if there is only one."""
-        return self.networks.draw(len(runs), generator) if self.networks else None
+        if self.networks is None:
+            return None
+        mask, error = self.networks.draw(1 if self.moving else len(runs), generator)
+        return mask.expand(len(runs), -1), error.to(self.targets).expand(len(runs), -1)
 
     def observe(
         self, times: Index, runs: Index, networks: tuple[Mask, Tensor] | None, generator: torch.Generator
@@ -113,13 +143,12 @@ class TruthRecord:
         if networks is None:
             return _reported(self.experiment, times - 1, lambda network, which: network.observe(truth[which], generator))
         mask, error = networks
-        value = (truth + error * standard_normal(tuple(truth.shape), generator)).where(mask, 0.0)
+        value = (truth + error * standard_normal(tuple(truth.shape), generator, truth)).where(mask, 0.0)
         return GridObservations(*(x.unsqueeze(-2) for x in (value, mask, error)))
 
     def begin(self, times: Index, runs: Index, generator: torch.Generator) -> Tensor:
         """States from which a trajectory may begin at `times` of `runs`: `(trajectory, dim)`."""
-        truth = self.targets[times, runs]
-        return truth + self.experiment.background_variance**0.5 * standard_normal(tuple(truth.shape), generator)
+        return self.targets[times, runs] + first_errors(self, (len(times),), generator)
 
     def miss(self, times: Index, runs: Index, state: Tensor) -> Tensor:
         """How far a forecast `state` turned out to be off, `(trajectory, dim)`."""
@@ -168,6 +197,7 @@ class ObservedRecord:
     """A record to learn from that knows nothing of nature: an `observed_record` of `experiment`."""
 
     values: Gappy
+    moving = False
 
     def __init__(self, experiment: TwinExperiment, dataset: xr.Dataset):
         self.experiment = experiment
@@ -200,6 +230,8 @@ class ObservedRecord:
 # %% ../../nbs/94_priors.ipynb #1178c8e0
 class Records:
     """Several records as one, whose runs follow each other: with networks of their own, say. All have the same number of times."""
+
+    moving = False
 
     def __init__(self, *records: TruthRecord | ObservedRecord):
         if len({len(r.targets) for r in records}) != 1:
@@ -263,8 +295,7 @@ class Trajectories:
         self.runs[which] = torch.randint(0, self.record.targets.shape[1], (count,), generator=self.generator)
         start = self.record.begin(self.times[which], self.runs[which], self.generator).unsqueeze(-2)
         if self.members > 1:
-            noise = standard_normal((count, self.members, self.experiment.dim), self.generator)
-            start = start + self.experiment.background_variance**0.5 * noise
+            start = start + first_errors(self.record, (count, self.members), self.generator)
         self.state[which] = start
         networks = self.record.networks_of(self.runs[which], self.generator)
         if networks is not None:
@@ -272,6 +303,11 @@ class Trajectories:
                 self.networks = tuple(torch.zeros(len(which), *n.shape[1:], dtype=n.dtype) for n in networks)
             for kept, new in zip(self.networks, networks):
                 kept[which] = new
+
+    def renew(self) -> None:
+        """Give all trajectories other networks, if networks move."""
+        if self.record.moving:
+            self.networks = self.record.networks_of(self.runs, self.generator)
 
     def forecast(self, states: Tensor) -> Tensor:
         """The next background, with the model's error."""

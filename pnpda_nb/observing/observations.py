@@ -116,9 +116,12 @@ class GridObservations:
         return GridObservations(self.value[index], self.mask[index], self.error[index])
 
     def observations(self) -> Observations:
-        """The same, if it is `(run, 1, dim)`, as `Observations` of every variable, of which most may be missing."""
-        value, mask, error = (x.squeeze(-2) for x in (self.value, self.mask, self.error))
-        operator = Select(tuple(range(mask.shape[-1])), mask.shape[-1])
+        """The same, if it is `(run, 1, dim)`, as `Observations` of all variables that are seen in any run, where some may be
+        missing.
+        """
+        sites = self.mask.flatten(0, -2).any(0).nonzero()[:, 0]
+        value, mask, error = (x.squeeze(-2)[..., sites] for x in (self.value, self.mask, self.error))
+        operator = Select(tuple(sites.tolist()), self.mask.shape[-1])
         seen = Observations(value.masked_fill(~mask, torch.nan), operator, DiagonalCovariance(torch.ones(operator.size)))
         variances = error.to(value).square().masked_fill(~mask, 1.0)
         object.__setattr__(seen, "covariance", DiagonalCovariance._unchecked(variances))

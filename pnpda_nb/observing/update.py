@@ -12,13 +12,13 @@ from typing import Callable, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ..core.checks import Gappy, Index, guard
+from ..core.checks import Gappy, Index, Mask, guard
 from ..core.compute import _alike
 from ..core.grid import Distance, Grid, _taper, as_grid, gaspari_cohn
 from ..core.homogeneous import Homogeneous
 from ..core.random import standard_normal
 from .covariance import Covariance, DiagonalCovariance, _beside
-from .observations import Observations
+from .observations import GridObservations, Observations
 from .operators import Interpolate, Operator, Present, Select
 
 # %% auto #0
@@ -160,6 +160,38 @@ def kalman_pull(B: ErrorCovariance, x: Gappy, observations: Observations, centre
 def kalman_update(B: ErrorCovariance, x: Gappy, observations: Observations) -> Gappy:
     """x + B Hᵀ (H B Hᵀ + R)⁻¹ (y − H(x)) for states x `(..., member, dim)`, with H linearised at x."""
     return x + B.multiply(kalman_pull(B, x, observations).unsqueeze(-2)).squeeze(-2)
+
+
+# %% ../../nbs/92_engine.ipynb #37a2d92c
+def gridded_increment(B: ErrorCovariance, background: Tensor, seen: GridObservations) -> Tensor:
+    """B Hᵀ (H B Hᵀ + R)⁻¹ (y − H x), the increment of 3D-Var, for states x `(..., member, dim)` that share what was seen of single
+    variables, `(..., 1, dim)`, or for states `(..., dim)` to each of which something else was shown.
+    """
+    dim = background.shape[-1]
+    if seen.mask.shape[-2:-1] != (1,):
+        return gridded_increment(B, background.unsqueeze(-2), seen[..., None, :]).squeeze(-2)
+    states = background.reshape(-1, *background.shape[-2:])
+    value, mask, error = (x.expand(*background.shape[:-2], 1, dim).reshape(-1, dim) for x in (seen.value, seen.mask, seen.error))
+    if bool((mask == mask[:1]).all() and (error == error[:1]).all()):  # one network for all
+        found = _gridded(B, states.reshape(1, -1, dim), value.repeat_interleave(states.shape[1], 0)[None], mask[:1], error[:1])
+    else:
+        some = zip(*(x.split(4) for x in (states, value.unsqueeze(1), mask, error)))
+        found = torch.cat([_gridded(B, *few) for few in some])
+    return found.reshape(background.shape)
+
+
+def _gridded(B: ErrorCovariance, states: Tensor, value: Tensor, mask: Mask, error: Tensor) -> Tensor:
+    """The same for `(run, member, dim)`, with a mask and errors `(run, dim)`."""
+    (row, at), counts = mask.nonzero(as_tuple=True), mask.sum(-1)
+    place = torch.arange(len(at), device=at.device) - (counts.cumsum(0) - counts)[row]
+    sites = at.new_zeros(len(mask), int(counts.max()) if len(counts) else 0)
+    sites[row, place] = at
+    there = (torch.arange(sites.shape[1], device=at.device) < counts.unsqueeze(-1)).to(states)
+    shown = B.between(sites, sites).to(states).mul_(there.unsqueeze(-1)).mul_(there.unsqueeze(-2))
+    shown.diagonal(dim1=-2, dim2=-1).add_(torch.where(there > 0, error.to(states).gather(-1, sites).square(), 1.0))
+    every = sites.unsqueeze(1).expand(-1, states.shape[1], -1)
+    innovation = (value.to(states) - states).gather(-1, every) * there.unsqueeze(1)
+    return B.multiply(torch.zeros_like(states).scatter_add(-1, every, _solve(innovation, shown)))
 
 
 # %% ../../nbs/92_engine.ipynb #064f5521

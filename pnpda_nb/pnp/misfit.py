@@ -69,7 +69,8 @@ class Misfit:
         """The gradient as an affine function, where that is cheaper than going through the observations."""
         seen = self.observations
         if selects_alone(seen):
-            ones = ones if seen.missing is None else ones.expand(*seen.missing.shape[:-1], 1, -1)
+            each = seen.covariance.variances if seen.missing is None else seen.missing  # of one run, or of each
+            ones = ones.expand(*each.shape[:-1], 1, -1) if each.ndim > 1 else ones
             self.curvature = seen.operator.adjoint(ones, seen.covariance.solve(seen.operator(ones)))
         elif seen.missing is None and len(ones) <= 64:
             H = seen.operator.jacobian(ones)

@@ -19,6 +19,7 @@ import xarray as xr
 
 from ..core.checks import guard
 from ..core.disk import read_checkpoint
+from ..dynamics.base import trajectory
 from ..flow_matching.flow import FlowPrior
 from ..flow_matching.pairs import TrainingSettings
 from ..flow_matching.training import train_prior
@@ -26,10 +27,10 @@ from ..learned.methods import ENSEMBLE_FIELDS
 from ..learned.on_policy import OnPolicySettings, train_on_policy
 from ..learned.prior import AnalysisPrior
 from ..learned.records import ObservedRecord, RandomNetworks, Records, TruthRecord, innovation_rms, observed_record
-from ..methods import build_method, experiment_of
+from ..methods import build_method, experiment_of, spectral_errors
 from ..sweep import Task
 from ..twin.cycle import cycle
-from ..twin.experiment import TwinExperiment, watch_nature
+from ..twin.experiment import TwinExperiment, nature_start, watch_nature
 from ..twin.reanalysis import make_archive, pairs_of, read_archive
 from ..twin.scores import scores, spread_skill, summary
 from ..twin.tuning import tune
@@ -133,7 +134,8 @@ def prior_task(
 def tuning_part(settings: dict, **learned: Any) -> dict:
     """The best setting of a grid on training truths, and what was tried: see `tune`."""
     experiment = experiment_of(settings["testbed"])
-    options = {k: settings[k] for k in ("metric", "members", "runs", "seed")}
+    options = {k: settings[k] for k in ("metric", "members", "runs", "seed", "dtype") if k in settings}
+    options["nature"] = _nature(json.dumps(settings["testbed"]), settings["runs"], settings["seed"], "training")
     make = lambda **setting: build_method(experiment, settings["method"] | setting, **learned)
     tuned = tune(make, settings["grid"], experiment, **options)
     return {"setting": tuned.setting, "tried": tuned.table.to_dict("records")}
@@ -143,10 +145,11 @@ def tuning_part(settings: dict, **learned: Any) -> dict:
 def tuning_task(
     testbed: Mapping, method: Mapping, grid: Mapping[str, Sequence], *, members: int = 1, runs: int, seed: int,
     metric: str = "step_rmse", needs: Mapping[str, Task] | None = None, name: str = "tuning", cost: float = 10.0,
+    **computing: str,
 ) -> Task:  # fmt: skip
-    """A task that chooses among the settings of `grid` on `runs` training truths."""
+    """A task that chooses among the settings of `grid` on `runs` training truths; `computing` may say in which `dtype`."""
     settings = {"testbed": dict(testbed), "method": dict(method), "grid": {k: list(v) for k, v in grid.items()}}
-    settings |= {"members": members, "runs": runs, "seed": seed, "metric": metric}
+    settings |= {"members": members, "runs": runs, "seed": seed, "metric": metric} | computing
     return Task(name, tuning_part, settings, dict(needs or {}), "record", cost)
 
 
@@ -172,11 +175,12 @@ def cycle_part(settings: dict, **learned: Any) -> xr.Dataset:
 def cycle_task(
     testbed: Mapping, method: Mapping, *, members: int = 1, runs: int, seed: int, whole: bool = False,
     prior: Task | None = None, archive: Task | None = None, tuned: Task | None = None, name: str = "", cost: float = 5.0,
+    **computing: str,
 ) -> Task:  # fmt: skip
-    """A task that cycles `method` on `runs` test truths; with `whole`, it keeps everything."""
+    """A task that cycles `method` on `runs` test truths, in a `dtype` if `computing` says so; with `whole`, it keeps everything."""
     needs = {role: task for role, task in (("prior", prior), ("archive", archive), ("tuned", tuned)) if task is not None}
     settings = {"testbed": dict(testbed), "method": dict(method), "members": members, "runs": runs, "seed": seed}
-    return Task(name or method["name"], cycle_part, settings | {"whole": whole}, needs, cost=cost)
+    return Task(name or method["name"], cycle_part, settings | {"whole": whole} | computing, needs, cost=cost)
 
 
 def tuned_task(
@@ -210,16 +214,32 @@ def record_task(
     return Task(name, record_part, {"testbed": dict(testbed), "method": dict(method)} | settings, needs, cost=cost)
 
 
+# %% ../../nbs/95_studies.ipynb #122e3160
+def free_run_part(settings: dict) -> xr.Dataset:
+    """Free runs of a testbed's forecast model: `states` (run, time, variable), one for each interval, in single precision."""
+    experiment = experiment_of(settings["testbed"])
+    start = experiment.resolved(nature_start(experiment, settings["runs"], settings["seed"], "training")).float()
+    steps = settings["length"] * experiment.interval
+    states = trajectory(experiment.forecast_model, start, steps, every=experiment.interval)
+    return xr.Dataset({"states": (("run", "time", "variable"), states.transpose(0, 1).numpy())})
+
+
+def free_run_task(testbed: Mapping, *, runs: int, length: int, seed: int, name: str = "free runs", cost: float = 5.0) -> Task:
+    """A task that lets the forecast model of `testbed` run freely from training truths, for `length` intervals."""
+    return Task(name, free_run_part, {"testbed": dict(testbed), "runs": runs, "length": length, "seed": seed}, cost=cost)
+
+
 # %% ../../nbs/95_studies.ipynb #122e3168
 def learning_part(
-    settings: dict, checkpoint: str | None = None, start: AnalysisPrior | None = None, **records: Any
-) -> AnalysisPrior:
+    settings: dict, checkpoint: str | None = None, start: AnalysisPrior | None = None, archive: xr.Dataset | None = None,
+    tuned: dict | None = None, **records: Any,
+) -> AnalysisPrior:  # fmt: skip
     """A prior trained where it is used, on a nature run or on `records`: see `train_on_policy`."""
     testbeds = [experiment_of(testbed) for testbed in settings["testbeds"]]
-    experiment, truth = testbeds[0], settings["truth"]
+    experiment, truth, computing = testbeds[0], settings["truth"], {k: settings[k] for k in ("dtype",) if k in settings}
     if truth:
         networks = settings["networks"] and RandomNetworks(**settings["networks"])
-        record = TruthRecord(experiment, runs=truth["runs"], cycles=truth["cycles"], seed=settings["seed"], networks=networks)
+        record = TruthRecord(experiment, **truth, seed=settings["seed"], networks=networks, **computing)
     else:
         each = [ObservedRecord(testbed, records[f"record{i}"]) for i, testbed in enumerate(testbeds)]
         record = Records(*each) if len(each) > 1 else each[0]
@@ -228,7 +248,13 @@ def learning_part(
         states, network = record.targets.reshape(-1, experiment.dim), dict(settings["network"])
         alike = network["geometry"] != "none"
         location, scale = (states.mean(), states.std()) if alike else (states.mean(0), states.std(0))
+        location, scale = location.double(), scale.double()
         increment = network.pop("increment") * scale
+        if network["geometry"] == "grid":
+            network["geometry"] = experiment.forecast_model.grid
+        if archive is not None:  # begin as the 3D-Var that was tuned
+            chosen = dict(tuned["setting"])
+            network["errors"] = spectral_errors(experiment, archive, chosen["lag"], chosen["slope"]).scaled(chosen["scale"])
         prior = AnalysisPrior.make(location, scale, increment, dim=experiment.dim, seed=settings["seed"], **network)
     policy, judged = dict(settings["policy"]), dict(settings["judged"] or settings["policy"])
     if policy["name"] == "learned_mean" and not prior.extra:
@@ -240,8 +266,9 @@ def learning_part(
 
     def validate(prior: AnalysisPrior) -> float:
         found = []
-        for testbed in testbeds:
-            options = {"runs": settings["validation_runs"], "seed": settings["seed"], "split": "validation"}
+        for testbed, described in zip(testbeds, settings["testbeds"]):
+            options = {"runs": settings["validation_runs"], "seed": settings["seed"], "split": "validation"} | computing
+            options["nature"] = _nature(json.dumps(described), settings["validation_runs"], settings["seed"], "validation")
             members = 1 if settings["judged"] else settings["members"]
             result = cycle(testbed, method_of(prior, testbed, judged), members=members, **options)
             if truth:
@@ -250,10 +277,11 @@ def learning_part(
                 found.append(innovation_rms(result, testbed.network.operator.sites))
         return float(np.mean(found)) if np.isfinite(found).all() else float("inf")
 
-    return train_on_policy(
+    trained = train_on_policy(
         prior, record, method_of, OnPolicySettings(**settings["training"]), members=settings["members"], validate=validate,
         seed=settings["seed"], checkpoint=resumable(checkpoint),
     )[0]  # fmt: skip
+    return trained.rounded() if archive is not None else trained
 
 
 # %% ../../nbs/95_studies.ipynb #9b343343
@@ -261,17 +289,19 @@ def learning_task(
     testbeds: Sequence[Mapping], policy: Mapping, training: OnPolicySettings, *, seed: int, network: Mapping | None = None,
     truth: Mapping | None = None, records: Sequence[Task] = (), networks: Mapping | None = None, start: Task | None = None,
     members: int = 1, validation_runs: int = 20, metric: str = "step_rmse", judged: Mapping | None = None,
-    name: str = "learning", cost: float = 60.0,
+    archive: Task | None = None, tuned: Task | None = None, name: str = "learning", cost: float = 60.0, **computing: str,
 ) -> Task:  # fmt: skip
     """A task that trains a prior on a nature run, given as `truth` (runs and cycles), or on `records`; from a `start`, or anew as
     `network` says. It is validated as the method that cycles, the `policy`, or as the one that is `judged`, with a single forecast.
-    It goes on from where it was when it is interrupted.
+    With an `archive` of free runs, a new prior begins as the 3D-Var that was `tuned` with it. It goes on from where it was when it
+    is interrupted; `computing` may say in which `dtype` states are.
     """
     given = {"policy": policy, "network": network, "truth": truth, "networks": networks, "judged": judged}
     settings = {name: dict(value or {}) for name, value in given.items()} | {"testbeds": [dict(t) for t in testbeds]}
     settings |= {"training": dataclasses.asdict(training), "seed": seed, "members": members}
-    settings |= {"validation_runs": validation_runs, "metric": metric}
-    needs = {f"record{i}": task for i, task in enumerate(records)} | ({"start": start} if start else {})
+    settings |= {"validation_runs": validation_runs, "metric": metric} | computing
+    needs = {f"record{i}": task for i, task in enumerate(records)}
+    needs |= {role: task for role, task in (("start", start), ("archive", archive), ("tuned", tuned)) if task is not None}
     return Task(name, learning_part, settings, needs, "analysis_prior", cost, resumable=True)
 
 
@@ -279,7 +309,7 @@ def learning_task(
 def costed_part(settings: dict, **learned: Any) -> xr.Dataset:
     """A cycle on test truths with what it cost: forecasts per cycle, passes of a network per cycle, and seconds in all."""
     # nature is the same for all methods, and no part of the cost
-    nature = _nature(json.dumps(settings["testbed"]), settings["runs"], settings["seed"])
+    nature = _nature(json.dumps(settings["testbed"]), settings["runs"], settings["seed"], "test")
     whole, seconds = _cycled(settings, learned, nature)
     asked = settings["method"] | learned.get("tuned", {}).get("setting", {})
     cost = {
@@ -295,8 +325,8 @@ def costed_part(settings: dict, **learned: Any) -> xr.Dataset:
 
 # %% ../../nbs/95_studies.ipynb #a354c5ee
 @lru_cache(maxsize=4)
-def _nature(testbed: str, runs: int, seed: int) -> list:
-    return list(watch_nature(experiment_of(json.loads(testbed)), runs, seed, "test"))
+def _nature(testbed: str, runs: int, seed: int, split: str) -> list:
+    return list(watch_nature(experiment_of(json.loads(testbed)), runs, seed, split))
 
 
 # %% ../../nbs/95_studies.ipynb #13f9e6d1

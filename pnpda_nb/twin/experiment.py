@@ -125,11 +125,13 @@ def nature_start(experiment: TwinExperiment, runs: int, seed: int, split: str = 
 
 
 # %% ../../nbs/03_twin.ipynb #990ff898
-def nature_intervals(experiment: TwinExperiment, runs: int, seed: int, split: str = "test") -> Iterator[Tensor]:
+def nature_intervals(
+    experiment: TwinExperiment, runs: int, seed: int, split: str = "test", dtype: torch.dtype = torch.float64
+) -> Iterator[Tensor]:
     """The true states when the experiment begins `(1, run, dim)`, and then those of one interval after
-    the other `(interval, run, dim)`.
+    the other `(interval, run, dim)`, computed in `dtype`.
     """
-    e, start = experiment, nature_start(experiment, runs, seed, split)
+    e, start = experiment, nature_start(experiment, runs, seed, split).to(dtype)
     yield e.resolved(start)[None]
     began = (e.start, e.start_variance, e.spin_up)
     states = _moving(start, began, e.nature, e.nature_error.variance, e.interval, e.cycles, runs, seed, split)

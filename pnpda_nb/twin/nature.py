@@ -70,7 +70,7 @@ def _advancing(
         error = None
         if variance > 0:
             draws = standard_normal((runs, interval, nature.dim), streams)
-            error = variance**0.5 * draws.transpose(0, 1)
+            error = (variance**0.5 * draws.transpose(0, 1)).to(state)
         states = trajectory(nature, state, interval, error)[1:]
         if not torch.isfinite(states).all():
             lost = (~torch.isfinite(states)).any(-1).any(0).nonzero()[:, 0].tolist()

@@ -18,6 +18,7 @@ from ..observing.covariance import Covariance, DiagonalCovariance
 from ..observing.observations import ObservingNetwork
 from ..observing.operators import Select
 from .experiment import TwinExperiment
+from .fields import sqg
 
 # %% auto #0
 __all__ = [
@@ -233,7 +234,18 @@ def bocquet2010(cycles: int = 1280) -> TwinExperiment:
 
 TESTBEDS: dict[str, Callable[..., TwinExperiment]] = {
     make.__name__: make
-    for make in (lorenz63, lorenz96, kuramoto_sivashinsky, pendulum, double_well, sakov2012, sakov2008, bocquet2010, bocquet2013)
+    for make in (
+        lorenz63,
+        lorenz96,
+        kuramoto_sivashinsky,
+        pendulum,
+        double_well,
+        sakov2012,
+        sakov2008,
+        bocquet2010,
+        bocquet2013,
+        sqg,
+    )
 }
 
 # %% ../../nbs/91_models.ipynb #c05baf60

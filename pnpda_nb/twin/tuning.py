@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Callable, Mapping, Sequence
 
 import pandas as pd
+import torch
 from tqdm.auto import tqdm
 
 from ..core.checks import guard
@@ -44,6 +45,8 @@ def tune(
     members: int = 1,
     runs: int = 50,
     seed: int = 0,
+    nature: Sequence | None = None,
+    dtype: torch.dtype | str = torch.float64,
     progress: bool = False,
 ) -> Tuned:
     """Try `make(**setting)` for every combination in `grid`; choose the lowest mean `metric` on
@@ -54,11 +57,12 @@ def tune(
     """
     rows = []
     settings = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
-    nature = list(watch_nature(experiment, runs, seed, "training"))  # the same for all settings
+    nature = list(watch_nature(experiment, runs, seed, "training")) if nature is None else nature  # the same for all settings
     for setting in tqdm(settings, desc="tuning", disable=None if progress else True, leave=False):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the table counts failed runs
-            result = cycle(experiment, make(**setting), members=members, runs=runs, seed=seed, split="training", nature=nature)
+            options = {"members": members, "runs": runs, "seed": seed, "split": "training", "nature": nature, "dtype": dtype}
+            result = cycle(experiment, make(**setting), **options)
         mean, std, kept = _moments(scores(result)[metric])
         rows.append({**setting, "mean": mean, "std": std, "failed": runs - kept})
     table = pd.DataFrame(rows)
