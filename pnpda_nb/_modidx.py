@@ -2913,6 +2913,7 @@ d = {
             "pnpda_nb.twin.fields.FromNoise": ("models.html#fromnoise", "pnpda_nb/twin/fields.py"),
             "pnpda_nb.twin.fields.FromNoise.__call__": ("models.html#fromnoise.__call__", "pnpda_nb/twin/fields.py"),
             "pnpda_nb.twin.fields.columns_at": ("models.html#columns_at", "pnpda_nb/twin/fields.py"),
+            "pnpda_nb.twin.fields.free_runs": ("models.html#free_runs", "pnpda_nb/twin/fields.py"),
             "pnpda_nb.twin.fields.on_points": ("models.html#on_points", "pnpda_nb/twin/fields.py"),
             "pnpda_nb.twin.fields.sqg": ("models.html#sqg", "pnpda_nb/twin/fields.py"),
         },

@@ -65,8 +65,8 @@ def test_that_observations_go_to_the_grid_and_back():
     seen = Observations(values, SEEN.operator, SEEN.covariance)
     back = on_grid(seen, 16).observations()
     one, other = seen.innovation(X), back.innovation(X)
-    assert torch.equal(other[..., [1, 4, 9]], one) and other.count_nonzero() == one.count_nonzero()
-    assert back.covariance.variances[1, [1, 4, 9]].tolist() == pytest.approx([0.5, 1.0, 2.0])
+    assert back.operator.sites == (1, 4, 9) and torch.equal(other, one)
+    assert back.covariance.variances[1].tolist() == pytest.approx([0.5, 1.0, 2.0])
     open_ = Residual(standard_normal((5, 2, 16, 3), stream(4)), torch.ones(5, 2, 16, dtype=torch.float64))
     assert torch.allclose(kalman_update(open_, X, seen), kalman_update(open_, X, back))
 

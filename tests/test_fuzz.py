@@ -138,6 +138,10 @@ def result(members=4):
 
 
 @cache
+def little():
+    return SurfaceQuasiGeostrophic(8, waves=2)
+
+
 def gaussian():
     return GaussianPrior(0.9 * torch.eye(3, dtype=DOUBLE), torch.zeros(3, dtype=DOUBLE), Covariance(spd(3)))
 
@@ -650,6 +654,7 @@ OWN = {  # arguments of one callable, where they are not those of the pool
     "learned.prior": {"prior": aware},
     "learned.RandomNetworks.__init__": {"usual": lambda: (((0, 1), 0.5),), "counts": lambda: (1, 2)},
     "learned.records.observed_record": {"discard": lambda: 0},
+    "learned.records.first_errors": {"record": lambda: record_of("truth"), "shape": lambda: (2,)},
     "learned.ObservedRecord.__init__": {
         "dataset": lambda: observed_record(experiment(), EnKF(), members=4, runs=2, cycles=3, seed=0, discard=0)
     },
@@ -756,6 +761,7 @@ OWN = {  # arguments of one callable, where they are not those of the pool
     "methods.experiment_of": {"testbed": lambda: {"name": "lorenz63"}},
     "methods.build_method": {"method": lambda: {"name": "enkf"}},
     "studies.parts.archive_task": TASKS,
+    "studies.parts.free_run_task": TASKS | {"length": lambda: 2},
     "studies.parts.cycle_task": TASKS,
     "studies.parts.tuning_task": TASKS | {"grid": lambda: {"inflation": [1.0, 1.1]}},
     "studies.parts.tuned_task": TASKS | {"grid": lambda: {"inflation": [1.0, 1.1]}, "tuning_runs": lambda: 2},
@@ -880,6 +886,11 @@ OWN |= {
     "dynamics.SurfaceQuasiGeostrophic": {"state": A(2, 128)},
     "dynamics.DoubleWell": {"state": A(2, 1)},
     "dynamics.Pendulum": {"state": A(2, 2)},
+    "twin.fields.columns_at": {"cycle": lambda: 1, "columns": lambda: 3, "deviation": lambda: 0.5, "points": lambda: 9},
+    "twin.fields.on_points": {"states": A(2, 128), "model": little, "most": lambda: 2},
+    "twin.fields.FromNoise.__init__": {"nature": little, "forecast": little, "coarse": lambda: 1, "fine": lambda: 1},
+    "twin.fields.FromNoise": {"count": lambda: 1},
+    "twin.fields.free_runs": {"length": lambda: 2},
 }
 OWN |= {
     "observing.Nonlinear.__init__": {"function": lambda: lambda x: x[..., :2] ** 2},
@@ -893,7 +904,7 @@ LEFT_OUT = re.compile(
     r"|learned\.(OnPolicyTraining\.(?!__init__)|on_policy\.rollout_loss|records\.(Trajectories|Examples)|train_on_policy)"
     r"|learned\.(Records\.__init__|AnalysisPrior\.on)"
     r"|interop\.(ProgramModel|dapper|for_dapper|per_state|from_tendency)|sweep\.(code_version|run_task|run_tasks|workplace|HereExecutor|Store\.read)|studies\.(Study\.(__init__|run|kept)|[Pp]ublished)"
-    r"|twin\.(lorenz|kura|pend|double|saka|sako|bocq)|studies\.(parts\.\w+_part|(parts\.)?(learning|costed|record)_task|parts\.passes|figure_along|SweepSettings\.require)|core\.(Settings|guard$|RunStreams|interface|deprecated|unchecked)|plotting\.(explore|book_style)"
+    r"|methods\.spectral_errors|twin\.(lorenz|kura|pend|double|saka|sako|bocq)|studies\.(parts\.\w+_part|(parts\.)?(learning|costed|record)_task|parts\.passes|figure_along|SweepSettings\.require)|core\.(Settings|guard$|RunStreams|interface|deprecated|unchecked)|plotting\.(explore|book_style)"
     r"|pnp\.Constraint\.|flow_matching\.(store\.(PriorFile|FlowFile)|field_prior\.FieldPrior)\.|windows\.IncrementalPrior\.on"
     r"|windows\.networks\.WindowPrior\.|core\.settings\.(annotations_of|check_fields|rules_of_fields)"
 )

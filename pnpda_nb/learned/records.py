@@ -120,7 +120,7 @@ class TruthRecord:
         dtype: torch.dtype | str = torch.float64,
     ):  # fmt: skip
         self.experiment, self.networks, (dtype, _) = experiment, networks, _computing(dtype, "cpu")
-        intervals = nature_intervals(replace(experiment, cycles=cycles), runs, seed, "archive", dtype)
+        intervals = nature_intervals(replace(experiment, cycles=cycles, burn_in=0), runs, seed, "archive", dtype)
         self.targets = torch.stack([truth[-1].clone() for truth in intervals])  # not views of intervals
 
     @property
@@ -133,7 +133,8 @@ class TruthRecord:
         if self.networks is None:
             return None
         mask, error = self.networks.draw(1 if self.moving else len(runs), generator)
-        return mask.expand(len(runs), -1), error.to(self.targets).expand(len(runs), -1)
+        times = len(runs) if self.moving else 1
+        return mask.repeat(times, 1), error.to(self.targets).repeat(times, 1)
 
     def observe(
         self, times: Index, runs: Index, networks: tuple[Mask, Tensor] | None, generator: torch.Generator

@@ -19,7 +19,6 @@ import xarray as xr
 
 from ..core.checks import guard
 from ..core.disk import read_checkpoint
-from ..dynamics.base import trajectory
 from ..flow_matching.flow import FlowPrior
 from ..flow_matching.pairs import TrainingSettings
 from ..flow_matching.training import train_prior
@@ -30,7 +29,8 @@ from ..learned.records import ObservedRecord, RandomNetworks, Records, TruthReco
 from ..methods import build_method, experiment_of, spectral_errors
 from ..sweep import Task
 from ..twin.cycle import cycle
-from ..twin.experiment import TwinExperiment, nature_start, watch_nature
+from ..twin.experiment import TwinExperiment, watch_nature
+from ..twin.fields import free_runs
 from ..twin.reanalysis import make_archive, pairs_of, read_archive
 from ..twin.scores import scores, spread_skill, summary
 from ..twin.tuning import tune
@@ -216,12 +216,9 @@ def record_task(
 
 # %% ../../nbs/95_studies.ipynb #122e3160
 def free_run_part(settings: dict) -> xr.Dataset:
-    """Free runs of a testbed's forecast model: `states` (run, time, variable), one for each interval, in single precision."""
-    experiment = experiment_of(settings["testbed"])
-    start = experiment.resolved(nature_start(experiment, settings["runs"], settings["seed"], "training")).float()
-    steps = settings["length"] * experiment.interval
-    states = trajectory(experiment.forecast_model, start, steps, every=experiment.interval)
-    return xr.Dataset({"states": (("run", "time", "variable"), states.transpose(0, 1).numpy())})
+    """The `states` (run, time, variable) of `free_runs`."""
+    states = free_runs(experiment_of(settings["testbed"]), settings["runs"], settings["length"], settings["seed"])
+    return xr.Dataset({"states": (("run", "time", "variable"), states.numpy())})
 
 
 def free_run_task(testbed: Mapping, *, runs: int, length: int, seed: int, name: str = "free runs", cost: float = 5.0) -> Task:

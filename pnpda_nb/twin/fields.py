@@ -19,7 +19,7 @@ from ..dynamics.surface_quasi_geostrophic import SurfaceQuasiGeostrophic, fields
 from ..observing.covariance import DiagonalCovariance
 from ..observing.observations import ObservingNetwork
 from ..observing.operators import Select
-from .experiment import TwinExperiment
+from .experiment import TwinExperiment, nature_start
 
 # %% auto #0
 __all__ = []
@@ -87,6 +87,15 @@ def sqg(
         first_ensemble="forecast_differences",
         resolve=partial(on_points, model=forecast, most=forecast.most),
     )
+
+
+# %% ../../nbs/91_models.ipynb #f1e1d506
+def free_runs(experiment: TwinExperiment, runs: int, length: int, seed: int) -> Tensor:
+    """States `(run, length + 1, dim)` of the forecast model that is left alone from training truths on, one for each interval, in
+    single precision.
+    """
+    start, every = experiment.resolved(nature_start(experiment, runs, seed, "training")).float(), experiment.interval
+    return trajectory(experiment.forecast_model, start, length * every, every=every).transpose(0, 1)
 
 
 # %% ../../nbs/91_models.ipynb #f1e1d505
