@@ -2910,12 +2910,12 @@ d = {
             "pnpda_nb.twin.experiment.watch_nature": ("twin.html#watch_nature", "pnpda_nb/twin/experiment.py"),
         },
         "pnpda_nb.twin.fields": {
-            "pnpda_nb.twin.fields.FromNoise": ("models.html#fromnoise", "pnpda_nb/twin/fields.py"),
-            "pnpda_nb.twin.fields.FromNoise.__call__": ("models.html#fromnoise.__call__", "pnpda_nb/twin/fields.py"),
-            "pnpda_nb.twin.fields.columns_at": ("models.html#columns_at", "pnpda_nb/twin/fields.py"),
-            "pnpda_nb.twin.fields.free_runs": ("models.html#free_runs", "pnpda_nb/twin/fields.py"),
-            "pnpda_nb.twin.fields.on_points": ("models.html#on_points", "pnpda_nb/twin/fields.py"),
-            "pnpda_nb.twin.fields.sqg": ("models.html#sqg", "pnpda_nb/twin/fields.py"),
+            "pnpda_nb.twin.fields.FromNoise": ("one_look.html#fromnoise", "pnpda_nb/twin/fields.py"),
+            "pnpda_nb.twin.fields.FromNoise.__call__": ("one_look.html#fromnoise.__call__", "pnpda_nb/twin/fields.py"),
+            "pnpda_nb.twin.fields.columns_at": ("one_look.html#columns_at", "pnpda_nb/twin/fields.py"),
+            "pnpda_nb.twin.fields.free_runs": ("one_look.html#free_runs", "pnpda_nb/twin/fields.py"),
+            "pnpda_nb.twin.fields.on_points": ("one_look.html#on_points", "pnpda_nb/twin/fields.py"),
+            "pnpda_nb.twin.fields.sqg": ("one_look.html#sqg", "pnpda_nb/twin/fields.py"),
         },
         "pnpda_nb.twin.method": {
             "pnpda_nb.twin.method.Method": ("twin.html#method", "pnpda_nb/twin/method.py"),

@@ -5,6 +5,7 @@
 
 from .cycle import FreeRun, cycle
 from .experiment import TwinExperiment, nature_run, nature_start, observe_truth, watch_nature
+from .fields import sqg
 from .method import Method
 from .reanalysis import check_archive, make_archive, pairs_of, read_archive
 from .scores import ensemble_scores, mean_and_error, paired_difference, rank_histogram, score_table, scores, spread_skill, summary
@@ -53,6 +54,7 @@ __all__ = [
     "score_table",
     "scores",
     "spread_skill",
+    "sqg",
     "summary",
     "tune",
     "watch_nature",
