@@ -1032,6 +1032,10 @@ d = {
         },
         "pnpda_nb.experiments.sqg": {
             "pnpda_nb.experiments.sqg.SqgSettings": ("studies.html#sqgsettings", "pnpda_nb/experiments/sqg.py"),
+            "pnpda_nb.experiments.sqg.SqgSettings.conditions": (
+                "studies.html#sqgsettings.conditions",
+                "pnpda_nb/experiments/sqg.py",
+            ),
             "pnpda_nb.experiments.sqg.SqgSettings.following": ("studies.html#sqgsettings.following", "pnpda_nb/experiments/sqg.py"),
             "pnpda_nb.experiments.sqg.SqgSettings.testbed": ("studies.html#sqgsettings.testbed", "pnpda_nb/experiments/sqg.py"),
             "pnpda_nb.experiments.sqg.SqgSettings.training": ("studies.html#sqgsettings.training", "pnpda_nb/experiments/sqg.py"),
@@ -2772,6 +2776,7 @@ d = {
             "pnpda_nb.studies.parts._cycled": ("studies.html#_cycled", "pnpda_nb/studies/parts.py"),
             "pnpda_nb.studies.parts._nature": ("studies.html#_nature", "pnpda_nb/studies/parts.py"),
             "pnpda_nb.studies.parts._require_digest": ("studies.html#_require_digest", "pnpda_nb/studies/parts.py"),
+            "pnpda_nb.studies.parts._truths": ("studies.html#_truths", "pnpda_nb/studies/parts.py"),
             "pnpda_nb.studies.parts.archive_file_part": ("studies.html#archive_file_part", "pnpda_nb/studies/parts.py"),
             "pnpda_nb.studies.parts.archive_part": ("studies.html#archive_part", "pnpda_nb/studies/parts.py"),
             "pnpda_nb.studies.parts.archive_task": ("studies.html#archive_task", "pnpda_nb/studies/parts.py"),

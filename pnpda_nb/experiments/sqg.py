@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import xarray as xr
 
-from ..core.settings import Count, Distinct, Members, PositiveNumber, PositiveShare, Settings
+from ..core.settings import Count, Distinct, Members, PositiveNumber, PositiveShare, Settings, Size
 from .beyond import figure_beyond, table_beyond
 from ..learned.on_policy import OnPolicySettings
 from ..plotting.style import book_style
-from ..studies.parts import costed_task, free_run_task, learning_task, tuning_task
+from ..studies.parts import costed_task, file_task, free_run_task, learning_task, tuning_task
 from ..studies.study import Study
 from ..studies.tables import conditional_scores
 from ..sweep import Task
@@ -34,7 +35,11 @@ class SqgSettings(Settings):
     the first number of columns. `cycles` on `runs` test truths, a third of them dropped; `tuning_cycles` on `tuning_runs` training
     truths for everything that is tuned; ensembles of `members`. The nature run to learn from has `truth_runs` and `truth_cycles`;
     `learning_cycles` of `trajectories` with `learning_steps` on `batch` examples each, for a pyramid of `levels` and a `width`,
-    shown `fewest` to `most` columns; priors that start from it take a share `follow` of the cycles.
+    shown `fewest` to `most` columns; priors that start from it take a share `follow` of the cycles. From a folder `priors`, those
+    that are there are taken instead of trained.
+
+    The look is also taken to where it was not trained: to columns that stay where they are, to `jets` of another speed (m/s) and to
+    other `dissipations` (hours).
     """
 
     size: Count = 64
@@ -61,11 +66,23 @@ class SqgSettings(Settings):
     follow: PositiveShare = 0.2
     ensemble_trajectories: Count = 4
     half_precision: bool = True
+    priors: str = ""
+    still: Size = 256
+    jets: Distinct[PositiveNumber] = (20.0, 40.0)
+    dissipations: Distinct[PositiveNumber] = (0.5, 4.0)
 
     def testbed(self, columns: int, cycles: int) -> dict:
         """The twin experiment with so many columns."""
         world = {"name": "sqg", "size": self.size, "columns": columns, "deviation": self.deviation}
         return world | {"cycles": cycles, "burn_in": cycles // 3}
+
+    def conditions(self) -> dict[str, dict]:
+        """The testbed of every condition; the first is what everything is tuned and trained for."""
+        first = self.testbed(self.columns[0], self.cycles)
+        found = {f"columns={n}": first | {"columns": n} for n in self.columns}
+        found |= {f"still={self.still}": first | {"columns": self.still, "moving": False}} if self.still else {}
+        found |= {f"jet={speed:g}": first | {"jet": speed} for speed in self.jets}
+        return found | {f"dissipation={hours:g}": first | {"diffusion": hours} for hours in self.dissipations}
 
     def training(self, **changes: Any) -> OnPolicySettings:
         """The training of the first prior, with `changes`."""
@@ -138,19 +155,22 @@ def sqg_priors(settings: SqgSettings) -> dict[str, Task]:
     unseen = settings.following(start_fraction=0.3, hidden=1.0, likelihood=0.2)
     filter = {"name": "learned_mean", "filter": "letkf", "every": 2, "half_width": 1.2e6, "relaxation": 0.5}
     few = settings.following(trajectories=settings.ensemble_trajectories)
-    return {
+    made = {
         "amortised": first,
         "pnpda_blind": learning_task(testbeds, loop, unseen, name="pnpda_blind", **source),
         "pnpda_seeing": learning_task(testbeds, look, settings.following(start_fraction=0.4), name="pnpda_seeing", **source),
         "learned_mean": learning_task(testbeds, filter, few, name="learned_mean", members=settings.members, **source),
     }
+    there = {name: Path(settings.priors, f"prior_{name}.safetensors") for name in made if settings.priors}
+    return made | {n: file_task("analysis_prior", str(p), 2 * settings.size**2) for n, p in there.items() if p.is_file()}
 
 
 # %% ../../nbs/95_studies.ipynb #f1e2d506
-def sqg_cycle(settings: SqgSettings, columns: int, name: str, priors: dict[str, Task]) -> Task:
-    """The cycle of a method on test truths."""
-    testbed, size = settings.testbed(columns, settings.cycles), _SIZES.get(name, settings.members)
-    trial = {"runs": settings.runs, "seed": settings.seed, "name": f"{name} columns={columns}", "dtype": "float32", "cost": 60}
+def sqg_cycle(settings: SqgSettings, condition: str, name: str, priors: dict[str, Task]) -> Task:
+    """The cycle of a method on test truths, with what was tuned for moving columns of that number."""
+    testbed, size = settings.conditions()[condition], _SIZES.get(name, settings.members)
+    trial = {"runs": settings.runs, "seed": settings.seed, "name": f"{name} {condition}", "dtype": "float32", "cost": 60}
+    columns = testbed["columns"] if condition.startswith("columns") else settings.columns[0]
     tune = settings.testbed(columns, settings.tuning_cycles)
     some = {"runs": settings.tuning_runs, "seed": settings.seed, "dtype": "float32", "name": f"tuning {name} columns={columns}"}
     prior = priors.get(name.removesuffix("_ensemble"))
@@ -188,9 +208,9 @@ def sqg_cycle(settings: SqgSettings, columns: int, name: str, priors: dict[str, 
 
 def plan_sqg(settings: SqgSettings, methods: tuple[str, ...]) -> dict[tuple[str, str], Task]:
     """The task of every condition and method: all methods meet the same truths and observations."""
-    priors, first = sqg_priors(settings), settings.columns[0]
-    cases = [(n, name) for n in settings.columns for name in methods if n == first or name in _EVERYWHERE]
-    return {(f"columns={n}", name): sqg_cycle(settings, n, name, priors) for n, name in cases}
+    priors, first = sqg_priors(settings), f"columns={settings.columns[0]}"
+    cases = [(c, name) for c in settings.conditions() for name in methods if c == first or name in _EVERYWHERE]
+    return {(c, name): sqg_cycle(settings, c, name, priors) for c, name in cases}
 
 
 def kept_sqg(settings: SqgSettings, methods: tuple[str, ...]) -> dict[str, Task]:
@@ -203,11 +223,12 @@ def kept_sqg(settings: SqgSettings, methods: tuple[str, ...]) -> dict[str, Task]
 def figures_sqg(results: dict[tuple[str, str], xr.Dataset]) -> dict:
     """Score against the number of forecasts, one panel for each number of columns."""
     book_style()
-    return {"forecasts": figure_beyond(conditional_scores(results), "analysis_rmse")}
+    scores = conditional_scores(results)
+    return {"forecasts": figure_beyond(scores[scores.condition.str.startswith("columns")], "analysis_rmse")}
 
 
 def report_sqg(scores: pd.DataFrame) -> str:
-    """The tables of all numbers of columns as text for a terminal."""
+    """The tables of all conditions as text for a terminal."""
     lines = [f"\nfields, {int(scores.runs.max())} runs, K: mean ± standard error; forecasts and passes per cycle, seconds in all"]
     for condition in scores.condition.unique():
         lines += ["", condition, table_beyond(scores, condition, "analysis_rmse").to_string()]
@@ -218,7 +239,7 @@ PAPER_SQG = SqgSettings()
 _SMOKE_SQG = dataclasses.replace(
     PAPER_SQG, size=32, columns=(64, 32), runs=2, members=4, cycles=6, tuning_runs=1, tuning_cycles=3, truth_runs=2,
     truth_cycles=12, validation_runs=1, trajectories=2, learning_cycles=3, learning_steps=1, batch=2, width=8, levels=2,
-    fewest=16, most=64, ensemble_trajectories=2, half_precision=False,
+    fewest=16, most=64, ensemble_trajectories=2, half_precision=False, still=64, jets=(40.0,), dissipations=(4.0,),
 )  # fmt: skip
 SQG = Study(
     name="sqg",

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -70,10 +71,10 @@ def archive_file_part(settings: dict) -> xr.Dataset:
 
 
 # %% ../../nbs/95_studies.ipynb #88169e01
-def prior_file_part(settings: dict) -> FlowPrior:
+def prior_file_part(settings: dict) -> FlowPrior | AnalysisPrior:
     """A prior that somebody else trained; raises `ValueError` for states of another size."""
     _require_digest(settings)
-    prior = FlowPrior.load(settings["path"])
+    prior = (AnalysisPrior if settings.get("kind") == "analysis_prior" else FlowPrior).load(settings["path"])
     if prior.dim != settings["dim"]:
         raise ValueError(f"prior: expected one for states of size {settings['dim']}, got size {prior.dim}")
     return prior
@@ -87,15 +88,15 @@ def _require_digest(settings: dict) -> None:
 
 # %% ../../nbs/95_studies.ipynb #fed0e1ba
 def file_task(kind: str, path: str, dim: int) -> Task:
-    """A task that reads an "archive" or a "prior" of states of size `dim` from a file of the user's; its key depends on
-    what is in the file. Raises `FileNotFoundError` for none.
+    """A task that reads an "archive", a "prior" or an "analysis_prior" of states of size `dim` from a file of the user's; its key
+    depends on what is in the file. Raises `FileNotFoundError` for none.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"set: no file {path}")
     settings = {"path": str(Path(path).resolve()), "digest": hashlib.sha256(Path(path).read_bytes()).hexdigest(), "dim": dim}
     if kind == "archive":
         return Task("archive", archive_file_part, settings)
-    return Task("prior", prior_file_part, settings, format="prior")
+    return Task("prior", prior_file_part, settings | {"kind": kind}, format=kind)
 
 
 # %% ../../nbs/95_studies.ipynb #05b8eb17
@@ -226,6 +227,14 @@ def free_run_task(testbed: Mapping, *, runs: int, length: int, seed: int, name: 
     return Task(name, free_run_part, {"testbed": dict(testbed), "runs": runs, "length": length, "seed": seed}, cost=cost)
 
 
+# %% ../../nbs/95_studies.ipynb #122e3161
+@lru_cache(maxsize=2)
+def _truths(described: str, seed: int) -> TruthRecord:
+    """The nature run to learn from, which several trainings of one process may share."""
+    testbed, truth, computing = json.loads(described)
+    return TruthRecord(experiment_of(testbed), **truth, seed=seed, **computing)
+
+
 # %% ../../nbs/95_studies.ipynb #122e3168
 def learning_part(
     settings: dict, checkpoint: str | None = None, start: AnalysisPrior | None = None, archive: xr.Dataset | None = None,
@@ -235,8 +244,8 @@ def learning_part(
     testbeds = [experiment_of(testbed) for testbed in settings["testbeds"]]
     experiment, truth, computing = testbeds[0], settings["truth"], {k: settings[k] for k in ("dtype",) if k in settings}
     if truth:
-        networks = settings["networks"] and RandomNetworks(**settings["networks"])
-        record = TruthRecord(experiment, **truth, seed=settings["seed"], networks=networks, **computing)
+        record = copy.copy(_truths(json.dumps([settings["testbeds"][0], truth, computing]), settings["seed"]))
+        record.networks = RandomNetworks(**settings["networks"]) if settings["networks"] else None
     else:
         each = [ObservedRecord(testbed, records[f"record{i}"]) for i, testbed in enumerate(testbeds)]
         record = Records(*each) if len(each) > 1 else each[0]
