@@ -100,12 +100,15 @@ d = {
             "pnpda_nb.classical.ensemble.LETKF.analyse": ("ensembles.html#letkf.analyse", "pnpda_nb/classical/ensemble.py"),
             "pnpda_nb.classical.ensemble.LocalEnKF": ("ensembles.html#localenkf", "pnpda_nb/classical/ensemble.py"),
             "pnpda_nb.classical.ensemble.LocalEnKF.update": ("ensembles.html#localenkf.update", "pnpda_nb/classical/ensemble.py"),
-            "pnpda_nb.classical.ensemble._local_information": (
-                "ensembles.html#_local_information",
+            "pnpda_nb.classical.ensemble._blocks": ("ensembles.html#_blocks", "pnpda_nb/classical/ensemble.py"),
+            "pnpda_nb.classical.ensemble._local_observations": (
+                "ensembles.html#_local_observations",
                 "pnpda_nb/classical/ensemble.py",
             ),
             "pnpda_nb.classical.ensemble._per_run": ("ensembles.html#_per_run", "pnpda_nb/classical/ensemble.py"),
             "pnpda_nb.classical.ensemble._sites_of": ("ensembles.html#_sites_of", "pnpda_nb/classical/ensemble.py"),
+            "pnpda_nb.classical.ensemble._spectrum": ("ensembles.html#_spectrum", "pnpda_nb/classical/ensemble.py"),
+            "pnpda_nb.classical.ensemble._weighted": ("ensembles.html#_weighted", "pnpda_nb/classical/ensemble.py"),
             "pnpda_nb.classical.ensemble.ensemble_weights": ("ensembles.html#ensemble_weights", "pnpda_nb/classical/ensemble.py"),
             "pnpda_nb.classical.ensemble.inflate": ("ensembles.html#inflate", "pnpda_nb/classical/ensemble.py"),
             "pnpda_nb.classical.ensemble.perturbed_observations": (
@@ -439,6 +442,7 @@ d = {
             "pnpda_nb.core.localisation._one_in": ("engine.html#_one_in", "pnpda_nb/core/localisation.py"),
             "pnpda_nb.core.localisation.between_points": ("engine.html#between_points", "pnpda_nb/core/localisation.py"),
             "pnpda_nb.core.localisation.interpolated": ("engine.html#interpolated", "pnpda_nb/core/localisation.py"),
+            "pnpda_nb.core.localisation.local_groups": ("engine.html#local_groups", "pnpda_nb/core/localisation.py"),
             "pnpda_nb.core.localisation.local_tapers": ("engine.html#local_tapers", "pnpda_nb/core/localisation.py"),
             "pnpda_nb.core.localisation.neighbours": ("engine.html#neighbours", "pnpda_nb/core/localisation.py"),
         },
