@@ -368,7 +368,10 @@ def describe(
 def bench(
     only: Annotated[
         Optional[str],
-        typer.Option(help="comma-separated parts: enkf, steps, etdrk4, members, state, memory, pnpda, training, pnpda_state"),
+        typer.Option(
+            help="comma-separated parts: enkf, lorenz96, kuramoto_sivashinsky, own_tendency, steps, etdrk4, members, state, "
+            "memory, pnpda, training, pnpda_state"
+        ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="a small version, in seconds")] = False,
     full: Annotated[bool, typer.Option("--full", help="no run of a peer is saved by scaling")] = False,
