@@ -228,7 +228,6 @@ BETWEEN = {
     "twin.cycle.__init__": "first states are drawn around nature's, and so large is nature",
     "twin.cycle.watched": "nature grows",
     "twin.cycle.advance": "model errors are draws",
-    "twin.cycle.set_aside": "which runs have failed",
     "twin.collecting._averaged": "what is kept",
     "twin.collecting._collected": "what was seen",
 }
