@@ -1,5 +1,6 @@
 """The benchmark as a user runs it: small versions, in another process."""
 
+import dataclasses
 import json
 from importlib.util import find_spec
 
@@ -30,7 +31,7 @@ def test_that_the_quick_benchmark_writes_whole_files_and_prints_its_table(tmp_pa
     [
         (
             ["--only", "speed"],
-            "only: unknown part 'speed'; known: enkf, lorenz96, steps, etdrk4, members, state, memory, pnpda, training, pnpda",
+            "only: unknown part 'speed'; known: enkf, lorenz96, kuramoto_sivashinsky, own_tendency, steps, etdrk4, members, ",
         ),
         (["--quick", "--full"], "quick: expected one of --quick and --full"),
     ],
@@ -42,14 +43,28 @@ def test_that_a_wrong_word_is_one_line_and_status_two(words, said, forked):
 
 def test_that_the_dapper_part_is_skipped_with_a_reason_when_it_is_not_installed(monkeypatch):
     monkeypatch.setattr(speed, "find_spec", lambda name: None)
-    table = bench(["enkf"], QUICK)
-    assert len(table) == 1 and "skipped: DAPPER is not installed" in report(table) and table.ratio.isna().all()
+    table = bench(["enkf", "kuramoto_sivashinsky", "own_tendency"], QUICK)
+    assert len(table) == 3 and "skipped: DAPPER is not installed" in report(table) and table.ratio.isna().all()
 
 
 @pytest.mark.skipif(find_spec("dapper") is None, reason="DAPPER is not installed")
-def test_that_dapper_and_we_score_the_same_on_the_same_experiment():
-    table = bench(["enkf"], QUICK).set_index("case")
-    assert abs(table.loc["analysis RMSE", "ours"] - table.loc["analysis RMSE", "peer"]) < 0.3
+@pytest.mark.parametrize("part, within", [("enkf", 0.3), ("own_tendency", 0.3), ("kuramoto_sivashinsky", 0.03)])
+def test_that_dapper_and_we_score_the_same_on_the_same_experiment(part, within):
+    table = bench([part], QUICK)
+    scored = table[table.case.str.endswith("analysis RMSE")].iloc[0]
+    assert abs(scored.ours - scored.peer) < within
+
+
+def test_that_a_users_tendency_and_the_model_that_it_is_are_the_same():
+    from pnpda_nb.core import standard_normal, stream
+    from pnpda_nb.dynamics import Lorenz63
+    from pnpda_nb.interop import from_tendency
+
+    states = 10 * standard_normal((5, 3), stream(1, "states"))
+    for compiled in (False, True):
+        model = from_tendency(speed._tendency, dim=3, dt=0.01, compile=compiled, **({} if compiled else {"numpy": True}))
+        model = model if compiled else dataclasses.replace(model, one_at_a_time=True)
+        assert np.allclose(model.step(states), Lorenz63().step(states), rtol=1e-12)
 
 
 def test_that_a_folder_that_cannot_be_written_to_is_found_out_before_anything_is_measured(monkeypatch):

@@ -219,6 +219,7 @@ def test_that_wrong_files_are_one_line_and_status_two(tmp_path, untrained_prior,
         (["run", "lorenz63", "--methods", "var3d", "--set", f"archive={four}"], "expected states of size 3 in"),
         (["train", nan, "--out", tmp_path / "p.safetensors"], "got nan in the background of state of pair 3"),
         (["train", tmp_path / "truncated.safetensors", "--out", tmp_path / "p.safetensors"], "not a readable NetCDF file"),
+        (["train", four, "--out", tmp_path / "p.safetensors", "--device", "tpu"], "device: expected cpu or, where there is"),
     ]
     commands = [words + (["--workers", 1, "--out", tmp_path / "out"] if words[0] == "run" else []) for words, _ in cases]
     for words, (_, said) in zip(commands, cases):

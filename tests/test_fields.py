@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from pnpda_nb.classical import LETKF
+from pnpda_nb.classical.ensemble import ensemble_weights
 from pnpda_nb.core import Grid, standard_normal, stream
+from pnpda_nb.core.localisation import local_groups, local_tapers
 from pnpda_nb.dynamics import SurfaceQuasiGeostrophic, jacobian, trajectory
-from pnpda_nb.observing import DiagonalCovariance, ObservingNetwork, Select
+from pnpda_nb.observing import Covariance, DiagonalCovariance, ObservingNetwork, Select, anomalies
 
 
 def some_weather(model: SurfaceQuasiGeostrophic, runs: int = 3) -> torch.Tensor:
@@ -132,3 +134,32 @@ def test_that_the_channels_of_a_point_share_the_weights_that_each_of_them_had():
     answers = (LETKF(half_width=2.0, distance=d).analyse(ensemble, seen, forecast=None, generator=None) for d in (grid, for_itself))
     shared, own = answers
     torch.testing.assert_close(shared, own)
+
+
+@pytest.mark.parametrize("correlated", [False, True])
+def test_that_points_in_groups_have_the_weights_of_each_alone_and_the_same_bits_in_any_company(correlated):
+    grid, members = Grid((20, 20), "circular", channels=2), 9
+    sites = tuple(torch.randperm(800, generator=stream(1, "sites"))[:120].tolist())
+    R = torch.diag(0.5 + torch.rand(120, generator=stream(1, "variances"), dtype=torch.float64))
+    R = R + 0.2 if correlated else R
+    network = ObservingNetwork(Select(sites, 800), Covariance(R) if correlated else DiagonalCovariance(R.diagonal()))
+    ensemble, values = standard_normal((3, members, 800), stream(1, "members")), standard_normal((3, 120), stream(1, "values"))
+    method, answer = LETKF(half_width=1.3, distance=grid), {"forecast": None, "generator": None}
+    together = method.analyse(ensemble, network.report(values), **answer)
+    alone = [method.analyse(ensemble[run : run + 1], network.report(values[run : run + 1]), **answer) for run in range(3)]
+    assert torch.equal(torch.cat(alone), together)
+
+    groups, (number, taper) = local_groups(grid, sites, 1.3), local_tapers(grid, sites, 1.3)
+    assert torch.cat([points for points, *_ in groups]).sort().values.tolist() == list(range(400))
+    widths = [near.shape[1] for _, near, _ in groups]
+    assert len(groups) > 2 and min(widths) < members < max(widths)
+    shown, miss = anomalies(ensemble[..., list(sites)]), values - ensemble[..., list(sites)].mean(-2)
+    for point in [points[0] for points, *_ in groups]:
+        at, weight = number[point][taper[point] > 0], taper[point][taper[point] > 0].sqrt()
+        precision = torch.linalg.inv(R[at][:, at]) * weight * weight[:, None]
+        mean, transform = ensemble_weights(
+            shown[..., at] @ precision @ shown[..., at].mT, (shown[..., at] @ (precision @ miss[:, at].unsqueeze(-1))).squeeze(-1)
+        )
+        here = ensemble[..., [point, 400 + point]]
+        expected = here.mean(-2, keepdim=True) + (mean.unsqueeze(-2) + transform) @ anomalies(here)
+        torch.testing.assert_close(together[..., [point, 400 + point]], expected, rtol=1e-10, atol=1e-10)

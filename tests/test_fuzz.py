@@ -511,13 +511,13 @@ OWN = {  # arguments of one callable, where they are not those of the pool
     },
     "core.tapers": {"sites": lambda: (0, 2)},
     "core.localisation.local_tapers": {"grid": lambda: GLOBE, "sites": lambda: (0, 2), "half_width": lambda: 1e6},
+    "core.localisation.local_groups": {"grid": lambda: GLOBE, "sites": lambda: (0, 2), "half_width": lambda: 1e6},
     "core.localisation.between_points": {"grid": lambda: GLOBE, "every": lambda: 2},
     "core.localisation.interpolated": {
-        "weights": lambda: lambda points: torch.ones(1, len(points)),
+        "found": lambda: torch.ones(1, math.prod(matrix.shape[1] for matrix in between_points(GLOBE, 2))),
         "between": lambda: between_points(GLOBE, 2),
         "points": lambda: 24,
         "most": lambda: 10,
-        "device": lambda: torch.device("cpu"),
     },
     "core.spectral.Spectral.__init__": {"grid": lambda: TORUS, "spectrum": lambda: torch.ones(4, 4, 1, 1, dtype=DOUBLE)},
     "core.spectral.Spectral": {

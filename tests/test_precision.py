@@ -202,6 +202,9 @@ class Device(TorchDispatchMode):
                 moved.add(place())
             there = to
             args, kwargs = tree_map(lambda x: torch.device("cpu") if isinstance(x, torch.device) else x, (args, kwargs))
+        elif function is torch.ops.aten.copy_.default:  # from any device to any other
+            if there != all(isinstance(x, There) for x in tensors):
+                moved.add(place())
         elif there and any(x.ndim and not isinstance(x, There) for x in tensors):
             raise RuntimeError(f"{function} in {place()}: expected all tensors to be on one device")
         args, kwargs = tree_map(lambda x: x.here if isinstance(x, There) else x, (args, kwargs))
@@ -225,7 +228,6 @@ BETWEEN = {
     "twin.cycle.__init__": "first states are drawn around nature's, and so large is nature",
     "twin.cycle.watched": "nature grows",
     "twin.cycle.advance": "model errors are draws",
-    "twin.cycle.set_aside": "which runs have failed",
     "twin.collecting._averaged": "what is kept",
     "twin.collecting._collected": "what was seen",
 }

@@ -1,6 +1,7 @@
 """The one training loop: a training that was interrupted at any step is the one that was not, for every kind of training."""
 
 import math
+import sys
 from functools import cache
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from test_precision import Device
 
 import pnpda_nb.core.training as loop
 from pnpda_nb.core import standard_normal, stream
@@ -117,6 +119,85 @@ def test_that_a_training_that_was_interrupted_at_any_step_ends_with_the_bytes_of
     network, history = KINDS[kind](checkpoint=path)
     weights, expected = straight(kind)
     assert content(network) == weights and history.equals(expected) and not path.exists()
+
+
+# where numbers change their device in a training that is not on the processor's
+MOVES = {
+    "core.compute._computing": "whether there is such a device",
+    "core.compute._cast": "what a method or a climate holds",
+    "core.random.standard_normal": "a generator draws on its own device",
+    "core.training._copied": "the best weights, and checkpoints",
+    "core.training.restore": "which are read",
+    "flow_matching.flow.conditional_coupling": "who is paired with whom is found by the processor",
+    "flow_matching.training.__init__": "the network",
+    "flow_matching.training.batches": "pairs and noise",
+    "flow_matching.training.validate": "and those that are always the same",
+    "learned.on_policy._copy": "the network",
+    "learned.on_policy.advance": "targets, and which trajectories are lost",
+    "learned.on_policy.batches": "which are lost in a rollout",
+    "learned.on_policy.on_policy_loss": "draws",
+    "learned.on_policy.rollout_loss": "targets and draws",
+    "learned.records.__init__": "states of trajectories",
+    "learned.records._rows": "which rows are taken",
+    "learned.records.begin": "states that begin anew",
+    "learned.records.miss": "targets",
+    "learned.records.recall": "states of trajectories",
+    "learned.records.remember": "states of trajectories",
+    "windows.banded._back": "banded systems are solved by the processor",
+    "windows.banded._factored": "banded systems are solved by the processor",
+    "windows.banded._flat": "banded systems are solved by the processor",
+    "windows.incremental.prior_at": "how far an estimate has come",
+    "windows.laws._gain": "a matrix of ones",
+    "windows.training.__init__": "the networks",
+    "windows.training._standard": "windows",
+    "windows.training.observe_windows": "errors, and what is seen",
+    "windows.training.train_incremental": "the networks, in the end",
+}
+
+
+def begun_and_finished(kind: str, begun: str, finished: str, path) -> tuple:
+    interrupted(KINDS[kind], 5, True, checkpoint=path, device=begun)
+    assert path.exists()
+    network, history = KINDS[kind](checkpoint=path, device=finished)
+    assert all(type(x) is torch.Tensor and x.device.type == "cpu" for x in network.state_dict().values())
+    return network, history
+
+
+def require_close(one: tuple, other: tuple, **tolerance) -> None:
+    for a, b in zip(one[0].state_dict().values(), other[0].state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
+    np.testing.assert_allclose(one[1].validation.astype(float), other[1].validation.astype(float), rtol=tolerance["rtol"])
+
+
+@pytest.mark.parametrize("kind", [kind if kind in QUICK[:2] else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS])
+def test_that_a_training_may_change_its_device_and_sees_the_same_numbers_everywhere(kind, monkeypatch, tmp_path):
+    fused = "_get_fused_kernels_supported_devices"  # the optimiser of one pass over the weights
+    monkeypatch.setattr(sys.modules["torch.optim.optimizer"], fused, lambda: ["cpu", "lazy"])
+    with Device() as device:  # which no compiled step sees
+        here = KINDS[kind]()
+        assert not device.moved
+        for begun, finished in (("lazy", "cpu"), ("cpu", "lazy")):
+            elsewhere = begun_and_finished(kind, begun, finished, tmp_path / begun)
+            require_close(here, elsewhere, rtol=1e-4, atol=1e-6)  # torch has other sums for such tensors
+    inner = {next(name for name in where if not name.endswith(">")) for where in device.moved}
+    assert inner <= MOVES.keys(), inner - MOVES.keys()
+    assert any(name.split(".")[0] in ("flow_matching", "learned", "windows") for name in inner)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("kind", KINDS)
+def test_that_a_training_on_a_gpu_is_that_of_the_processor(kind, tmp_path):
+    here = KINDS[kind]()
+    require_close(here, KINDS[kind](device="cuda"), rtol=1e-2, atol=1e-3)
+    for begun, finished in (("cuda", "cpu"), ("cpu", "cuda")):
+        require_close(here, begun_and_finished(kind, begun, finished, tmp_path / begun), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", QUICK)
+def test_that_a_device_that_is_not_there_is_named_before_anything_is_done(kind):
+    with pytest.raises(ValueError, match="^device: expected cpu or, where there is one, cuda, got tpu"):
+        KINDS[kind](device="tpu")
 
 
 @pytest.mark.parametrize("kind", ["flow matching", "on-policy", "incremental, drawn"])

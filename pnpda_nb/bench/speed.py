@@ -14,7 +14,7 @@ from functools import partial
 from importlib import import_module
 from importlib.metadata import version as installed_version
 from importlib.util import find_spec
-from math import sqrt
+from math import pi, sqrt
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .measure import Sizes, _rate, _row, arithmetic_limits, operations_of, seconds_of, speed_ratio
-from ..classical.ensemble import LETKF, EnKF
+from ..classical.ensemble import ETKF, LETKF, EnKF
 from ..core.random import RunStreams, standard_normal, stream
 from ..dynamics.base import Lorenz63, Model, trajectory
 from ..dynamics.kuramoto_sivashinsky import KuramotoSivashinsky
@@ -30,8 +30,9 @@ from ..dynamics.models import Lorenz96
 from ..flow_matching.flow import FlowPrior, conditional_coupling, flow_matching_loss
 from ..flow_matching.networks import VelocityMLP
 from ..interop.dapper import import_dapper
+from ..interop.models import UserModel, from_tendency
 from ..observing.covariance import DiagonalCovariance
-from ..observing.observations import Observations
+from ..observing.observations import Observations, ObservingNetwork
 from ..observing.operators import Select
 from ..pnp.loop import PnPDA
 from ..twin.cycle import cycle
@@ -48,7 +49,7 @@ DAPPER_MISSING = "skipped: DAPPER is not installed (pip install 'pnpda_nb[dapper
 
 
 def dapper_run(experiment: TwinExperiment, made: Callable[[Any], Any], seed: int) -> tuple[float, float, float]:
-    """The twin experiment (Lorenz-63 or Lorenz-96, all of it observed) in DAPPER, once, with the method that is `made` of DAPPER's:
+    """The twin experiment, all of it observed, in DAPPER, once, with DAPPER's model and the method that is `made` of DAPPER's:
     processor seconds of its `simulate` and `assimilate`, and the RMSE of the analysis after the burn-in.
     """
     import_dapper()
@@ -58,8 +59,7 @@ def dapper_run(experiment: TwinExperiment, made: Callable[[Any], Any], seed: int
     from dapper.tools.seeding import set_seed
 
     size, dt = experiment.dim, experiment.forecast_model.dt
-    theirs = import_module(f"dapper.mods.Lorenz{63 if size == 3 else 96}")
-    model = {"M": size, "model": theirs.step, "linear": theirs.dstep_dx, "noise": 0}
+    model = {"M": size, "model": _dapper_step(experiment.forecast_model), "noise": 0}
     network = modelling.partial_Id_Obs(size, np.arange(size)) | {"localizer": nd_Id_localization((size,), (2,))}
     network["noise"] = float(experiment.network.covariance.variances[0])
     sequence = modelling.Chronology(dt, dko=experiment.interval, Ko=experiment.cycles - 1, Tplot=4.0, BurnIn=0)
@@ -74,6 +74,22 @@ def dapper_run(experiment: TwinExperiment, made: Callable[[Any], Any], seed: int
     end = time.process_time()
     errors = np.asarray(method.stats.err.rms.a)[experiment.burn_in :]
     return middle - start, end - middle, float(errors.mean())
+
+
+# %% ../../nbs/97_bench.ipynb #5a78ec30
+def _dapper_step(model: Model) -> Callable:
+    """DAPPER's own step of a `model`; of one that is a user's, DAPPER's Runge-Kutta step along the same tendency."""
+    if isinstance(model, UserModel):
+        modelling = import_module("dapper.mods")
+        return modelling.with_rk4(modelling.ens_compatible(_tendency), autonom=True)
+    if isinstance(model, KuramotoSivashinsky):
+        return import_module("dapper.mods.KS").Model(dt=model.dt, DL=model.length / pi, Nx=model.dim).step
+    return import_module(f"dapper.mods.Lorenz{63 if model.dim == 3 else 96}").step
+
+
+def _tendency(x: np.ndarray) -> np.ndarray:
+    """Lorenz-63 as a user would write it, in numpy and for one state."""
+    return np.array((10 * (x[1] - x[0]), 28 * x[0] - x[1] - x[0] * x[2], x[0] * x[1] - 8 / 3 * x[2]))
 
 
 # %% ../../nbs/97_bench.ipynb #3895b328
@@ -91,6 +107,29 @@ def lorenz96(sizes: Sizes) -> Iterator[dict]:
     their_global = lambda da: da.EnKF("PertObs", N=40, infl=1.06)
     yield from _against_dapper("lorenz96", "LETKF of 7, ", experiment, local, their_local, 7, runs, sizes)
     yield from _against_dapper("lorenz96", "EnKF of 40, ", experiment, EnKF(inflation=1.06), their_global, 40, runs, sizes)
+
+
+def kuramoto_sivashinsky(sizes: Sizes) -> Iterator[dict]:
+    """The ETKF on a periodic field of 128 points, all of them observed, as in Bocquet and Farchi (2019)."""
+    model, runs = KuramotoSivashinsky(dim=128, length=32 * pi, viscosity=1.0, boundary="periodic", dt=0.5), min(sizes.runs, 20)
+    x = model.length / model.dim * torch.arange(1, model.dim + 1, dtype=torch.float64) / 16
+    start = trajectory(model, x.cos() * (1 + x.sin()), 300)[-1]  # Kassam and Trefethen's example, when it is over
+    experiment = TwinExperiment(
+        "bocquet2019", model, model, ObservingNetwork(Select(range(128), 128), DiagonalCovariance(torch.ones(128))), interval=2,
+        cycles=sizes.cycles, burn_in=sizes.cycles // 5, start=tuple(start.tolist()), start_variance=0.001, spin_up=0,
+        first_ensemble="same_law",
+    )  # fmt: skip
+    made = lambda da: da.EnKF("Sqrt", N=20, infl=1.03, rot=True)
+    method = ETKF(inflation=1.03, rotate=True)
+    yield from _against_dapper("kuramoto_sivashinsky", "ETKF of 20, ", experiment, method, made, 20, runs, sizes)
+
+
+def own_tendency(sizes: Sizes) -> Iterator[dict]:
+    """The same as `enkf` with a tendency that a user wrote in numpy, which is compiled here."""
+    model = from_tendency(_tendency, dim=3, dt=0.01, compile=True)
+    experiment = replace(sakov2012(sizes.cycles), nature=model, forecast_model=model)
+    made = lambda da: da.EnKF("PertObs", N=sizes.members, infl=1.04)
+    yield from _against_dapper("own_tendency", "", experiment, EnKF(inflation=1.04), made, sizes.members, sizes.runs, sizes)
 
 
 def _against_dapper(

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from .growth import members, memory, pnpda_state, state
 from .measure import COLUMNS, Sizes, machine
-from .speed import enkf, etdrk4_speed, lorenz96, pnpda, steps, training
+from .speed import enkf, etdrk4_speed, kuramoto_sivashinsky, lorenz96, own_tendency, pnpda, steps, training
 from ..core.disk import read_record, record_bytes, writable, write_whole
 from ..sweep import code_version
 
@@ -27,8 +27,11 @@ __all__ = ["bench", "report"]
 # %% ../../nbs/97_bench.ipynb #9d7aff82
 PARTS: Mapping[str, Callable[[Sizes], Iterator[dict]]] = {
     part.__name__.removesuffix("_speed"): part
-    for part in (enkf, lorenz96, steps, etdrk4_speed, members, state, memory, pnpda, training, pnpda_state)
-}
+    for part in (
+        enkf, lorenz96, kuramoto_sivashinsky, own_tendency, steps, etdrk4_speed, members, state, memory, pnpda, training,
+        pnpda_state,
+    )
+}  # fmt: skip
 
 
 def choose_parts(names: Sequence[str] | None) -> tuple[str, ...]:

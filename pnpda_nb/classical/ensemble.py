@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Callable, Literal
+from typing import Callable, Iterator, Literal
 
 import torch
 from torch import Tensor
@@ -15,12 +15,12 @@ from torch import Tensor
 from ..core.checks import Gappy, guard
 from ..core.compute import _alike
 from ..core.grid import Distance, as_grid, tapers
-from ..core.localisation import between_points, interpolated, local_tapers
+from ..core.localisation import between_points, interpolated, local_groups
 from ..core.random import standard_normal
 from ..core.settings import Count, NotNegative, PositiveNumber, Settings, Share, Unbounded
-from ..observing.covariance import DiagonalCovariance
+from ..observing.covariance import Covariance, DiagonalCovariance
 from ..observing.observations import Observations
-from ..observing.update import _solve, anomalies, factored_weights, innovation_weights
+from ..observing.update import anomalies, cholesky_factor, factored_weights, innovation_weights
 
 # %% auto #0
 __all__ = ["inflate", "EnKF", "ETKF", "LETKF", "LocalEnKF", "EnKS"]
@@ -196,8 +196,8 @@ class LETKF(EnsembleFilter):
         *batch, members, dim = background.shape
         self.require_ensemble(background)
         grid, sites = as_grid(self.distance, dim), _sites_of(observations, dim, "LETKF")
-        local = local_tapers(grid, sites, self.half_width, self.every)
-        number, taper, places, between = _alike((*local, grid.numbers, between_points(grid, self.every)), background)
+        local = local_groups(grid, sites, self.half_width, self.every), grid.numbers, between_points(grid, self.every)
+        groups, places, between = _alike(local, background)
         seen = observations.operator(background)
         count = math.prod(batch)  # explicit, since nothing may have been seen
         states, shown = (x.reshape(count, members, x.shape[-1]) for x in (background, seen))
@@ -206,41 +206,84 @@ class LETKF(EnsembleFilter):
         if self.rotate:
             rotation = random_rotation(tuple(batch), members, generator, states)
             rotation = rotation.reshape(-1, 1, members, members)
-        shown, departures = anomalies(shown), anomalies(states).mT  # (batch, dim, member)
-        analysis, centre = torch.empty_like(states), states.mean(-2, keepdim=True)
+        departures, both = anomalies(states).mT.contiguous(), torch.cat((anomalies(shown).mT, innovation.unsqueeze(-1)), -1)
+        analysis, centre, room = (
+            torch.empty_like(states),
+            states.mean(-2, keepdim=True),
+            max(1, 2_000_000 // max(1, count * members)),
+        )
 
-        def weights(points: Tensor) -> Tensor:
-            mean, transform = ensemble_weights(*_local_information(shown, innovation, observations, number[points], taper[points]))
-            return mean.unsqueeze(-2) + (transform if rotation is None else rotation @ transform)
+        def update(number: Tensor, taper: Tensor, rows: Tensor) -> Tensor:
+            return _weighted(_local_observations(both, observations.covariance, number, taper), rows, rotation)
 
-        most = len(states) * members * max(members, number.shape[1], 1)  # as many points at a time as fit into some memory
-        for points, weight in interpolated(weights, between, places.shape[1], max(1, 2_000_000 // most), shown.device):
-            numbers = places[:, points].T  # (point, channel), −1 where there is no value
-            moved = (weight @ departures[:, numbers].mT).movedim(1, 2)  # (batch, member, point, channel)
-            analysis[..., numbers[numbers >= 0]] = moved[..., numbers >= 0]
+        def moved() -> Iterator[tuple[Tensor, Tensor]]:
+            """Numbers `(point, channel)` of the state, and their departures after it `(batch, point, channel, member)`."""
+            if not between:
+                for points, number, taper in _blocks(groups, room, members):
+                    yield (at := places[:, points].T), update(number, taper, departures[:, at])
+                return
+            found = departures.new_empty(count, sum(len(points) for points, *_ in groups), members, members)
+            for points, number, taper in _blocks(groups, room, members):
+                found[:, points] = update(number, taper, torch.eye(members).to(found).expand(count, len(points), -1, -1)).mT
+            for points, weights in interpolated(found, between, places.shape[1], max(1, room // members)):
+                yield (at := places[:, points].T), departures[:, at] @ weights.mT
+
+        for at, rows in moved():  # a number is −1 where there is no value
+            analysis[..., at[at >= 0]] = rows.movedim(-1, 1)[..., at >= 0]
         return self.inflated((centre + analysis).reshape(background.shape), background, generator)
 
 
 # %% ../../nbs/06_ensembles.ipynb #acab3fe4
-def _local_information(
-    shown: Tensor, innovation: Tensor, observations: Observations, number: Tensor, taper: Tensor
-) -> tuple[Tensor, Tensor]:
-    """C and Y R⁻¹ (y − ȳ) of the observations `number` `(block, most)`, weighted by `taper`."""
-    weight = taper.sqrt()
-    near = shown[..., number].movedim(1, -2) * weight.unsqueeze(-2)  # (batch, block, member, most)
-    miss = innovation[..., number] * weight
-    covariance = observations.covariance
+def _local_observations(both: Tensor, covariance: Covariance | DiagonalCovariance, number: Tensor, taper: Tensor) -> Tensor:
+    """Anomalies of the members and, in a last column, innovations `both` `(batch, size, member + 1)`: those of the observations
+    `number` `(point, most)`, weighted by `taper`, in units in which their errors are white.
+    """
+    weight = taper.sqrt().unsqueeze(-1)
     if isinstance(covariance, DiagonalCovariance):
-        weighed = near / _per_run(covariance.variances, len(shown))[..., number].unsqueeze(-2)
-    else:
-        matrix = _per_run(covariance.matrix, len(shown), 2)
-        blocks = matrix[..., number.unsqueeze(-1), number.unsqueeze(-2)]
-        # padding and repeated numbers carry no weight, and must not make the block singular
-        idle = taper == 0
-        both = ~(idle.unsqueeze(-1) | idle.unsqueeze(-2))
-        blocks = torch.where(both, blocks, torch.diag_embed(idle.to(blocks)))
-        weighed = _solve(near, blocks)
-    return weighed @ near.mT, (weighed @ miss.unsqueeze(-1)).squeeze(-1)
+        return (both / _per_run(covariance.variances, len(both)).sqrt().unsqueeze(-1))[:, number] * weight
+    blocks = _per_run(covariance.matrix, len(both), 2)[..., number.unsqueeze(-1), number.unsqueeze(-2)]
+    # padding and repeated numbers carry no weight, and must not make the block singular
+    idle = taper == 0
+    blocks = torch.where(idle.unsqueeze(-1) | idle.unsqueeze(-2), torch.diag_embed(idle.to(blocks)), blocks)
+    return torch.linalg.solve_triangular(cholesky_factor(blocks), both[:, number] * weight, upper=False)
+
+
+# %% ../../nbs/06_ensembles.ipynb #acab3fe6
+def _weighted(near: Tensor, rows: Tensor, rotation: Tensor | None = None) -> Tensor:
+    """What the weights of the ETKF make of `rows` `(batch, point, row, member)`, given white observations `near`, innovations last,
+    `(batch, point, most, member + 1)`: by @eq-etkf or, where they are fewer than members, @eq-few-observations.
+    """
+    near, miss, across = near[..., :-1], near[..., -1:], rows.mT
+    degrees, few = near.shape[-1] - 1, near.shape[-2] < near.shape[-1]
+    values, vectors = _spectrum(near @ near.mT if few else near.mT @ near)
+    root = (1 + values / degrees).sqrt()
+    inner = vectors.mT @ torch.cat((miss, near @ across) if few else (near.mT @ miss, across), -1)
+    inner = inner * torch.stack(
+        (1 / (values + degrees), *across.shape[-1] * [-1 / (degrees * root * (1 + root)) if few else 1 / root]), -1
+    )
+    outer = vectors @ inner
+    outer = near.mT @ outer if few else outer
+    mean, moved = outer[..., :1], (across + outer[..., 1:] if few else outer[..., 1:])
+    return (moved if rotation is None else rotation @ moved).mT + rows @ mean
+
+
+def _spectrum(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, none below zero, and eigenvectors of symmetric matrices `(..., n, n)`. One that is not finite has values of nan,
+    and leaves the rest of the batch alone.
+    """
+    if torch.isfinite(matrix.sum()):
+        values, vectors = torch.linalg.eigh(matrix)
+        return values.clamp_min(0), vectors
+    broken = ~torch.isfinite(matrix).all(-1).all(-1)
+    values, vectors = torch.linalg.eigh(matrix.masked_fill(broken[..., None, None], 0.0))
+    return values.clamp_min(0).masked_fill(broken.unsqueeze(-1), torch.nan), vectors
+
+
+def _blocks(groups: tuple[tuple[Tensor, ...], ...], room: int, members: int) -> Iterator[tuple[Tensor, ...]]:
+    """The `groups` of points, as many points at a time as have `room` for matrices of `members` by members or observations."""
+    for group in groups:
+        most = max(1, room // max(members, group[1].shape[1]))
+        yield from zip(*(part.split(most) for part in group))
 
 
 # %% ../../nbs/06_ensembles.ipynb #4893bc77

@@ -185,6 +185,7 @@ def train(
     epochs: Annotated[Optional[int], typer.Option(help="epochs at the most; default: as many as make about 20000 steps")] = None,
     paper: Annotated[bool, typer.Option("--paper", help="train exactly as the paper does")] = False,
     memory: Annotated[int, typer.Option(help="megabytes of pairs to hold at a time")] = 256,
+    device: Annotated[str, typer.Option(help="where the network is trained: cpu, or cuda where there is one")] = "cpu",
     names: Annotated[
         Optional[str], typer.Option(help="what backgrounds and analyses are called in the archive; default: background,analysis")
     ] = None,
@@ -206,6 +207,7 @@ def train(
 
     import torch
 
+    from ..core.compute import _computing
     from ..files.archive import open_archive
     from ..files.layout import ROLES
     from ..flow_matching.pairs import PAPER_TRAINING
@@ -213,13 +215,15 @@ def train(
     from ..operations.report import training_report, verdict
 
     torch.set_num_threads(1)
+    _computing("float32", device)
     with open_archive(archive, roles=roles or ROLES, samples=dims) as source, _room(out=out.parent, report=report.parent):
         pairs = set_aside(source, memory * 1_000_000)[0].count
         settings = usual_settings(source.dim, pairs, epochs, memory * 1_000_000)
         if paper:
             settings = dataclasses.replace(PAPER_TRAINING, epochs=epochs or PAPER_TRAINING.epochs)
         _say(_line(source))
-        trained = train_archive(source, settings, seed=seed, memory=memory * 1_000_000, checkpoint=checkpoint, progress=True)
+        options = {"seed": seed, "memory": memory * 1_000_000, "checkpoint": checkpoint, "device": device}
+        trained = train_archive(source, settings, **options, progress=True)
         described = training_report(trained, archive)
         _write({out: trained.prior.to_bytes()} | described.files(report))
     checkpoint.unlink(missing_ok=True)  # only now
@@ -364,7 +368,10 @@ def describe(
 def bench(
     only: Annotated[
         Optional[str],
-        typer.Option(help="comma-separated parts: enkf, steps, etdrk4, members, state, memory, pnpda, training, pnpda_state"),
+        typer.Option(
+            help="comma-separated parts: enkf, lorenz96, kuramoto_sivashinsky, own_tendency, steps, etdrk4, members, state, "
+            "memory, pnpda, training, pnpda_state"
+        ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="a small version, in seconds")] = False,
     full: Annotated[bool, typer.Option("--full", help="no run of a peer is saved by scaling")] = False,

@@ -62,8 +62,8 @@ def _alike(thing: Any, state: Tensor) -> Any:
     if not changed:
         return thing
     made = copy.copy(thing)
-    for name in held.keys() - own.keys():
-        del vars(made)[name]
+    for name in [n for n in vars(made) if isinstance(getattr(kind, n, None), cached_property)]:
+        del vars(made)[name]  # made of what has changed
     vars(made).update(changed)
     return made
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Callable, Iterator, Sequence
+from typing import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -102,6 +102,20 @@ def local_tapers(grid: Grid, sites: tuple[int, ...], half_width: float, every: i
 
 
 @lru_cache(maxsize=8)
+def local_groups(grid: Grid, sites: tuple[int, ...], half_width: float, every: int = 1) -> tuple[tuple[Index, Index, Tensor], ...]:
+    """The same in groups of points at which about as many observations count: of each group the points, and their observations, in
+    no more columns than there need be.
+    """
+    number, taper = local_tapers(grid, sites, half_width, every)
+    width = number.shape[1]
+    counts = ((taper > 0) * torch.arange(1, width + 1)).amax(1) if width else torch.zeros(len(number), dtype=torch.long)
+    step = max(4, -(-width // 8)) if len(number) > 256 else max(1, width)  # a group should be worth its while
+    widths = ((counts + step - 1) // step * step).clamp_max(width)
+    groups = [((widths == wide).nonzero()[:, 0], wide) for wide in widths.unique().tolist()]
+    return tuple((points, number[points, :wide], taper[points, :wide]) for points, wide in groups)
+
+
+@lru_cache(maxsize=8)
 def between_points(grid: Grid, every: int) -> tuple[Tensor, ...]:
     """What interpolates linearly from one point in `every` to all of them: a matrix `(n, some)` for each axis, or nothing for 1."""
     matrices = []
@@ -116,22 +130,15 @@ def between_points(grid: Grid, every: int) -> tuple[Tensor, ...]:
     return tuple(matrices)
 
 
-def interpolated(
-    weights: Callable[[Index], Tensor], between: Sequence[Tensor], points: int, most: int, device: torch.device
-) -> Iterator[tuple[Index, Tensor]]:
-    """All `points` of a grid, some `most` at a time, with `weights(points)` `(batch, point, …)`. With the matrices `between` of
-    `between_points`, weights are asked for at some points only, and interpolated.
+def interpolated(found: Gappy, between: Sequence[Tensor], points: int, most: int) -> Iterator[tuple[Index, Gappy]]:
+    """All `points` of a grid, some `most` at a time, with weights `(batch, point, …)`: interpolated, by the matrices `between` of
+    `between_points`, from those that were `found` at some points, `(batch, some, …)`.
     """
-    if not between:
-        yield from ((some, weights(some)) for some in torch.arange(points, device=device).split(most))
-        return
-    few = torch.arange(math.prod(matrix.shape[1] for matrix in between), device=device)
-    found = torch.cat([weights(some) for some in few.split(most)], 1)
     first, *second = (matrix.to(found.dtype) for matrix in between)
     rows = found.unflatten(1, (first.shape[1], -1)).movedim(1, 0)  # (some, batch, …)
     if second:
         rows = torch.einsum("rbc...,nc->rbn...", rows, second[0])
-    for part in torch.arange(points, device=device).unflatten(0, (len(first), -1)).split(max(1, most * len(first) // points)):
+    for part in torch.arange(points, device=found.device).unflatten(0, (len(first), -1)).split(max(1, most * len(first) // points)):
         row = part[:, 0] // part.shape[1]
         yield part.flatten(), torch.einsum("kr,rb...->bk...", first[row], rows).flatten(1, 2)
 

@@ -31,11 +31,12 @@ __all__ = []
 class Trainable(Protocol):
     """What is trained, and on what: its data and its loss.
 
-    `network` follows the gradient, `averaged` is a copy of it that follows slowly, and all draws are from the `generator`.
+    `network` follows the gradient, `averaged` is a copy of it that follows slowly, both on the device where everything is computed.
+    All draws are from the `generator`, on the processor.
     `batches` yields the data of a round (counted from 0), `loss` scores the network on a batch, and `validate` scores the averaged
     weights (less is better). `row` is what the history says of the round that has just ended, or None if there is nothing to say
-    yet. `remember` gives what else must be known to go on, as tensors and plain values that nobody changes afterwards, and `recall`
-    takes it back.
+    yet. `remember` gives what else must be known to go on, as plain values and tensors on the processor that nobody changes
+    afterwards, and `recall` takes it back.
     """
 
     network: nn.Module
@@ -215,9 +216,9 @@ class Training:
 
 # %% ../../nbs/94_priors.ipynb #7a0c51e8
 def _copied(tree: Any) -> Any:
-    """A deep copy of a state dictionary, tensors included."""
+    """A deep copy of a state dictionary, with its tensors in the processor's memory, from where they fit on any device."""
     if isinstance(tree, Tensor):
-        return tree.detach().clone()
+        return tree.detach().to("cpu", copy=True)
     if isinstance(tree, dict):
         return {k: _copied(v) for k, v in tree.items()}
     if isinstance(tree, list):

@@ -46,10 +46,11 @@ def conditional_coupling(source: Tensor, analysis: Tensor, background: Tensor, b
     if not beta >= 0:
         raise ValueError(f"beta: expected zero or a positive number, got {beta}")
     if beta == 0:
-        return Coupling(torch.arange(len(source)), 0.0, 0.0)
+        return Coupling(torch.arange(len(source), device=source.device), 0.0, 0.0)
     lengths = torch.cdist(source, analysis).square()
     cost = torch.cdist(background, background).square_().mul_(beta).add_(lengths)
-    index, own = torch.from_numpy(_assignment(cost.double().numpy())), torch.arange(len(source))
+    index = torch.from_numpy(_assignment(cost.double().cpu().numpy())).to(source.device)
+    own = torch.arange(len(source), device=source.device)
     before, after = lengths.diagonal().mean(), lengths[own, index].mean()
     return Coupling(index, float((index != own).double().mean()), float(1 - after / before))
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..core.checks import guard
+from ..core.compute import _computing
 from ..core.random import stream
 from ..core.training import Phase, Plan, Training, read_training, resume_training, run_training
 from .flow import FlowPrior, _coloured, conditional_coupling, flow_matching_loss
@@ -36,15 +37,17 @@ def train_prior(
     *,
     seed: int = 0,
     checkpoint: str | os.PathLike | None = None,
+    device: torch.device | str = "cpu",
     progress: bool = False,
     callback: Callable[[int, dict], None] | None = None,
 ) -> tuple[FlowPrior, pd.DataFrame]:
     """Train a `FlowPrior` on pairs `(sample, dim)`; returns it with the history of its losses (one
     row per epoch).
 
-    With `checkpoint`, an interrupted training is resumed. `callback(epoch, row)` is called after
-    every epoch. Raises `ValueError` for pairs that are too few, of different shapes or not finite,
-    for a checkpoint of another training, and if the loss stops being finite.
+    With `checkpoint`, an interrupted training is resumed, on this `device` or another. `callback(epoch, row)` is called after
+    every epoch. Pairs stay where they are and go to the `device` by batches, and so does noise; the prior that is returned is on
+    the processor. Raises `ValueError` for pairs that are too few, of different shapes or not finite,
+    for a checkpoint of another training, a device that is not there, and if the loss stops being finite.
     """
     if background.shape != analysis.shape or background.ndim != 2:
         raise ValueError(
@@ -52,13 +55,14 @@ def train_prior(
         )
     if not (torch.isfinite(background).all() and torch.isfinite(analysis).all()):
         raise ValueError("background, analysis: expected finite pairs")
-    held_out = _held_out(len(analysis), settings)
-    return _train(_HeldPairs(background, analysis, held_out, settings, seed), settings, seed, checkpoint, progress, callback)
+    device, held_out = _computing("float32", device)[1], _held_out(len(analysis), settings)
+    pairs = _HeldPairs(background, analysis, held_out, settings, seed)
+    return _train(pairs, settings, seed, checkpoint, device, progress, callback)
 
 
 # %% ../../nbs/94_priors.ipynb #3c187eb9
 def _train(
-    pairs, settings: TrainingSettings, seed: int, checkpoint, progress: bool, callback, keep: bool = False
+    pairs, settings: TrainingSettings, seed: int, checkpoint, device: torch.device, progress: bool, callback, keep: bool = False
 ) -> tuple[FlowPrior, pd.DataFrame]:
     """The training of `train_prior` and `train_from`, on `_HeldPairs` or `_StreamedPairs`."""
     memory = read_training(checkpoint, pairs.fingerprint, "a training with other settings, seed or pairs")
@@ -73,7 +77,7 @@ def _train(
         lost="training: the loss became non-finite in epoch {round}; try a smaller learning rate",
         from_start_kept=bool(pairs.kept()),  # what took a pass over all pairs
     )
-    subject = _FlowTraining(pairs, settings, seed)
+    subject = _FlowTraining(pairs, settings, seed, device)
     training = Training(subject, plan)
     resume_training(training, checkpoint, memory)
     run_training(training, checkpoint, fingerprint=pairs.fingerprint, progress=progress, keep=keep, callback=callback)
@@ -84,8 +88,8 @@ def _train(
 class _FlowTraining:
     """Pairs, coupled with noise, and the loss of flow matching."""
 
-    def __init__(self, pairs, settings: TrainingSettings, seed: int):
-        self.pairs, self.settings, self.seed, dim = pairs, settings, seed, pairs.dim
+    def __init__(self, pairs, settings: TrainingSettings, seed: int, device: torch.device):
+        self.pairs, self.settings, self.seed, self.device, dim = pairs, settings, seed, device, pairs.dim
         self.architecture = {
             "network": "VelocityMLP",
             "dim": dim,
@@ -95,10 +99,10 @@ class _FlowTraining:
         }
         self.colour, inside = None, pairs.scale if pairs.units is None else pairs.units
         if pairs.factor is not None:  # the factor in the network's units
-            self.colour = (pairs.factor / (inside if pairs.factor.ndim == 1 else inside[:, None])).float()
+            self.colour = (pairs.factor / (inside if pairs.factor.ndim == 1 else inside[:, None])).float().to(device)
         self.network = VelocityMLP(
             dim, settings.hidden, settings.embedding, stream(seed, "weights"), settings.embedding_scale, settings.linear_skip
-        )
+        ).to(device)
         self.averaged = copy.deepcopy(self.network).requires_grad_(False)
         self.generator = stream(seed, "training noise")
         self.beta, self.coupled = settings.beta or (1.0 if settings.repaired_target else 0.0), []
@@ -122,13 +126,13 @@ class _FlowTraining:
             whole = len(portion) // settings.batch * settings.batch
             for first in range(0, whole, together):
                 some = slice(first, min(first + together, whole))
-                given, target = b[portion[some]], a[portion[some]]
-                z = self.start(noise[some], given)
+                given, target = (x[portion[some]].to(self.device) for x in (b, a))
+                z, times = self.start(noise[some].to(self.device), given), tau[some].to(self.device)
                 coupling = conditional_coupling(z, target, given, self.beta)
                 self.coupled.append((coupling.repaired, coupling.gain))
                 self._steer(coupling.repaired)
                 # the background stays with the noise: with it, an analysis of (almost) the same background is paired
-                yield from zip(*(x.split(settings.batch) for x in (z, target[coupling.index], given, tau[some])))
+                yield from zip(*(x.split(settings.batch) for x in (z, target[coupling.index], given, times)))
 
     def loss(self, batch: tuple[Tensor, ...]) -> Tensor:
         return flow_matching_loss(self.network, *batch)
@@ -139,9 +143,9 @@ class _FlowTraining:
         fixed, total = stream(self.seed, "validation noise"), 0.0
         with torch.no_grad():
             for some in zip(b.split(self.pairs.glance), a.split(self.pairs.glance)):
-                given, target = (x.repeat(draws, 1) for x in some)
-                z = self.start(torch.randn(target.shape, generator=fixed), given)
-                tau = torch.rand(len(target), 1, generator=fixed)
+                given, target = (x.to(self.device).repeat(draws, 1) for x in some)
+                z = self.start(torch.randn(target.shape, generator=fixed).to(self.device), given)
+                tau = torch.rand(len(target), 1, generator=fixed).to(self.device)
                 total += len(target) * float(flow_matching_loss(self.averaged, z, target, given, tau))
         return total / (draws * len(a))
 
@@ -201,6 +205,7 @@ def train_from(
     seed: int = 0,
     memory: int = 256_000_000,
     checkpoint: str | os.PathLike | None = None,
+    device: torch.device | str = "cpu",
     progress: bool = False,
     keep_checkpoint: bool = False,
     callback: Callable[[int, dict], None] | None = None,
@@ -223,11 +228,10 @@ def train_from(
             f"source: expected a count, dim and block of at least 1, got {source.count}, {source.dim} and {source.block}"
         )
     _json("layout", source.layout, allow_nan=False)  # before hours of training, not after
-    held_out, memory = _held_out(source.count, settings), int(memory)
+    device, held_out, memory = _computing("float32", device)[1], _held_out(source.count, settings), int(memory)
     if 16 * source.dim * source.count > memory:
-        return _train(
-            _StreamedPairs(source, settings, seed, memory), settings, seed, checkpoint, progress, callback, keep_checkpoint
-        )
+        streamed = _StreamedPairs(source, settings, seed, memory)
+        return _train(streamed, settings, seed, checkpoint, device, progress, callback, keep_checkpoint)
     background, analysis = (torch.empty(source.count, source.dim, dtype=torch.float64) for _ in range(2))
     step = source.block * max(1, 4096 // source.block)
     for first in range(0, source.count, step):
@@ -236,7 +240,7 @@ def train_from(
     pairs = _HeldPairs(background, analysis, held_out, settings, seed, getattr(source, "constant", None))
     del background, analysis  # the pairs are in the network's units now
     pairs.layout = source.layout
-    return _train(pairs, settings, seed, checkpoint, progress, callback, keep_checkpoint)
+    return _train(pairs, settings, seed, checkpoint, device, progress, callback, keep_checkpoint)
 
 
 # %% ../../nbs/94_priors.ipynb #7bb4bb82

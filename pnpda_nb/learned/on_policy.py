@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..core.checks import guard
+from ..core.compute import _alike, _computing
 from ..core.random import stream
 from ..core.settings import Count, NotNegative, PositiveNumber, Settings, Share, Size
 from ..core.training import Phase, Plan, Training, fingerprint_of, read_training, resume_training, run_training
@@ -51,16 +52,16 @@ def on_policy_loss(
     likelihood: float = 0.05, scored: int = 32,
 ) -> Tensor:  # fmt: skip
     """@eq-on-policy-loss, averaged over examples; the likelihood is that of `scored` variables."""
-    background, target, count = batch.background, batch.target, len(batch.target)
-    tau, z, u, shown = torch.zeros(count, 1), None, None, batch.seen
+    background, target, count, there = batch.background, batch.target, len(batch.target), batch.target.device
+    tau, z, u, shown = torch.zeros(count, 1, device=there), None, None, batch.seen
     if start_fraction < 1:
-        late = torch.rand(count, 1, generator=generator) >= start_fraction
-        tau = torch.rand(count, 1, generator=generator) * late
+        late = torch.rand(count, 1, generator=generator).to(there) >= start_fraction
+        tau = torch.rand(count, 1, generator=generator).to(there) * late
         z = prior.source(tuple(target.shape), generator) * late
         u = (1 - tau) * (background + z) + tau * target
     if hidden:
-        there = shown.mask & (torch.rand(count, 1, generator=generator) >= hidden)
-        shown = GridObservations(shown.value, there, shown.error)
+        left = shown.mask & (torch.rand(count, 1, generator=generator).to(there) >= hidden)
+        shown = GridObservations(shown.value, left, shown.error)
     denoised, residual = prior.look(background, u, tau, shown, batch.extra, batch.guess)
     error = target - denoised
     deviation = (batch.seen.error * batch.seen.mask / prior.scale).sum(-1) / batch.seen.mask.sum(-1).clamp_min(1)
@@ -68,7 +69,7 @@ def on_policy_loss(
     squares = (error / prior.increment).square().mean(-1)
     loss = (weight / weight.mean() * squares).mean()
     if likelihood:
-        sites = torch.randperm(target.shape[-1], generator=generator)[:scored].sort().values
+        sites = torch.randperm(target.shape[-1], generator=generator)[:scored].sort().values.to(there)
         loss = loss + likelihood * residual.negative_log_likelihood(error.detach(), sites).mean()
     return loss
 
@@ -76,8 +77,8 @@ def on_policy_loss(
 # %% ../../nbs/18_on_policy.ipynb #03ca7eab
 class OnPolicyTraining:
     """Trajectories that cycle through `record` in the hands of `policy`, a function that makes a method of a prior, and the
-    examples that they leave behind for `prior`. A method with an attribute `training_batch(background, seen, generator)` chooses
-    itself what is learned from an ensemble.
+    examples that they leave behind for `prior`. States and networks are on the `device`. A method with an attribute
+    `training_batch(background, seen, generator)` chooses itself what is learned from an ensemble.
     """
 
     def __init__(
@@ -89,12 +90,14 @@ class OnPolicyTraining:
         *,
         members: int = 1,
         seed: int = 0,
+        device: torch.device | str = "cpu",
     ):
         self.record, self.settings, self.generator = record, settings, stream(seed, "on-policy training")
-        self.prior, self.slow = _copy(prior), _copy(prior, False)  # the second one's weights will be the first one's averages
+        # the second one's weights will be the first one's averages
+        self.prior, self.slow = _copy(prior, device=device), _copy(prior, False, device)
         self.prior.half_precision = self.slow.half_precision = settings.half_precision
-        self.method = policy(self.slow)
-        self.trajectories = Trajectories(record, settings.trajectories, members, settings.rollout, self.generator)
+        self.trajectories = Trajectories(record, settings.trajectories, members, settings.rollout, self.generator, device)
+        self.method = _alike(policy(self.slow), self.trajectories.state)
         self.examples = Examples(settings.memory, settings.trajectories)
 
     def advance(self) -> float:
@@ -108,25 +111,25 @@ class OnPolicyTraining:
             background = moving.forecast(moving.state)
             moving.times = moving.times + 1
             moving.renew()
-            seen = record.observe(moving.times, moving.runs, moving.networks, self.generator)
-            target = record.targets[moving.times, moving.runs]
+            seen = _alike(record.observe(moving.times, moving.runs, moving.networks, self.generator), background)
+            target = record.targets[moving.times, moving.runs].to(background.device)
             analysis, mean, extra, guess = _analysed(self.method, self.slow, background, seen, self.generator)
-        lost = ~torch.isfinite(analysis).flatten(1).all(1) | ((mean - target).abs() > 1e3 * self.prior.scale).any(-1)
+        lost = (~torch.isfinite(analysis).flatten(1).all(1) | ((mean - target).abs() > 1e3 * self.prior.scale).any(-1)).cpu()
         if lost.all() and not len(self.examples):
             raise ValueError("policy: all trajectories became non-finite in their first cycle")
         shown = on_grid(seen, target.shape[-1])[:, 0] if extra is not None or guess is not None else None
         parts = mean, target, shown, extra, guess, moving.times, moving.runs, moving.networks
-        self.examples.add(tuple(_rows(part, ~lost) for part in parts))
+        self.examples.add(_alike(tuple(_rows(part, ~lost) for part in parts), record.targets))
         moving.state = analysis
         moving.begin(lost)
-        return float((analysis.mean(-2) - target)[~lost].square().mean(-1).sqrt().mean())
+        return float(_rows(analysis.mean(-2) - target, ~lost).square().mean(-1).sqrt().mean())
 
     def training_batch(self) -> TrainingBatch:
         """A batch from the memory; what is seen is drawn anew if the record can, unless something was made of it."""
         mean, target, shown, extra, guess, times, runs, networks = self.examples.draw(self.settings.batch, self.generator)
         if shown is None:
             shown = on_grid(self.record.observe(times, runs, networks, self.generator), mean.shape[-1])[:, 0]
-        return TrainingBatch(mean, target, shown, extra, guess)
+        return TrainingBatch(*_alike((mean, target, shown, extra, guess), self.trajectories.state))
 
 
 # %% ../../nbs/18_on_policy.ipynb #7a0c53e2
@@ -145,9 +148,10 @@ def _analysed(
     return analysis, mean, None, None if guess is None else guess.squeeze(-2)
 
 
-def _copy(prior: AnalysisPrior, gradient: bool = True) -> AnalysisPrior:
-    network = copy.deepcopy(prior.network).requires_grad_(gradient)
-    return AnalysisPrior(network, prior.location, prior.scale, prior.increment, prior.architecture, prior.training, prior.errors)
+def _copy(prior: AnalysisPrior, gradient: bool = True, device: torch.device | str = "cpu") -> AnalysisPrior:
+    network = copy.deepcopy(prior.network).to(device).requires_grad_(gradient)
+    units = (x.to(device) for x in (prior.location, prior.scale, prior.increment))
+    return AnalysisPrior(network, *units, prior.architecture, prior.training, prior.errors)
 
 
 # %% ../../nbs/18_on_policy.ipynb #7a0c53e3
@@ -158,13 +162,14 @@ def rollout_loss(
     times, loss, first, generator = moving.times + 1, 0.0, None, moving.generator
     for _ in range(settings.rollout):
         seen = on_grid(moving.record.observe(times, moving.runs, moving.networks, generator), background.shape[-1])
+        seen = _alike(seen, background)
         analysis, residual = prior.look(background, seen=seen)
-        error = moving.record.targets[times, moving.runs] - analysis[:, 0]
+        error = moving.record.targets[times, moving.runs].to(analysis.device) - analysis[:, 0]
         if settings.rollout_anchor:
             loss = loss + settings.rollout_anchor * (error / prior.scale).square().mean()
         if settings.likelihood:
             open_ = Residual(residual.factor[:, 0], residual.diagonal[:, 0], residual.taper)
-            sites = torch.randperm(error.shape[-1], generator=generator)[: settings.scored].sort().values
+            sites = torch.randperm(error.shape[-1], generator=generator)[: settings.scored].sort().values.to(error.device)
             share = settings.likelihood * (prior.increment / prior.scale).square().mean()
             loss = loss + share * open_.negative_log_likelihood(error.detach(), sites).mean()
         first = analysis.detach() if first is None else first
@@ -233,7 +238,7 @@ class _Taught:
         moving.begin(moving.times >= len(cycling.record.targets) - settings.rollout - 2)
         yield moving.forecast(moving.state).detach()
         moving.state, moving.times = self.first, moving.times + 1
-        moving.begin(~torch.isfinite(moving.state).flatten(1).all(1))
+        moving.begin(~torch.isfinite(moving.state).flatten(1).all(1).cpu())
 
     def loss(self, batch: TrainingBatch | Tensor) -> Tensor:
         prior, settings = self.cycling.prior, self.cycling.settings
@@ -244,10 +249,7 @@ class _Taught:
         return loss
 
     def validate(self) -> float:
-        self.cycling.slow.half_precision = False
-        score = float(self.judge(self.cycling.slow))
-        self.cycling.slow.half_precision = self.cycling.settings.half_precision
-        return score
+        return float(self.judge(_copy(self.cycling.slow, False)))
 
     def row(self, training: Training) -> dict:
         row = {"cycle": training.round, "loss": float(np.mean(training.losses)), "analysis_error": self.error}
@@ -301,14 +303,17 @@ def train_on_policy(
     validate: Callable[[AnalysisPrior], float] | None = None,
     seed: int = 0,
     checkpoint: str | os.PathLike | None = None,
+    device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> tuple[AnalysisPrior, pd.DataFrame]:
     """Train `prior` on the `record` where it is used, by the method that `policy` makes of it; returns the trained prior and the
     history, one row per cycle.
 
     `validate` scores a prior (less is better) several times in between, and the best is returned; without it, the last. With a
-    `checkpoint` an interrupted training goes on. Raises `ValueError` for a prior of another size than the record's states, a record
-    that is too short, a checkpoint that is unreadable or of another training, or if the loss stops being finite.
+    `checkpoint` an interrupted training goes on, on this `device` or another. Networks, states and batches of examples are there;
+    the record, the memory of examples and all draws are on the processor, and so is a prior that is validated or returned. Raises
+    `ValueError` for a prior of another size than the record's states, a record that is too short, a checkpoint that is unreadable
+    or of another training, a device that is not there, or if the loss stops being finite.
     """
     if prior.dim != record.experiment.dim:
         raise ValueError(f"prior: expected one for states of size {record.experiment.dim}, got {prior.dim}")
@@ -316,7 +321,8 @@ def train_on_policy(
         raise ValueError("rollout: expected a single forecast, got an ensemble")
     if len(record.targets) < settings.rollout + 3:
         raise ValueError(f"record: expected at least {settings.rollout + 3} times, got {len(record.targets)}")
-    cycling = OnPolicyTraining(prior, record, policy, settings, members=members, seed=seed)
+    device = _computing("float64", device)[1]
+    cycling = OnPolicyTraining(prior, record, policy, settings, members=members, seed=seed, device=device)
     training, plain = Training(_Taught(cycling, validate), _plan(settings, validate is not None)), dataclasses.asdict(settings)
     fingerprint = fingerprint_of(
         [plain, prior.architecture, seed, members, type(cycling.method).__name__, repr(cycling.method)],

@@ -17,7 +17,7 @@ import xarray as xr
 from torch import Tensor
 
 from ..core.checks import Gappy, GappyFloat, Index, Mask, guard
-from ..core.compute import _computing
+from ..core.compute import _alike, _computing
 from ..core.random import standard_normal
 from ..core.settings import Count, PositiveNumber, Settings, Share
 from ..dynamics.base import trajectory
@@ -153,7 +153,7 @@ class TruthRecord:
 
     def miss(self, times: Index, runs: Index, state: Tensor) -> Tensor:
         """How far a forecast `state` turned out to be off, `(trajectory, dim)`."""
-        return self.targets[times, runs] - state
+        return self.targets[times, runs].to(state.device) - state
 
 
 # %% ../../nbs/94_priors.ipynb #0bce784f
@@ -224,7 +224,7 @@ class ObservedRecord:
 
     def miss(self, times: Index, runs: Index, state: Tensor) -> Tensor:
         """What was seen minus what the forecast `state` would have shown, where there was something to see; 0 elsewhere."""
-        seen = on_grid(self.observe(times, runs, None, None), state.shape[-1])[:, 0]
+        seen = _alike(on_grid(self.observe(times, runs, None, None), state.shape[-1])[:, 0], state)
         return (seen.value - state).where(seen.mask, 0.0)
 
 
@@ -253,8 +253,7 @@ class Records:
 
     def _gather(self, times: Index, runs: Index, of: Callable) -> Tensor:
         parts = [(here, of(record, t, r, here)) for record, here, t, r in self._each(times, runs)]
-        out = torch.cat([part for _, part in parts])
-        return out[torch.cat([here for here, _ in parts]).argsort()]
+        return _rows(torch.cat([part for _, part in parts]), torch.cat([here for here, _ in parts]).argsort())
 
     def observe(
         self, times: Index, runs: Index, networks: tuple[Mask, Tensor] | None, generator: torch.Generator
@@ -268,22 +267,23 @@ class Records:
         return self._gather(times, runs, lambda record, t, r, here: record.begin(t, r, generator))
 
     def miss(self, times: Index, runs: Index, state: Tensor) -> Tensor:
-        return self._gather(times, runs, lambda record, t, r, here: record.miss(t, r, state[here]))
+        return self._gather(times, runs, lambda record, t, r, here: record.miss(t, r, _rows(state, here)))
 
 
 # %% ../../nbs/94_priors.ipynb #7a0c52e4
 class Trajectories:
     """`count` states, `(trajectory, member, dim)`, that cycle through a `record`, each with a time, a run and perhaps a network of
-    its own. One that begins could still go on for `ahead` times.
+    its own. One that begins could still go on for `ahead` times. The states are on a `device`, all else is where the record is.
     """
 
     def __init__(
-        self, record: TruthRecord | ObservedRecord | Records, count: int, members: int, ahead: int, generator: torch.Generator
-    ):
+        self, record: TruthRecord | ObservedRecord | Records, count: int, members: int, ahead: int, generator: torch.Generator,
+        device: torch.device | str = "cpu",
+    ):  # fmt: skip
         self.record, self.experiment, self.members, self.generator = record, record.experiment, members, generator
         self.last = max(1, len(record.targets) - 2 - ahead)
         self.times, self.runs = torch.zeros(2, count, dtype=torch.long)
-        self.state = record.targets.new_zeros(count, members, self.experiment.dim)
+        self.state = record.targets.new_zeros(count, members, self.experiment.dim).to(device)
         self.networks = None
         self.begin(torch.ones(count, dtype=torch.bool))
 
@@ -297,7 +297,7 @@ class Trajectories:
         start = self.record.begin(self.times[which], self.runs[which], self.generator).unsqueeze(-2)
         if self.members > 1:
             start = start + first_errors(self.record, (count, self.members), self.generator)
-        self.state[which] = start
+        self.state[which.to(self.state.device)] = start.to(self.state)
         networks = self.record.networks_of(self.runs[which], self.generator)
         if networks is not None:
             if self.networks is None:
@@ -321,11 +321,12 @@ class Trajectories:
     def remember(self) -> list:
         """Copies of all that changes."""
         networks = None if self.networks is None else tuple(n.clone() for n in self.networks)
-        return [self.times.clone(), self.runs.clone(), self.state.clone(), networks]
+        return [self.times.clone(), self.runs.clone(), self.state.to("cpu", copy=True), networks]
 
     def recall(self, memory: list) -> None:
         """Go on from what `remember` gave."""
-        self.times, self.runs, self.state, self.networks = memory
+        self.times, self.runs, state, self.networks = memory
+        self.state = state.to(self.state.device)
 
 
 # %% ../../nbs/94_priors.ipynb #7a0c52e6
@@ -379,8 +380,8 @@ class Examples:
 
 # %% ../../nbs/94_priors.ipynb #7a0c52e8
 def _rows(part: Any, which: Index | Mask) -> Any:
-    """Some rows of a part of an example."""
-    return _made_of(part, [x[which] for x in _tensors(part)])
+    """Some rows of a part of an example, wherever it is."""
+    return _made_of(part, [x[which.to(x.device)] for x in _tensors(part)])
 
 
 def _tensors(part: Any) -> tuple[Tensor, ...]:

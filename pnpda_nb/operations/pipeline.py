@@ -80,14 +80,15 @@ def train_archive(
     seed: int = 0,
     memory: int = 256_000_000,
     checkpoint: str | os.PathLike | None = None,
+    device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> Annotated[Trained, GAPS]:
     """Train a prior on an archive, measure its errors and test it; the pairs for these are set aside from training.
 
     Arguments as for `train_from`; without `settings`, `usual_settings`. The `checkpoint` stays, for whoever saves the prior to
-    remove. Attached to the prior are the standard deviations of the `increment` in training, 0 where it never changes, and its
-    layout says between which values each variable was `held`. Raises what `train_from` raises, and `ValueError` for fewer than 50
-    pairs, or where nothing changes.
+    remove. Errors and tests are computed on the processor, wherever the network is trained. Attached to the prior are the standard
+    deviations of the `increment` in training, 0 where it never changes, and its layout says between which values each variable was
+    `held`. Raises what `train_from` raises, and `ValueError` for fewer than 50 pairs, or where nothing changes.
     """
     _check_seed(seed)
     trained, measured, tested = set_aside(source, memory)
@@ -96,7 +97,7 @@ def train_archive(
         trained = replace(trained, constant=unit == 0)
     settings = settings or usual_settings(source.dim, trained.count, memory=memory)
     prior, history = train_from(
-        trained, settings, seed=seed, memory=memory, checkpoint=checkpoint, progress=progress, keep_checkpoint=True
+        trained, settings, seed=seed, memory=memory, checkpoint=checkpoint, device=device, progress=progress, keep_checkpoint=True
     )
     prior = _with(_silent(prior, unit == 0), _held(prior.layout, low, high), increment=unit)
     prior = attach_errors(prior, *measured.read(), stream(seed, "errors"))

@@ -133,7 +133,7 @@ class _Runs:
         if len(truth) != runs:
             raise ValueError(f"nature: expected one of {runs} runs, got {len(truth)}")
         self.first = _first_background(experiment, truth, members, seed, split).to(device, dtype)
-        self.failed = torch.full((runs,), -1)
+        self.failed, self.gone = torch.full((runs,), -1), False
         self.size = truth.abs().amax(1).clamp_min(1.0)[:, None, None].to(device)  # of each run's nature
 
     def watched(self) -> Iterator[tuple[Tensor, Observations]]:
@@ -150,10 +150,13 @@ class _Runs:
 
     def set_aside(self, state: Tensor, k: int) -> Tensor:
         """Note runs of `state` `(run, member, dim)` that are not finite, or about to be so; a harmless state takes their place."""
-        broken = ~(state.abs() <= 1e6 * self.size).flatten(1).all(1).cpu()
+        fine = state.abs() <= 1e6 * self.size
+        if not self.gone and fine.all():  # as nearly always
+            return state
+        broken = ~fine.flatten(1).all(1).cpu()
         self.failed[broken & (self.failed < 0)] = k
-        gone = self.failed >= 0
-        return torch.where(gone[:, None, None].to(state.device), self.first, state) if gone.any() else state
+        gone, self.gone = self.failed >= 0, True
+        return torch.where(gone[:, None, None].to(state.device), self.first, state)
 
 
 # %% ../../nbs/03_twin.ipynb #9f846bee

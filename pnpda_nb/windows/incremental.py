@@ -36,7 +36,7 @@ class IncrementalPrior(WindowPrior, kept_as="incremental_prior"):
     def prior_at(self, x: Tensor, level: int) -> tuple[Tensor, Precision]:
         """μ_θ `(..., T·n)` and Λ_θ for standardised windows `x` `(..., T, n)`, at `level` 0 (s = 1), 1, ..."""
         a, n = self.architecture, self.dim
-        s = torch.tensor([1 - level / self.levels], dtype=torch.float32)
+        s = torch.tensor([1 - level / self.levels], dtype=torch.float32).to(x.device)
         out = self.networks[0 if a["shared"] else level](x.float().mT, s)  # (..., outputs, T)
         mean = out[..., :n, :].mT + (0 if a["network"] == "constant" else x)
         rows = 3 * out[..., n:, :].unflatten(-2, (n, -1)).movedim(-2, 0).mT.contiguous().flatten(-2)

@@ -140,7 +140,7 @@ class DensePrecision:
         return dense_band(self.matrix, self.matrix.shape[-1] - 1)
 
     def sample(self, shape: tuple[int, ...], generator: torch.Generator) -> Gappy:
-        noise = standard_normal((*shape, self.matrix.shape[-1], 1), generator)
+        noise = standard_normal((*shape, self.matrix.shape[-1], 1), generator).to(self.matrix.device)
         return torch.linalg.solve_triangular(cholesky_factor(self.matrix.detach().double()).mT, noise, upper=True).squeeze(-1)
 
 
@@ -169,7 +169,7 @@ def _precision_of(rows: Tensor, kind: str, floor: float) -> Precision:
         return LowRankPrecision(rows[:1] ** 2 + floor, rows[1:].movedim(0, -1))
     size, rest = rows[0], rows.movedim(0, -1)
     root = torch.tril(rest, -1) + torch.diag_embed(size)
-    return DensePrecision(root.mT @ root + floor * torch.eye(rows.shape[-1]))
+    return DensePrecision(root.mT @ root + floor * torch.eye(rows.shape[-1], device=rows.device))
 
 
 # %% ../../nbs/25_incremental.ipynb #2496ad5c

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..core.checks import Mask, guard
+from ..core.compute import _alike, _computing
 from ..core.random import stream
 from ..core.settings import Count, NotNegative, PositiveNumber, PositiveShare, Settings, Share
 from ..core.training import Phase, Plan, Training, fingerprint_of, read_training, resume_training, run_training
@@ -80,14 +81,14 @@ def observe_windows(
     """
     d = z.shape[-2] * z.shape[-1]
     weight = present.to(z).flatten(-2).unsqueeze(1) / deviation**2
-    noise = deviation * torch.randn(z.shape, generator=generator, dtype=z.dtype)
+    noise = deviation * torch.randn(z.shape, generator=generator, dtype=z.dtype).to(z.device)
     vector = weight * (z + noise).flatten(-2)
     if background:
         low, high = deviations
         known = torch.rand(len(z), 1, 1, generator=generator) < background
         spread = low * (high / low) ** torch.rand(len(z), 1, 1, generator=generator)
         first = torch.where(known, 1 / spread**2, 0.0).to(z)
-        guess = z[..., 0, :] + spread * torch.randn(z[..., 0, :].shape, generator=generator, dtype=z.dtype)
+        guess = z[..., 0, :] + (spread * torch.randn(z[..., 0, :].shape, generator=generator, dtype=z.dtype)).to(z.device)
         n = z.shape[-1]
         weight, vector = weight.clone(), vector.clone()
         weight[..., :n] += first
@@ -132,14 +133,17 @@ def train_incremental(
     validation: Tensor | None = None,
     seed: int = 0,
     checkpoint: str | os.PathLike | None = None,
+    device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> tuple[IncrementalPrior, pd.DataFrame]:
     """Train `prior` on `windows` `(N, T, n)`, or on what a function of a number and a generator draws, observed as `sets` say.
 
     Returns the prior whose averaged weights did best on the `validation` windows `(M, T, n)`, each seen through four drawn sets
     (without validation: the last), and the history: `iteration`, `loss`, `validation` (mean squared error of what `analyse`
-    returns), `seconds`. With a `checkpoint` an interrupted training goes on where it was; the file is removed at the end. Raises
-    `ValueError` for windows of another shape, a checkpoint of another training, or a loss that is not finite.
+    returns), `seconds`. With a `checkpoint` an interrupted training goes on where it was, on this `device` or another; the file is
+    removed at the end. Windows are drawn on the processor and go to the `device` by batches. Banded systems are solved on the
+    processor, and the prior that is returned is there. Raises `ValueError` for windows of another shape, a checkpoint of another
+    training, a device that is not there, or a loss that is not finite.
     """
     shape = (prior.steps, prior.dim)
     if (sets.steps, sets.dim) != shape:
@@ -150,11 +154,11 @@ def train_incremental(
     tensors = [getattr(prior.climate, name) for name in _CLIMATE] + [*prior.networks.state_dict().values(), windows, validation]
     known = prior.architecture, dataclasses.asdict(settings), dataclasses.asdict(sets), seed
     fingerprint = fingerprint_of(known, *(x for x in tensors if isinstance(x, Tensor)))
-    subject = _IncrementalTraining(prior, windows, sets, settings, validation, seed)
+    subject = _IncrementalTraining(prior, windows, sets, settings, validation, seed, _computing("float32", device)[1])
     training = Training(subject, _plan(settings))
     resume_training(training, checkpoint, read_training(checkpoint, fingerprint))
     run_training(training, checkpoint, fingerprint=fingerprint, progress=progress)
-    subject.averaged.load_state_dict(training.best_weights)
+    subject.averaged.cpu().load_state_dict(training.best_weights)
     record = {"settings": dataclasses.asdict(settings), "history": training.history}
     return IncrementalPrior(prior.climate, subject.averaged, prior.architecture, record), pd.DataFrame(training.history)
 
@@ -163,11 +167,15 @@ def train_incremental(
 class _IncrementalTraining:
     """What [the loop](94_priors.ipynb#the-training-loop) asks: windows with information about them, and their loss."""
 
-    def __init__(self, prior, windows, sets: RandomSets, settings: IncrementalSettings, validation: Tensor | None, seed: int):
+    def __init__(
+        self, prior, windows, sets: RandomSets, settings: IncrementalSettings, validation: Tensor | None, seed: int,
+        device: torch.device,
+    ):  # fmt: skip
         self.windows, self.sets, self.settings, self.stock = windows, sets, settings, None
-        self.network = copy.deepcopy(prior.networks).requires_grad_(True).train()
-        self.averaged = copy.deepcopy(prior.networks).requires_grad_(False).eval()
-        self.prior, self.slow = (IncrementalPrior(prior.climate, n, prior.architecture) for n in (self.network, self.averaged))
+        self.network = copy.deepcopy(prior.networks).to(device).requires_grad_(True).train()
+        self.averaged = copy.deepcopy(prior.networks).to(device).requires_grad_(False).eval()
+        self.climate = _alike(prior.climate, torch.empty(0, dtype=torch.float64, device=device))
+        self.prior, self.slow = (IncrementalPrior(self.climate, n, prior.architecture) for n in (self.network, self.averaged))
         self.generator = stream(seed, "incremental training")
         self.validation = None
         if validation is not None:
@@ -176,7 +184,7 @@ class _IncrementalTraining:
             self.validation = z, observe_windows(z, present, settings.deviation, stream(seed, "validation errors"))
 
     def _standard(self, windows: Tensor) -> Tensor:
-        return ((windows - self.prior.climate.mean) / self.prior.climate.scale).float()
+        return ((windows.to(self.climate.mean.device) - self.climate.mean) / self.climate.scale).float()
 
     def batches(self, iteration: int) -> Iterator[tuple[Tensor, Information]]:
         s, size = self.settings, self.settings.processes * self.settings.windows
