@@ -98,7 +98,6 @@ class VelocityMLP(nn.Module):
         linear, silu, normed = nn.functional.linear, nn.functional.silu, nn.functional.layer_norm
         start, *norms = [(norm.normalized_shape, norm.weight, norm.bias, norm.eps) for norm in self.norms]
         layers = [(layer.weight, layer.bias) for layer in self.layers[1:]]
-        last = self.last.weight, self.last.bias
 
         def velocity(x: Tensor, tau: float) -> Tensor:
             if (tau, x.device) not in times:
@@ -108,8 +107,8 @@ class VelocityMLP(nn.Module):
                 new = silu(normed(linear(h, *layer), *norm))
                 h = h + new if h.shape == new.shape else new
             if self.skip is None:
-                return linear(h, *last)
-            return linear(h, *last) + linear(x, skip[0] + tau * skip[2]) + still + tau * moving
+                return self.last(h)
+            return self.last(h) + linear(x, skip[0] + tau * skip[2]) + still + tau * moving
 
         return velocity
 
