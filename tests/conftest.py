@@ -92,11 +92,15 @@ def executed(executions):
     return done
 
 
-# Importing torch takes longer than most commands. One process imports everything, and every command is a fork of it.
+# Importing torch takes longer than most commands. One process imports everything, what a command imports only when it needs it
+# included, and every command is a fork of it.
 FORKS = """
-import gc, json, os, resource, sys, tempfile
+import gc, importlib, json, os, resource, sys, tempfile
 gc.disable()
 import pnpda_nb.cli, pnpda_nb.dynamics.kernels, pnpda_nb.experiments, pnpda_nb.flow_matching, pnpda_nb.operations, pnpda_nb.twin
+import pnpda_nb.bench, pnpda_nb.interop, pnpda_nb.learned
+for name in sys.argv[1:]:
+    importlib.import_module(name)
 gc.freeze()
 gc.enable()
 for line in sys.stdin:
@@ -125,7 +129,9 @@ for line in sys.stdin:
 @pytest.fixture(scope="session")
 def forked():
     """The `pnpda` command in a process of its own that does not have to import the libraries first."""
-    with subprocess.Popen([sys.executable, "-c", FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+    libraries = [name for name in loop.LIBRARIES if name.split(".")[0] not in ("IPython", "execnb", "nbdev", "pygments")]
+    line, tools = [sys.executable, "-c", FORKS, *libraries], {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | tools) as server:
 
         def pnpda(*words, folder=".", before="") -> subprocess.CompletedProcess:  # with `before`, code that the process runs first
             print(json.dumps([[str(w) for w in words], str(folder), before]), file=server.stdin, flush=True)

@@ -164,7 +164,7 @@ WRONG_WORDS = [
     (["run", "lorenz63", "--set", "step_rule=fast"], "step_rule: expected 'paper'"),
     (["run", "lorenz63", "--runs", "0"], "runs: expected at least 1, got 0"),
     (["run", "lorenz63", "--runs", "many"], "--runs"),
-    (["run", "lorenz63", "--members", "1", "--methods", "enkf"], "members: EnKF needs an ensemble of at least 2"),
+    (["run", "lorenz63", "--members", "1", "--methods", "enkf", "--workers", "1"], "members: EnKF needs an ensemble of at least 2"),
     (["run", "lorenz63", "--set", "model_error_variance=-0.1"], "model_error_variance: expected zero or a positive number"),
     (["run", "lorenz63", "--set", "observation_variance=-2"], "observation_variance: expected a positive number, got '-2'"),
     (["run", "lorenz63", "--set", "observation_correlation=1"], "expected a positive definite matrix"),

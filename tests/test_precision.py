@@ -238,7 +238,8 @@ CYCLED = ["free_run", "letkf_rotated", "enkf", "enks_symmetric", "particle_filte
 @pytest.mark.parametrize("name", CYCLED)
 def test_that_a_cycle_on_another_device_is_the_same_and_no_more_goes_there_than_must(name, keep):
     experiment, method = made_for(name, "sakov2012")
-    experiment = replace(experiment, model_error=AdditiveModelError(0.1), network=(experiment.network, SEEN_IN_TURN))
+    network = (experiment.network, SEEN_IN_TURN)
+    experiment = replace(experiment, model_error=AdditiveModelError(0.1), network=network, interval=8)
     settings = {"members": 5 if name in ENSEMBLE or name not in METHODS else 1, "runs": 2, "keep": keep, "keep_members": True}
     with Device():  # which no compiled step sees
         here = cycle(experiment, method, **settings)

@@ -22,7 +22,9 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import chdir
 from multiprocessing import get_context
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,12 +38,29 @@ LIBRARIES = [
     "pandas",
     "scipy.stats",
     "numba",
-    "ot",
+    "ot.batch",
     "h5netcdf",
     "matplotlib.pyplot",
     "safetensors.torch",
     "execnb.shell",
     "nbdev.process",
+    # what these import as soon as there is something for them to do
+    "torch._dynamo",
+    "torch._decomp.decompositions_for_jvp",
+    "dask.array",
+    "distributed",
+    "pint",
+    "cf_xarray.units",
+    "jinja2",
+    "matplotlib.backends.backend_agg",
+    "PIL.Image",
+    "typer._adapters",
+    "pydantic.types",
+    "annotated_types",
+    "zarr",
+    "IPython.core.magics.execution",
+    "pygments.lexers",
+    "warm",
 ]
 
 
@@ -98,6 +117,8 @@ def fresh_processes(workers: int = 1) -> ProcessPoolExecutor:
     os.environ.update(OMP_NUM_THREADS="1", PYTHONHASHSEED="0")  # before the libraries are imported
     context = get_context("forkserver")
     context.set_forkserver_preload(LIBRARIES)
+    with chdir(Path(__file__).parent):  # where the server finds `warm`; it hands down no folder
+        ensure_running()
     return ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1)
 
 

@@ -94,16 +94,21 @@ class VelocityMLP(nn.Module):
             skip = self.skip.weight.split(dim, dim=1)
             still, moving = background @ skip[1].T, background @ skip[3].T
 
+        # what a layer is made of, which takes as long to look up as to use
+        linear, silu, normed = nn.functional.linear, nn.functional.silu, nn.functional.layer_norm
+        start, *norms = [(norm.normalized_shape, norm.weight, norm.bias, norm.eps) for norm in self.norms]
+        layers = [(layer.weight, layer.bias) for layer in self.layers[1:]]
+
         def velocity(x: Tensor, tau: float) -> Tensor:
             if (tau, x.device) not in times:
-                times[tau, x.device] = nn.functional.linear(self.embed(torch.full((1,), tau, device=x.device)), for_tau)
-            h = nn.functional.silu(self.norms[0](nn.functional.linear(x, for_x).add_(added).add_(times[tau, x.device])))
-            for layer, norm in zip(self.layers[1:], self.norms[1:]):
-                new = nn.functional.silu(norm(layer(h)))
+                times[tau, x.device] = linear(self.embed(torch.full((1,), tau, device=x.device)), for_tau)
+            h = silu(normed(linear(x, for_x).add_(added).add_(times[tau, x.device]), *start))
+            for layer, norm in zip(layers, norms):
+                new = silu(normed(linear(h, *layer), *norm))
                 h = h + new if h.shape == new.shape else new
             if self.skip is None:
                 return self.last(h)
-            return self.last(h) + nn.functional.linear(x, skip[0] + tau * skip[2]) + still + tau * moving
+            return self.last(h) + linear(x, skip[0] + tau * skip[2]) + still + tau * moving
 
         return velocity
 
