@@ -122,6 +122,11 @@ d = {
             "pnpda_nb.classical.ensemble.random_rotation": ("ensembles.html#random_rotation", "pnpda_nb/classical/ensemble.py"),
         },
         "pnpda_nb.classical.four_dvar": {
+            "pnpda_nb.classical.four_dvar.DualFourDVar": ("four_dvar.html#dualfourdvar", "pnpda_nb/classical/four_dvar.py"),
+            "pnpda_nb.classical.four_dvar.DualFourDVar.analyse": (
+                "four_dvar.html#dualfourdvar.analyse",
+                "pnpda_nb/classical/four_dvar.py",
+            ),
             "pnpda_nb.classical.four_dvar.FourDVar": ("four_dvar.html#fourdvar", "pnpda_nb/classical/four_dvar.py"),
             "pnpda_nb.classical.four_dvar.FourDVar._alike": ("four_dvar.html#fourdvar._alike", "pnpda_nb/classical/four_dvar.py"),
             "pnpda_nb.classical.four_dvar.FourDVar.analyse": ("four_dvar.html#fourdvar.analyse", "pnpda_nb/classical/four_dvar.py"),
@@ -1055,6 +1060,7 @@ d = {
             "pnpda_nb.experiments.sqg.sqg_cycle": ("studies.html#sqg_cycle", "pnpda_nb/experiments/sqg.py"),
             "pnpda_nb.experiments.sqg.sqg_priors": ("studies.html#sqg_priors", "pnpda_nb/experiments/sqg.py"),
             "pnpda_nb.experiments.sqg.sqg_tuning": ("studies.html#sqg_tuning", "pnpda_nb/experiments/sqg.py"),
+            "pnpda_nb.experiments.sqg.table_sqg": ("studies.html#table_sqg", "pnpda_nb/experiments/sqg.py"),
         },
         "pnpda_nb.experiments.trajectories.answers": {
             "pnpda_nb.experiments.trajectories.answers.Answer": (

@@ -4,7 +4,7 @@
 """What forecasters have: variational methods, ensembles, particles, and filters by flow and diffusion without training."""
 
 from .ensemble import ETKF, LETKF, EnKF, EnKS, LocalEnKF, inflate
-from .four_dvar import FourDVar, WeakFourDVar
+from .four_dvar import DualFourDVar, FourDVar, WeakFourDVar
 from .particles import EnRDA, ParticleFilter
 from .training_free import EnFF, EnSF
 from .variational import (
@@ -20,6 +20,7 @@ from .variational import (
 # %% auto #0
 __all__ = [
     "Climatology",
+    "DualFourDVar",
     "ETKF",
     "EnFF",
     "EnKF",

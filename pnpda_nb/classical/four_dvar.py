@@ -17,10 +17,10 @@ from ..core.compute import _alike
 from ..core.settings import Count, PositiveNumber, Settings
 from ..observing.covariance import Covariance
 from ..observing.observations import Observations
-from ..observing.update import _beside_members, symmetric_solve
+from ..observing.update import ErrorCovariance, _beside_members, conjugate_gradients, symmetric_solve
 
 # %% auto #0
-__all__ = ["FourDVar", "WeakFourDVar"]
+__all__ = ["FourDVar", "WeakFourDVar", "DualFourDVar"]
 
 
 # %% ../../nbs/05_four_dvar.ipynb #7202c621
@@ -215,6 +215,63 @@ class WeakFourDVar(_Windowed):
         for _ in observations:
             guess.append(forecast(guess[-1]))
         return unstack(gauss_newton(cost, direction, stack(torch.stack(guess)), self.iterations))
+
+
+# %% ../../nbs/05_four_dvar.ipynb #d0a10002
+@dataclass(frozen=True, eq=False)
+class DualFourDVar(_Windowed):
+    """Strong-constraint 4D-Var as `FourDVar`, for large states: @eq-dual by conjugate gradients, to a `tolerance` of its right
+    side, in at most `iterations` of Gauss-Newton. The `covariance` is a matrix or an operator; the forecast model must be
+    differentiable.
+    """
+
+    covariance: ErrorCovariance
+    scale: PositiveNumber = 1.0
+    window: Count = 1
+    shift: Count = 1
+    iterations: Count = 3
+    tolerance: PositiveNumber = 1e-3
+    from_start: bool = field(default=True, init=False, repr=False)
+
+    def analyse(
+        self, background: Tensor, observations: Sequence[Observations], *, forecast: Callable, generator: torch.Generator | None
+    ) -> Tensor:
+        _check_size(self.covariance, background)
+        old = max(0, len(observations) - self.shift)  # assimilated by earlier windows
+        new = observations[old:]
+
+        def moved(v: Tensor) -> Tensor:
+            return self.scale * self.covariance.multiply(v)
+
+        def seen(x: Tensor) -> tuple[Tensor, ...]:
+            states = []
+            for _ in observations:
+                x = forecast(x)
+                states.append(x)
+            return tuple(each.operator(at) for each, at in zip(new, states[old:]))
+
+        def innovations(shown: tuple[Tensor, ...]) -> list[Tensor]:
+            return [each.values.unsqueeze(-2) - at for each, at in zip(new, shown)]
+
+        def cost(v: Tensor) -> Tensor:
+            misfits = zip(new, innovations(seen(background + moved(v))))
+            return ((v * moved(v)).sum(-1) + sum(each.covariance.squared_norm(d) for each, d in misfits)) / 2
+
+        def direction(v: Tensor) -> Tensor:
+            x = background + moved(v)
+            shown, pulled = torch.func.vjp(seen, x)
+            tangent = lambda y: torch.func.jvp(seen, (x,), (y,))[1]
+            sizes = [at.shape[-1] for at in shown]
+
+            def product(w: Tensor) -> Tensor:
+                parts = w.split(sizes, -1)
+                shown = tangent(moved(pulled(parts)[0]))
+                return torch.cat([each.covariance.multiply(part) + at for each, part, at in zip(new, parts, shown)], -1)
+
+            right = torch.cat([d + at for d, at in zip(innovations(shown), tangent(moved(v)))], -1)
+            return pulled(conjugate_gradients(product, right, self.tolerance).split(sizes, -1))[0] - v
+
+        return background + moved(gauss_newton(cost, direction, torch.zeros_like(background), self.iterations))
 
 
 # %% ../../nbs/05_four_dvar.ipynb #c49b0b28

@@ -103,13 +103,13 @@ _EVERYWHERE = ("var3d", "letkf", "amortised")  # also with other numbers of colu
 _SIZES = {"letkf_40": 40, "letkf_100": 100}
 _LETKF = {"name": "letkf", "every": 2}
 _GRIDS = {  # half widths in m, noise in K
-    "var3d": {"lag": [1, 2, 3], "slope": [-0.5, 0.0, 0.5], "scale": [2.0, 8.0, 32.0]},
+    "var3d": {"lag": [1, 2, 3], "slope": [-0.5, 0.0, 0.5, 1.0], "scale": [2.0, 8.0, 32.0]},
     "letkf": {"half_width": [6e5, 9e5, 1.3e6], "relaxation": [0.3, 0.5, 0.7], "additive": [0.0, 0.5]},
     "letkf_40": {"half_width": [9e5, 1.2e6, 1.6e6], "relaxation": [0.4, 0.6], "additive": [0.0, 0.5]},
     "letkf_100": {"half_width": [1.4e6, 2e6], "relaxation": [0.4, 0.6], "additive": [0.0]},
 }
 _FEWER = {  # for other numbers of columns
-    "var3d": {"lag": [2], "slope": [-0.5, 0.0, 0.5], "scale": [2.0, 8.0]},
+    "var3d": {"lag": [1], "slope": [0.0, 0.5, 1.0], "scale": [2.0, 8.0]},
     "letkf": {"half_width": [6e5, 9e5, 1.3e6], "relaxation": [0.4, 0.6], "additive": [0.0]},
 }
 
@@ -214,16 +214,26 @@ def plan_sqg(settings: SqgSettings, methods: tuple[str, ...]) -> dict[tuple[str,
 
 
 def kept_sqg(settings: SqgSettings, methods: tuple[str, ...]) -> dict[str, Task]:
-    """The priors of the `methods`."""
+    """The priors of the `methods`, and what was tried for those that are tuned for a number of columns."""
     wanted = {name.removesuffix("_ensemble") for name in methods}
-    return {f"prior_{name}.safetensors": task for name, task in sqg_priors(settings).items() if name in wanted}
+    kept = {f"prior_{name}.safetensors": task for name, task in sqg_priors(settings).items() if name in wanted}
+    tuned = [(n, m) for n in settings.columns for m in methods if m in _GRIDS and (n == settings.columns[0] or m in _EVERYWHERE)]
+    return kept | {f"tuning_{m}_{n}.json": sqg_tuning(settings, n, m) for n, m in tuned}
 
 
 # %% ../../nbs/95_studies.ipynb #f1e2d507
+def table_sqg(results: dict[tuple[str, str], xr.Dataset]) -> pd.DataFrame:
+    """Scores over all numbers of a state: there are too many for a row each."""
+    scores = conditional_scores(results)
+    kept = scores[scores.variable == "all"].reset_index(drop=True)
+    kept.attrs = scores.attrs
+    return kept
+
+
 def figures_sqg(results: dict[tuple[str, str], xr.Dataset]) -> dict:
     """Score against the number of forecasts, one panel for each number of columns."""
     book_style()
-    scores = conditional_scores(results)
+    scores = table_sqg(results)
     return {"forecasts": figure_beyond(scores[scores.condition.str.startswith("columns")], "analysis_rmse")}
 
 
@@ -248,6 +258,7 @@ SQG = Study(
     methods=SQG_METHODS,
     plan=plan_sqg,
     kept=kept_sqg,
+    tabulate=table_sqg,
     figures=figures_sqg,
     report=report_sqg,
 )

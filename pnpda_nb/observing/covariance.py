@@ -179,7 +179,7 @@ class DiagonalCovariance(Covariance):
         return standard_normal((*shape, self.size), generator, scale) * _beside(scale, len(shape))
 
     def multiply(self, vectors: Tensor) -> Tensor:
-        return vectors * self._variances.to(vectors)
+        return vectors * _beside(self._variances.to(vectors), vectors.ndim - 1)
 
     def between(self, i: Index, j: Index) -> Tensor:
         return self._variances[i].unsqueeze(-1) * (i.unsqueeze(-1) == j)

@@ -251,13 +251,13 @@ class FactoredError:
 
 
 # %% ../../nbs/92_engine.ipynb #11ad164a
-def conjugate_gradients(product: Callable[[Tensor], Tensor], right: Gappy) -> Gappy:
-    """A⁻¹ b for all rows b of `right` `(..., n)` and a symmetric positive definite A, given by its `product` with such rows; nan
-    for a row without an end.
+def conjugate_gradients(product: Callable[[Tensor], Tensor], right: Gappy, tolerance: float | None = None) -> Gappy:
+    """A⁻¹ b for all rows b of `right` `(..., n)` and a symmetric positive definite A, given by its `product` with such rows, until
+    what is left is a share `tolerance` of b (None: nearly rounding); nan for a row without an end.
     """
     x, rest = torch.zeros_like(right), right
     way, left = rest, rest.square().sum(-1, keepdim=True)
-    enough = left * torch.finfo(right.dtype).eps ** 1.5  # squares
+    enough = left * (torch.finfo(right.dtype).eps ** 1.5 if tolerance is None else tolerance**2)  # squares
     for _ in range(10 * right.shape[-1]):
         busy = left > enough
         if not busy.any():
