@@ -16,7 +16,7 @@ import xarray as xr
 from torch import Tensor
 
 from .classical.ensemble import ETKF, LETKF, EnKF, EnKS, LocalEnKF
-from .classical.four_dvar import FourDVar, WeakFourDVar
+from .classical.four_dvar import DualFourDVar, FourDVar, WeakFourDVar
 from .classical.particles import EnRDA, ParticleFilter
 from .classical.training_free import EnFF, EnSF
 from .classical.variational import Climatology, OptimalInterpolation, ThreeDVar, archive_background, gaspari_cohn_background
@@ -230,7 +230,8 @@ def _on_fields(
 ) -> Method:
     """Methods that take a homogeneous covariance from the states of a free run."""
     if name != "interpolation":
-        return ThreeDVar(spectral_errors(experiment, archive, lag, slope), **settings)
+        kind = DualFourDVar if name == "var4d" else ThreeDVar
+        return kind(spectral_errors(experiment, archive, lag, slope), **settings)
     states = torch.as_tensor(archive.states.values).double().flatten(0, 1)
     return OptimalInterpolation(states.mean(0), Spectral.of_errors(experiment.forecast_model.grid, states - states.mean(0)))
 

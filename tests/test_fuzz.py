@@ -24,7 +24,7 @@ import pytest
 import torch
 import xarray as xr
 
-from pnpda_nb.classical import EnFF, EnKF, EnRDA, EnSF, FourDVar, ThreeDVar, WeakFourDVar
+from pnpda_nb.classical import DualFourDVar, EnFF, EnKF, EnRDA, EnSF, FourDVar, ThreeDVar, WeakFourDVar
 from pnpda_nb.core import Grid, Homogeneous, RunNoise, guarded, stream, write_netcdf
 from pnpda_nb.core.disk import BLANK, netcdf_bytes, record_bytes, sealed, with_tail, write_checkpoint, write_record
 from pnpda_nb.core.localisation import between_points
@@ -416,6 +416,7 @@ OWN = {  # arguments of one callable, where they are not those of the pool
     "windows.banded.block_bands": CHAIN
     | {"diagonal": lambda: 3 * torch.eye(2, dtype=DOUBLE).expand(4, 3, 2, 2).clone(), "below": lambda: states(4, 2, 2, 2) / 9},
     "classical.FourDVar.analyse": WINDOW,
+    "classical.DualFourDVar.analyse": WINDOW,
     "classical.WeakFourDVar.analyse": WINDOW,
     "pnp.PnPDA4D.analyse": WINDOW,
     "pnp.PnPDA4D.iterates": WINDOW,
@@ -827,6 +828,7 @@ SELF = {  # objects whose methods are called; without an entry they are made fro
     "dynamics.SurfaceQuasiGeostrophic": lambda: SurfaceQuasiGeostrophic(8),
     "core.RunNoise": lambda: RunNoise(0, "test", "x", 2),
     "classical.FourDVar": lambda: FourDVar(Covariance(spd(3)), window=2, iterations=2),
+    "classical.DualFourDVar": lambda: DualFourDVar(Covariance(spd(3)), window=2, iterations=2),
     "classical.WeakFourDVar": lambda: WeakFourDVar(Covariance(spd(3)), Covariance(spd(3)), window=2, iterations=2),
     "classical.ThreeDVar": lambda: ThreeDVar(Covariance(spd(3))),
     "windows.banded.BandedCholesky": lambda: BandedCholesky(information().bands),

@@ -98,12 +98,14 @@ class SqgSettings(Settings):
 
 # %% ../../nbs/95_studies.ipynb #f1e2d504
 SQG_LEARNED = ("pnpda_blind", "pnpda_seeing", "amortised", "amortised_ensemble", "learned_mean")
-SQG_METHODS = ("free_run", "interpolation", "var3d", "letkf", "letkf_40", "letkf_100", *SQG_LEARNED)
+SQG_METHODS = ("free_run", "interpolation", "var3d", "var4d", "letkf", "letkf_40", "letkf_100", *SQG_LEARNED)
 _EVERYWHERE = ("var3d", "letkf", "amortised")  # also with other numbers of columns
 _SIZES = {"letkf_40": 40, "letkf_100": 100}
 _LETKF = {"name": "letkf", "every": 2}
+_DUAL: dict[str, Any] = {"iterations": 1, "tolerance": 0.03}
 _GRIDS = {  # half widths in m, noise in K
     "var3d": {"lag": [1, 2, 3], "slope": [-0.5, 0.0, 0.5, 1.0], "scale": [2.0, 8.0, 32.0]},
+    "var4d": {"lag": [1], "slope": [0.0, 0.5], "scale": [1.0, 4.0]},
     "letkf": {"half_width": [6e5, 9e5, 1.3e6], "relaxation": [0.3, 0.5, 0.7], "additive": [0.0, 0.5]},
     "letkf_40": {"half_width": [9e5, 1.2e6, 1.6e6], "relaxation": [0.4, 0.6], "additive": [0.0, 0.5]},
     "letkf_100": {"half_width": [1.4e6, 2e6], "relaxation": [0.4, 0.6], "additive": [0.0]},
@@ -120,8 +122,9 @@ def sqg_tuning(settings: SqgSettings, columns: int, name: str) -> Task:
     some = {"runs": settings.tuning_runs, "seed": settings.seed, "metric": "analysis_rmse", "dtype": "float32"}
     some["name"] = f"tuning {name} columns={columns}"
     grid = _GRIDS[name] if columns == settings.columns[0] and settings.tuning_runs > 1 else _FEWER.get(name, _GRIDS[name])
-    if name == "var3d":
-        return tuning_task(testbed, {"name": name}, grid, needs={"archive": sqg_archive(settings)}, cost=8, **some)
+    if name in ("var3d", "var4d"):
+        method = {"name": name} | _DUAL if name == "var4d" else {"name": name}
+        return tuning_task(testbed, method, grid, needs={"archive": sqg_archive(settings)}, cost=8, **some)
     return tuning_task(testbed, _LETKF, grid, members=size, cost=size, **some)
 
 
@@ -181,9 +184,9 @@ def sqg_cycle(settings: SqgSettings, condition: str, name: str, priors: dict[str
             return costed_task(testbed, {"name": name}, **trial)
         case "interpolation":
             return costed_task(testbed, {"name": name}, archive=sqg_archive(settings), **trial)
-        case "var3d":
-            tuned = sqg_tuning(settings, columns, name)
-            return costed_task(testbed, {"name": name}, archive=sqg_archive(settings), tuned=tuned, **trial)
+        case "var3d" | "var4d":
+            tuned, named = sqg_tuning(settings, columns, name), {"name": name} | (_DUAL if name == "var4d" else {})
+            return costed_task(testbed, named, archive=sqg_archive(settings), tuned=tuned, **trial)
         case "letkf" | "letkf_40" | "letkf_100":
             return costed_task(testbed, _LETKF, members=size, tuned=sqg_tuning(settings, columns, name), **trial)
         case "pnpda_blind":

@@ -29,7 +29,8 @@ COLOURS = {
     "amortised": "#0072B2", "rollout": "#332288", "one_step_obs": "#DDCC77", "pnpda_blind_obs": "#117733",
     "amortised_obs": "#0072B2", "rollout_obs": "#332288", "amortised_ensemble": "#D55E00", "amortised_ensemble_obs": "#D55E00",
     "learned_mean": "#009E73", "learned_mean_obs": "#009E73", "off_policy": "#E69F00", "dense": "#7f7f7f",
-    "one_draw": "#44AA99", "gradient_step": "#56B4E9", "interpolation": "#D55E00", "letkf_40": "#AA4499", "letkf_100": "#882255",
+    "one_draw": "#44AA99", "gradient_step": "#56B4E9", "interpolation": "#D55E00", "var4d": "#332288",
+    "letkf_40": "#AA4499", "letkf_100": "#882255",
 }  # fmt: skip
 LINES = {
     "free_run": (0, (1, 1)), "var3d_gc": "--", "var3d": "-.", "enkf": (0, (5, 1)), "conditional_mean": (0, (1, 3)),
@@ -51,7 +52,7 @@ LABELS = {
     "amortised_ensemble": "amortised ensemble", "amortised_ensemble_obs": "amortised ensemble, from observations alone",
     "learned_mean": "EnKF around a learned mean", "learned_mean_obs": "EnKF around a learned mean, from observations alone",
     "off_policy": "amortised, off-policy", "dense": "amortised, perceptron", "one_draw": "PnP-DA, one draw of noise",
-    "interpolation": "interpolation of observations",
+    "interpolation": "interpolation of observations", "var4d": "4D-Var (tuned)",
     "letkf_40": "LETKF, 40 members (tuned)",
     "letkf_100": "LETKF, 100 members (tuned)", "gradient_step": "PnP-DA, gradient steps",
     "var3d_gc_misspecified": "3D-Var (paper's B), assumed σ = 0.5",
