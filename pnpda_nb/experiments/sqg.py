@@ -51,11 +51,11 @@ class SqgSettings(Settings):
     cycles: Count = 60
     tuning_runs: Count = 6
     tuning_cycles: Count = 40
-    truth_runs: Count = 16
+    truth_runs: Count = 48
     truth_cycles: Count = 160
     validation_runs: Count = 4
     trajectories: Count = 16
-    learning_cycles: Count = 600
+    learning_cycles: Count = 480
     learning_steps: Count = 8
     batch: Count = 16
     width: Count = 64
@@ -106,7 +106,7 @@ _DUAL: dict[str, Any] = {"iterations": 1, "tolerance": 0.03}
 _GRIDS = {  # half widths in m, noise in K
     "var3d": {"lag": [1, 2, 3], "slope": [-0.5, 0.0, 0.5, 1.0], "scale": [2.0, 8.0, 32.0]},
     "var4d": {"lag": [1], "slope": [0.0, 0.5], "scale": [1.0, 4.0]},
-    "letkf": {"half_width": [6e5, 9e5, 1.3e6], "relaxation": [0.3, 0.5, 0.7], "additive": [0.0, 0.5]},
+    "letkf": {"half_width": [6e5, 9e5, 1.3e6], "relaxation": [0.4, 0.6], "additive": [0.0, 0.5]},
     "letkf_40": {"half_width": [9e5, 1.2e6, 1.6e6], "relaxation": [0.4, 0.6], "additive": [0.0, 0.5]},
     "letkf_100": {"half_width": [1.4e6, 2e6], "relaxation": [0.4, 0.6], "additive": [0.0]},
 }
