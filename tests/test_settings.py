@@ -36,6 +36,7 @@ NEEDED = {  # what is made of more than settings
     "ConstrainedPnPDA": lambda: {"prior": None, "constraint": LAW},
     "WeakFourDVar": lambda: {"covariance": B, "model_error": B},
     "FourDVar": lambda: {"covariance": B},
+    "DualFourDVar": lambda: {"covariance": B},
     "FunctionConstraint": lambda: {"function": torch.sin},
     "FunctionModel": lambda: {"function": torch.sin, "dim": 3},
     "LearnedMean": lambda: {"prior": aware(extra=ENSEMBLE_FIELDS), "filter": EnKF()},
