@@ -39,7 +39,7 @@ def keep(study: str, folder: Path) -> None:
         priors = [p for p in priors if p.stem in ("prior_amortised", "prior_learned_mean")]
     if study in BEYOND:
         priors = [p for p in priors if p.stem in ("prior_amortised", "prior_pnpda_blind") and p.stat().st_size < SMALL]
-    for path in (folder / "scores.csv", folder / "manifest.json", *priors):
+    for path in (folder / "scores.csv", folder / "manifest.json", *priors, *folder.glob("tuning_*.json")):
         shutil.copy(path, kept / path.name)
     cycles = xr.load_dataset(folder / "cycles.nc", engine="h5netcdf")
     if study in WINDOWS:
