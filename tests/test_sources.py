@@ -23,7 +23,7 @@ SOURCES = [
 STORED = sorted(
     p
     for p in (Path(__file__).parent.parent / "nbs" / "results").glob("*/prior*.safetensors")
-    if not p.parent.name.startswith("beyond_")
+    if not p.parent.name.startswith(("beyond_", "sqg"))
 )
 
 

@@ -131,6 +131,12 @@ def prior_task(
     return Task(name, prior_part, settings, {"archive": archive}, "prior", cost, resumable=True)
 
 
+# %% ../../nbs/95_studies.ipynb #a354c5ee
+@lru_cache(maxsize=4)
+def _nature(testbed: str, runs: int, seed: int, split: str) -> list:
+    return list(watch_nature(experiment_of(json.loads(testbed)), runs, seed, split))
+
+
 # %% ../../nbs/95_studies.ipynb #2f1ad09e
 def tuning_part(settings: dict, **learned: Any) -> dict:
     """The best setting of a grid on training truths, and what was tried: see `tune`."""
@@ -327,12 +333,6 @@ def costed_part(settings: dict, **learned: Any) -> xr.Dataset:
     if settings["members"] > 1:
         result["spread_skill"] = spread_skill(result)
     return result.assign({name: ("run", np.full(result.sizes["run"], float(value))) for name, value in cost.items()})
-
-
-# %% ../../nbs/95_studies.ipynb #a354c5ee
-@lru_cache(maxsize=4)
-def _nature(testbed: str, runs: int, seed: int, split: str) -> list:
-    return list(watch_nature(experiment_of(json.loads(testbed)), runs, seed, split))
 
 
 # %% ../../nbs/95_studies.ipynb #13f9e6d1
