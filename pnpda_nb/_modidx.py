@@ -1060,7 +1060,6 @@ d = {
             "pnpda_nb.experiments.sqg.sqg_cycle": ("studies.html#sqg_cycle", "pnpda_nb/experiments/sqg.py"),
             "pnpda_nb.experiments.sqg.sqg_priors": ("studies.html#sqg_priors", "pnpda_nb/experiments/sqg.py"),
             "pnpda_nb.experiments.sqg.sqg_tuning": ("studies.html#sqg_tuning", "pnpda_nb/experiments/sqg.py"),
-            "pnpda_nb.experiments.sqg.table_sqg": ("studies.html#table_sqg", "pnpda_nb/experiments/sqg.py"),
         },
         "pnpda_nb.experiments.trajectories.answers": {
             "pnpda_nb.experiments.trajectories.answers.Answer": (

@@ -128,13 +128,13 @@ def _moments(values: xr.DataArray) -> tuple[float, float, int]:
 
 def score_table(results: Mapping[str, xr.Dataset], condition: str = "") -> pd.DataFrame:
     """One row per method, metric and variable: mean and standard deviation over the runs that did
-    not fail.
+    not fail. States of more than a thousand variables have no rows for each: a field is looked at as a map.
     """
     rows = []
     for method, result in results.items():
         for metric, values in scores(result).data_vars.items():
             by_variable = [("all", values)]
-            if "variable" in values.dims:
+            if "variable" in values.dims and values.sizes["variable"] <= 1000:
                 by_variable += [(str(name), values.sel(variable=name)) for name in values["variable"].values]
             for variable, value in by_variable:
                 rows.append((result.attrs["experiment"], condition, method, metric, variable, *_moments(value)))
