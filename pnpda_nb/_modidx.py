@@ -493,6 +493,7 @@ d = {
             "pnpda_nb.core.settings._infinite": ("engine.html#_infinite", "pnpda_nb/core/settings.py"),
             "pnpda_nb.core.settings._require": ("engine.html#_require", "pnpda_nb/core/settings.py"),
             "pnpda_nb.core.settings._some": ("engine.html#_some", "pnpda_nb/core/settings.py"),
+            "pnpda_nb.core.settings._unlike": ("engine.html#_unlike", "pnpda_nb/core/settings.py"),
             "pnpda_nb.core.settings._value": ("engine.html#_value", "pnpda_nb/core/settings.py"),
             "pnpda_nb.core.settings.annotations_of": ("engine.html#annotations_of", "pnpda_nb/core/settings.py"),
             "pnpda_nb.core.settings.check_fields": ("engine.html#check_fields", "pnpda_nb/core/settings.py"),

@@ -55,8 +55,14 @@ def _differ(values: Sequence) -> bool:
     return 0 < len(values) == len({f"{value:g}" for value in values})
 
 
+def _unlike(values: Sequence) -> bool:
+    "values that differ, or none"
+    return not values or _differ(values)
+
+
 Some = Annotated[tuple[T, ...], Predicate(_some)]
 Distinct = Annotated[tuple[T, ...], Predicate(_differ)]
+Cases = Annotated[tuple[T, ...], Predicate(_unlike)]
 
 
 # %% ../../nbs/92_engine.ipynb #5e77a002
@@ -109,6 +115,8 @@ def _value(text: str, annotation: Any) -> Any:
     if origin is Literal:
         return next((word for word in parts if str(word) == text), text)
     if origin is tuple:
+        if text.lower() == "none" and parts[-1] is Ellipsis:
+            return ()
         texts = text.split(",")
         kinds = parts[:1] * len(texts) if parts[-1] is Ellipsis else parts
         return tuple(map(_value, texts, kinds)) if len(kinds) == len(texts) else text

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 import xarray as xr
 
-from ..core.settings import Count, Distinct, Members, PositiveNumber, PositiveShare, Settings, Size
+from ..core.settings import Cases, Count, Distinct, Members, PositiveNumber, PositiveShare, Settings, Size
 from .beyond import figure_beyond, table_beyond
 from ..learned.on_policy import OnPolicySettings
 from ..plotting.style import book_style
@@ -39,7 +39,7 @@ class SqgSettings(Settings):
     that are there are taken instead of trained.
 
     The look is also taken to where it was not trained: to columns that stay where they are, to `jets` of another speed (m/s) and to
-    other `dissipations` (hours).
+    other `dissipations` (hours); 0 columns that stay, or none of the others, is not to go there.
     """
 
     size: Count = 64
@@ -68,8 +68,8 @@ class SqgSettings(Settings):
     half_precision: bool = True
     priors: str = ""
     still: Size = 256
-    jets: Distinct[PositiveNumber] = (20.0, 40.0)
-    dissipations: Distinct[PositiveNumber] = (0.5, 4.0)
+    jets: Cases[PositiveNumber] = (20.0, 40.0)
+    dissipations: Cases[PositiveNumber] = (0.5, 4.0)
 
     def testbed(self, columns: int, cycles: int) -> dict:
         """The twin experiment with so many columns."""
