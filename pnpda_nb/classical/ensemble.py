@@ -17,7 +17,7 @@ from ..core.compute import _alike
 from ..core.grid import Distance, as_grid, tapers
 from ..core.localisation import between_points, interpolated, local_groups
 from ..core.random import standard_normal
-from ..core.settings import Count, NotNegative, PositiveNumber, Settings, Share, Unbounded
+from ..core.settings import Count, NotNegative, PositiveNumber, Settings, Share, Size, Unbounded
 from ..observing.covariance import Covariance, DiagonalCovariance
 from ..observing.observations import Observations
 from ..observing.update import anomalies, cholesky_factor, factored_weights, innovation_weights
@@ -182,17 +182,19 @@ class LETKF(EnsembleFilter):
 
     `distance` as in `neighbours`; `rotate` as in `ETKF`. Weights are those of one point in `every` along each axis, and
     interpolated linearly between (Yang et al. 2009). Raises `ValueError` for an operator that does not say at which `sites` it
-    observes.
+    observes. With a `lag`, the analyses of so many observation times before are smoothed by the same weights, as in `EnKS`.
     """
 
     half_width: Unbounded = 4.0
     distance: Distance = "ring"
     rotate: bool = False
     every: Count = 1
+    lag: Size = 0
 
     def analyse(
-        self, background: Tensor, observations: Observations, *, forecast: Callable | None, generator: torch.Generator | None
-    ) -> Tensor:
+        self, background: Tensor, observations: Observations, *, forecast: Callable | None, generator: torch.Generator | None,
+        past: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         *batch, members, dim = background.shape
         self.require_ensemble(background)
         grid, sites = as_grid(self.distance, dim), _sites_of(observations, dim, "LETKF")
@@ -200,11 +202,12 @@ class LETKF(EnsembleFilter):
         groups, places, between = _alike(local, background)
         seen = observations.operator(background)
         count = math.prod(batch)  # explicit, since nothing may have been seen
-        states, shown = (x.reshape(count, members, x.shape[-1]) for x in (background, seen))
+        times = background.unsqueeze(0) if past is None else torch.cat((past, background.unsqueeze(0)))
+        states, shown = times.reshape(-1, count, members, dim), seen.reshape(count, members, seen.shape[-1])
         innovation = (observations.values - seen.mean(-2)).reshape(count, seen.shape[-1])
         rotation = None
         if self.rotate:
-            rotation = random_rotation(tuple(batch), members, generator, states)
+            rotation = random_rotation(tuple(batch), members, generator, background)
             rotation = rotation.reshape(-1, 1, members, members)
         departures, both = anomalies(states).mT.contiguous(), torch.cat((anomalies(shown).mT, innovation.unsqueeze(-1)), -1)
         analysis, centre, room = (
@@ -213,24 +216,30 @@ class LETKF(EnsembleFilter):
             max(1, 2_000_000 // max(1, count * members)),
         )
 
+        def before(at: Tensor) -> Tensor:
+            return departures[:, :, at].movedim(0, 2).flatten(2, 3)
+
         def update(number: Tensor, taper: Tensor, rows: Tensor) -> Tensor:
             return _weighted(_local_observations(both, observations.covariance, number, taper), rows, rotation)
 
         def moved() -> Iterator[tuple[Tensor, Tensor]]:
-            """Numbers `(point, channel)` of the state, and their departures after it `(batch, point, channel, member)`."""
+            """Numbers `(point, channel)` of the state, and their departures after it `(batch, point, time * channel, member)`."""
             if not between:
                 for points, number, taper in _blocks(groups, room, members):
-                    yield (at := places[:, points].T), update(number, taper, departures[:, at])
+                    yield (at := places[:, points].T), update(number, taper, before(at))
                 return
             found = departures.new_empty(count, sum(len(points) for points, *_ in groups), members, members)
             for points, number, taper in _blocks(groups, room, members):
                 found[:, points] = update(number, taper, torch.eye(members).to(found).expand(count, len(points), -1, -1)).mT
             for points, weights in interpolated(found, between, places.shape[1], max(1, room // members)):
-                yield (at := places[:, points].T), departures[:, at] @ weights.mT
+                yield (at := places[:, points].T), before(at) @ weights.mT
 
         for at, rows in moved():  # a number is −1 where there is no value
-            analysis[..., at[at >= 0]] = rows.movedim(-1, 1)[..., at >= 0]
-        return self.inflated((centre + analysis).reshape(background.shape), background, generator)
+            rows = rows.unflatten(2, (len(states), -1)).movedim((2, 4), (0, 2))  # (time, batch, member, point, channel)
+            analysis[..., at[at >= 0]] = rows[..., at >= 0]
+        *earlier, present = (centre + analysis).reshape(times.shape)
+        present = self.inflated(present, background, generator)
+        return present if past is None else torch.stack((*earlier, present))
 
 
 # %% ../../nbs/06_ensembles.ipynb #acab3fe4
