@@ -101,18 +101,18 @@ SQG_LEARNED = ("pnpda_blind", "pnpda_seeing", "amortised", "amortised_ensemble",
 SQG_METHODS = ("free_run", "interpolation", "var3d", "var4d", "letkf", "letkf_40", "letkf_100", *SQG_LEARNED)
 _EVERYWHERE = ("var3d", "letkf", "amortised")  # also with other numbers of columns
 _SIZES = {"letkf_40": 40, "letkf_100": 100}
-_LETKF = {"name": "letkf", "every": 2}
+_LETKF = {"name": "letkf", "every": 4}
 _DUAL: dict[str, Any] = {"iterations": 1, "tolerance": 0.03}
 _GRIDS = {  # half widths in m, noise in K
     "var3d": {"lag": [1, 2, 3], "slope": [-0.5, 0.0, 0.5, 1.0], "scale": [2.0, 8.0, 32.0]},
     "var4d": {"lag": [1], "slope": [0.0, 0.5], "scale": [1.0, 4.0]},
-    "letkf": {"half_width": [8e5, 1e6, 1.2e6], "relaxation": [0.3, 0.45, 0.6], "additive": [0.0, 0.5]},
+    "letkf": {"half_width": [7.5e5, 9e5, 1.1e6], "relaxation": [0.3, 0.4, 0.5], "additive": [0.0, 0.5]},
     "letkf_40": {"half_width": [9e5, 1.1e6, 1.35e6], "relaxation": [0.35, 0.5, 0.65], "additive": [0.0, 0.5]},
     "letkf_100": {"half_width": [1.4e6, 2e6], "relaxation": [0.4, 0.6], "additive": [0.0]},
 }
 _FEWER = {  # for other numbers of columns
     "var3d": {"lag": [1], "slope": [0.0, 0.5, 1.0], "scale": [2.0, 8.0]},
-    "letkf": {"half_width": [7e5, 1e6, 1.3e6], "relaxation": [0.3, 0.5], "additive": [0.0]},
+    "letkf": {"half_width": [7e5, 9e5, 1.2e6], "relaxation": [0.3, 0.5], "additive": [0.0]},
 }
 
 
