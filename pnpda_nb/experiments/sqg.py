@@ -106,13 +106,13 @@ _DUAL: dict[str, Any] = {"iterations": 1, "tolerance": 0.03}
 _GRIDS = {  # half widths in m, noise in K
     "var3d": {"lag": [1, 2, 3], "slope": [-0.5, 0.0, 0.5, 1.0], "scale": [2.0, 8.0, 32.0]},
     "var4d": {"lag": [1], "slope": [0.0, 0.5], "scale": [1.0, 4.0]},
-    "letkf": {"half_width": [7.5e5, 9e5, 1.1e6], "relaxation": [0.3, 0.4, 0.5], "additive": [0.0, 0.5]},
-    "letkf_40": {"half_width": [9e5, 1.1e6, 1.35e6], "relaxation": [0.35, 0.5, 0.65], "additive": [0.0, 0.5]},
+    "letkf": {"half_width": [8.5e5, 1e6, 1.2e6], "relaxation": [0.4, 0.5, 0.6], "additive": [0.0, 0.5]},
+    "letkf_40": {"half_width": [1e6, 1.3e6, 1.7e6], "relaxation": [0.35, 0.5, 0.65], "additive": [0.0, 0.5]},
     "letkf_100": {"half_width": [1.4e6, 2e6], "relaxation": [0.4, 0.6], "additive": [0.0]},
 }
 _FEWER = {  # for other numbers of columns
     "var3d": {"lag": [1], "slope": [0.0, 0.5, 1.0], "scale": [2.0, 8.0]},
-    "letkf": {"half_width": [7e5, 9e5, 1.2e6], "relaxation": [0.3, 0.5], "additive": [0.0]},
+    "letkf": {"half_width": [7.5e5, 1e6, 1.3e6], "relaxation": [0.4, 0.6], "additive": [0.0]},
 }
 
 
