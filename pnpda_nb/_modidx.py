@@ -509,6 +509,7 @@ d = {
             "pnpda_nb.core.spectral.Spectral.draw": ("engine.html#spectral.draw", "pnpda_nb/core/spectral.py"),
             "pnpda_nb.core.spectral.Spectral.multiply": ("engine.html#spectral.multiply", "pnpda_nb/core/spectral.py"),
             "pnpda_nb.core.spectral.Spectral.of_errors": ("engine.html#spectral.of_errors", "pnpda_nb/core/spectral.py"),
+            "pnpda_nb.core.spectral.Spectral.on": ("engine.html#spectral.on", "pnpda_nb/core/spectral.py"),
             "pnpda_nb.core.spectral.Spectral.scaled": ("engine.html#spectral.scaled", "pnpda_nb/core/spectral.py"),
             "pnpda_nb.core.spectral.Spectral.size": ("engine.html#spectral.size", "pnpda_nb/core/spectral.py"),
             "pnpda_nb.core.spectral._both_halves": ("engine.html#_both_halves", "pnpda_nb/core/spectral.py"),
@@ -1637,11 +1638,14 @@ d = {
                 "priors.html#fieldprior.widened",
                 "pnpda_nb/flow_matching/field_prior.py",
             ),
+            "pnpda_nb.flow_matching.field_prior._between": ("priors.html#_between", "pnpda_nb/flow_matching/field_prior.py"),
             "pnpda_nb.flow_matching.field_prior._field_network": (
                 "priors.html#_field_network",
                 "pnpda_nb/flow_matching/field_prior.py",
             ),
+            "pnpda_nb.flow_matching.field_prior._finer": ("priors.html#_finer", "pnpda_nb/flow_matching/field_prior.py"),
             "pnpda_nb.flow_matching.field_prior._grid": ("priors.html#_grid", "pnpda_nb/flow_matching/field_prior.py"),
+            "pnpda_nb.flow_matching.field_prior._in_boxes": ("priors.html#_in_boxes", "pnpda_nb/flow_matching/field_prior.py"),
         },
         "pnpda_nb.flow_matching.flow": {
             "pnpda_nb.flow_matching.flow.Coupling": ("flow_matching.html#coupling", "pnpda_nb/flow_matching/flow.py"),

@@ -27,8 +27,8 @@ def network(*sites: int) -> ObservingNetwork:
 
 
 def prior(**changes) -> AnalysisPrior:
-    size = {"geometry": PLANE, "rank": 1, "width": 8, "levels": 2, "kernel": 3, "patch": 2}
-    return AnalysisPrior.make(ZERO, ONE, ONE, dim=PLANE.dim, errors=ERRORS, seed=1, **(size | changes))
+    size = {"geometry": PLANE, "rank": 1, "width": 8, "levels": 2, "kernel": 3, "patch": 2, "errors": ERRORS}
+    return AnalysisPrior.make(ZERO, ONE, ONE, dim=PLANE.dim, seed=1, **(size | changes))
 
 
 def little_world(**changes):
@@ -207,3 +207,66 @@ def test_that_a_process_may_keep_its_memory_more_than_once():
     reuse_memory()
     reuse_memory()
     assert torch.zeros(10**7).sum() == 0
+
+
+FINER = Grid((24, 36), "circular", spacing=1 / 3, channels=("bottom", "top"))
+
+
+def shaken(**changes) -> AnalysisPrior:
+    """A prior that answers something."""
+    found = prior(**changes)
+    with torch.no_grad():
+        for parameter in found.network.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=stream(6, "shaken")))
+    return found
+
+
+def in_boxes(states: torch.Tensor) -> torch.Tensor:
+    """States of the plane with the same number at all nine points of a box."""
+    return PLANE.unflatten(states).repeat_interleave(3, -1).repeat_interleave(3, -2).flatten(-3)
+
+
+def middle(states: torch.Tensor) -> torch.Tensor:
+    """The numbers in the middle of boxes."""
+    return FINER.unflatten(states)[..., 1::3, 1::3].flatten(-3)
+
+
+def test_that_on_a_finer_grid_a_prior_sees_boxes_and_answers_the_same_in_their_middle(tmp_path):
+    coarse = shaken(errors=None)
+    fine = coarse.on(FINER)
+    assert fine.grid == FINER and fine.dim == FINER.dim
+    sites = torch.tensor([3, 50, 110, 111])
+    seen = network(*sites.tolist()).observe(STATES.mean(1), stream(3))
+    at = torch.arange(FINER.dim).reshape(2, 24, 36)[:, ::3, ::3].flatten()[sites].tolist()  # anywhere in their boxes
+    there = ObservingNetwork(Select(at, FINER.dim), seen.covariance).report(seen.values)
+    known = coarse.look(STATES, seen=on_grid(seen, PLANE.dim))
+    found = fine.look(in_boxes(STATES), seen=on_grid(there, FINER.dim))
+    increments = found.mean - in_boxes(STATES), known.mean - STATES
+    torch.testing.assert_close(middle(increments[0]), increments[1], rtol=0, atol=1e-5)
+    torch.testing.assert_close(middle(found.residual.diagonal), known.residual.diagonal, rtol=1e-5, atol=1e-6)
+    assert increments[1].abs().max() > 0.1
+    again = AnalysisPrior.load(shaken().on(FINER).save(tmp_path / "finer.safetensors"))
+    assert again.grid == FINER and again.errors.grid == FINER
+    torch.testing.assert_close(again.look(in_boxes(STATES)).mean, shaken().on(FINER).look(in_boxes(STATES)).mean)
+
+
+def test_that_two_observations_in_a_box_are_one_with_their_mean_and_less_error():
+    fine, x = shaken(errors=None).on(FINER), in_boxes(STATES[0, :1])
+    pair = ObservingNetwork(Select((0, 37), FINER.dim), DiagonalCovariance([2.0, 2.0])).report(torch.tensor([[3.0, 5.0]]).double())
+    single = ObservingNetwork(Select((38,), FINER.dim), DiagonalCovariance([1.0])).report(torch.tensor([[4.0]]).double())
+    two, one = (fine.look(x, seen=on_grid(seen, FINER.dim)[:, 0]).mean for seen in (pair, single))
+    torch.testing.assert_close(two, one, rtol=0, atol=1e-5)
+    assert (one - fine.look(x).mean).abs().max() > 1e-3
+
+
+def test_that_a_covariance_goes_to_a_finer_grid_and_back_but_for_the_shortest_waves():
+    back = ERRORS.on(FINER).on(PLANE)
+    x = standard_normal((3, PLANE.dim), stream(8, "x"))
+    smooth = ERRORS.on(Grid((4, 6), "circular", spacing=2.0, channels=("bottom", "top"))).on(PLANE)
+    torch.testing.assert_close(smooth.on(FINER).on(PLANE).multiply(x), smooth.multiply(x))
+    assert back.spectrum.diagonal(dim1=-2, dim2=-1).sum() < ERRORS.spectrum.diagonal(dim1=-2, dim2=-1).sum()
+    for other in (Grid((24, 36), "circular", channels=2), Grid((24, 36), "circular", spacing=1 / 3)):
+        with pytest.raises(ValueError, match="^grid: expected one with the domain and the channels of"):
+            ERRORS.on(other)
+        with pytest.raises(ValueError, match="^dim: expected a grid like"):
+            prior().on(other)

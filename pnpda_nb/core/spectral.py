@@ -60,6 +60,23 @@ class Spectral:
         before, after = ((weight * x).diagonal(dim1=-2, dim2=-1).sum() for x in (self.spectrum, steeper))
         return replace(self, spectrum=variance * before / after * steeper)
 
+    def on(self, grid: Grid) -> Spectral:
+        """The same covariance on another `grid` of the same domain; waves that are too short for one of the two have no variance.
+        Raises `ValueError` for another domain or other channels.
+        """
+        lengths = [[n * h for n, h in zip(g.shape, g.spacing)] for g in (self.grid, grid)]
+        same = len(self.grid.channels) == len(grid.channels) and len(lengths[0]) == len(lengths[1])
+        same = same and all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(*lengths))
+        _require(same, "grid", f"one with the domain and the channels of {self.grid}", grid)
+        sizes = [min(pair) for pair in zip(self.grid.shape, grid.shape)]
+        numbers = [torch.fft.fftfreq(n, 1 / n).round().long() for n in sizes]
+        numbers[-1] = torch.arange(sizes[-1] // 2 + 1)
+        numbers = [k[2 * k.abs() < n] for k, n in zip(numbers, sizes)]
+        here, there = (torch.meshgrid(*(k % n for k, n in zip(numbers, g.shape)), indexing="ij") for g in (self.grid, grid))
+        spectrum = self.spectrum.new_zeros(*grid.shape[:-1], grid.shape[-1] // 2 + 1, *self.spectrum.shape[-2:])
+        spectrum[there] = math.prod(grid.shape) / math.prod(self.grid.shape) * self.spectrum[here]
+        return Spectral(grid, spectrum)
+
     @property
     def size(self) -> int:
         """The number of values of a state."""

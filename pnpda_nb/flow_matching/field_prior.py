@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import torch
@@ -39,12 +39,44 @@ def _field_network(architecture: dict, generator: torch.Generator | None) -> Fie
 
 
 def _grid(architecture: dict) -> Grid | None:
-    """Where the numbers of a state are, or None if that is not known."""
+    """Where the numbers are that a network is shown, or None if that is not known."""
     geometry = architecture["geometry"]
     if isinstance(geometry, dict):  # a grid, in the words of a file
         land = geometry["land"]
         geometry = Grid(**geometry | {"land": None if land is None else torch.tensor(land, device="cpu")})
-    return None if geometry == "none" else as_grid(geometry, architecture["dim"], "geometry")
+    dim = architecture["dim"]
+    if "finer" in architecture:
+        dim //= architecture["finer"] ** len(geometry.shape)
+    return None if geometry == "none" else as_grid(geometry, dim, "geometry")
+
+
+def _finer(grid: Grid, by: int) -> Grid:
+    """The grid with `by` points for each along every axis."""
+    return replace(grid, shape=tuple(by * n for n in grid.shape), spacing=tuple(h / by for h in grid.spacing), coordinates=None)
+
+
+def _in_boxes(fields: Tensor, by: int, axes: int) -> Tensor:
+    """Fields as a network is shown them, `(..., field, channel, *shape)`, as means over boxes of `by` points along each of the
+    last `axes`; of what was observed, means over the points that were, whose errors are independent.
+    """
+    rows = [*fields.unbind(-2 - axes)]
+    for axis in range(1, axes + 1):
+        rows = [row.unflatten(-axis, (-1, by)).mean(-axis) for row in rows]
+    share = rows[4]
+    seen = share > 0
+    rows[2:6] = [torch.where(seen, row / share, 0.0) for row in rows[2:6]]
+    rows[5] = torch.where(seen, rows[5] - 0.5 * torch.log(share * by**axes), 0.0)
+    return torch.stack(rows, -2 - axes)
+
+
+def _between(fields: Tensor, grid: Grid, by: int) -> Tensor:
+    """Fields `(..., channel, *shape)` of means over boxes, interpolated linearly to the `by` points of each along every axis."""
+    axes = len(grid.shape)
+    wide = grid.pad(fields, 1)
+    mode = "linear" if axes == 1 else "bilinear"
+    found = torch.nn.functional.interpolate(wide.flatten(0, -2 - axes), scale_factor=by, mode=mode)
+    found = found[(..., *(slice(by, by * (n + 1)) for n in grid.shape))]
+    return found.reshape(*fields.shape[:-axes], *found.shape[-axes:])
 
 
 # %% ../../nbs/94_priors.ipynb #5e50e3cb
@@ -67,6 +99,9 @@ class FieldPrior(PriorFile):
         self.network, self.location, self.scale, self.increment = network, location, scale, increment
         self.architecture, self.training, self.errors = architecture, training or {}, errors
         self.dim, self.extra, self.grid = architecture["dim"], architecture["extra"], _grid(architecture)
+        self.coarse, self.finer = self.grid, architecture.get("finer", 1)
+        if self.finer > 1:
+            self.grid = _finer(self.coarse, self.finer)
         self.half_precision = False  # of the network's arithmetic, while it is trained
 
     @classmethod
@@ -114,12 +149,21 @@ class FieldPrior(PriorFile):
         geometry = self.grid if isinstance(name, dict) else name
         return f"{type(self).__name__}(dim={self.dim}, geometry={geometry!r}, {weights} weights)"
 
-    def on(self, dim: int) -> "FieldPrior":
-        """The same prior for states of another size. Raises `ValueError` if its network has no geometry."""
+    def on(self, dim: int | Grid) -> "FieldPrior":
+        """The same prior for states of another size: of as many numbers, along one axis, or on a finer grid of the same domain
+        with a whole number of points for each of its own along each axis. There it looks at means over boxes, the first guess
+        aside, and its answers are interpolated. Raises `ValueError` if its network has no geometry, or for another grid.
+        """
         if self.grid is None or self.location.ndim or self.scale.ndim or self.increment.ndim:
             raise ValueError("dim: a prior without geometry works for one size of the state")
-        architecture = self.architecture | {"dim": dim}
-        return type(self)(self.network, self.location, self.scale, self.increment, architecture, self.training, self.errors)
+        changes, errors = {"dim": dim}, self.errors
+        if isinstance(dim, Grid):
+            finer = max(1, dim.shape[0] // self.coarse.shape[0])
+            if not (self.coarse.radius is self.coarse.land is None and dim == _finer(self.coarse, finer)):
+                raise ValueError(f"dim: expected a grid like {self.coarse} with so many times its points, got {dim}")
+            changes, errors = {"dim": dim.dim, "finer": finer}, None if errors is None else errors.on(dim)
+        architecture = self.architecture | changes
+        return type(self)(self.network, self.location, self.scale, self.increment, architecture, self.training, errors)
 
     def widened(self, extra: int) -> "FieldPrior":
         """A prior that is also shown `extra` fields, and for now takes no notice of them."""
@@ -139,8 +183,10 @@ class FieldPrior(PriorFile):
         if self.grid is None:
             return self.network(fields, tau)
         point = -len(self.grid.shape)
-        shown = self.grid.unflatten(fields, 0.0).flatten(point - 2, point - 1)
-        return self.grid.flatten(self.network(shown, tau).unflatten(point - 1, (-1, len(self.grid.channels))))
+        shown = self.grid.unflatten(fields, 0.0)
+        shown = shown if self.finer == 1 else _in_boxes(shown, self.finer, -point)
+        answers = self.network(shown.flatten(point - 2, point - 1), tau).unflatten(point - 1, (-1, len(self.grid.channels)))
+        return self.grid.flatten(answers if self.finer == 1 else _between(answers, self.coarse, self.finer))
 
     def rounded(self) -> "FieldPrior":
         """The same prior with weights in half precision, as which its file then keeps them."""
@@ -163,8 +209,10 @@ class FieldPrior(PriorFile):
         weights = {k.removeprefix("network."): v.float() for k, v in tensors.items() if k.startswith("network.")}
         network = network_from(lambda: _field_network(architecture, None), architecture, weights)
         units = [tensors[name] for name in ("location", "scale", "increment")]
-        errors = Spectral(_grid(architecture), tensors["errors"]) if "errors" in tensors else None
-        return cls(network.eval().requires_grad_(False), *units, architecture, header["training"], errors)
+        errors = tensors.get("errors")
+        prior = cls(network.eval().requires_grad_(False), *units, architecture, header["training"])
+        prior.errors = None if errors is None else Spectral(prior.grid, errors)
+        return prior
 
 
 # %% ../../nbs/94_priors.ipynb #88bb8bee
