@@ -1047,6 +1047,7 @@ d = {
         },
         "pnpda_nb.experiments.sqg": {
             "pnpda_nb.experiments.sqg.SqgSettings": ("studies.html#sqgsettings", "pnpda_nb/experiments/sqg.py"),
+            "pnpda_nb.experiments.sqg.SqgSettings.brief": ("studies.html#sqgsettings.brief", "pnpda_nb/experiments/sqg.py"),
             "pnpda_nb.experiments.sqg.SqgSettings.conditions": (
                 "studies.html#sqgsettings.conditions",
                 "pnpda_nb/experiments/sqg.py",
@@ -1061,6 +1062,7 @@ d = {
             "pnpda_nb.experiments.sqg.sqg_archive": ("studies.html#sqg_archive", "pnpda_nb/experiments/sqg.py"),
             "pnpda_nb.experiments.sqg.sqg_cycle": ("studies.html#sqg_cycle", "pnpda_nb/experiments/sqg.py"),
             "pnpda_nb.experiments.sqg.sqg_priors": ("studies.html#sqg_priors", "pnpda_nb/experiments/sqg.py"),
+            "pnpda_nb.experiments.sqg.sqg_record": ("studies.html#sqg_record", "pnpda_nb/experiments/sqg.py"),
             "pnpda_nb.experiments.sqg.sqg_tuning": ("studies.html#sqg_tuning", "pnpda_nb/experiments/sqg.py"),
         },
         "pnpda_nb.experiments.trajectories.answers": {
@@ -2835,6 +2837,7 @@ d = {
             "pnpda_nb.studies.study.SweepSettings": ("studies.html#sweepsettings", "pnpda_nb/studies/study.py"),
         },
         "pnpda_nb.studies.tables": {
+            "pnpda_nb.studies.tables._padded": ("studies.html#_padded", "pnpda_nb/studies/tables.py"),
             "pnpda_nb.studies.tables.along": ("studies.html#along", "pnpda_nb/studies/tables.py"),
             "pnpda_nb.studies.tables.conditional_scores": ("studies.html#conditional_scores", "pnpda_nb/studies/tables.py"),
             "pnpda_nb.studies.tables.figure_along": ("studies.html#figure_along", "pnpda_nb/studies/tables.py"),

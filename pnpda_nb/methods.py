@@ -246,7 +246,7 @@ def build_method(
 ) -> Method:
     """The method of `{"name": ..., **settings}` for `experiment`, with what was learned for it: a `prior`, the
     `archive` of pairs, or of states of fields, that a 3D-Var takes its background covariance from, the setting that was `tuned`. A
-    setting `assumed_variance` is that
+    prior of fields goes on the grid of the experiment. A setting `assumed_variance` is that
     of a misspecified **R**.
     """
     settings = {k: v for k, v in method.items() if k != "name"} | dict((tuned or {}).get("setting", {}))
@@ -258,7 +258,8 @@ def build_method(
     if archive is not None:
         return ThreeDVar(archive_background(*pairs_of(archive)), **settings)
     if prior is not None:
-        settings["prior"] = prior
+        grid = getattr(experiment.forecast_model, "grid", None)
+        settings["prior"] = prior if grid is None or prior.dim == grid.dim else prior.on(grid)
     return method_by_name(method["name"], experiment, **settings)
 
 

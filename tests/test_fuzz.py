@@ -671,7 +671,6 @@ OWN = {  # arguments of one callable, where they are not those of the pool
         "policy": lambda: AmortisedAnalysis,
         "settings": lambda: OnPolicySettings(trajectories=2),
     },
-    "learned.records.innovation_rms": {"sites": lambda: (0, 2)},
     "pnp.LinearConstraint.__init__": {"matrix": lambda: spd(3)[:1]},
     "pnp.FunctionConstraint.__init__": {"function": lambda: lambda x: x.sum(-1, keepdim=True)},
     "pnp.constraints": {"levels": lambda: torch.ones(1, dtype=DOUBLE)},

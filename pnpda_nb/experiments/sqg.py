@@ -17,7 +17,7 @@ from ..core.settings import Cases, Count, Distinct, Members, PositiveNumber, Pos
 from .beyond import figure_beyond, table_beyond
 from ..learned.on_policy import OnPolicySettings
 from ..plotting.style import book_style
-from ..studies.parts import costed_task, file_task, free_run_task, learning_task, tuning_task
+from ..studies.parts import costed_task, file_task, free_run_task, learning_task, record_task, tuning_task
 from ..studies.study import Study
 from ..studies.tables import conditional_scores
 from ..sweep import Task
@@ -36,10 +36,12 @@ class SqgSettings(Settings):
     truths for everything that is tuned; ensembles of `members`. The nature run to learn from has `truth_runs` and `truth_cycles`;
     `learning_cycles` of `trajectories` with `learning_steps` on `batch` examples each, for a pyramid of `levels` and a `width`,
     shown `fewest` to `most` columns; priors that start from it take a share `follow` of the cycles. From a folder `priors`, those
-    that are there are taken instead of trained.
+    that are there are taken instead of trained. Without a truth to learn from, there are `record_runs` of `record_cycles`
+    observations, smoothed over `lag` cycles. Ablations are trained for a share `ablation` of the cycles; `few` is few truths.
 
-    The look is also taken to where it was not trained: to columns that stay where they are, to `jets` of another speed (m/s) and to
-    other `dissipations` (hours); 0 columns that stay, or none of the others, is not to go there.
+    The look is also taken to where it was not trained: to columns that stay where they are, to `jets` of another speed (m/s), to
+    other `dissipations` (hours), and to `larger` × `larger` points, on `larger_runs` truths; 0 columns that stay or points, or none
+    of the others, is not to go there.
     """
 
     size: Count = 64
@@ -65,11 +67,18 @@ class SqgSettings(Settings):
     most: Count = 640
     follow: PositiveShare = 0.2
     ensemble_trajectories: Count = 4
+    record_runs: Count = 32
+    record_cycles: Count = 120
+    lag: Count = 2
+    ablation: PositiveShare = 0.25
+    few: Count = 4
     half_precision: bool = True
     priors: str = ""
     still: Size = 256
     jets: Cases[PositiveNumber] = (20.0, 40.0)
     dissipations: Cases[PositiveNumber] = (0.5, 4.0)
+    larger: Size = 128
+    larger_runs: Count = 10
 
     def testbed(self, columns: int, cycles: int) -> dict:
         """The twin experiment with so many columns."""
@@ -82,13 +91,18 @@ class SqgSettings(Settings):
         found = {f"columns={n}": first | {"columns": n} for n in self.columns}
         found |= {f"still={self.still}": first | {"columns": self.still, "moving": False}} if self.still else {}
         found |= {f"jet={speed:g}": first | {"jet": speed} for speed in self.jets}
-        return found | {f"dissipation={hours:g}": first | {"diffusion": hours} for hours in self.dissipations}
+        found |= {f"dissipation={hours:g}": first | {"diffusion": hours} for hours in self.dissipations}
+        return found | ({f"size={self.larger}": first | {"size": self.larger}} if self.larger else {})
 
     def training(self, **changes: Any) -> OnPolicySettings:
         """The training of the first prior, with `changes`."""
         names = ("trajectories", "batch", "learning_rate", "half_precision")
         base = {name: getattr(self, name) for name in names} | {"cycles": self.learning_cycles, "steps": self.learning_steps}
         return OnPolicySettings(**(base | {"average": 0.998, "likelihood": 0.02} | changes))
+
+    def brief(self, **changes: Any) -> OnPolicySettings:
+        """The training of an ablation."""
+        return self.training(**({"cycles": max(1, round(self.ablation * self.learning_cycles))} | changes))
 
     def following(self, **changes: Any) -> OnPolicySettings:
         """The training of a prior that starts from another."""
@@ -97,11 +111,14 @@ class SqgSettings(Settings):
 
 
 # %% ../../nbs/95_studies.ipynb #f1e2d504
-SQG_LEARNED = ("pnpda_blind", "pnpda_seeing", "amortised", "amortised_ensemble", "learned_mean")
-SQG_METHODS = ("free_run", "interpolation", "var3d", "var4d", "letkf", "letkf_40", "letkf_100", *SQG_LEARNED)
-_EVERYWHERE = ("var3d", "letkf", "amortised")  # also with other numbers of columns
+SQG_LEARNED = ("pnpda_blind", "pnpda_seeing", "amortised", "amortised_obs", "amortised_ensemble", "learned_mean")
+SQG_ABLATIONS = ("brief", "from_nothing", "off_policy", "full_precision", "few_truths")
+SQG_METHODS = ("free_run", "interpolation", "var3d", "var4d", "letkf", "letkf_40", "letkf_100", *SQG_LEARNED, *SQG_ABLATIONS)
+_EVERYWHERE = ("var3d", "letkf", "amortised")  # also under other conditions
+_LARGER = ("letkf_40", "amortised")  # also on more points
 _SIZES = {"letkf_40": 40, "letkf_100": 100}
 _LETKF = {"name": "letkf", "every": 4}
+_HYBRID = {"name": "learned_mean", "filter": "letkf", "every": 4, "half_width": 1e6, "relaxation": 0.5}
 _DUAL: dict[str, Any] = {"iterations": 1, "tolerance": 0.03}
 _GRIDS = {  # half widths in m, noise in K
     "var3d": {"lag": [1, 2, 3], "slope": [-0.5, 0.0, 0.5, 1.0], "scale": [2.0, 8.0, 32.0]},
@@ -128,6 +145,16 @@ def sqg_tuning(settings: SqgSettings, columns: int, name: str) -> Task:
     return tuning_task(testbed, _LETKF, grid, members=size, cost=size, **some)
 
 
+def sqg_record(settings: SqgSettings) -> Task:
+    """Observations without a truth, and what the tuned filter made of them with the next ones."""
+    columns = settings.columns[0]
+    return record_task(
+        settings.testbed(columns, settings.tuning_cycles), _LETKF | {"lag": settings.lag}, members=settings.members,
+        runs=settings.record_runs, cycles=settings.record_cycles, seed=settings.seed, smoothed=True,
+        tuned=sqg_tuning(settings, columns, "letkf"), dtype="float32",
+    )  # fmt: skip
+
+
 def sqg_archive(settings: SqgSettings) -> Task:
     """Free runs of the forecast model: their differences are the errors that 3D-Var assumes."""
     testbed = settings.testbed(settings.columns[0], settings.tuning_cycles)
@@ -142,27 +169,39 @@ def sqg_priors(settings: SqgSettings) -> dict[str, Task]:
         "dim": 2 * settings.size**2, "usual": [], "often": 0.0, "counts": [settings.fewest, settings.most],
         "errors": [0.7 * settings.deviation, 1.5 * settings.deviation], "even": 0.0, "channels": 2, "moving": True,
     }  # fmt: skip
-    seconds = 2.0 * settings.learning_cycles
-    source = {
-        "truth": {"runs": settings.truth_runs, "cycles": settings.truth_cycles}, "networks": networks, "seed": settings.seed,
-        "validation_runs": settings.validation_runs, "metric": "analysis_rmse", "dtype": "float32",
-    }  # fmt: skip
+    common = {"seed": settings.seed, "validation_runs": settings.validation_runs, "metric": "analysis_rmse", "dtype": "float32"}
+    truth = {"truth": {"runs": settings.truth_runs, "cycles": settings.truth_cycles}, "networks": networks} | common
+    few = truth | {"truth": {"runs": settings.few, "cycles": settings.truth_cycles}}
     network = {"geometry": "grid", "rank": 1, "half_width": 9e5, "increment": 0.2, "kernel": 3, "patch": 2}
     network |= {"width": settings.width, "levels": settings.levels}
     testbeds, look = [settings.testbed(columns, settings.tuning_cycles)], {"name": "amortised"}
-    first = learning_task(
-        testbeds, look, settings.training(), network=network, archive=archive, tuned=tuned, name="amortised", cost=seconds, **source
-    )
-    source |= {"start": first, "cost": seconds * settings.follow}
+    seconds = 2.0 * settings.learning_cycles
+    new = {"network": network, "archive": archive, "tuned": tuned, "cost": seconds}
+    first = learning_task(testbeds, look, settings.training(), name="amortised", **new, **truth)
+    later = truth | {"start": first, "cost": seconds * settings.follow}
     loop = {"name": "pnpda", "blind": True, "data_step": "kalman", "iterations": 4}
     unseen = settings.following(start_fraction=0.3, hidden=1.0, likelihood=0.2)
-    filter = {"name": "learned_mean", "filter": "letkf", "every": 2, "half_width": 1.2e6, "relaxation": 0.5}
-    few = settings.following(trajectories=settings.ensemble_trajectories)
+    few_trajectories = settings.following(trajectories=settings.ensemble_trajectories)
+    brief = new | {"cost": seconds * settings.ablation}
     made = {
         "amortised": first,
-        "pnpda_blind": learning_task(testbeds, loop, unseen, name="pnpda_blind", **source),
-        "pnpda_seeing": learning_task(testbeds, look, settings.following(start_fraction=0.4), name="pnpda_seeing", **source),
-        "learned_mean": learning_task(testbeds, filter, few, name="learned_mean", members=settings.members, **source),
+        "amortised_obs": learning_task(
+            testbeds, look, settings.training(), name="amortised_obs", records=[sqg_record(settings)], **new, **common
+        ),
+        "pnpda_blind": learning_task(testbeds, loop, unseen, name="pnpda_blind", **later),
+        "pnpda_seeing": learning_task(testbeds, look, settings.following(start_fraction=0.4), name="pnpda_seeing", **later),
+        "learned_mean": learning_task(testbeds, _HYBRID, few_trajectories, name="learned_mean", members=settings.members, **later),
+        "brief": learning_task(testbeds, look, settings.brief(), name="brief", **brief, **truth),
+        "from_nothing": learning_task(
+            testbeds, look, settings.brief(), name="from_nothing", network=network, cost=brief["cost"], **truth
+        ),
+        "off_policy": learning_task(
+            testbeds, {"name": "var3d"}, settings.brief(), name="off_policy", judged=look, **brief, **truth
+        ),
+        "full_precision": learning_task(
+            testbeds, look, settings.brief(half_precision=False), name="full_precision", **brief, **truth
+        ),
+        "few_truths": learning_task(testbeds, look, settings.brief(), name="few_truths", **brief, **few),
     }
     there = {name: Path(settings.priors, f"prior_{name}.safetensors") for name in made if settings.priors}
     return made | {n: file_task("analysis_prior", str(p), 2 * settings.size**2) for n, p in there.items() if p.is_file()}
@@ -172,7 +211,8 @@ def sqg_priors(settings: SqgSettings) -> dict[str, Task]:
 def sqg_cycle(settings: SqgSettings, condition: str, name: str, priors: dict[str, Task]) -> Task:
     """The cycle of a method on test truths, with what was tuned for moving columns of that number."""
     testbed, size = settings.conditions()[condition], _SIZES.get(name, settings.members)
-    trial = {"runs": settings.runs, "seed": settings.seed, "name": f"{name} {condition}", "dtype": "float32", "cost": 60}
+    runs = settings.larger_runs if condition.startswith("size") else settings.runs
+    trial = {"runs": runs, "seed": settings.seed, "name": f"{name} {condition}", "dtype": "float32", "cost": 60}
     columns = testbed["columns"] if condition.startswith("columns") else settings.columns[0]
     tune = settings.testbed(columns, settings.tuning_cycles)
     some = {"runs": settings.tuning_runs, "seed": settings.seed, "dtype": "float32", "name": f"tuning {name} columns={columns}"}
@@ -188,7 +228,8 @@ def sqg_cycle(settings: SqgSettings, condition: str, name: str, priors: dict[str
             tuned, named = sqg_tuning(settings, columns, name), {"name": name} | (_DUAL if name == "var4d" else {})
             return costed_task(testbed, named, archive=sqg_archive(settings), tuned=tuned, **trial)
         case "letkf" | "letkf_40" | "letkf_100":
-            return costed_task(testbed, _LETKF, members=size, tuned=sqg_tuning(settings, columns, name), **trial)
+            weights = _LETKF | {"every": _LETKF["every"] * testbed["size"] // settings.size}
+            return costed_task(testbed, weights, members=size, tuned=sqg_tuning(settings, columns, name), **trial)
         case "pnpda_blind":
             method = {"name": "pnpda", "blind": True, "data_step": "kalman", "draws": 4}
             tuned = tuning_task(tune, method, {"iterations": [4, 8]}, metric="analysis_rmse", **some)
@@ -201,24 +242,24 @@ def sqg_cycle(settings: SqgSettings, condition: str, name: str, priors: dict[str
             tuned = tuning_task(tune, {"name": "amortised"}, {"spread": [0.5, 0.7, 0.85, 1.0]}, members=size, metric="crps", **some)
             return costed_task(testbed, {"name": "amortised"}, members=size, tuned=tuned, **trial)
         case "learned_mean":
-            method = {"name": name, "filter": "letkf", "every": 2, "half_width": 1.2e6, "relaxation": 0.5}
-            tuned = tuning_task(tune, method, {"spread_factor": [0.7, 0.85, 1.0, 1.2]}, members=size, metric="crps", **some)
-            return costed_task(testbed, method, members=size, tuned=tuned, **trial)
-        case "amortised":
-            return costed_task(testbed, {"name": name}, **trial)
+            tuned = tuning_task(tune, _HYBRID, {"spread_factor": [0.7, 0.85, 1.0, 1.2]}, members=size, metric="crps", **some)
+            return costed_task(testbed, _HYBRID, members=size, tuned=tuned, **trial)
+    if name in priors:
+        return costed_task(testbed, {"name": "amortised"}, **trial)
     raise ValueError(f"methods: unknown method {name!r}")
 
 
 def plan_sqg(settings: SqgSettings, methods: tuple[str, ...]) -> dict[tuple[str, str], Task]:
     """The task of every condition and method: all methods meet the same truths and observations."""
     priors, first = sqg_priors(settings), f"columns={settings.columns[0]}"
-    cases = [(c, name) for c in settings.conditions() for name in methods if c == first or name in _EVERYWHERE]
+    others = lambda condition: _LARGER if condition.startswith("size") else _EVERYWHERE
+    cases = [(c, name) for c in settings.conditions() for name in methods if c == first or name in others(c)]
     return {(c, name): sqg_cycle(settings, c, name, priors) for c, name in cases}
 
 
 def kept_sqg(settings: SqgSettings, methods: tuple[str, ...]) -> dict[str, Task]:
     """The priors of the `methods`, and what was tried for those that are tuned for a number of columns."""
-    wanted = {name.removesuffix("_ensemble") for name in methods}
+    wanted = {name.removesuffix("_ensemble") for name in methods if name in SQG_LEARNED}
     kept = {f"prior_{name}.safetensors": task for name, task in sqg_priors(settings).items() if name in wanted}
     tuned = [(n, m) for n in settings.columns for m in methods if m in _GRIDS and (n == settings.columns[0] or m in _EVERYWHERE)]
     return kept | {f"tuning_{m}_{n}.json": sqg_tuning(settings, n, m) for n, m in tuned}
@@ -242,9 +283,10 @@ def report_sqg(scores: pd.DataFrame) -> str:
 
 PAPER_SQG = SqgSettings()
 _SMOKE_SQG = dataclasses.replace(
-    PAPER_SQG, size=32, columns=(64, 32), runs=2, members=4, cycles=6, tuning_runs=1, tuning_cycles=3, truth_runs=2,
+    PAPER_SQG, size=16, columns=(64, 32), runs=2, members=4, cycles=6, tuning_runs=1, tuning_cycles=3, truth_runs=2,
     truth_cycles=12, validation_runs=1, trajectories=2, learning_cycles=3, learning_steps=1, batch=2, width=8, levels=2,
-    fewest=16, most=64, ensemble_trajectories=2, half_precision=False, still=64, jets=(40.0,), dissipations=(4.0,),
+    fewest=16, most=64, ensemble_trajectories=2, record_runs=2, record_cycles=10,
+    larger=32, larger_runs=1, half_precision=False, still=64, jets=(40.0,), dissipations=(4.0,),
 )  # fmt: skip
 SQG = Study(
     name="sqg",

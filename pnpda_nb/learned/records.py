@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -167,16 +167,17 @@ def observed_record(
     seed: int,
     smoothed: bool = False,
     discard: int = 5,
+    dtype: torch.dtype | str = torch.float64,
 ) -> xr.Dataset:
     """What `method` makes of observations alone: truths of their own are observed by the network of `experiment`, cycled for
-    `cycles` times, and then forgotten.
+    `cycles` times, in `dtype`, and then forgotten.
 
     Returns `target`, `analysis` (of the moment) and `observations`, each (cycle, run, ...), and the numbers of the `cycle`s;
     targets are the analyses or, if
     `smoothed`, what the method made of them later. Runs that fail are left out, and so are the first `discard` cycles. Raises
     `ValueError` if no run is left, or the method does not look back.
     """
-    settings = dict(members=members, runs=runs, seed=seed, split="archive", keep_steps=False)
+    settings = dict(members=members, runs=runs, seed=seed, split="archive", keep_steps=False, dtype=dtype)
     result = cycle(replace(experiment, cycles=cycles), method, **settings)
     if smoothed and "smoothed" not in result:
         raise ValueError(f"smoothed: {type(method).__name__} does not look back")
@@ -195,15 +196,15 @@ def observed_record(
 
 # %% ../../nbs/94_priors.ipynb #74d7dd0b
 class ObservedRecord:
-    """A record to learn from that knows nothing of nature: an `observed_record` of `experiment`."""
+    """A record to learn from that knows nothing of nature: an `observed_record` of `experiment`, in `dtype`."""
 
     values: Gappy
     moving = False
 
-    def __init__(self, experiment: TwinExperiment, dataset: xr.Dataset):
-        self.experiment = experiment
+    def __init__(self, experiment: TwinExperiment, dataset: xr.Dataset, *, dtype: torch.dtype | str = torch.float64):
+        self.experiment, (dtype, _) = experiment, _computing(dtype, "cpu")
         self.targets, self.analyses, self.values = (
-            torch.tensor(dataset[name].values.astype("float64")) for name in ("target", "analysis", "observations")
+            torch.tensor(dataset[name].values).to(dtype) for name in ("target", "analysis", "observations")
         )
         self.first = int(dataset.cycle[0])
 
@@ -399,13 +400,17 @@ def _made_of(part: Any, tensors: list[Tensor]) -> Any:
 
 
 # %% ../../nbs/94_priors.ipynb #b5c3d23f
-def innovation_rms(result: xr.Dataset, sites: Sequence[int]) -> GappyFloat:
-    """Root mean square of what was seen at `sites` minus the backgrounds of a cycle there: a score that needs no truth. Infinite if
-    a run failed.
+def innovation_rms(result: xr.Dataset, experiment: TwinExperiment) -> GappyFloat:
+    """Root mean square of what the network of the `experiment` saw minus the backgrounds of a cycle there: a score that needs no
+    truth. Infinite if a run failed.
     """
-    innovation = result.observations.values - result.background.values[..., list(sites)]
-    seen = ~np.isnan(result.observations.values)
-    return float(np.sqrt((innovation[seen] ** 2).mean())) if np.isfinite(innovation[seen]).all() else math.inf
+    squares = []
+    for k in range(result.sizes["cycle"]):
+        sites, now = list(experiment.network_at(k).operator.sites), result.isel(cycle=k)
+        values = now.observations.values[..., : len(sites)]
+        squares.append(((values - now.background.values[..., sites]) ** 2)[~np.isnan(values)])
+    squares = np.concatenate(squares)
+    return float(np.sqrt(squares.mean())) if np.isfinite(squares).all() else math.inf
 
 
 # %% ../../nbs/94_priors.ipynb #50befa59

@@ -51,6 +51,8 @@ LABELS = {
     "amortised_obs": "amortised, from observations alone", "rollout_obs": "through forecasts, from observations alone",
     "amortised_ensemble": "amortised ensemble", "amortised_ensemble_obs": "amortised ensemble, from observations alone",
     "learned_mean": "EnKF around a learned mean", "learned_mean_obs": "EnKF around a learned mean, from observations alone",
+    "brief": "amortised, trained briefly", "from_nothing": "amortised, without 3D-Var's increment",
+    "few_truths": "amortised, few truths", "full_precision": "amortised, trained in float32",
     "off_policy": "amortised, off-policy", "dense": "amortised, perceptron", "one_draw": "PnP-DA, one draw of noise",
     "interpolation": "interpolation of observations", "var4d": "4D-Var (tuned)",
     "letkf_40": "LETKF, 40 members (tuned)",

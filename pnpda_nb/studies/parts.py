@@ -206,17 +206,17 @@ def tuned_task(
 def record_part(settings: dict, tuned: dict | None = None) -> xr.Dataset:
     """An `observed_record`, as a part of a sweep."""
     experiment = experiment_of(settings["testbed"])
-    options = {k: settings[k] for k in ("members", "runs", "cycles", "seed", "smoothed")}
+    options = {k: settings[k] for k in ("members", "runs", "cycles", "seed", "smoothed", "dtype") if k in settings}
     return observed_record(experiment, build_method(experiment, settings["method"], tuned=tuned), **options)
 
 
 # %% ../../nbs/95_studies.ipynb #2082b872
 def record_task(
     testbed: Mapping, method: Mapping, *, members: int, runs: int, cycles: int, seed: int, smoothed: bool,
-    tuned: Task | None = None, name: str = "record", cost: float = 30.0,
+    tuned: Task | None = None, name: str = "record", cost: float = 30.0, **computing: str,
 ) -> Task:  # fmt: skip
-    """A task that makes a record of observations and of what `method` made of them."""
-    settings = {"members": members, "runs": runs, "cycles": cycles, "seed": seed, "smoothed": smoothed}
+    """A task that makes a record of observations and of what `method` made of them, in a `dtype` if `computing` says so."""
+    settings = {"members": members, "runs": runs, "cycles": cycles, "seed": seed, "smoothed": smoothed} | computing
     needs = {"tuned": tuned} if tuned else {}
     return Task(name, record_part, {"testbed": dict(testbed), "method": dict(method)} | settings, needs, cost=cost)
 
@@ -253,7 +253,7 @@ def learning_part(
         record = copy.copy(_truths(json.dumps([settings["testbeds"][0], truth, computing]), settings["seed"]))
         record.networks = RandomNetworks(**settings["networks"]) if settings["networks"] else None
     else:
-        each = [ObservedRecord(testbed, records[f"record{i}"]) for i, testbed in enumerate(testbeds)]
+        each = [ObservedRecord(testbed, records[f"record{i}"], **computing) for i, testbed in enumerate(testbeds)]
         record = Records(*each) if len(each) > 1 else each[0]
     prior = start
     if prior is None:
@@ -274,7 +274,9 @@ def learning_part(
     learned = ("amortised", "pnpda", "learned_mean")
 
     def method_of(prior: AnalysisPrior, testbed: TwinExperiment = experiment, policy: dict = policy):
-        return build_method(testbed, policy, prior=prior if policy["name"] in learned else None)
+        if policy["name"] in learned:
+            return build_method(testbed, policy, prior=prior)
+        return build_method(testbed, policy, archive=archive, tuned=tuned if archive is not None else None)
 
     def validate(prior: AnalysisPrior) -> float:
         found = []
@@ -286,7 +288,7 @@ def learning_part(
             if truth:
                 found.append(float(scores(result)[settings["metric"]].mean()))
             else:
-                found.append(innovation_rms(result, testbed.network.operator.sites))
+                found.append(innovation_rms(result, testbed))
         return float(np.mean(found)) if np.isfinite(found).all() else float("inf")
 
     trained = train_on_policy(

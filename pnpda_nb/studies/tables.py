@@ -33,33 +33,37 @@ def conditional_scores(results: Mapping[tuple[str, str], xr.Dataset]) -> pd.Data
 
 
 # %% ../../nbs/95_studies.ipynb #76767204
+def _padded(values: np.ndarray, *shape: int, fill: float = np.nan) -> np.ndarray:
+    """`values` with more of `fill` at the ends, up to a `shape`."""
+    return np.pad(values, [(0, n - m) for n, m in zip(shape, values.shape)], constant_values=fill)
+
+
 def stack_runs(results: Mapping[tuple[str, str], xr.Dataset]) -> xr.Dataset:
     """The scores of every run, the main ones by (case, run), with the `condition` and `scheme` of every case: small, and
-    enough for paired differences.
+    enough for paired differences. Where a case has fewer runs than another, the others are nan.
     """
+    most = max(result.sizes["run"] for result in results.values())
     names = ("step_rmse", "analysis_rmse", "background_rmse")
-    rows = {name: (("case", "run"), np.stack([r[name].values for r in results.values()])) for name in names}
+    rows = {name: (("case", "run"), np.stack([_padded(r[name].values, most) for r in results.values()])) for name in names}
     conditions, schemes = zip(*results)
     return xr.Dataset(rows, coords={"condition": ("case", list(conditions)), "scheme": ("case", list(schemes))})
 
 
 # %% ../../nbs/95_studies.ipynb #049cb826
 def stack_cases(results: Mapping[tuple[str, str], xr.Dataset]) -> xr.Dataset:
-    """Everything that is kept per cycle, of results by (condition, method), along `case`; nan beyond the last cycle of a
-    shorter case.
+    """Everything that is kept per cycle, of results by (condition, method), along `case`; nan beyond the last run and
+    cycle of a smaller case.
     """
     names = ("analysis_error", "background_error", "step_error", "analysis_spread")
     out, longest = stack_runs(results), max(r.sizes["cycle"] for r in results.values())
+    shape = out.sizes["run"], longest
 
     def series(result: xr.Dataset, name: str) -> np.ndarray:
-        values = np.full((result.sizes["run"], longest), np.nan, dtype="float32")
-        if name in result:
-            values[:, : result.sizes["cycle"]] = result[name].values
-        return values
+        return _padded((result[name].values if name in result else np.empty((0, 0))).astype("float32"), *shape)
 
     for name in names:
         out[name] = (("case", "run", "cycle"), np.stack([series(r, name) for r in results.values()]))
-    out["failed"] = (("case", "run"), np.stack([r.failed.values for r in results.values()]))
+    out["failed"] = (("case", "run"), np.stack([_padded(r.failed.values, shape[0], fill=-1) for r in results.values()]))
     return out
 
 
