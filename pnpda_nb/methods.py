@@ -245,21 +245,24 @@ def build_method(
     tuned: Mapping[str, Any] | None = None,
 ) -> Method:
     """The method of `{"name": ..., **settings}` for `experiment`, with what was learned for it: a `prior`, the
-    `archive` of pairs, or of states of fields, that a 3D-Var takes its background covariance from, the setting that was `tuned`. A
-    prior of fields goes on the grid of the experiment. A setting `assumed_variance` is that
-    of a misspecified **R**.
+    `archive` of pairs, or of states of fields, that a 3D-Var takes its background covariance from, the setting that was `tuned`.
+    With both, a prior of fields goes on the finer grid of `experiment`. A setting `assumed_variance` is that of a misspecified
+    **R**.
     """
     settings = {k: v for k, v in method.items() if k != "name"} | dict((tuned or {}).get("setting", {}))
     if "assumed_variance" in settings:
         variance = settings.pop("assumed_variance")
         return Misspecified(build_method(experiment, settings | {"name": method["name"]}, prior, archive), variance)
+    if prior is not None and archive is not None:  # on a finer grid, with errors of free runs there
+        lag, slope, scale = (settings.pop(name) for name in ("lag", "slope", "scale"))
+        errors = spectral_errors(experiment, archive, lag, slope).scaled(scale)
+        prior, archive = prior.on(experiment.forecast_model.grid, errors), None
     if archive is not None and "states" in archive:
         return _on_fields(experiment, archive, method["name"], **settings)
     if archive is not None:
         return ThreeDVar(archive_background(*pairs_of(archive)), **settings)
     if prior is not None:
-        grid = getattr(experiment.forecast_model, "grid", None)
-        settings["prior"] = prior if grid is None or prior.dim == grid.dim else prior.on(grid)
+        settings["prior"] = prior
     return method_by_name(method["name"], experiment, **settings)
 
 

@@ -248,6 +248,9 @@ def test_that_on_a_finer_grid_a_prior_sees_boxes_and_answers_the_same_in_their_m
     again = AnalysisPrior.load(shaken().on(FINER).save(tmp_path / "finer.safetensors"))
     assert again.grid == FINER and again.errors.grid == FINER
     torch.testing.assert_close(again.look(in_boxes(STATES)).mean, shaken().on(FINER).look(in_boxes(STATES)).mean)
+    other = ERRORS.on(FINER).scaled(2.0)
+    guess = prior().on(FINER, other).look(in_boxes(STATES), seen=on_grid(there, FINER.dim)).mean - in_boxes(STATES)
+    torch.testing.assert_close(guess, gridded_increment(other, in_boxes(STATES), on_grid(there, FINER.dim)), rtol=0, atol=1e-4)
 
 
 def test_that_two_observations_in_a_box_are_one_with_their_mean_and_less_error():

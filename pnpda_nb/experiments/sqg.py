@@ -155,9 +155,9 @@ def sqg_record(settings: SqgSettings) -> Task:
     )  # fmt: skip
 
 
-def sqg_archive(settings: SqgSettings) -> Task:
+def sqg_archive(settings: SqgSettings, **changes: Any) -> Task:
     """Free runs of the forecast model: their differences are the errors that 3D-Var assumes."""
-    testbed = settings.testbed(settings.columns[0], settings.tuning_cycles)
+    testbed = settings.testbed(settings.columns[0], settings.tuning_cycles) | changes
     return free_run_task(testbed, runs=4, length=100, seed=settings.seed)
 
 
@@ -244,6 +244,9 @@ def sqg_cycle(settings: SqgSettings, condition: str, name: str, priors: dict[str
         case "learned_mean":
             tuned = tuning_task(tune, _HYBRID, {"spread_factor": [0.7, 0.85, 1.0, 1.2]}, members=size, metric="crps", **some)
             return costed_task(testbed, _HYBRID, members=size, tuned=tuned, **trial)
+    if testbed["size"] > settings.size:
+        finer = sqg_archive(settings, size=testbed["size"])
+        return costed_task(testbed, {"name": name}, archive=finer, tuned=sqg_tuning(settings, columns, "var3d"), **trial)
     if name in priors:
         return costed_task(testbed, {"name": "amortised"}, **trial)
     raise ValueError(f"methods: unknown method {name!r}")

@@ -149,19 +149,22 @@ class FieldPrior(PriorFile):
         geometry = self.grid if isinstance(name, dict) else name
         return f"{type(self).__name__}(dim={self.dim}, geometry={geometry!r}, {weights} weights)"
 
-    def on(self, dim: int | Grid) -> "FieldPrior":
+    def on(self, dim: int | Grid, errors: Spectral | None = None) -> "FieldPrior":
         """The same prior for states of another size: of as many numbers, along one axis, or on a finer grid of the same domain
         with a whole number of points for each of its own along each axis. There it looks at means over boxes, the first guess
-        aside, and its answers are interpolated. Raises `ValueError` if its network has no geometry, or for another grid.
+        aside, and its answers are interpolated; `errors` are those of backgrounds there (default: its own, without shorter waves).
+        Raises `ValueError` if its network has no geometry, or for another grid.
         """
         if self.grid is None or self.location.ndim or self.scale.ndim or self.increment.ndim:
             raise ValueError("dim: a prior without geometry works for one size of the state")
-        changes, errors = {"dim": dim}, self.errors
+        changes = {"dim": dim}
         if isinstance(dim, Grid):
             finer = max(1, dim.shape[0] // self.coarse.shape[0])
             if not (self.coarse.radius is self.coarse.land is None and dim == _finer(self.coarse, finer)):
                 raise ValueError(f"dim: expected a grid like {self.coarse} with so many times its points, got {dim}")
-            changes, errors = {"dim": dim.dim, "finer": finer}, None if errors is None else errors.on(dim)
+            changes = {"dim": dim.dim, "finer": finer}
+            if self.errors is not None and errors is None:
+                errors = self.errors.on(dim)
         architecture = self.architecture | changes
         return type(self)(self.network, self.location, self.scale, self.increment, architecture, self.training, errors)
 
