@@ -1061,6 +1061,7 @@ d = {
             "pnpda_nb.experiments.sqg.report_sqg": ("studies.html#report_sqg", "pnpda_nb/experiments/sqg.py"),
             "pnpda_nb.experiments.sqg.sqg_archive": ("studies.html#sqg_archive", "pnpda_nb/experiments/sqg.py"),
             "pnpda_nb.experiments.sqg.sqg_cycle": ("studies.html#sqg_cycle", "pnpda_nb/experiments/sqg.py"),
+            "pnpda_nb.experiments.sqg.sqg_prior": ("studies.html#sqg_prior", "pnpda_nb/experiments/sqg.py"),
             "pnpda_nb.experiments.sqg.sqg_priors": ("studies.html#sqg_priors", "pnpda_nb/experiments/sqg.py"),
             "pnpda_nb.experiments.sqg.sqg_record": ("studies.html#sqg_record", "pnpda_nb/experiments/sqg.py"),
             "pnpda_nb.experiments.sqg.sqg_tuning": ("studies.html#sqg_tuning", "pnpda_nb/experiments/sqg.py"),

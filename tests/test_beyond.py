@@ -135,3 +135,19 @@ def test_that_learning_from_a_filter_works_where_networks_are_random():
 def test_that_methods_that_are_not_planned_for_a_testbed_are_one_line():
     with pytest.raises(ValueError, match="^methods: rollout is not planned for lorenz63"):
         plan_beyond(dataclasses.replace(TINY, rollout=0), ("rollout",))
+
+
+def test_that_the_study_of_fields_goes_where_it_says():
+    study = find_study("sqg")
+    settings = study.presets["smoke"]
+    plan = study.plan(settings, study.methods)
+    first, others = "columns=64", {"columns=32", "still=64", "jet=40", "dissipation=4"}
+    assert {name for condition, name in plan if condition == first} == set(study.methods)
+    assert {condition for condition, name in plan if name == "amortised"} == {first, "size=32"} | others
+    everywhere = {(condition, name) for condition in others for name in ("var3d", "letkf", "amortised")}
+    assert {case for case in plan if case[0] in others} == everywhere
+    assert len({plan[condition, "amortised"].needs["prior"].key for condition in {first, "size=32"} | others}) == 1
+    fewer = study.plan(dataclasses.replace(settings, jets=(), dissipations=(), still=0, larger=0), study.methods)
+    assert {condition for condition, _ in fewer} == {first, "columns=32"}
+    kept = study.kept(settings, study.methods)
+    assert "prior_amortised.safetensors" in kept and "prior_brief.safetensors" not in kept

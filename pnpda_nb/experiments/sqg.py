@@ -162,49 +162,44 @@ def sqg_archive(settings: SqgSettings, **changes: Any) -> Task:
 
 
 # %% ../../nbs/95_studies.ipynb #f1e2d505
+def sqg_prior(settings: SqgSettings, name: str, policy: dict, training: OnPolicySettings, **options: Any) -> Task:
+    """The prior of that `name` in the user's folder, or its training where the first number of columns is seen."""
+    file = Path(settings.priors, f"prior_{name}.safetensors")
+    if settings.priors and file.is_file():
+        return file_task("analysis_prior", str(file), 2 * settings.size**2)
+    testbeds = [settings.testbed(settings.columns[0], settings.tuning_cycles)]
+    options |= {"validation_runs": settings.validation_runs, "metric": "analysis_rmse", "dtype": "float32"}
+    return learning_task(testbeds, policy, training, seed=settings.seed, name=name, cost=2.0 * training.cycles, **options)
+
+
 def sqg_priors(settings: SqgSettings) -> dict[str, Task]:
     """The task of every prior, by the method that it is for."""
-    columns, archive, tuned = settings.columns[0], sqg_archive(settings), sqg_tuning(settings, settings.columns[0], "var3d")
     networks = {
         "dim": 2 * settings.size**2, "usual": [], "often": 0.0, "counts": [settings.fewest, settings.most],
         "errors": [0.7 * settings.deviation, 1.5 * settings.deviation], "even": 0.0, "channels": 2, "moving": True,
     }  # fmt: skip
-    common = {"seed": settings.seed, "validation_runs": settings.validation_runs, "metric": "analysis_rmse", "dtype": "float32"}
-    truth = {"truth": {"runs": settings.truth_runs, "cycles": settings.truth_cycles}, "networks": networks} | common
-    few = truth | {"truth": {"runs": settings.few, "cycles": settings.truth_cycles}}
-    network = {"geometry": "grid", "rank": 1, "half_width": 9e5, "increment": 0.2, "kernel": 3, "patch": 2}
-    network |= {"width": settings.width, "levels": settings.levels}
-    testbeds, look = [settings.testbed(columns, settings.tuning_cycles)], {"name": "amortised"}
-    seconds = 2.0 * settings.learning_cycles
-    new = {"network": network, "archive": archive, "tuned": tuned, "cost": seconds}
-    first = learning_task(testbeds, look, settings.training(), name="amortised", **new, **truth)
-    later = truth | {"start": first, "cost": seconds * settings.follow}
+    truths = lambda runs: {"truth": {"runs": runs, "cycles": settings.truth_cycles}, "networks": networks}
+    size = {"width": settings.width, "levels": settings.levels, "kernel": 3, "patch": 2}
+    network = {"geometry": "grid", "rank": 1, "half_width": 9e5, "increment": 0.2} | size
+    new = {"network": network, "archive": sqg_archive(settings), "tuned": sqg_tuning(settings, settings.columns[0], "var3d")}
+    nature, brief, look = truths(settings.truth_runs), settings.brief(), {"name": "amortised"}
+    first = sqg_prior(settings, "amortised", look, settings.training(), **new, **nature)
+    later = nature | {"start": first}
     loop = {"name": "pnpda", "blind": True, "data_step": "kalman", "iterations": 4}
     unseen = settings.following(start_fraction=0.3, hidden=1.0, likelihood=0.2)
-    few_trajectories = settings.following(trajectories=settings.ensemble_trajectories)
-    brief = new | {"cost": seconds * settings.ablation}
-    made = {
+    around = settings.following(trajectories=settings.ensemble_trajectories)
+    return {
         "amortised": first,
-        "amortised_obs": learning_task(
-            testbeds, look, settings.training(), name="amortised_obs", records=[sqg_record(settings)], **new, **common
-        ),
-        "pnpda_blind": learning_task(testbeds, loop, unseen, name="pnpda_blind", **later),
-        "pnpda_seeing": learning_task(testbeds, look, settings.following(start_fraction=0.4), name="pnpda_seeing", **later),
-        "learned_mean": learning_task(testbeds, _HYBRID, few_trajectories, name="learned_mean", members=settings.members, **later),
-        "brief": learning_task(testbeds, look, settings.brief(), name="brief", **brief, **truth),
-        "from_nothing": learning_task(
-            testbeds, look, settings.brief(), name="from_nothing", network=network, cost=brief["cost"], **truth
-        ),
-        "off_policy": learning_task(
-            testbeds, {"name": "var3d"}, settings.brief(), name="off_policy", judged=look, **brief, **truth
-        ),
-        "full_precision": learning_task(
-            testbeds, look, settings.brief(half_precision=False), name="full_precision", **brief, **truth
-        ),
-        "few_truths": learning_task(testbeds, look, settings.brief(), name="few_truths", **brief, **few),
+        "amortised_obs": sqg_prior(settings, "amortised_obs", look, settings.training(), records=[sqg_record(settings)], **new),
+        "pnpda_blind": sqg_prior(settings, "pnpda_blind", loop, unseen, **later),
+        "pnpda_seeing": sqg_prior(settings, "pnpda_seeing", look, settings.following(start_fraction=0.4), **later),
+        "learned_mean": sqg_prior(settings, "learned_mean", _HYBRID, around, members=settings.members, **later),
+        "brief": sqg_prior(settings, "brief", look, brief, **new, **nature),
+        "from_nothing": sqg_prior(settings, "from_nothing", look, brief, network=network, **nature),
+        "off_policy": sqg_prior(settings, "off_policy", {"name": "var3d"}, brief, judged=look, **new, **nature),
+        "full_precision": sqg_prior(settings, "full_precision", look, settings.brief(half_precision=False), **new, **nature),
+        "few_truths": sqg_prior(settings, "few_truths", look, brief, **new, **truths(settings.few)),
     }
-    there = {name: Path(settings.priors, f"prior_{name}.safetensors") for name in made if settings.priors}
-    return made | {n: file_task("analysis_prior", str(p), 2 * settings.size**2) for n, p in there.items() if p.is_file()}
 
 
 # %% ../../nbs/95_studies.ipynb #f1e2d506
