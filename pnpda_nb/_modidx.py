@@ -2836,6 +2836,7 @@ d = {
             "pnpda_nb.studies.study.Study.settings": ("studies.html#study.settings", "pnpda_nb/studies/study.py"),
             "pnpda_nb.studies.study.Study.with_preset": ("studies.html#study.with_preset", "pnpda_nb/studies/study.py"),
             "pnpda_nb.studies.study.SweepSettings": ("studies.html#sweepsettings", "pnpda_nb/studies/study.py"),
+            "pnpda_nb.studies.study._trained_on": ("studies.html#_trained_on", "pnpda_nb/studies/study.py"),
         },
         "pnpda_nb.studies.tables": {
             "pnpda_nb.studies.tables._padded": ("studies.html#_padded", "pnpda_nb/studies/tables.py"),

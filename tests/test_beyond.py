@@ -151,3 +151,33 @@ def test_that_the_study_of_fields_goes_where_it_says():
     assert {condition for condition, _ in fewer} == {first, "columns=32"}
     kept = study.kept(settings, study.methods)
     assert "prior_amortised.safetensors" in kept and "prior_brief.safetensors" not in kept
+
+
+def test_that_priors_of_a_study_are_trained_where_its_states_are_cycled(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(
+        "pnpda_nb.studies.study.run_tasks", lambda tasks, store, **options: asked.extend(tasks) or [None] * len(tasks)
+    )
+    study = dataclasses.replace(beyond_study("lorenz63"), kept=lambda settings, methods: {})
+    study.run(TINY, ("amortised", "pnpda_blind"), Store(tmp_path), {"device": "cuda"})
+
+    def trainings(tasks):
+        for task in tasks:
+            yield from trainings(task.needs.values())
+            if task.resumable:
+                yield task
+
+    devices = {task.key: task.settings.get("device") for task in trainings(asked)}
+    assert len(devices) >= 2 and set(devices.values()) == {"cuda"}
+
+
+def test_that_a_part_trains_on_the_device_that_it_is_told(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "pnpda_nb.studies.parts.train_on_policy", lambda prior, *_, device, **__: (asked.append(device) or prior, None)
+    )
+    truth = {"runs": 2, "cycles": 6}
+    task = learning_task([BED], {"name": "amortised"}, SHORT, network=NETWORK, truth=truth, seed=1, validation_runs=2)
+    for settings in (task.settings, {**task.settings, "device": "cuda"}):
+        task.function(settings)
+    assert asked == ["cpu", "cuda"]

@@ -107,7 +107,7 @@ def prior_part(settings: dict, archive: xr.Dataset, checkpoint: str | None = Non
     if count > archive.sizes["sample"]:
         raise ValueError(f"pairs: expected an archive of at least {count}, got one of {archive.sizes['sample']}")
     background, analysis = (x[:count] for x in pairs_of(archive))
-    options = {"seed": settings["seed"], "checkpoint": resumable(checkpoint)}
+    options = {"seed": settings["seed"], "checkpoint": resumable(checkpoint), "device": settings.get("device", "cpu")}
     return train_prior(background, analysis, TrainingSettings(**training), **options)[0]
 
 
@@ -293,7 +293,7 @@ def learning_part(
 
     trained = train_on_policy(
         prior, record, method_of, OnPolicySettings(**settings["training"]), members=settings["members"], validate=validate,
-        seed=settings["seed"], checkpoint=resumable(checkpoint),
+        seed=settings["seed"], checkpoint=resumable(checkpoint), device=settings.get("device", "cpu"),
     )[0]  # fmt: skip
     return trained.rounded() if archive is not None else trained
 

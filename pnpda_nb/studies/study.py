@@ -36,6 +36,14 @@ from ..sweep import Store, Task, run_tasks
 __all__ = ["Study", "SweepSettings"]
 
 
+# %% ../../nbs/95_studies.ipynb #f1e2dea1
+def _trained_on(device: str, task: Task) -> Task:
+    """The same task, for which all that is trained is trained on a `device`."""
+    needs = {role: _trained_on(device, need) for role, need in task.needs.items()}
+    place = {"device": device} if task.resumable else {}
+    return dataclasses.replace(task, settings={**task.settings, **place}, needs=needs)
+
+
 # %% ../../nbs/95_studies.ipynb #6af0c26b
 @dataclass(frozen=True)
 class Study:
@@ -69,8 +77,9 @@ class Study:
     def run(
         self, settings: Any, methods: Sequence[str] | None, store: Store, computing: Mapping[str, str] = {}, **options: Any
     ) -> dict[tuple[str, str], xr.Dataset]:
-        """The cycled datasets by condition and method; `computing` may say in which `dtype` and on which `device` states are
-        cycled, and `options` are as for `run_tasks`. Raises `ValueError` for such a wish to a study whose results are not cycles.
+        """The cycled datasets by condition and method; `computing` may say in which `dtype` states are cycled, and on which
+        `device` they are cycled and priors trained. The `options` are as for `run_tasks`. Raises `ValueError` for such a wish to a
+        study whose results are not cycles.
         """
         chosen = self.choose(methods)
         plan, kept = self.plan(settings, chosen), self.kept(settings, chosen)
@@ -78,6 +87,9 @@ class Study:
             if self.stack is not None:
                 raise ValueError(f"{next(iter(computing))}: expected a study that cycles states, got {self.name}")
             plan = {case: dataclasses.replace(task, settings={**task.settings, **computing}) for case, task in plan.items()}
+        if device := computing.get("device"):
+            plan = {case: _trained_on(device, task) for case, task in plan.items()}
+            kept = {name: _trained_on(device, task) for name, task in kept.items()}
         results = run_tasks([*plan.values(), *kept.values()], store, **options)
         write_whole({store.folder / name: store.path(task).read_bytes() for name, task in kept.items()})
         return dict(zip(plan, results))
