@@ -2797,6 +2797,7 @@ d = {
             "pnpda_nb.studies.parts._cycled": ("studies.html#_cycled", "pnpda_nb/studies/parts.py"),
             "pnpda_nb.studies.parts._nature": ("studies.html#_nature", "pnpda_nb/studies/parts.py"),
             "pnpda_nb.studies.parts._require_digest": ("studies.html#_require_digest", "pnpda_nb/studies/parts.py"),
+            "pnpda_nb.studies.parts._truth": ("studies.html#_truth", "pnpda_nb/studies/parts.py"),
             "pnpda_nb.studies.parts._truths": ("studies.html#_truths", "pnpda_nb/studies/parts.py"),
             "pnpda_nb.studies.parts.archive_file_part": ("studies.html#archive_file_part", "pnpda_nb/studies/parts.py"),
             "pnpda_nb.studies.parts.archive_part": ("studies.html#archive_part", "pnpda_nb/studies/parts.py"),

@@ -1,6 +1,7 @@
 """The studies of one forecast against a hundred: their plans, settings and tables, and one small training as a task."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pandas as pd
@@ -13,8 +14,10 @@ from pnpda_nb.experiments.beyond_testbeds import BEYOND_PRESETS
 from pnpda_nb.experiments.beyond_training import beyond_priors
 from pnpda_nb.experiments.ladder_parts import PARTS, off_policy_prior, plan_parts
 from pnpda_nb.learned import AnalysisPrior, OnPolicySettings
-from pnpda_nb.studies.parts import costed_task, learning_task, passes, record_task
+from pnpda_nb.methods import experiment_of
+from pnpda_nb.studies.parts import _nature, costed_task, learning_task, passes, record_task
 from pnpda_nb.sweep import Store, run_tasks
+from pnpda_nb.twin import watch_nature
 
 TINY = beyond_study("lorenz63").presets["beyond_smoke"]
 SHORT = OnPolicySettings(trajectories=8, cycles=4, steps=1, batch=16, patience_points=2)
@@ -181,3 +184,13 @@ def test_that_a_part_trains_on_the_device_that_it_is_told(monkeypatch):
     for settings in (task.settings, {**task.settings, "device": "cuda"}):
         task.function(settings)
     assert asked == ["cpu", "cuda"]
+
+
+def test_that_conditions_of_fields_share_truths_and_not_observations():
+    beds = [{"name": "sqg", "size": 16, "cycles": 2, "burn_in": 0, "columns": columns} for columns in (20, 30)]
+    shared = [_nature(json.dumps(bed), 2, 1, "test") for bed in beds]
+    alone = [list(watch_nature(experiment_of(bed), 2, 1, "test")) for bed in beds]
+    for found, known in zip(shared, alone):
+        for (truth, seen), (same, also) in zip(found, known, strict=True):
+            assert torch.equal(truth, same) and (seen is also is None or torch.equal(seen.values, also.values))
+    assert all(a is b for (a, _), (b, _) in zip(*shared))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
-from typing import Callable, Iterator, Literal, Sequence
+from typing import Callable, Iterable, Iterator, Literal, Sequence
 
 import torch
 from torch import Tensor
@@ -171,9 +171,13 @@ def observe_truth(experiment: TwinExperiment, truth: Tensor, seed: int, split: s
 
 
 # %% ../../nbs/03_twin.ipynb #73bd369c
-def watch_nature(experiment: TwinExperiment, runs: int, seed: int, split: str) -> Iterator[tuple[Tensor, Observations | None]]:
-    """True states of one interval after the other, and what is seen at its end: nothing at the start."""
-    nature = nature_intervals(experiment, runs, seed, split)
+def watch_nature(
+    experiment: TwinExperiment, runs: int, seed: int, split: str, truth: Iterable[Tensor] | None = None
+) -> Iterator[tuple[Tensor, Observations | None]]:
+    """True states of one interval after the other, and what is seen at its end: nothing at the start. The `truth` is that of
+    `nature_intervals`, if it is at hand.
+    """
+    nature = iter(nature_intervals(experiment, runs, seed, split) if truth is None else truth)
     yield next(nature), None
     for truth, (network, error) in zip(nature, observation_errors(experiment, runs, seed, split)):
         yield truth, network.report(network.operator(truth[-1]) + error)
