@@ -179,7 +179,7 @@ def sqg_priors(settings: SqgSettings) -> dict[str, Task]:
         "errors": [0.7 * settings.deviation, 1.5 * settings.deviation], "even": 0.0, "channels": 2, "moving": True,
     }  # fmt: skip
     truths = lambda runs: {"truth": {"runs": runs, "cycles": settings.truth_cycles}, "networks": networks}
-    size = {"width": settings.width, "levels": settings.levels, "kernel": 3, "patch": 2}
+    size = {"kernel": 3, "patch": 2, "width": settings.width, "levels": settings.levels}
     network = {"geometry": "grid", "rank": 1, "half_width": 9e5, "increment": 0.2} | size
     new = {"network": network, "archive": sqg_archive(settings), "tuned": sqg_tuning(settings, settings.columns[0], "var3d")}
     nature, brief, look = truths(settings.truth_runs), settings.brief(), {"name": "amortised"}
