@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections import deque
+from compileall import compile_dir
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -63,6 +64,7 @@ def executions(request):
     if not names:
         yield {}, None
         return
+    compile_dir(ROOT / "pnpda_nb", quiet=1)  # once, and not by every chapter where Python is told to keep no bytecode
     done = {name: Future() for name in names}
 
     def take():
