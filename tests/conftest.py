@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections import deque
+from compileall import compile_dir
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -63,6 +64,7 @@ def executions(request):
     if not names:
         yield {}, None
         return
+    compile_dir(ROOT / "pnpda_nb", quiet=1)  # once, and not by every chapter where Python is told to keep no bytecode
     done = {name: Future() for name in names}
 
     def take():
@@ -93,14 +95,16 @@ def executed(executions):
 
 
 # Importing torch takes longer than most commands. One process imports everything, what a command imports only when it needs it
-# included, and every command is a fork of it.
+# included, and looks up of which files a part of a study is made; every command is a fork of it.
 FORKS = """
 import gc, importlib, json, os, resource, sys, tempfile
 gc.disable()
-import pnpda_nb.cli, pnpda_nb.dynamics.kernels, pnpda_nb.experiments, pnpda_nb.flow_matching, pnpda_nb.operations, pnpda_nb.twin
-import pnpda_nb.bench, pnpda_nb.interop, pnpda_nb.learned
+import pnpda_nb.cli, pnpda_nb.dynamics, pnpda_nb.experiments, pnpda_nb.interop, pnpda_nb.twin
+at_once = {"numba", "dapper"} & {*sys.modules}  # which should wait until they are needed
+import pnpda_nb.bench, pnpda_nb.dynamics.kernels, pnpda_nb.flow_matching, pnpda_nb.learned, pnpda_nb.operations
 for name in sys.argv[1:]:
     importlib.import_module(name)
+pnpda_nb.sweep.code_version("pnpda_nb.studies.parts")
 gc.freeze()
 gc.enable()
 for line in sys.stdin:

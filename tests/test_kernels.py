@@ -1,7 +1,5 @@
 """Machine code for the models' steps: the same as the torch formula, and used where nobody would notice."""
 
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from unittest.mock import patch
 
@@ -178,10 +176,9 @@ def test_that_torch_takes_the_steps_wherever_it_could_be_noticed(monkeypatch):
     assert calls == 3 * ["lorenz63"]
 
 
-def test_that_neither_the_compiler_nor_dapper_is_imported_before_it_is_needed():
-    program = "import sys, pnpda_nb.cli, pnpda_nb.experiments, pnpda_nb.interop, pnpda_nb.twin, pnpda_nb.dynamics as d\n"
-    program += "print({'numba', 'dapper'} & {*sys.modules}, d.Lorenz63().kernel.formula)"
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "set() lorenz63\n"
+def test_that_neither_the_compiler_nor_dapper_is_imported_before_it_is_needed(forked):
+    answer = forked("--version", before="print(at_once, pnpda_nb.dynamics.Lorenz63().kernel.formula)")
+    assert answer.stdout.startswith("set() lorenz63\n")
 
 
 def test_that_what_is_compiled_is_kept_and_where_it_cannot_be_one_line_says_so(tmp_path, forked):

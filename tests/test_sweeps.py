@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xarray as xr
+from naps import slow_sweep
 
 from pnpda_nb import sweep
 from pnpda_nb.experiments import STUDIES
@@ -95,27 +96,11 @@ KILLED = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from test_sweeps import slow_sweep
-from pnpda_nb import sweep
+from naps import slow_sweep
 from pnpda_nb.sweep import Store, run_tasks
 if __name__ == "__main__":
     run_tasks(slow_sweep(), Store(sys.argv[1]), workers=int(sys.argv[2]))
 """
-
-
-def nap(settings: dict, **needs) -> dict:
-    """A task that takes a while and writes down that it was done."""
-    time.sleep(settings["seconds"])
-    with open(settings["log"], "a") as log:
-        log.write(f"{settings['number']}\n")
-    return {"number": settings["number"], "sum": sum(need["number"] for need in needs.values())}
-
-
-def slow_sweep(log: str | None = None) -> list[Task]:
-    log = log or os.environ["PNPDA_TEST_LOG"]
-    short = [Task(f"short {i}", nap, {"number": i, "seconds": 0.05, "log": log}, format="record") for i in range(4)]
-    needs = {f"short_{i}": task for i, task in enumerate(short)}
-    return [*short, Task("long", nap, {"number": 9, "seconds": 1.2, "log": log}, needs, "record")]
 
 
 @pytest.mark.parametrize("how, workers", [(signal.SIGKILL, 2), pytest.param(signal.SIGINT, 1, marks=pytest.mark.slow)])
@@ -167,13 +152,13 @@ def test_that_a_workplace_that_does_not_exist_is_one_clear_error(tmp_path, optio
 
 
 def test_that_keys_depend_on_what_a_result_depends_on_and_on_nothing_else():
-    paper = {name: study.presets["paper"] for name, study in STUDIES.items()}
-    for name, study in STUDIES.items():
-        plan = study.plan(paper[name], study.methods)
-        assert {k: t.key for k, t in plan.items()} == {k: t.key for k, t in study.plan(paper[name], study.methods).items()}
-        for condition, method in plan:
-            if method in study.methods:  # a method left out changes nothing in another
-                assert study.plan(paper[name], (method,))[condition, method].key == plan[condition, method].key
+    for study in STUDIES.values():
+        paper = study.presets["paper"]
+        plan, again = (study.plan(paper, study.methods) for _ in range(2))
+        assert {k: t.key for k, t in plan.items()} == {k: t.key for k, t in again.items()}
+        for name in study.methods:  # a method left out changes nothing in another
+            alone = study.plan(paper, (name,))
+            assert all(alone[place].key == task.key for place, task in plan.items() if place[1] == name)
         json.dumps([task.settings for task in plan.values()])  # what can be sent to another machine
 
 

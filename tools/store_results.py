@@ -1,8 +1,9 @@
 """Make the stored results of the book again: `python tools/store_results.py [STUDY ...]`.
 
 Runs the paper preset of each study, Lorenz-63 for several seeds, the presets of the chapter beyond the paper and the studies of
-windows, and keeps what is small: scores, manifest, priors, and the scores of every run. Chapters read these files and check a few
-rows against the code. In all it takes about six hours on two cores; a run that was interrupted goes on where it was.
+windows, and keeps what is small: scores, manifest, priors, the archive of Lorenz-63, and the scores of every run. Chapters read
+these files and check a few rows against the code. In all it takes about six hours on two cores; a run that was interrupted goes on
+where it was.
 """
 
 from __future__ import annotations
@@ -41,6 +42,9 @@ def keep(study: str, folder: Path) -> None:
         priors = [p for p in priors if p.stem in ("prior_amortised", "prior_pnpda_blind") and p.stat().st_size < SMALL]
     for path in (folder / "scores.csv", folder / "manifest.json", *priors, *folder.glob("tuning_*.json")):
         shutil.copy(path, kept / path.name)
+    if study == "lorenz63":  # pairs that chapters learn from
+        (archive,) = folder.glob("parts/archive-*.nc")
+        shutil.copy(archive, kept / "archive.nc")
     cycles = xr.load_dataset(folder / "cycles.nc", engine="h5netcdf")
     if study in WINDOWS:
         for name in ("timing.json", "scaling.json", "levels.nc"):
