@@ -23,6 +23,7 @@ from pnpda_nb.core import Settings, unchecked
 from pnpda_nb.core.checks import GAPS
 from pnpda_nb.core.settings import annotations_of, parse_as
 from pnpda_nb.dynamics import Lorenz63
+from pnpda_nb.experiments import find_study
 from pnpda_nb.learned.methods import ENSEMBLE_FIELDS
 from pnpda_nb.observing import DiagonalCovariance, Select
 from pnpda_nb.pnp import LinearConstraint
@@ -117,8 +118,8 @@ def wrong(annotation: Any) -> list:
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         values = wrong(parts[0]) + [value for bound in parts[1:] for value in outside(bound)]
-        if any(isinstance(bound, bounds.Predicate) for bound in parts[1:]):  # at least one value, or several that differ
-            values += [()]
+        rules = [bound for bound in parts[1:] if isinstance(bound, bounds.Predicate)]
+        values += [value for value in ((), (1, 1)) if not all(rule.func(value) for rule in rules)]  # none, or none that differ
         return [value for value in values if not (GAPS in parts and value == math.inf)]
     if origin in (Union, types.UnionType):
         return [value for part in parts if part is not type(None) for value in wrong(part) if value is not None]
@@ -196,3 +197,10 @@ def test_that_a_class_of_somebody_else_is_checked_as_far_as_its_names_are_known(
     assert Mine(seen=3).seen == 3
     with pytest.raises(ValueError, match="^inflation: expected a positive number, got 0$"):
         Mine(inflation=0)
+
+
+def test_that_none_leaves_out_all_where_there_may_be_none():
+    kinds = annotations_of(type(find_study("sqg").presets["smoke"]))
+    assert parse_as("jets", "none", kinds["jets"]) == () and parse_as("jets", "20,40", kinds["jets"]) == (20.0, 40.0)
+    with pytest.raises(ValueError, match="^columns: expected values that differ, got 'none'"):
+        parse_as("columns", "none", kinds["columns"])
