@@ -18,8 +18,7 @@ from ..core.random import standard_normal
 from ..core.settings import PositiveNumber, PositiveShare, Settings
 
 # %% auto #0
-__all__ = ["Networks"]
-
+__all__ = ['Networks']
 
 # %% ../../nbs/30_aware.ipynb #30netclass
 @dataclass(frozen=True)
@@ -53,7 +52,6 @@ class Networks(Settings):
         mask[torch.arange(count), places.argmin(-1)] = True  # at least one
         a, b = map(math.log, self.errors)
         return mask, torch.exp(a + (b - a) * error) * unit
-
 
 # %% ../../nbs/30_aware.ipynb #30casesclass
 class _Linear(Protocol):
@@ -104,7 +102,6 @@ def _squares(x: Tensor, cases: Cases, unit: Tensor) -> Tensor:
     """Mean squared errors of analyses `(network, case, dim)`, one for each, in units of the increments where they change."""
     moves = unit > 0
     return ((x - cases.analysis)[..., moves] / unit[moves]).square().mean(-1).flatten()
-
 
 # %% ../../nbs/30_aware.ipynb #30casesguard
 guard(globals())

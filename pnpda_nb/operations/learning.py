@@ -37,8 +37,7 @@ from .validation import _left_out
 from ..twin.scores import standard_error
 
 # %% auto #0
-__all__ = ["AwareSettings", "learn_archive"]
-
+__all__ = ['AwareSettings', 'learn_archive']
 
 # %% ../../nbs/30_aware.ipynb #30settingsclass
 @dataclass(frozen=True)
@@ -58,7 +57,6 @@ class AwareSettings(Settings):
     average: BelowOne = 0.998
     likelihood: NotNegative = 0.1
     patience: Count = 20
-
 
 # %% ../../nbs/30_aware.ipynb #30usualfun
 SECONDS = 200.0  # of training, on one core of about 2025
@@ -91,7 +89,6 @@ def _size(grid: Grid | None, settings: AwareSettings) -> dict:
     most = min(grid.shape) // (2 * (kernel // 2))  # so that no convolution reaches round the circle
     dilations = [d for d in (1, 2, 4, 2, 1) if d <= most] or [1]
     return {"width": settings.width, "kernel": kernel, "dilations": dilations}
-
 
 # %% ../../nbs/30_aware.ipynb #30makefun
 def _untrained(
@@ -126,7 +123,6 @@ def _by_channel(x: Tensor, grid: Grid) -> Tensor:
             made[own] = (x[own] - x[own].mean()) / x[own].std()
     return made
 
-
 # %% ../../nbs/30_aware.ipynb #30pairsclass
 class _Pairs:
     """The pairs of a `part`, all of them if they fit into half of the `memory`, else some blocks, others in every epoch."""
@@ -150,7 +146,6 @@ class _Pairs:
         parts = [_read(self.part, first, min(first + self.block, self.part.count)) for first in starts]
         numbers = torch.cat([first + torch.arange(len(part[0])) for first, part in zip(starts, parts)])
         return *(torch.cat(x) for x in zip(*parts)), numbers >= middle
-
 
 # %% ../../nbs/30_aware.ipynb #30learningclass
 class _Learning:
@@ -219,7 +214,6 @@ def _shown(prior: AwarePrior, cases: Cases, device: torch.device, mean: Tensor |
     target, b, value, mean, increment = (x.to(device) for x in (cases.analysis, cases.background, cases.value, mean, increment))
     return target, _Look(b, value, mask, error, mean, increment, spread)
 
-
 # %% ../../nbs/30_aware.ipynb #30planfun
 def _plan(settings: AwareSettings) -> Plan:
     """A learning rate that warms up in a tenth of the steps (100 at most) and falls like a cosine."""
@@ -232,7 +226,6 @@ def _plan(settings: AwareSettings) -> Plan:
     phase = Phase(rounds=settings.epochs, learning_rate=settings.learning_rate, average=settings.average, schedule=schedule)
     shared = {"weight_decay": settings.weight_decay, "clip": 1.0, "lenient": True, "patience": settings.patience, "unit": "epoch"}
     return Plan(phases=(phase,), from_start=True, strict=True, **shared)
-
 
 # %% ../../nbs/30_aware.ipynb #30findclass
 @dataclass(frozen=True, eq=False)
@@ -258,7 +251,6 @@ class Learned:
     history: pd.DataFrame
     findings: Findings
 
-
 # %% ../../nbs/30_aware.ipynb #30judgefun
 def _judged(prior: AwarePrior, cases: Cases, rivals: dict[str, LinearAnalysis]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """Squared errors of each analysis in each case, the prior's as "look"; errors and spreads `(case, dim)` of the prior's kept
@@ -283,7 +275,6 @@ def _lead(other: Tensor, ours: Tensor) -> tuple[float, float]:
     """By how much the root of the mean of the `other` squared errors is larger than of `ours`, and its paired standard error."""
     a, b = (float(x.mean()) ** 0.5 for x in (other, ours))
     return a - b, standard_error(other / (2 * a or 1.0) - ours / (2 * b or 1.0))
-
 
 # %% ../../nbs/30_aware.ipynb #30choosefun
 def _calibrated(prior: AwarePrior, cases: Cases, best: LinearAnalysis, layout: Layout) -> AwarePrior:
@@ -326,7 +317,6 @@ def _found(prior: AwarePrior, cases: Cases, rivals: dict[str, LinearAnalysis], l
     share = inside[:, moves].mean(-1)
     notes = _left_out(prior.unit, moves, layout)
     return Findings(trial, pd.DataFrame(rows), (float(share.mean()), standard_error(share)), len(share), notes)
-
 
 # %% ../../nbs/30_aware.ipynb #30learnfun
 def learn_archive(
@@ -387,7 +377,6 @@ def learn_archive(
     prior = _calibrated(prior, cases(chosen, "choice", 600), best, layout)
     findings = _found(prior, cases(tested, "verdict", 600), rivals, layout)
     return Learned(prior, pd.DataFrame(training.history), findings)
-
 
 # %% ../../nbs/30_aware.ipynb #30learnguard
 guard(globals())

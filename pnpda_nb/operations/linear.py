@@ -29,7 +29,6 @@ LIMIT = 2500  # numbers of a state of which all covariances are kept
 # %% auto #0
 __all__ = []
 
-
 # %% ../../nbs/30_aware.ipynb #30staticerr
 class StaticError(DenseError):
     """An `ErrorCovariance` given as a `matrix` `(dim, dim)`, of which several blocks may be asked for at once."""
@@ -37,7 +36,6 @@ class StaticError(DenseError):
     def between(self, i: Index, j: Index) -> Tensor:
         """Covariances of the components `i` `(..., n)` with `j` `(..., m)`: `(..., n, m)`."""
         return self.matrix[i.unsqueeze(-1), j.unsqueeze(-2)]
-
 
 # %% ../../nbs/30_aware.ipynb #30linclass
 @dataclass(frozen=True, eq=False)
@@ -82,7 +80,6 @@ class LinearAnalysis:
             found.append(_spread(correlations, m, r).double())
         return torch.cat(found) * unit
 
-
 # %% ../../nbs/30_aware.ipynb #30spreadfun
 def _spread(correlations: Tensor, mask: Mask, ratio: Tensor) -> Tensor:
     """Standard deviations after an update, in units of those before it; of one network, where it sees something only."""
@@ -102,7 +99,6 @@ def _factored_spread(errors: FactoredError, mask: Mask, error: Tensor) -> Tensor
     inner = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device) + (L * weight[:, None]).T @ L
     rest = 1 - d * weight
     return ((L * torch.linalg.solve(inner, L.T).T).sum(-1) * rest.square() + d * rest).clamp_min(0).sqrt()
-
 
 # %% ../../nbs/30_aware.ipynb #30fit
 class Fitted(NamedTuple):
@@ -147,7 +143,6 @@ def _standing(bias: Tensor) -> _Line:
     """The line that adds a `bias` `(dim,)` to backgrounds."""
     none, every = bias.new_zeros(0), torch.arange(len(bias))
     return _Line(every[:0], none, none, bias.new_zeros(0, 0), every, bias, bias.new_zeros(0, len(bias)))
-
 
 # %% ../../nbs/30_aware.ipynb #30tune
 SCALES = (0.5, 0.7, 1.4, 2.0)  # of variances
@@ -205,7 +200,6 @@ def _errors_from(kept: dict[str, Tensor], unit: Tensor) -> StaticError | Factore
     if "matrix" in kept:
         return StaticError(kept["matrix"].double() * of * of[:, None])
     return FactoredError(kept["factor"].double() * of[:, None], kept["diagonal"].double() * of.square())
-
 
 # %% ../../nbs/30_aware.ipynb #30linguard
 guard(globals())

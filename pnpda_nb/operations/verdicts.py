@@ -22,8 +22,7 @@ from .pipeline import _check_finite, _check_fit, _check_seed
 from .report import Report, draw_training
 
 # %% auto #0
-__all__ = ["analyse_states"]
-
+__all__ = ['analyse_states']
 
 # %% ../../nbs/30_aware.ipynb #30verdfun
 def learning_verdict(learned: Learned) -> str:
@@ -89,7 +88,6 @@ def learning_report(learned: Learned, name: str) -> Report:
     )
     return report
 
-
 # %% ../../nbs/30_aware.ipynb #30analysefun
 def analyse_states(
     prior: AwarePrior,
@@ -132,7 +130,6 @@ def analyse_states(
     mean, deviation, drawn = (torch.cat(x, axis) for x, axis in zip(zip(*found), (0, 0, 1)))
     _check_finite(mean)
     return tuple(x.to(dtype).double() for x in (mean, deviation, drawn))
-
 
 # %% ../../nbs/30_aware.ipynb #30verdguard
 guard(globals())
