@@ -2548,6 +2548,7 @@ d = {
         },
         "pnpda_nb.operations.cases": {
             "pnpda_nb.operations.cases.Cases": ("aware.html#cases", "pnpda_nb/operations/cases.py"),
+            "pnpda_nb.operations.cases.Cases.analyses": ("aware.html#cases.analyses", "pnpda_nb/operations/cases.py"),
             "pnpda_nb.operations.cases.Cases.drawn": ("aware.html#cases.drawn", "pnpda_nb/operations/cases.py"),
             "pnpda_nb.operations.cases.Cases.linear": ("aware.html#cases.linear", "pnpda_nb/operations/cases.py"),
             "pnpda_nb.operations.cases.Cases.split": ("aware.html#cases.split", "pnpda_nb/operations/cases.py"),

@@ -38,8 +38,8 @@ from .twin.reanalysis import pairs_of
 from .twin.testbeds import TESTBEDS
 
 # %% auto #0
-__all__ = ['METHODS', 'LEARNED', 'ClimateMoments', 'climate_of', 'method_by_name', 'experiment_of', 'Misspecified',
-           'build_method']
+__all__ = ["METHODS", "LEARNED", "ClimateMoments", "climate_of", "method_by_name", "experiment_of", "Misspecified", "build_method"]
+
 
 # %% ../nbs/95_studies.ipynb #89e11b54
 @dataclass(frozen=True, eq=False)
@@ -63,6 +63,7 @@ def climate_of(experiment: TwinExperiment, runs: int = 20, steps: int = 2000, se
     variances = covariance.diagonal()
     matrix = covariance + torch.diag(1e-6 * variances.where(variances > 0, variances.mean()))
     return ClimateMoments(states.mean((0, 1)), Covariance(matrix, "climatological covariance"))
+
 
 # %% ../nbs/95_studies.ipynb #237d272e
 def _distance(experiment: TwinExperiment) -> Grid | str:
@@ -88,6 +89,7 @@ def _var3d_gc(experiment, variance: float = 1.0, half_width: float = 2.0, ring: 
 def _identity(dim: int, variance: float = 1.0) -> Covariance:
     return DiagonalCovariance(torch.full((dim,), float(variance), dtype=torch.float64))
 
+
 # %% ../nbs/95_studies.ipynb #b8e4289e
 def _static(experiment: TwinExperiment, background: str) -> Covariance:
     if background not in ("climate", "identity"):
@@ -106,6 +108,7 @@ def _var4d(experiment, background: str = "climate", scale: float = 0.1, **settin
 def _weak_var4d(experiment, background: str = "climate", scale: float = 0.1, model_error: float = 0.1, **settings) -> WeakFourDVar:
     Q = _identity(experiment.dim, model_error)
     return WeakFourDVar(_static(experiment, background), Q, scale, **settings)
+
 
 # %% ../nbs/95_studies.ipynb #889943db
 def _optimal_interpolation(experiment) -> OptimalInterpolation:
@@ -128,6 +131,7 @@ def _pnpda(experiment, prior=None, blind: bool = False, **settings) -> PnPDA:
 def _pnpda4d(experiment, prior=None, **settings) -> PnPDA4D:
     return PnPDA4D(_gaussian_prior(experiment) if prior is None else prior, **settings)
 
+
 # %% ../nbs/95_studies.ipynb #b2183df8
 def _amortised(experiment, prior=None, **settings) -> AmortisedAnalysis:
     if prior is None:
@@ -139,6 +143,7 @@ def _learned_mean(experiment, prior=None, filter: str = "enkf", spread_factor: f
     if prior is None:
         raise ValueError("prior: expected an AnalysisPrior that was trained, got None")
     return LearnedMean(prior, method_by_name(filter, experiment, **settings), spread_factor)
+
 
 # %% ../nbs/95_studies.ipynb #925797c6
 METHODS: dict[str, Callable[..., Method]] = {
@@ -183,6 +188,7 @@ def method_by_name(name: str, experiment: TwinExperiment | None, **settings: Any
     except TypeError as error:
         raise ValueError(f"{name}: {str(error).split('() ')[-1]}") from error
 
+
 # %% ../nbs/95_studies.ipynb #2c2e0fa1
 def experiment_of(testbed: Mapping[str, Any]) -> TwinExperiment:
     """The twin experiment of `{"name": ..., **arguments}`; raises `ValueError` for an unknown name."""
@@ -190,6 +196,7 @@ def experiment_of(testbed: Mapping[str, Any]) -> TwinExperiment:
     if testbed["name"] not in TESTBEDS:
         raise ValueError(f"testbed: unknown testbed {testbed['name']!r}; known: {', '.join(TESTBEDS)}")
     return TESTBEDS[testbed["name"]](**arguments)
+
 
 # %% ../nbs/95_studies.ipynb #f9600d0c
 @dataclass(frozen=True, eq=False)
@@ -206,6 +213,7 @@ class Misspecified(Settings):
         variances = background.new_full((observations.operator.size,), self.variance)
         assumed = dataclasses.replace(observations, covariance=DiagonalCovariance._unchecked(variances))
         return self.method.analyse(background, assumed, forecast=forecast, generator=generator)
+
 
 # %% ../nbs/95_studies.ipynb #28f29a01
 def spectral_errors(experiment: TwinExperiment, archive: xr.Dataset, lag: int = 2, slope: float = 0.0) -> Spectral:
@@ -226,6 +234,7 @@ def _on_fields(
         return kind(spectral_errors(experiment, archive, lag, slope), **settings)
     states = torch.as_tensor(archive.states.values).double().flatten(0, 1)
     return OptimalInterpolation(states.mean(0), Spectral.of_errors(experiment.forecast_model.grid, states - states.mean(0)))
+
 
 # %% ../nbs/95_studies.ipynb #28f29996
 def build_method(
@@ -251,6 +260,7 @@ def build_method(
     if prior is not None:
         settings["prior"] = prior
     return method_by_name(method["name"], experiment, **settings)
+
 
 # %% ../nbs/95_studies.ipynb #262a6f01
 guard(globals())

@@ -35,8 +35,19 @@ from .core.compute import reuse_memory
 from .core.disk import netcdf_bytes, netcdf_from, record_bytes, record_from, writable, write_whole
 
 # %% auto #0
-__all__ = ['FORMATS', 'code_version', 'digest_of', 'task_key', 'Task', 'Store', 'run_task', 'HereExecutor', 'workplace',
-           'run_tasks']
+__all__ = [
+    "FORMATS",
+    "code_version",
+    "digest_of",
+    "task_key",
+    "Task",
+    "Store",
+    "run_task",
+    "HereExecutor",
+    "workplace",
+    "run_tasks",
+]
+
 
 # %% ../nbs/95_studies.ipynb #5890fc25
 @cache
@@ -49,6 +60,7 @@ def code_version(module: str | None = None) -> str:
     for path in sorted(_sources_of(module, home)) if home else ():
         digest.update(path.relative_to(home).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:12]
+
 
 # %% ../nbs/95_studies.ipynb #983e3988
 def _sources_of(module: str | None, home: Path) -> set[Path]:
@@ -66,6 +78,7 @@ def _source(module: str, home: Path) -> Path | None:
     place = home.joinpath(*module.split(".")[1:])
     return next((path for path in (place.with_suffix(".py"), place / "__init__.py") if path.is_file()), None)
 
+
 # %% ../nbs/95_studies.ipynb #272125d6
 def _imported(path: Path, home: Path) -> Iterator[Path]:
     """What a file imports of the package, at its beginning or inside of functions."""
@@ -77,6 +90,7 @@ def _imported(path: Path, home: Path) -> Iterator[Path]:
                 if source := _source(f"{base}.{alias.name}", home) or _source(base, home):
                     yield source
 
+
 # %% ../nbs/95_studies.ipynb #57bbee08
 def digest_of(settings: Any) -> str:
     """A short digest of `settings` (anything that JSON can hold); the order of names does not matter."""
@@ -86,6 +100,7 @@ def digest_of(settings: Any) -> str:
 def task_key(settings: Mapping[str, Any], module: str | None = None) -> str:
     """The digest of `settings` and of the version of the code, or of what `module` is made of."""
     return digest_of([code_version(module), dict(settings)])
+
 
 # %% ../nbs/95_studies.ipynb #4721750f
 FORMATS: dict[str, tuple[str, Callable[[Any], bytes], Callable[[bytes, str], Any]]] = {
@@ -124,6 +139,7 @@ class Task:
             {"function": made_by, "format": self.format, "settings": dict(self.settings), "needs": needs}, self.function.__module__
         )
 
+
 # %% ../nbs/95_studies.ipynb #59c30765
 class Store:
     """Results in `folder`, and the finished tasks that they were made from in `folder/parts`.
@@ -158,6 +174,7 @@ class Store:
             path.replace(path.with_name(f"{path.name}.damaged")) if path.exists() else None
             return None
 
+
 # %% ../nbs/95_studies.ipynb #b5cf0845
 def run_task(code: str, name: str, *args: Any) -> bytes:
     """What a worker does: see `_run_task`. Any exception is one that can be sent back, and says which task it was."""
@@ -172,6 +189,7 @@ def run_task(code: str, name: str, *args: Any) -> bytes:
             except (TypeError, AttributeError, pickle.PicklingError):
                 pass
         raise RuntimeError(f"{name}: {type(error).__name__}: {error}") from error
+
 
 # %% ../nbs/95_studies.ipynb #cdbba52b
 def _run_task(
@@ -198,6 +216,7 @@ def _run_task(
         raise ValueError(f"{function.__name__}: expected a result to store, got None")
     return FORMATS[format][1](result)
 
+
 # %% ../nbs/95_studies.ipynb #d8da2332
 class HereExecutor(Executor):
     """Runs what is submitted at once, in this process."""
@@ -211,6 +230,7 @@ class HereExecutor(Executor):
         finally:
             torch.set_num_threads(threads)
         return future
+
 
 # %% ../nbs/95_studies.ipynb #0c6e373f
 @contextmanager
@@ -248,6 +268,7 @@ def workplace(workers: int = 1, scheduler: str | None = None) -> Iterator[tuple[
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
+
 # %% ../nbs/95_studies.ipynb #25dc586c
 def _quiet(parent: int) -> None:
     """In a worker: large tensors reuse their memory; Ctrl-C reaches every process of a terminal, but only the first decides what
@@ -264,6 +285,7 @@ def _quiet(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
 
 # %% ../nbs/95_studies.ipynb #c04b4f85
 def _connect(scheduler: str):
@@ -283,6 +305,7 @@ def _connect(scheduler: str):
         client.close()
         raise ValueError(f"scheduler: the cluster at {scheduler!r} has no workers") from None
     return client
+
 
 # %% ../nbs/95_studies.ipynb #3a2a1509
 def run_tasks(
@@ -317,6 +340,7 @@ def run_tasks(
                 if done[task.key] is None:
                     raise OSError(f"{store.path(task)}: cannot read what was just written")
     return [done[task.key] for task in tasks]
+
 
 # %% ../nbs/95_studies.ipynb #f5696f9e
 def _finished(waiting: dict[str, Task], store: Store, place: tuple, report: "_Progress") -> Iterator[Task]:
@@ -377,6 +401,7 @@ def _finished(waiting: dict[str, Task], store: Store, place: tuple, report: "_Pr
             raise failure
     report.close()
 
+
 # %% ../nbs/95_studies.ipynb #21d432fe
 class _Progress:
     """A bar with the time left in a terminal; lines now and then where there is none."""
@@ -404,6 +429,7 @@ class _Progress:
 
     def close(self) -> None:
         self.bar.close()
+
 
 # %% ../nbs/95_studies.ipynb #1b5609db
 guard(globals())

@@ -7,7 +7,7 @@ import pytest
 import torch
 import xarray as xr
 
-from pnpda_nb.core import stream
+from pnpda_nb.core import Grid, stream
 from pnpda_nb.files import Axis, Field, Layout
 from pnpda_nb.files.layout import layout_record
 from pnpda_nb.flow_matching import TensorPairs
@@ -164,7 +164,7 @@ def test_that_what_never_changes_stays_as_it_is():
     assert (looked.residual.diagonal[..., [0, 1, 3, 4, 5]] > 0).all() and "never changes (state[2])" in learning_verdict(found)
 
 
-@pytest.mark.parametrize("limit, memory", [(4, 256_000_000), (2500, 40_000)])
+@pytest.mark.parametrize("limit, memory", [(4, 256_000_000), (2000, 40_000)])
 def test_that_large_states_and_small_memories_are_trained_on_too(limit, memory, monkeypatch):
     monkeypatch.setattr(linear, "LIMIT", limit)
     found = learn_archive(pairs(RING, 400), TINY, memory=memory)
@@ -211,6 +211,13 @@ def test_that_errors_that_depend_on_the_state_are_learned():
     table = found.findings.trial.set_index("analysis")
     assert found.prior.learned and (table["behind by"] > 3 * table["± (paired)"])[["3D-Var", "regression + Kalman step"]].all()
     assert 0.85 < found.findings.coverage[0] < 0.95 and "better" in learning_verdict(found)
+
+
+def test_that_settings_fit_states_of_every_size():
+    for grid, dim in ((None, 3), (None, 100_000), (RING.grid, 16), (Grid((181, 360), ("zeros", "circular"), channels=2), 130_320)):
+        few, many = (learning.aware_settings(grid, dim, pairs) for pairs in (35, 5000))
+        assert few.batch * few.steps <= 35 and 3 <= many.epochs <= 150 and few.each <= few.batch
+    assert learning.aware_settings(None, 3, 5000, epochs=7).epochs == 7
 
 
 # ---------------------------------------------------------------- from the shell

@@ -35,7 +35,10 @@ def displaced(fields: np.ndarray, east: np.ndarray, north: np.ndarray) -> np.nda
     y, x, sample = (row + north) % ny, (column + east) % nx, np.arange(count)[:, None, None]
     i, j = np.floor(y).astype(int) % ny, np.floor(x).astype(int) % nx
     b, a = y - np.floor(y), x - np.floor(x)
-    corner = lambda k, m: fields[sample, (i + k) % ny, (j + m) % nx]
+
+    def corner(k: int, m: int) -> np.ndarray:
+        return fields[sample, (i + k) % ny, (j + m) % nx]
+
     return (1 - b) * ((1 - a) * corner(0, 0) + a * corner(0, 1)) + b * ((1 - a) * corner(1, 0) + a * corner(1, 1))
 
 
@@ -75,7 +78,10 @@ def sphere(count: int = 6000, rows: int = 12, columns: int = 24) -> xr.Dataset:
     random, whole = np.random.default_rng(1), (2 * rows, columns)
     latitude = 90.0 - 180 / rows * (np.arange(rows) + 0.5)
     land = smooth(np.random.default_rng(99), 1, whole, 2.0)[0, :rows] > 0.6
-    field = lambda waves: smooth(random, count, whole, waves)[:, :rows]
+
+    def field(waves: float) -> np.ndarray:
+        return smooth(random, count, whole, waves)[:, :rows]
+
     weather = field(2.5)
     temperature = 285 - 30 * np.sin(np.deg2rad(latitude))[:, None] ** 2 + 4 * weather
     east, north = (0.6 * field(1.5) for _ in range(2))
@@ -84,7 +90,9 @@ def sphere(count: int = 6000, rows: int = 12, columns: int = 24) -> xr.Dataset:
         both = [np.concatenate(pair, 1) for pair in ((x, x[:, ::-1]), (east, east), (north, -north))]
         return displaced(*both)[:, :rows]
 
-    saturated = lambda t: 3.8e-3 * np.exp(0.0687 * (t - 273.15))
+    def saturated(t: np.ndarray) -> np.ndarray:
+        return 3.8e-3 * np.exp(0.0687 * (t - 273.15))
+
     warm = moved(temperature) + 0.3 * field(3.0) + 0.02 * (temperature - 285) * field(2.0)
     relative = 1 / (1 + np.exp(-2 * field(3.0) - 0.3 * weather))
     wet = moved(relative) * saturated(warm) * np.exp(0.1 * field(2.5))
@@ -100,7 +108,8 @@ def sphere(count: int = 6000, rows: int = 12, columns: int = 24) -> xr.Dataset:
 
 
 def forecasts(
-    nature: Callable, forecast: Callable, state: np.ndarray, errors: np.ndarray, count: int, steps: tuple[int, int], dt: float, random
+    nature: Callable, forecast: Callable, state: np.ndarray, errors: np.ndarray, count: int, steps: tuple[int, int],
+    dt: float, random: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Pairs `(count, dim)`: forecasts over `steps[0]` from states with `errors`, `steps[1]` apart, and nature."""
     background, analysis = [], []

@@ -23,7 +23,8 @@ from ..observing.observations import Observations
 from ..observing.update import anomalies, cholesky_factor, factored_weights, innovation_weights
 
 # %% auto #0
-__all__ = ['inflate', 'EnKF', 'ETKF', 'LETKF', 'LocalEnKF', 'EnKS']
+__all__ = ["inflate", "EnKF", "ETKF", "LETKF", "LocalEnKF", "EnKS"]
+
 
 # %% ../../nbs/06_ensembles.ipynb #0b22eb8f
 def perturbed_observations(observations: Observations, members: int, generator: torch.Generator, centred: bool = True) -> Tensor:
@@ -37,6 +38,7 @@ def perturbed_observations(observations: Observations, members: int, generator: 
     if observations.missing is not None:  # nothing was seen, and nothing is perturbed
         delta = delta.masked_fill(observations.missing.unsqueeze(-2), 0.0)
     return values + delta
+
 
 # %% ../../nbs/06_ensembles.ipynb #741436a2
 def inflate(
@@ -66,6 +68,7 @@ def inflate(
         anomalies = anomalies + additive * noise
     return mean + anomalies
 
+
 # %% ../../nbs/06_ensembles.ipynb #a3710bd4
 @dataclass(frozen=True)
 class EnsembleFilter(Settings):
@@ -90,8 +93,10 @@ class EnsembleFilter(Settings):
         """The `analysis` `(..., member, dim)`, widened as the settings say."""
         return inflate(analysis, background, generator, self.inflation, self.relaxation, self.additive)
 
+
 # %% ../../nbs/06_ensembles.ipynb #71b98a87
 Update = Callable[[Tensor], Tensor]  # of ensembles (..., member, dim)
+
 
 # %% ../../nbs/06_ensembles.ipynb #207d566c
 @dataclass(frozen=True)
@@ -117,6 +122,7 @@ class EnKF(EnsembleFilter):
         analysis = self.update(background, observations, generator)(background)
         return self.inflated(analysis, background, generator)
 
+
 # %% ../../nbs/06_ensembles.ipynb #0e6e83d0
 def ensemble_weights(information: Gappy, pull: Gappy) -> tuple[Gappy, Gappy]:
     """The weights of the mean `(..., member)` and the transform `(..., member, member)` of the ETKF, from
@@ -133,6 +139,7 @@ def ensemble_weights(information: Gappy, pull: Gappy) -> tuple[Gappy, Gappy]:
     transform = (vectors * ((members - 1) / values).sqrt().unsqueeze(-2)) @ vectors.mT
     return mean.masked_fill(broken[..., 0], torch.nan), transform.masked_fill(broken, torch.nan)
 
+
 # %% ../../nbs/06_ensembles.ipynb #970e4eb0
 def random_rotation(batch: tuple[int, ...], members: int, generator: torch.Generator, like: Tensor) -> Tensor:
     """Random orthogonal matrices `(*batch, member, member)` that keep the mean: uniform among those with
@@ -143,6 +150,7 @@ def random_rotation(batch: tuple[int, ...], members: int, generator: torch.Gener
     basis, _ = torch.linalg.qr(torch.cat((torch.ones(members, 1), torch.eye(members)[:, 1:]), 1).to(q))
     rest = basis[:, 1:]  # an orthonormal basis of everything that adds up to zero
     return (rest @ q @ rest.T + q.new_full((members, members), 1 / members)).to(like)
+
 
 # %% ../../nbs/06_ensembles.ipynb #29b08a7c
 @dataclass(frozen=True)
@@ -164,6 +172,7 @@ class ETKF(EnKF):
             transform = random_rotation(batch, members, generator, transform) @ transform
         weights = mean.unsqueeze(-2) + transform
         return lambda states: states.mean(-2, keepdim=True) + weights @ anomalies(states)
+
 
 # %% ../../nbs/06_ensembles.ipynb #9c702f99
 @dataclass(frozen=True)
@@ -223,6 +232,7 @@ class LETKF(EnsembleFilter):
             analysis[..., at[at >= 0]] = rows.movedim(-1, 1)[..., at >= 0]
         return self.inflated((centre + analysis).reshape(background.shape), background, generator)
 
+
 # %% ../../nbs/06_ensembles.ipynb #acab3fe4
 def _local_observations(both: Tensor, covariance: Covariance | DiagonalCovariance, number: Tensor, taper: Tensor) -> Tensor:
     """Anomalies of the members and, in a last column, innovations `both` `(batch, size, member + 1)`: those of the observations
@@ -236,6 +246,7 @@ def _local_observations(both: Tensor, covariance: Covariance | DiagonalCovarianc
     idle = taper == 0
     blocks = torch.where(idle.unsqueeze(-1) | idle.unsqueeze(-2), torch.diag_embed(idle.to(blocks)), blocks)
     return torch.linalg.solve_triangular(cholesky_factor(blocks), both[:, number] * weight, upper=False)
+
 
 # %% ../../nbs/06_ensembles.ipynb #acab3fe6
 def _weighted(near: Tensor, rows: Tensor, rotation: Tensor | None = None) -> Tensor:
@@ -274,11 +285,13 @@ def _blocks(groups: tuple[tuple[Tensor, ...], ...], room: int, members: int) -> 
         most = max(1, room // max(members, group[1].shape[1]))
         yield from zip(*(part.split(most) for part in group))
 
+
 # %% ../../nbs/06_ensembles.ipynb #4893bc77
 def _per_run(values: Tensor, batch: int, own: int = 1) -> Tensor:
     """`values` `(..., *own)`, common or one for each of `batch` runs, with one leading dimension."""
     leading = batch if values.ndim > own else 1
     return values.reshape(leading, *values.shape[values.ndim - own :])
+
 
 # %% ../../nbs/06_ensembles.ipynb #af31706f
 def _sites_of(observations: Observations, dim: int, method: str) -> tuple[int, ...]:
@@ -288,6 +301,7 @@ def _sites_of(observations: Observations, dim: int, method: str) -> tuple[int, .
     if not all(0 <= site < dim for site in sites):
         raise ValueError(f"sites: expected numbers from 0 to {dim - 1}, got one that is not")
     return tuple(sites)
+
 
 # %% ../../nbs/06_ensembles.ipynb #8051f53f
 @dataclass(frozen=True)
@@ -311,6 +325,7 @@ class LocalEnKF(EnKF):
         weights = innovation_weights(observations.covariance, innovations, (among * (shown.mT @ shown)).unsqueeze(-3))
         return lambda states: states + weights @ (between * (anomalies(states).mT @ shown)).mT / (members - 1) ** 0.5
 
+
 # %% ../../nbs/06_ensembles.ipynb #8ff30dc8
 @dataclass(frozen=True)
 class EnKS(EnsembleFilter):
@@ -333,6 +348,7 @@ class EnKS(EnsembleFilter):
         update = method.update(background, observations, generator)
         analysis = self.inflated(update(background), background, generator)
         return analysis if past is None else torch.cat((update(past), analysis.unsqueeze(0)))
+
 
 # %% ../../nbs/06_ensembles.ipynb #2c4197a8
 guard(globals())

@@ -20,7 +20,8 @@ from ..observing.observations import Observations
 from ..observing.update import ErrorCovariance, _beside_members, conjugate_gradients, symmetric_solve
 
 # %% auto #0
-__all__ = ['FourDVar', 'WeakFourDVar', 'DualFourDVar']
+__all__ = ["FourDVar", "WeakFourDVar", "DualFourDVar"]
+
 
 # %% ../../nbs/05_four_dvar.ipynb #7202c621
 class _Windowed(Settings):
@@ -33,6 +34,7 @@ class _Windowed(Settings):
         super().__post_init__()
         if self.shift > self.window:
             raise ValueError(f"shift: expected 1 to {self.window}, the window, got {self.shift}")
+
 
 # %% ../../nbs/05_four_dvar.ipynb #7202c622
 @dataclass(frozen=True, eq=False)
@@ -78,6 +80,7 @@ class FourDVar(_Windowed):
 
         return gauss_newton(cost, direction, background, self.iterations)
 
+
 # %% ../../nbs/05_four_dvar.ipynb #c1193c70
 def _misfit(seen: Observations, x: Tensor, sensitivity: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Gauss-Newton curvature and downhill slope of the misfit at `x`, towards what `x` is sensitive to."""
@@ -103,6 +106,7 @@ def sensitive_path(forecast: Callable, first: Tensor, times: int) -> tuple[Tenso
         each.append(M @ each[-1])
     return path, torch.stack(each)
 
+
 # %% ../../nbs/05_four_dvar.ipynb #c0e10007
 def _in_double(method: Any, state: Tensor) -> Any:
     """4D-Var with its covariances where `state` is, in double precision: normal equations are as ill-conditioned as they are."""
@@ -110,6 +114,7 @@ def _in_double(method: Any, state: Tensor) -> Any:
     held = {name: value for name, value in vars(method).items() if isinstance(value, Covariance)}
     moved = {name: _alike(value, like) for name, value in held.items()}
     return method if all(moved[name] is held[name] for name in held) else replace(method, **moved)
+
 
 # %% ../../nbs/05_four_dvar.ipynb #5de780bb
 def chain_of(forecast: Callable, x: Tensor, rigidity: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,6 +129,7 @@ def chain_of(forecast: Callable, x: Tensor, rigidity: Tensor) -> tuple[Tensor, T
     descent = torch.cat((_apply(M.mT, pull), rigidity.new_zeros(1, *pull.shape[1:])))
     descent[1:] -= pull
     return diagonal, -weighed, descent
+
 
 # %% ../../nbs/05_four_dvar.ipynb #d3c1b481
 def solve_block_tridiagonal(diagonal: Gappy, below: Gappy, right: Gappy) -> Gappy:
@@ -148,6 +154,7 @@ def solve_block_tridiagonal(diagonal: Gappy, below: Gappy, right: Gappy) -> Gapp
         side = sides[k] - _apply(below[k].mT, solution[-1])
         solution.append(torch.cholesky_solve(side.unsqueeze(-1), factors[k]).squeeze(-1))
     return torch.stack(solution[::-1]).masked_fill(broken.unsqueeze(-1), torch.nan)
+
 
 # %% ../../nbs/05_four_dvar.ipynb #d41f6eb0
 @dataclass(frozen=True, eq=False)
@@ -209,6 +216,7 @@ class WeakFourDVar(_Windowed):
             guess.append(forecast(guess[-1]))
         return unstack(gauss_newton(cost, direction, stack(torch.stack(guess)), self.iterations))
 
+
 # %% ../../nbs/05_four_dvar.ipynb #d0a10002
 @dataclass(frozen=True, eq=False)
 class DualFourDVar(_Windowed):
@@ -264,6 +272,7 @@ class DualFourDVar(_Windowed):
             return pulled(conjugate_gradients(product, right, self.tolerance).split(sizes, -1))[0] - v
 
         return background + moved(gauss_newton(cost, direction, torch.zeros_like(background), self.iterations))
+
 
 # %% ../../nbs/05_four_dvar.ipynb #c49b0b28
 guard(globals())

@@ -19,7 +19,8 @@ from ..observing.covariance import Covariance
 from ..observing.observations import Observations
 
 # %% auto #0
-__all__ = ['ParticleFilter', 'EnRDA']
+__all__ = ["ParticleFilter", "EnRDA"]
+
 
 # %% ../../nbs/91_models.ipynb #29177d97
 def systematic_resampling(weights: Tensor, generator: torch.Generator) -> Index:
@@ -31,6 +32,7 @@ def systematic_resampling(weights: Tensor, generator: torch.Generator) -> Index:
     start = torch.special.ndtr(standard_normal((*weights.shape[:-1], 1), generator, weights))
     comb = (start + torch.arange(members, device=weights.device)) / members
     return torch.searchsorted(weights.cumsum(-1).contiguous(), comb).clamp_max(members - 1)
+
 
 # %% ../../nbs/91_models.ipynb #5ba1e24e
 @dataclass(frozen=True)
@@ -105,12 +107,14 @@ class ParticleFilter(Settings):
             noise = noise * (4 / chi).sqrt().clamp_max(5.0)
         return particles + self.jitter * count ** (-1 / (dim + 4)) * copy * noise
 
+
 # %% ../../nbs/91_models.ipynb #9805a75c
 def _require_weights(weights: Tensor, background: Tensor) -> None:
     if weights.shape != background.shape[:-1]:
         raise ValueError(f"weights: expected shape {tuple(background.shape[:-1])}, got {tuple(weights.shape)}")
     if not ((weights >= 0) & torch.isfinite(weights)).all() or not (weights.sum(-1) > 0).all():
         raise ValueError("weights: expected finite numbers of at least 0, some of them above it in every run")
+
 
 # %% ../../nbs/91_models.ipynb #4cc99c94
 def entropic_plan(source: Tensor, target: Tensor, regularisation: float = 10.0, iterations: int = 300) -> Tensor:
@@ -122,6 +126,7 @@ def entropic_plan(source: Tensor, target: Tensor, regularisation: float = 10.0, 
 
     cost = dist_batch(source, target, metric="sqeuclidean")
     return solve_batch(cost, reg=regularisation, max_iter=iterations, tol=1e-10, method="log_sinkhorn", grad="detach").plan
+
 
 # %% ../../nbs/91_models.ipynb #bb853392
 @dataclass(frozen=True)
@@ -180,6 +185,7 @@ class EnRDA(Settings):
             return self.weight
         trace = covariance.matrix.trace()
         return (trace / (trace + background.var(1, unbiased=True).sum(-1)))[:, None, None]
+
 
 # %% ../../nbs/91_models.ipynb #1ae740b0
 guard(globals())

@@ -20,7 +20,8 @@ from ..observing.observations import Observations
 from ..observing.update import FactoredError, kalman_pull
 
 # %% auto #0
-__all__ = ['EnSF', 'EnFF']
+__all__ = ["EnSF", "EnFF"]
+
 
 # %% ../../nbs/91_models.ipynb #8d361e12
 def member_weights(states: Tensor, members: Tensor, alpha: float, variance: float) -> Tensor:
@@ -37,6 +38,7 @@ def ensemble_score(states: Tensor, members: Tensor, alpha: float, variance: floa
     """
     return (alpha * (member_weights(states, members, alpha, variance) @ members) - states) / variance
 
+
 # %% ../../nbs/91_models.ipynb #0322937d
 def standardise(background: Tensor, scale: float | None = None, bandwidth: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     """Centre and spread `(..., 1, dim)` of an ensemble, and its members `(..., member, dim)` in units of them, shrunk by
@@ -47,6 +49,7 @@ def standardise(background: Tensor, scale: float | None = None, bandwidth: float
     units = (background - centre) / spread.where(spread > 0, 1.0)
     return centre, spread, math.sqrt(1 - bandwidth**2) * units
 
+
 # %% ../../nbs/91_models.ipynb #2139ab7b
 def towards_observations(states: Tensor, observations: Observations, spread: Tensor, length: float) -> Tensor:
     """The linearly implicit step of `length` along the gradient of the log-likelihood at `states` `(..., member, dim)`: what
@@ -54,6 +57,7 @@ def towards_observations(states: Tensor, observations: Observations, spread: Ten
     each is of one variable with an error of its own.
     """
     return length * spread * kalman_pull(FactoredError(diagonal=length * spread.square()), states, observations)
+
 
 # %% ../../nbs/91_models.ipynb #e46393d0
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class _Generative(EnsembleFilter):
     steps: Count = 50
     bandwidth: Share = 0.5
     scale: PositiveNumber | None = None
+
 
 # %% ../../nbs/91_models.ipynb #556290c0
 @dataclass(frozen=True)
@@ -111,6 +116,7 @@ class EnSF(_Generative):
         mean = ratio * after / before * x + self.alpha(s) * between / before * expected
         return mean + math.sqrt(between * after / before) * noise
 
+
 # %% ../../nbs/91_models.ipynb #2bf0c5ce
 def ensemble_velocity(states: Tensor, members: Tensor, tau: float, bandwidth: float = 0.0) -> Tensor:
     """The Monte-Carlo velocity `(..., m, dim)` of EnFF's OT path at `states` `(..., m, dim)` and pseudo-time `tau` < 1, from
@@ -119,6 +125,7 @@ def ensemble_velocity(states: Tensor, members: Tensor, tau: float, bandwidth: fl
     sigma = 1 - (1 - bandwidth) * tau
     expected = member_weights(states, members, tau, sigma**2) @ members
     return expected - (1 - bandwidth) / sigma * (states - tau * expected)
+
 
 # %% ../../nbs/91_models.ipynb #4b95f2f1
 @dataclass(frozen=True)
@@ -162,6 +169,7 @@ class EnFF(_Generative):
         sigma = 1 - (1 - self.bandwidth) * tau
         variance = (1 - tau) ** 2 / (sigma**2 + tau**2)
         return self.strength * step / (1 - tau) * towards_observations(end, observations, spread, variance)
+
 
 # %% ../../nbs/91_models.ipynb #d857fba0
 guard(globals())

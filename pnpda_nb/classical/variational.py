@@ -19,8 +19,16 @@ from ..observing.observations import Observations
 from ..observing.update import ErrorCovariance, kalman_pull
 
 # %% auto #0
-__all__ = ['ThreeDVar', 'gaspari_cohn_background', 'climatological_background', 'archive_background', 'nmc_background',
-           'OptimalInterpolation', 'Climatology']
+__all__ = [
+    "ThreeDVar",
+    "gaspari_cohn_background",
+    "climatological_background",
+    "archive_background",
+    "nmc_background",
+    "OptimalInterpolation",
+    "Climatology",
+]
+
 
 # %% ../../nbs/04_variational.ipynb #3027a9fd
 def gauss_newton(
@@ -51,6 +59,7 @@ def gauss_newton(
         if done.all():
             break
     return x
+
 
 # %% ../../nbs/04_variational.ipynb #2db52850
 @dataclass(frozen=True, eq=False)
@@ -86,10 +95,12 @@ class ThreeDVar(Settings):
             return background + moved(direction(start))
         return background + moved(gauss_newton(cost, direction, start, self.iterations))
 
+
 # %% ../../nbs/04_variational.ipynb #e0a21f85
 def _check_size(covariance: ErrorCovariance, background: Tensor) -> None:
     if (size := getattr(covariance, "size", background.shape[-1])) != background.shape[-1]:
         raise ValueError(f"covariance: expected size {background.shape[-1]} as the state's, got {size}")
+
 
 # %% ../../nbs/04_variational.ipynb #66c6b34f
 def gaspari_cohn_background(dim: int, variance: float, half_width: float, periodic: bool = False) -> Covariance:
@@ -98,10 +109,12 @@ def gaspari_cohn_background(dim: int, variance: float, half_width: float, period
         raise ValueError(f"variance: expected a positive number, got {variance}")
     return Covariance(variance * gaspari_cohn_matrix(dim, half_width, periodic), name="Gaspari-Cohn background")
 
+
 # %% ../../nbs/04_variational.ipynb #dc898b38
 def climatological_background(states: Tensor) -> Covariance:
     """B = covariance of `states` `(..., dim)`, taken over all leading dimensions."""
     return Covariance(torch.atleast_2d(torch.cov(states.reshape(-1, states.shape[-1]).T)), name="climatological background")
+
 
 # %% ../../nbs/04_variational.ipynb #bee4b500
 def archive_background(background: Tensor, analysis: Tensor) -> Covariance:
@@ -113,12 +126,14 @@ def archive_background(background: Tensor, analysis: Tensor) -> Covariance:
     difference = (background - analysis).reshape(-1, background.shape[-1])
     return Covariance(torch.atleast_2d(torch.cov(difference.T)), name="archive background")
 
+
 # %% ../../nbs/04_variational.ipynb #e1b905a8
 def nmc_background(longer: Tensor, shorter: Tensor) -> Covariance:
     """B = half the covariance of the differences between a `longer` and a `shorter` forecast for the same
     times, both `(..., dim)` (Parrish and Derber 1992).
     """
     return Covariance(archive_background(longer, shorter).matrix / 2, name="NMC background")
+
 
 # %% ../../nbs/04_variational.ipynb #a1a88b45
 @dataclass(frozen=True, eq=False)
@@ -140,6 +155,7 @@ class OptimalInterpolation:
             self.mean.to(background).expand(background.shape), observations, forecast=forecast, generator=generator
         )
 
+
 # %% ../../nbs/04_variational.ipynb #5efbb81b
 @dataclass(frozen=True, eq=False)
 class Climatology:
@@ -152,6 +168,7 @@ class Climatology:
         self, background: Tensor, observations: Observations, *, forecast: Callable | None, generator: torch.Generator | None
     ) -> Tensor:
         return self.mean.to(background).expand(background.shape).clone()
+
 
 # %% ../../nbs/04_variational.ipynb #19fff0ef
 guard(globals())

@@ -27,7 +27,7 @@ from .compute import _alike
 from .rules import rule_of
 
 # %% auto #0
-__all__ = ['Gappy', 'guarded', 'unchecked', 'guard']
+__all__ = ["Gappy", "guarded", "unchecked", "guard"]
 
 # %% ../../nbs/92_engine.ipynb #28e5b075
 GAPS = "may hold nan where something is missing, or inf where nothing is near"
@@ -40,6 +40,7 @@ Index = Annotated[Tensor, "whole numbers"]
 Complex = Annotated[Tensor, "real or complex numbers"]
 Converted = Annotated[Tensor, GAPS, "made float64"]
 Positive = Annotated[Tensor, annotated_types.Gt(0)]
+
 
 # %% ../../nbs/92_engine.ipynb #6fb1dd2b
 def _finite(value: object) -> str | None:
@@ -56,6 +57,7 @@ def _finite(value: object) -> str | None:
         return None if torch.isfinite(value).all() else "finite numbers"
     except RuntimeError:  # inside a transform of torch.func there are no values to look at
         return None
+
 
 # %% ../../nbs/92_engine.ipynb #11c42801
 _inside: ContextVar[bool] = ContextVar("inside the library", default=False)
@@ -75,6 +77,7 @@ def shown(value: object) -> str:
         text = type(value).__name__
     return text if len(text) <= 80 else f"{text[:77]}..."
 
+
 # %% ../../nbs/92_engine.ipynb #1d2dc47d
 def _not_finite(value: Tensor | np.ndarray | float) -> str:
     """How many numbers are not finite, in words."""
@@ -82,6 +85,7 @@ def _not_finite(value: Tensor | np.ndarray | float) -> str:
         return str(value)
     lost = int((~torch.isfinite(value)).sum()) if isinstance(value, Tensor) else int((~np.isfinite(value)).sum())
     return f"{lost} of {math.prod(value.shape)} that are not"
+
 
 # %% ../../nbs/92_engine.ipynb #7e348c7b
 def _in_double(value: object, or_single: bool = False) -> object:
@@ -103,6 +107,7 @@ def _in_double(value: object, or_single: bool = False) -> object:
 
 def _may_miss(hint: Any) -> bool:
     return GAPS in getattr(hint, "__metadata__", ()) or any(map(_may_miss, get_args(hint)))
+
 
 # %% ../../nbs/92_engine.ipynb #9f4ad451
 class _Rules:
@@ -150,15 +155,18 @@ class _Rules:
             for name in given.keys() - {"background", "forecast", "generator"}:
                 given[name] = _alike(given[name], given["background"])
 
+
 # %% ../../nbs/92_engine.ipynb #f6bce6ff
 def _named(given: dict[str, Any]) -> str:
     """All that was given, in words."""
     return ", ".join(f"{name} {shown(value)}" for name, value in given.items() if name not in ("self", "cls")) or "nothing"
 
+
 # %% ../../nbs/92_engine.ipynb #2943d134
 @cache
 def _gappy_fields(kind: type) -> frozenset[str]:
     return frozenset(name for name, hint in typing.get_type_hints(kind, include_extras=True).items() if _may_miss(hint))
+
 
 # %% ../../nbs/92_engine.ipynb #3143d924
 def _lost(result: object, depth: int = 3, outside: bool = True, strict: bool = False) -> Tensor | np.ndarray | float | None:
@@ -183,6 +191,7 @@ def _lost(result: object, depth: int = 3, outside: bool = True, strict: bool = F
         return None
     return next((lost for part in parts if (lost := _lost(part, depth - 1, outside, strict)) is not None), None)
 
+
 # %% ../../nbs/92_engine.ipynb #d36ff8c4
 _OURS = re.compile(r"[^\s:]+(, [^\s:]+)*( \S*[./\\].*)?: ")  # arguments, or what a file was to be and its path
 _FOREIGN = (
@@ -193,6 +202,7 @@ _FOREIGN = (
 
 def _called(function: Callable) -> str:
     return function.__qualname__.removesuffix(".__init__")
+
 
 # %% ../../nbs/92_engine.ipynb #a05fd599
 @contextmanager
@@ -213,6 +223,7 @@ def _behind_border(function: Callable, given: dict[str, Any]) -> Iterator[None]:
     finally:
         _inside.reset(before)
 
+
 # %% ../../nbs/92_engine.ipynb #e70a187b
 def _whole(function: Callable, asked: _Rules, result: object, given: dict[str, Any]) -> None:
     """Refuse a result that is not finite and should be."""
@@ -220,6 +231,7 @@ def _whole(function: Callable, asked: _Rules, result: object, given: dict[str, A
         return
     if (lost := _lost(result, strict=asked.alone)) is not None:
         raise ValueError(f"{_called(function)}: expected a finite result, got {_not_finite(lost)}, from {_named(given)}")
+
 
 # %% ../../nbs/92_engine.ipynb #95ef78c9
 def guarded(function: Callable, owner: type | None = None) -> Callable:
@@ -269,6 +281,7 @@ def guarded(function: Callable, owner: type | None = None) -> Callable:
             setattr(call, extra, getattr(function, extra))
     return call
 
+
 # %% ../../nbs/92_engine.ipynb #af84a598
 def _step_by_step(function: Callable, asked: _Rules, bound: inspect.BoundArguments) -> Iterator:
     """The steps of a generator, each of them taken behind the border."""
@@ -281,6 +294,7 @@ def _step_by_step(function: Callable, asked: _Rules, bound: inspect.BoundArgumen
         _whole(function, asked, value, bound.arguments)
         yield value
 
+
 # %% ../../nbs/92_engine.ipynb #332e5551
 @contextmanager
 def unchecked() -> Iterator[None]:
@@ -291,6 +305,7 @@ def unchecked() -> Iterator[None]:
     finally:
         _inside.reset(before)
 
+
 # %% ../../nbs/92_engine.ipynb #09452c8a
 def _analysis(result: object, given: dict[str, Any]) -> object:
     """What `analyse` returned; or an error if it is not finite."""
@@ -299,6 +314,7 @@ def _analysis(result: object, given: dict[str, Any]) -> object:
     if isinstance(result, Tensor) and not torch.isfinite(result).all():
         raise ValueError(_why(type(given["self"]).__name__, result, given["background"], given.get("observations")))
     return result
+
 
 # %% ../../nbs/92_engine.ipynb #a5cf1cf1
 def _why(name: str, result: Tensor, background: Tensor, observations: object) -> str:
@@ -319,6 +335,7 @@ def _why(name: str, result: Tensor, background: Tensor, observations: object) ->
     kind = "runs" if background.ndim > 2 else "members"
     return f"{name}: expected a finite analysis, got one that is not in {kind} {which} of {math.prod(rows)}; {cause}"
 
+
 # %% ../../nbs/92_engine.ipynb #7aea8288
 def guard(names: dict[str, Any]) -> None:
     """Put the public functions and classes of a module, whose `globals()` are `names`, behind the border."""
@@ -331,6 +348,7 @@ def guard(names: dict[str, Any]) -> None:
                     _guard_class(kind)
         elif isinstance(thing, types.FunctionType) or hasattr(thing, "cache_clear"):
             names[name] = guarded(thing)
+
 
 # %% ../../nbs/92_engine.ipynb #6fabd7fc
 def _guard_class(kind: type) -> None:

@@ -37,6 +37,7 @@ def _cast(x: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
         made[dtype, device] = x.to(device, dtype)
     return made[dtype, device]
 
+
 # %% ../../nbs/92_engine.ipynb #c0e10006
 def _alike(thing: Any, state: Tensor) -> Any:
     """`thing` on the device of a `state`, and in no more than its precision: a tensor, a network, an object of the library, or a
@@ -85,6 +86,7 @@ def _moved(network: nn.Module, device: torch.device) -> nn.Module:
     if all(part.device == device for part in parts):
         return network
     return copy.deepcopy(network, {id(part): _cast(part.detach(), part.dtype, device) for part in parts})
+
 
 # %% ../../nbs/92_engine.ipynb #c0e10016
 def reuse_memory() -> None:

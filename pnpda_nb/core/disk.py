@@ -25,7 +25,8 @@ import xarray as xr
 from .checks import GAPS, guard
 
 # %% auto #0
-__all__ = ['read_record', 'write_netcdf']
+__all__ = ["read_record", "write_netcdf"]
+
 
 # %% ../../nbs/93_files.ipynb #fbd22e95
 def write_whole(files: Mapping[str | os.PathLike, bytes | str]) -> None:
@@ -49,6 +50,7 @@ def write_whole(files: Mapping[str | os.PathLike, bytes | str]) -> None:
             with naming(path, "write"):
                 os.replace(beside, path)
 
+
 # %% ../../nbs/93_files.ipynb #d7712129
 @contextmanager
 def naming(path: str | os.PathLike, deed: str) -> Iterator[None]:
@@ -58,11 +60,13 @@ def naming(path: str | os.PathLike, deed: str) -> Iterator[None]:
     except OSError as error:
         raise type(error)(error.errno, f"path: cannot {deed} {path} ({error.strerror or error})") from error
 
+
 # %% ../../nbs/93_files.ipynb #f99d0641
 def _forget(path: Path) -> None:
     """Remove a file that is left, or a folder that is empty."""
     with suppress(OSError):  # a name that is too long was never there; a folder that is in use stays
         path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
+
 
 # %% ../../nbs/93_files.ipynb #fe36bfe6
 def writable(folder: str | os.PathLike) -> Path:
@@ -75,6 +79,7 @@ def writable(folder: str | os.PathLike) -> Path:
     except (OSError, ValueError) as error:  # a name with a null character is no name
         raise ValueError(f"out: cannot write to {folder} ({getattr(error, 'strerror', None) or error})") from error
     return folder
+
 
 # %% ../../nbs/93_files.ipynb #67171fc0
 BLANK = b"pnpda-sha256-" + 64 * b"0"
@@ -102,6 +107,7 @@ def require_seal(content: bytes, name: str) -> None:
     if found[0] != BLANK[:-64] + digest.hexdigest().encode():
         raise ValueError(f"{name} is damaged: its content is not what its seal says")
 
+
 # %% ../../nbs/93_files.ipynb #4924e774
 def record_bytes(record: dict) -> bytes:
     """A record of plain values as sealed JSON. Raises `ValueError` for what JSON cannot hold."""
@@ -110,6 +116,7 @@ def record_bytes(record: dict) -> bytes:
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"record: expected plain values that JSON can hold ({error})") from error
     return sealed(text.encode() + b"\n")
+
 
 # %% ../../nbs/93_files.ipynb #58e9ea99
 def record_from(content: bytes, name: str) -> Annotated[dict, GAPS]:
@@ -122,10 +129,12 @@ def record_from(content: bytes, name: str) -> Annotated[dict, GAPS]:
         raise ValueError(f"{name} is not a record of pnpda_nb ({type(error).__name__})") from error
     return record
 
+
 # %% ../../nbs/93_files.ipynb #c1b79eba
 def write_record(record: dict, path: str | os.PathLike) -> None:
     """Write `record` as JSON, whole or not at all, and sealed."""
     write_whole({path: record_bytes(record)})
+
 
 # %% ../../nbs/93_files.ipynb #42604d3b
 def read_record(path: str | os.PathLike) -> Annotated[dict, GAPS]:
@@ -136,6 +145,7 @@ def read_record(path: str | os.PathLike) -> Annotated[dict, GAPS]:
         content = Path(path).read_bytes()
     return record_from(content, f"record: {path}")
 
+
 # %% ../../nbs/93_files.ipynb #4147727a
 TAIL = b"\n" + BLANK
 
@@ -143,6 +153,7 @@ TAIL = b"\n" + BLANK
 def with_tail(content: bytes) -> bytes:
     """`content` with a seal behind its end."""
     return sealed(content + TAIL)
+
 
 # %% ../../nbs/93_files.ipynb #24492302
 def without_tail(content: bytes, name: str) -> bytes:
@@ -153,6 +164,7 @@ def without_tail(content: bytes, name: str) -> bytes:
     if seal != BLANK[:-64] + hashlib.sha256(body + TAIL).hexdigest().encode() or content[-len(TAIL)] != TAIL[0]:
         raise ValueError(f"{name} is damaged: its content is not what its seal says")
     return body
+
 
 # %% ../../nbs/93_files.ipynb #df307ec3
 def require_whole_hdf5(path: str | os.PathLike, name: str) -> None:
@@ -179,6 +191,7 @@ def require_whole_hdf5(path: str | os.PathLike, name: str) -> None:
     if between != TAIL[:1] or seal != BLANK[:-64] + digest.hexdigest().encode():
         raise ValueError(f"{name}: {path} is damaged: its content is not what its seal says")
 
+
 # %% ../../nbs/93_files.ipynb #877b25b7
 def _hdf5_end(head: bytes) -> int | None:
     """How many bytes an HDF5 file has by its own account (section II.A of the format's specification); None for another format."""
@@ -190,6 +203,7 @@ def _hdf5_end(head: bytes) -> int | None:
         return None
     base, _, end = struct.unpack_from("<QQQ", head, place)
     return base + end if base != 2**64 - 1 else end
+
 
 # %% ../../nbs/93_files.ipynb #fb840c9c
 def netcdf_bytes(dataset: xr.Dataset) -> bytes:
@@ -203,6 +217,7 @@ def netcdf_bytes(dataset: xr.Dataset) -> bytes:
         copy.dump_to_store(xr.backends.H5NetCDFStore(file, lock=nullcontext()))
     return with_tail(content.getvalue())
 
+
 # %% ../../nbs/93_files.ipynb #f82dd08f
 def netcdf_from(content: bytes, name: str) -> xr.Dataset:
     """The dataset that `netcdf_bytes` made, in memory; raises `ValueError`, with the `name` of the file, for anything else."""
@@ -212,11 +227,13 @@ def netcdf_from(content: bytes, name: str) -> xr.Dataset:
     except Exception as error:  # the many errors of HDF5 mean one thing here
         raise ValueError(f"{name} is not a readable NetCDF file ({type(error).__name__})") from error
 
+
 # %% ../../nbs/93_files.ipynb #50e8a821
 def write_netcdf(dataset: xr.Dataset, path: str | os.PathLike) -> Path:
     """Write `dataset` to `path`, whole or not at all, and sealed."""
     write_whole({path: netcdf_bytes(dataset)})
     return Path(path)
+
 
 # %% ../../nbs/93_files.ipynb #5fb4edbd
 def writable_attributes(attributes: Mapping[Any, Any]) -> dict[str, Any]:
@@ -229,6 +246,7 @@ def writable_attributes(attributes: Mapping[Any, Any]) -> dict[str, Any]:
 def _clean(text: str) -> str:
     """Text that can be encoded, without the zeros that end it in C."""
     return text.replace("\0", "").encode("utf-8", "replace").decode()
+
 
 # %% ../../nbs/93_files.ipynb #d5cb6eec
 def _writable(value: Any) -> Any:
@@ -256,12 +274,14 @@ def _writable(value: Any) -> Any:
         return _clean(str(value) if array.ndim == 0 else json.dumps(array.tolist(), default=str))
     return array[()] if array.ndim == 0 else array.ravel()
 
+
 # %% ../../nbs/93_files.ipynb #375ed042
 def write_checkpoint(memory: dict, path: str | os.PathLike) -> None:
     """Write a dictionary of tensors and plain values, whole or not at all, and sealed."""
     content = io.BytesIO()
     torch.save(memory, content)
     write_whole({path: with_tail(content.getvalue())})
+
 
 # %% ../../nbs/93_files.ipynb #7c9c598b
 def read_checkpoint(path: str | os.PathLike) -> Annotated[dict, GAPS]:
@@ -277,6 +297,7 @@ def read_checkpoint(path: str | os.PathLike) -> Annotated[dict, GAPS]:
         raise ValueError(f"checkpoint: {path} is not a training checkpoint, but {type(memory).__name__}")
     return memory
 
+
 # %% ../../nbs/93_files.ipynb #ac623fe1
 @contextmanager
 def fitting_checkpoint(path: str | os.PathLike) -> Iterator[None]:
@@ -287,6 +308,7 @@ def fitting_checkpoint(path: str | os.PathLike) -> Iterator[None]:
         raise ValueError(
             f"checkpoint: {path} does not fit this training ({type(error).__name__}); move it away to start anew"
         ) from error
+
 
 # %% ../../nbs/93_files.ipynb #1d04b2ba
 guard(globals())

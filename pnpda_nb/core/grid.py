@@ -23,7 +23,8 @@ from .settings import _require
 EARTH = 6_371_000.0  # mean radius, m
 
 # %% auto #0
-__all__ = ['Distance', 'gaspari_cohn', 'gaspari_cohn_matrix', 'Grid', 'tapers']
+__all__ = ["Distance", "gaspari_cohn", "gaspari_cohn_matrix", "Grid", "tapers"]
+
 
 # %% ../../nbs/92_engine.ipynb #cdda6a74
 def gaspari_cohn(distance: Gappy | float, half_width: float) -> Tensor:
@@ -38,6 +39,7 @@ def gaspari_cohn(distance: Gappy | float, half_width: float) -> Tensor:
     far = 4 - 5 * r + 5 / 3 * r**2 + 5 / 8 * r**3 - r**4 / 2 + r**5 / 12 - 2 / (3 * r.clamp_min(1e-300))
     return torch.where(r <= 1, near, torch.where(r < 2, far, torch.zeros_like(r)))
 
+
 # %% ../../nbs/92_engine.ipynb #039ced53
 def gaspari_cohn_matrix(dim: int, half_width: float, periodic: bool = False) -> Tensor:
     """Correlations `(dim, dim)` between grid points; `half_width` in grid intervals. Positive definite on a
@@ -46,6 +48,7 @@ def gaspari_cohn_matrix(dim: int, half_width: float, periodic: bool = False) -> 
     index = torch.arange(dim, dtype=torch.float64)
     distance = (index[:, None] - index[None, :]).abs()
     return gaspari_cohn(torch.minimum(distance, dim - distance) if periodic else distance, half_width)
+
 
 # %% ../../nbs/92_engine.ipynb #d45d0c9d
 def unit_vectors(places: Tensor) -> Tensor:
@@ -58,6 +61,7 @@ def great_circle(a: Tensor, b: Tensor) -> Tensor:
     """Angles between places (latitude, longitude) in degrees `(…, 2)`, in radians `(…)`."""
     u, v = unit_vectors(a), unit_vectors(b)
     return 2 * torch.atan2(torch.linalg.vector_norm(u - v, dim=-1), torch.linalg.vector_norm(u + v, dim=-1))
+
 
 # %% ../../nbs/92_engine.ipynb #6ce0f8a3
 class _Said:
@@ -77,6 +81,7 @@ class _Said:
 
     def __hash__(self) -> int:
         return hash(self._identity)
+
 
 # %% ../../nbs/92_engine.ipynb #a438c187
 class _Points(_Said):
@@ -120,6 +125,7 @@ class _Points(_Said):
         found[self.cells] = torch.arange(self.dim)
         return found.unflatten(0, (len(self.channels), -1))
 
+
 # %% ../../nbs/92_engine.ipynb #73251c9e
 class _Fields(_Points):
     """States as fields."""
@@ -155,11 +161,13 @@ class _Fields(_Points):
             return False, False
         return tuple(abs(abs(self.coordinates[0][i]) - 90) <= 1e-3 * self.spacing[0] for i in (0, -1))
 
+
 # %% ../../nbs/92_engine.ipynb #fc876cb5
 def _check_fields(grid: _Fields, fields: Tensor) -> None:
     shape = (len(grid.channels), *grid.shape)
     wanted = f"shape (…, {', '.join(map(str, shape))})"
     _require(tuple(fields.shape[-len(shape) :]) == shape, "fields", wanted, tuple(fields.shape))
+
 
 # %% ../../nbs/92_engine.ipynb #5edbc7b5
 class _Distances(_Fields):
@@ -190,6 +198,7 @@ class _Distances(_Fields):
         points, box = _in_space(self, self.positions[own])
         return own[torch.from_numpy(cKDTree(points, boxsize=box).query(_in_space(self, places)[0])[1])]
 
+
 # %% ../../nbs/92_engine.ipynb #2108c524
 def _short_way(gap: Tensor, period: float | None) -> Tensor:
     return gap if period is None else torch.minimum(gap % period, period - gap % period)
@@ -206,6 +215,7 @@ def _in_space(grid: _Distances, places: Tensor) -> tuple[np.ndarray, list[float]
             points[:, axis] %= period
             points[points[:, axis] >= period, axis] = 0.0  # rounded up
     return points, [period or 0.0 for period in grid.periods]
+
 
 # %% ../../nbs/92_engine.ipynb #de3ee91f
 def _names(channels: int | Sequence[str]) -> tuple[str, ...]:
@@ -228,6 +238,7 @@ def _without_values(land: Tensor | None, names: tuple[str, ...], shape: tuple[in
     _require(not land.all(), "land", "points with values", "none")
     return land
 
+
 # %% ../../nbs/92_engine.ipynb #3d3791f0
 def _placed(
     shape: tuple[int, ...], coordinates: Sequence | None, spacing: float | Sequence[float]
@@ -246,6 +257,7 @@ def _placed(
     _require(all((h > 0).all() or (h < 0).all() for h in steps), "coordinates", "those that rise, or fall", "others")
     return coordinates, tuple(float(abs(h.mean())) if len(h) else 1.0 for h in steps)
 
+
 # %% ../../nbs/92_engine.ipynb #d2f51e45
 def _check_edges(grid: Grid) -> None:
     sphere = grid.radius is not None
@@ -262,6 +274,7 @@ def _check_edges(grid: Grid) -> None:
             _require((np.abs(steps - h) <= 1e-3 * h).all(), "coordinates", "equal steps along a circular axis", "others")
     if sphere:
         _require(max(map(abs, grid.coordinates[0])) <= 90, "coordinates", "latitudes from -90 to 90", "others")
+
 
 # %% ../../nbs/92_engine.ipynb #edb16ad5
 @dataclass(frozen=True, eq=False, repr=False)
@@ -312,6 +325,7 @@ class Grid(_Distances):
         axes = {"coordinates": coordinates, "edges": _sphere_edges(*coordinates)}
         return cls(tuple(map(len, coordinates)), channels=channels, land=land, radius=radius, **axes)
 
+
 # %% ../../nbs/92_engine.ipynb #ea36827a
 def _sphere_edges(latitude: tuple[float, ...], longitude: tuple[float, ...]) -> tuple[Edge, Edge]:
     _require(len(latitude) > 0 < len(longitude), "latitude, longitude", "at least one of each", (len(latitude), len(longitude)))
@@ -321,6 +335,7 @@ def _sphere_edges(latitude: tuple[float, ...], longitude: tuple[float, ...]) -> 
     ends = sorted((latitude[0], latitude[-1]))
     to_poles = max(90 + ends[0], 90 - ends[1]) < 0.9 * steps[0]
     return "pole" if to_poles and len(longitude) % 2 == 0 else "zeros", "circular"
+
 
 # %% ../../nbs/92_engine.ipynb #fb901b20
 Distance = Literal["ring", "line"] | Callable[[Tensor, Tensor], Tensor]
@@ -342,6 +357,7 @@ def as_grid(geometry: Grid | str | Callable, dim: int | None = None, name: str =
     _require(geometry in edges, name, "'ring', 'line' or a function", repr(geometry))
     return Grid(dim, edges[geometry])
 
+
 # %% ../../nbs/92_engine.ipynb #58cc97e9
 def _is_correlation(grid: Grid, half_width: float) -> bool:
     """Whether Gaspari and Cohn's function of the grid's distances is surely positive definite."""
@@ -359,6 +375,7 @@ def _around(grid: Grid, half_width: float, i: Index, j: Index) -> Tensor:
     points = [torch.unravel_index(grid.cells[k] % math.prod(grid.shape), grid.shape) for k in (i, j)]
     gaps = [(a - b).abs() for a, b in zip(*points)]
     return (row / row[(0,) * len(grid.shape)])[tuple(torch.minimum(g, n - g) for g, n in zip(gaps, grid.shape))]
+
 
 # %% ../../nbs/92_engine.ipynb #bb5e7533
 @lru_cache(maxsize=8)
@@ -380,6 +397,7 @@ def tapers(dim: int, sites: tuple[int, ...], half_width: float, distance: Distan
         raise ValueError("distance: no correlation function of these distances is positive definite; try a smaller half_width")
     return between, among
 
+
 # %% ../../nbs/92_engine.ipynb #49b17bb4
 @lru_cache(maxsize=8)
 def _taper(dim: int, half_width: float, distance: Distance) -> Tensor:
@@ -387,6 +405,7 @@ def _taper(dim: int, half_width: float, distance: Distance) -> Tensor:
     if not half_width > 0:
         raise ValueError(f"half_width: expected a positive length, got {half_width}")
     return tapers(dim, tuple(range(dim)), half_width, distance)[1]
+
 
 # %% ../../nbs/92_engine.ipynb #b224cb95
 guard(globals())

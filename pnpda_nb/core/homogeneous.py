@@ -19,7 +19,8 @@ from .random import standard_normal
 from .settings import _require
 
 # %% auto #0
-__all__ = ['Homogeneous']
+__all__ = ["Homogeneous"]
+
 
 # %% ../../nbs/92_engine.ipynb #86ab32ec
 def correlation_blocks(grid: Grid, correlation: Callable[[Tensor], Tensor]) -> Tensor:
@@ -44,6 +45,7 @@ def correlation_blocks(grid: Grid, correlation: Callable[[Tensor], Tensor]) -> T
     blocks = (vectors * values.clamp_min(0).unsqueeze(-2)) @ vectors.mT
     scale = torch.fft.irfftn(blocks, s=row.shape[: len(dims)], dim=dims)[(0,) * len(dims)].diagonal().rsqrt()
     return blocks * scale * scale.unsqueeze(-1)
+
 
 # %% ../../nbs/92_engine.ipynb #a2a1e604
 class _Powers:
@@ -73,6 +75,7 @@ class _Powers:
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """States ~ N(0, C) `(*shape, dim)`, in double precision on the generator's device; land changes no draw elsewhere."""
         return self.root(standard_normal((*shape, len(self.grid.channels) * math.prod(self.grid.shape)), generator))
+
 
 # %% ../../nbs/92_engine.ipynb #8aa052f4
 @dataclass(frozen=True, eq=False)
@@ -113,6 +116,7 @@ class Homogeneous(_Powers):
         channels = ((vectors * values) @ vectors.mT)[self.grid.channel[a], self.grid.channel[b]]
         return (_correlations(self, a, b) * channels).to(i.device)
 
+
 # %% ../../nbs/92_engine.ipynb #85f85c92
 def _channels(variance: float | Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Eigenvalues and eigenvectors of the covariance between channels."""
@@ -126,6 +130,7 @@ def _channels(variance: float | Tensor, count: int) -> tuple[Tensor, Tensor]:
         symmetric and bool(-1e-12 * values[-1] < values[0]), "variance", "a symmetric one without negative eigenvalues", variance
     )
     return values.clamp_min(0), vectors
+
 
 # %% ../../nbs/92_engine.ipynb #5e33cc0d
 def _power(of: Homogeneous, fields: Tensor, p: float) -> Tensor:
@@ -145,6 +150,7 @@ def _power(of: Homogeneous, fields: Tensor, p: float) -> Tensor:
     x = torch.fft.irfftn(waves, s=[x.shape[d] for d in dims], dim=dims)
     return x.movedim(-1, closed[0]) if closed else x.squeeze(-1)
 
+
 # %% ../../nbs/92_engine.ipynb #fc8f2299
 def _correlations(of: Homogeneous, i: Index, j: Index) -> Tensor:
     grid, (values, vectors) = of.grid, of._spectrum
@@ -158,6 +164,7 @@ def _correlations(of: Homogeneous, i: Index, j: Index) -> Tensor:
             closed = (a, b)
     blocks = values.squeeze(-1) if vectors is None else (vectors * values.unsqueeze(-2)) @ vectors.mT
     return torch.fft.irfftn(blocks, s=shape, dim=tuple(range(len(shape))))[gaps + closed]
+
 
 # %% ../../nbs/92_engine.ipynb #d667191a
 guard(globals())

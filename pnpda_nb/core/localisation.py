@@ -19,7 +19,8 @@ from .grid import Distance, Grid, _in_space, as_grid, gaspari_cohn
 from .settings import _require
 
 # %% auto #0
-__all__ = ['neighbours']
+__all__ = ["neighbours"]
+
 
 # %% ../../nbs/92_engine.ipynb #ea1712ad
 @lru_cache(maxsize=8)
@@ -55,6 +56,7 @@ def _near_points(grid: Grid, sites: tuple[int, ...], reach: float, every: int = 
     number[row, place], apart[row, place] = column, length
     return torch.from_numpy(number), torch.from_numpy(apart)
 
+
 # %% ../../nbs/92_engine.ipynb #5591d0f9
 def _asked(grid: Grid, sites: tuple[int, ...], reach: float) -> tuple[np.ndarray, ...]:
     """Variables, observations and distances of all pairs within reach, from the grid's metric."""
@@ -86,6 +88,7 @@ def _one_in(n: int, every: int, circular: bool) -> np.ndarray:
     """One in `every` of `n` points of an axis; of one that is not a circle, the last one, too."""
     some = np.arange(0, n, every)
     return some if circular or some[-1] == n - 1 else np.append(some, n - 1)
+
 
 # %% ../../nbs/92_engine.ipynb #9a3f6b42
 @lru_cache(maxsize=8)
@@ -138,6 +141,7 @@ def interpolated(found: Gappy, between: Sequence[Tensor], points: int, most: int
     for part in torch.arange(points, device=found.device).unflatten(0, (len(first), -1)).split(max(1, most * len(first) // points)):
         row = part[:, 0] // part.shape[1]
         yield part.flatten(), torch.einsum("kr,rb...->bk...", first[row], rows).flatten(1, 2)
+
 
 # %% ../../nbs/92_engine.ipynb #5a0c11e2
 guard(globals())

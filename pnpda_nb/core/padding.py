@@ -18,6 +18,7 @@ Edge = Literal["circular", "zeros", "reflected", "pole"]
 # %% auto #0
 __all__ = []
 
+
 # %% ../../nbs/92_engine.ipynb #bec364ee
 def beyond(size: int, width: int, edge: Edge, on_pole: tuple[bool, bool] = (False, False)) -> Index:
     """Which of `size` points stand for those from `width` before the first to `width` behind the last, `(size + 2 width,)`;
@@ -36,6 +37,7 @@ def beyond(size: int, width: int, edge: Edge, on_pole: tuple[bool, bool] = (Fals
         return k.clamp(0, size - 1)
     before, behind = (-k, 2 * size - 2 - k) if edge == "reflected" else (first - 1 - k, 2 * size - 1 - last - k)
     return torch.where(k < 0, before, torch.where(k < size, k, behind))
+
 
 # %% ../../nbs/92_engine.ipynb #2ea823e1
 def padded(
@@ -65,6 +67,7 @@ def padded(
             fields = rows
     return fields
 
+
 # %% ../../nbs/92_engine.ipynb #fa607189
 class _Padded(nn.Conv2d):
     """A convolution on two axes, each with an edge of its own."""
@@ -77,6 +80,7 @@ class _Padded(nn.Conv2d):
 
     def forward(self, fields: Tensor) -> Tensor:
         return super().forward(padded(fields, (self.reach, self.reach), self.edges, on_pole=self.on_pole))
+
 
 # %% ../../nbs/92_engine.ipynb #739849ff
 def convolution(
@@ -96,6 +100,7 @@ def convolution(
         return _Padded(channels, outputs, kernel, dilation, edges, on_pole)
     kind = (nn.Conv1d, nn.Conv2d)[len(edges) - 1]
     return kind(channels, outputs, kernel, padding=kernel // 2 * dilation, dilation=dilation, padding_mode=modes[edges[0]])
+
 
 # %% ../../nbs/92_engine.ipynb #adedda2e
 guard(globals())

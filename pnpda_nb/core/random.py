@@ -14,7 +14,8 @@ from .checks import Gappy, guard
 from .settings import _require
 
 # %% auto #0
-__all__ = ['stream', 'RunStreams', 'standard_normal', 'RunNoise']
+__all__ = ["stream", "RunStreams", "standard_normal", "RunNoise"]
+
 
 # %% ../../nbs/92_engine.ipynb #41fb2385
 def stream(seed: int, *names: str | int) -> torch.Generator:
@@ -23,6 +24,7 @@ def stream(seed: int, *names: str | int) -> torch.Generator:
     """
     digest = hashlib.sha256(repr((int(seed), *names)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
 
 # %% ../../nbs/92_engine.ipynb #e096c2dc
 class RunStreams(torch.Generator):
@@ -43,6 +45,7 @@ class RunStreams(torch.Generator):
         self.manual_seed(stream(seed, *names).initial_seed())
         self.runs = [stream(seed, *names, run) for run in range(runs)]
 
+
 # %% ../../nbs/92_engine.ipynb #e7c3b140
 def standard_normal(shape: tuple[int, ...], generator: torch.Generator, like: Gappy | None = None) -> Tensor:
     """Independent N(0, 1) draws in double precision, on the generator's device; then rounded and moved to be `like` a state.
@@ -57,6 +60,7 @@ def standard_normal(shape: tuple[int, ...], generator: torch.Generator, like: Ga
     else:
         out.normal_(generator=generator)
     return out if like is None else out.to(like)
+
 
 # %% ../../nbs/92_engine.ipynb #189cfb48
 class RunNoise:
@@ -75,6 +79,7 @@ class RunNoise:
             for first, others in zip(self.first, self.others)
         ]
         return torch.stack(blocks, dim=1)
+
 
 # %% ../../nbs/92_engine.ipynb #ddc7f948
 guard(globals())

@@ -37,6 +37,7 @@ def _number(value: object) -> str | None:
     except OverflowError:
         return "a number that fits into 64 bits"
 
+
 # %% ../../nbs/92_engine.ipynb #123c265d
 def _count(value: object) -> str | None:
     if not isinstance(value, Integral) or isinstance(value, (bool, np.bool_)):
@@ -54,6 +55,7 @@ def _tensor(value: object, of: str = "floating-point numbers") -> str | None:
         "True and False": value.dtype == torch.bool,
     }
     return None if kinds.get(of, True) else f"a tensor of {of}"
+
 
 # %% ../../nbs/92_engine.ipynb #f2634f57
 _SIMPLE: dict[Any, Rule] = {
@@ -83,6 +85,7 @@ _KINDER = {
 }
 _COMPARE = {">=": lambda a, b: a >= b, ">": lambda a, b: a > b, "<=": lambda a, b: a <= b, "<": lambda a, b: a < b}
 
+
 # %% ../../nbs/92_engine.ipynb #2e5263f3
 @cache
 def rule_of(annotation: Any) -> Rule | None:
@@ -111,10 +114,12 @@ def rule_of(annotation: Any) -> Rule | None:
     called = "a mapping" if kind is Mapping else f"{'an' if kind.__name__[0] in 'AEIOU' else 'a'} {kind.__name__}"
     return lambda v: None if isinstance(v, kind) or _made_anew(v, kind) else called
 
+
 # %% ../../nbs/92_engine.ipynb #0dbf3b69
 def _made_anew(value: object, kind: type) -> bool:
     """Whether `value` is of a class that whoever runs a chapter has just defined again, or `kind` is."""
     return any("__main__" in (k.__module__, kind.__module__) and k.__qualname__ == kind.__qualname__ for k in type(value).__mro__)
+
 
 # %% ../../nbs/92_engine.ipynb #8b8771ff
 def _range(bound: Any) -> Rule | None:
@@ -147,6 +152,7 @@ def _whole_words(parts: tuple, rule: Rule) -> Rule:
 def _all_of(rules: list[Rule]) -> Rule:
     return lambda v: next((wanted for rule in rules if (wanted := rule(v))), None)
 
+
 # %% ../../nbs/92_engine.ipynb #3e707f5b
 def _one_of(rules: list[Rule | None]) -> Rule | None:
     if None in rules:
@@ -157,6 +163,7 @@ def _one_of(rules: list[Rule | None]) -> Rule | None:
         return None if None in wanted else " or ".join(dict.fromkeys(wanted))
 
     return rule
+
 
 # %% ../../nbs/92_engine.ipynb #c6056bff
 def _sequence(parts: tuple) -> Rule:

@@ -19,13 +19,15 @@ from .checks import GAPS, _may_miss, guard, shown
 from .rules import rule_of
 
 # %% auto #0
-__all__ = ['Settings']
+__all__ = ["Settings"]
+
 
 # %% ../../nbs/92_engine.ipynb #3b50dcb3
 def _require(holds: bool, argument: str, expected: str, got: object) -> None:
     """Raise a `ValueError` that names the argument, unless what is asked of it holds."""
     if not holds:
         raise ValueError(f"{argument}: expected {expected}, got {got}")
+
 
 # %% ../../nbs/92_engine.ipynb #e2fa0f2d
 Count = Annotated[int, Ge(1)]
@@ -62,6 +64,7 @@ Some = Annotated[tuple[T, ...], Predicate(_some)]
 Distinct = Annotated[tuple[T, ...], Predicate(_differ)]
 Cases = Annotated[tuple[T, ...], Predicate(_unlike)]
 
+
 # %% ../../nbs/92_engine.ipynb #5e77a002
 @cache
 def annotations_of(kind: type) -> dict[str, Any]:
@@ -88,6 +91,7 @@ def check_fields(record: Any) -> None:
         if wanted:
             raise ValueError(f"{name}: expected {wanted}, got {shown(value)}")
 
+
 # %% ../../nbs/92_engine.ipynb #5e77a003
 class Settings:
     """A base of dataclasses: made, replaced or read from text, their fields are what the annotations ask for.
@@ -97,6 +101,7 @@ class Settings:
 
     def __post_init__(self):
         check_fields(self)
+
 
 # %% ../../nbs/92_engine.ipynb #03afecae
 def _value(text: str, annotation: Any) -> Any:
@@ -129,6 +134,7 @@ def parse_as(name: str, text: str, annotation: Any) -> Any:
     if wanted := rule and rule(value):
         raise ValueError(f"{name}: expected {wanted}, got {text!r}")
     return value
+
 
 # %% ../../nbs/92_engine.ipynb #31d0e3b5
 guard(globals())

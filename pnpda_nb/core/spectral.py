@@ -20,6 +20,7 @@ from .settings import _require
 # %% auto #0
 __all__ = []
 
+
 # %% ../../nbs/92_engine.ipynb #aa10b3c2
 @dataclass(frozen=True, eq=False)
 class Spectral:
@@ -102,6 +103,7 @@ class Spectral:
         fields = torch.fft.irfftn(mixed.reshape(waves.shape), s=self.grid.shape, dim=axes, norm="ortho")
         return self.grid.flatten(fields)
 
+
 # %% ../../nbs/92_engine.ipynb #aa10b3c3
 def _waves(grid: Grid, fields: Tensor) -> Complex:
     """The waves `(…, channel, *wavenumbers)` of fields `(…, channel, *shape)`, unitary."""
@@ -123,6 +125,7 @@ def _both_halves(grid: Grid) -> Tensor:
     if grid.shape[-1] % 2 == 0:
         weight[..., -1] = 1
     return weight
+
 
 # %% ../../nbs/92_engine.ipynb #aa10b3c6
 guard(globals())

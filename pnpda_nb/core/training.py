@@ -25,6 +25,7 @@ from .disk import fitting_checkpoint, read_checkpoint, write_checkpoint
 # %% auto #0
 __all__ = []
 
+
 # %% ../../nbs/94_priors.ipynb #7a0c51e3
 @runtime_checkable
 class Trainable(Protocol):
@@ -54,6 +55,7 @@ class Trainable(Protocol):
 
     def recall(self, memory: dict) -> None: ...
 
+
 # %% ../../nbs/94_priors.ipynb #7a0c51e5
 @dataclass(frozen=True, kw_only=True)
 class Phase:
@@ -65,6 +67,7 @@ class Phase:
     learning_rate: float
     average: float
     schedule: Callable[[int], float] | None = None
+
 
 # %% ../../nbs/94_priors.ipynb #7a0c5115
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +109,7 @@ class Plan:
                 return phase
             number -= phase.rounds
         return self.phases[-1]
+
 
 # %% ../../nbs/94_priors.ipynb #7a0c51e7
 class Training:
@@ -209,6 +213,7 @@ class Training:
         self.best, self.losses, self.history = memory["best"], memory["losses"], memory["history"]
         self.subject.recall(memory["subject"])
 
+
 # %% ../../nbs/94_priors.ipynb #7a0c51e8
 def _copied(tree: Any) -> Any:
     """A deep copy of a state dictionary, with its tensors in the processor's memory, from where they fit on any device."""
@@ -219,6 +224,7 @@ def _copied(tree: Any) -> Any:
     if isinstance(tree, list):
         return [_copied(v) for v in tree]
     return tree
+
 
 # %% ../../nbs/94_priors.ipynb #7a0c51ea
 _EVERY, _PAUSE = 10.0, 0.2  # seconds between two files, and between two copies in memory
@@ -279,6 +285,7 @@ def run_training(
     elif path:
         path.unlink(missing_ok=True)
 
+
 # %% ../../nbs/94_priors.ipynb #7a0c511a
 def read_training(checkpoint: str | os.PathLike | None, fingerprint: str, of: str = "another training") -> Annotated[dict, GAPS]:
     """What was written to a `checkpoint` of the training with this `fingerprint`; nothing if there is no such file. Raises
@@ -292,12 +299,14 @@ def read_training(checkpoint: str | os.PathLike | None, fingerprint: str, of: st
         raise ValueError(f"checkpoint: {path} belongs to {of}; move it away to start anew")
     return memory
 
+
 # %% ../../nbs/94_priors.ipynb #7a0c512a
 def resume_training(training: Training, checkpoint: str | os.PathLike | None, memory: Annotated[dict, GAPS]) -> None:
     """Let `training` go on from what `read_training` found. Raises `ValueError` if it does not fit."""
     if memory:
         with fitting_checkpoint(checkpoint):
             training.restore(memory)
+
 
 # %% ../../nbs/94_priors.ipynb #7a0c513a
 def fingerprint_of(known: Any, *tensors: Tensor) -> str:
@@ -306,6 +315,7 @@ def fingerprint_of(known: Any, *tensors: Tensor) -> str:
     for x in tensors:
         digest.update(x.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
 
 # %% ../../nbs/94_priors.ipynb #7a0c51ef
 guard(globals())

@@ -20,7 +20,8 @@ from ..core.random import standard_normal
 from ..core.settings import Count, NotNegative, PositiveNumber, Settings, _require
 
 # %% auto #0
-__all__ = ['Model', 'rk4', 'Lorenz63', 'FunctionModel', 'by_formula', 'trajectory', 'AdditiveModelError']
+__all__ = ["Model", "rk4", "Lorenz63", "FunctionModel", "by_formula", "trajectory", "AdditiveModelError"]
+
 
 # %% ../../nbs/01_dynamics.ipynb #e446c603
 @runtime_checkable
@@ -41,6 +42,7 @@ class Model(Protocol):
 
     def step(self, state: Tensor) -> Tensor: ...
 
+
 # %% ../../nbs/01_dynamics.ipynb #9654aba7
 def rk4(tendency: Callable[[Tensor], Tensor], state: Tensor, dt: float) -> Tensor:
     """One classical fourth-order Runge-Kutta step of length `dt` from `state` `(..., dim)`."""
@@ -50,10 +52,12 @@ def rk4(tendency: Callable[[Tensor], Tensor], state: Tensor, dt: float) -> Tenso
     k4 = tendency(torch.add(state, k3, alpha=dt))
     return torch.add(state, torch.add(k1 + k4, k2 + k3, alpha=2), alpha=dt / 6)
 
+
 # %% ../../nbs/01_dynamics.ipynb #3b50dcb3
 def _require_states(model: Model, argument: str, states: Tensor) -> None:
     """Ask that the last dimension of a tensor is the model's."""
     _require(states.shape[-1:] == (model.dim,), argument, f"states of size {model.dim}", tuple(states.shape))
+
 
 # %% ../../nbs/01_dynamics.ipynb #d0ke0001
 class Kernel(NamedTuple):
@@ -67,6 +71,7 @@ class Kernel(NamedTuple):
     parameters: tuple[float, ...] = ()
     substeps: int = 1
     lanes: int = 0
+
 
 # %% ../../nbs/01_dynamics.ipynb #5e0a6a1b
 @dataclass(frozen=True)
@@ -93,6 +98,7 @@ class Lorenz63(Settings):
     @property
     def kernel(self) -> Kernel:
         return Kernel("lorenz63", self.dt, (self.sigma, self.rho, self.beta))
+
 
 # %% ../../nbs/01_dynamics.ipynb #ad7265ea
 @dataclass(frozen=True)
@@ -127,6 +133,7 @@ class FunctionModel(Settings):
         shape = tuple(state.shape)
         _require(tuple(moved.shape) == shape, "function", f"a state of shape {shape}", tuple(moved.shape))
         return moved
+
 
 # %% ../../nbs/01_dynamics.ipynb #d0ke0002
 _FORMULA = ContextVar("formula", default=False)
@@ -164,6 +171,7 @@ def _kernel_of(model: Model, *tensors: Tensor) -> Kernel | None:
     )  # fmt: skip
     return kernel if plain else None
 
+
 # %% ../../nbs/01_dynamics.ipynb #9796cb3b
 def trajectory(model: Model, initial: Tensor, steps: int, error: Tensor | None = None, every: int = 1) -> Tensor:
     """All states from `initial` `(..., dim)` on: a tensor `(steps + 1, ..., dim)` with time first. Of the states after the initial
@@ -189,6 +197,7 @@ def trajectory(model: Model, initial: Tensor, steps: int, error: Tensor | None =
             states.append(state)
     return torch.stack(states)
 
+
 # %% ../../nbs/01_dynamics.ipynb #d0ke0005
 def _moved(model: Model, state: Tensor, steps: int) -> Tensor:
     """A `state` `(..., dim)` after so many steps."""
@@ -197,6 +206,7 @@ def _moved(model: Model, state: Tensor, steps: int) -> Tensor:
     for _ in range(steps):
         state = model.step(state)
     return state
+
 
 # %% ../../nbs/01_dynamics.ipynb #a05fc542
 @dataclass(frozen=True)
@@ -209,6 +219,7 @@ class AdditiveModelError(Settings):
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         return self.variance**0.5 * standard_normal(shape, generator)
+
 
 # %% ../../nbs/01_dynamics.ipynb #af8c3a35
 guard(globals())

@@ -16,7 +16,8 @@ from ..core.settings import _require
 from .base import Model, _moved, _require_states, trajectory
 
 # %% auto #0
-__all__ = ['tangent_linear', 'adjoint', 'jacobian', 'Forecast', 'lyapunov_exponents']
+__all__ = ["tangent_linear", "adjoint", "jacobian", "Forecast", "lyapunov_exponents"]
+
 
 # %% ../../nbs/91_models.ipynb #fba65024
 def _walk(model: Model, steps: int) -> Callable[[Tensor], Tensor]:
@@ -30,12 +31,14 @@ def _walk(model: Model, steps: int) -> Callable[[Tensor], Tensor]:
 
     return walk
 
+
 # %% ../../nbs/91_models.ipynb #dae89d53
 def _require_derivatives(model: Model, states: Tensor, argument: str, vectors: Tensor) -> None:
     if not getattr(model, "differentiable", True):
         raise TypeError(f"model: {type(model).__name__} has no derivatives; use `jacobian`, by differences")
     _require_states(model, "states", states)
     _require(vectors.shape == states.shape, argument, f"shape {tuple(states.shape)}", tuple(vectors.shape))
+
 
 # %% ../../nbs/91_models.ipynb #5535dd36
 def tangent_linear(model: Model, states: Tensor, perturbations: Tensor, steps: int = 1) -> Tensor:
@@ -44,12 +47,14 @@ def tangent_linear(model: Model, states: Tensor, perturbations: Tensor, steps: i
     _require_derivatives(model, states, "perturbations", perturbations)
     return torch.func.jvp(_walk(model, steps), (states,), (perturbations,))[1]
 
+
 # %% ../../nbs/91_models.ipynb #8ae6783d
 def adjoint(model: Model, states: Tensor, sensitivities: Tensor, steps: int = 1) -> Tensor:
     """Mᵀ w `(..., dim)` for each of the `states` and `sensitivities` w `(..., dim)` at the end, M the Jacobian of
     `steps` steps. Raises `TypeError` for a model that is not differentiable."""
     _require_derivatives(model, states, "sensitivities", sensitivities)
     return torch.func.vjp(_walk(model, steps), states)[1](sensitivities)[0]
+
 
 # %% ../../nbs/91_models.ipynb #25380fa6
 def jacobian(model: Model, states: Tensor, steps: int = 1) -> Tensor:
@@ -66,6 +71,7 @@ def jacobian(model: Model, states: Tensor, steps: int = 1) -> Tensor:
     width = torch.finfo(states.dtype).eps ** (1 / 3) * states.abs().clamp(min=1).unsqueeze(-1)
     moved = (walk(states.unsqueeze(-2) + sign * width * unit) for sign in (1, -1))
     return ((next(moved) - next(moved)) / (2 * width)).mT
+
 
 # %% ../../nbs/91_models.ipynb #f1029884
 @dataclass(frozen=True, eq=False)
@@ -89,6 +95,7 @@ class Forecast:
             product = step @ product
         return path[-1], product
 
+
 # %% ../../nbs/91_models.ipynb #cbea615b
 def lyapunov_exponents(model: Model, states: Tensor, steps: int, spin_up: int = 200, count: int | None = None) -> Tensor:
     """Lyapunov exponents in inverse time units, `(batch, dim)`, largest first, along `steps` steps
@@ -108,6 +115,7 @@ def lyapunov_exponents(model: Model, states: Tensor, steps: int, spin_up: int = 
             stretch += r.diagonal(dim1=-2, dim2=-1).abs().log()
         states = model.step(states)
     return stretch / (steps * model.dt)
+
 
 # %% ../../nbs/91_models.ipynb #f39b4231
 guard(globals())

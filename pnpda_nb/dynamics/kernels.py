@@ -40,6 +40,7 @@ def _may_be_kept() -> bool:
 
 compiled = njit(cache=_may_be_kept(), **OPTIONS)
 
+
 # %% ../../nbs/91_models.ipynb #ke4e0a05
 @compiled
 def _lorenz63(x, slope, n, p):
@@ -65,6 +66,7 @@ def _pendulum(x, slope, n, p):
         slope[j] = x[n + j]
         slope[n + j] = -omega2 * np.sin(x[j]) - friction * x[n + j]
 
+
 # %% ../../nbs/91_models.ipynb #ke4e0a07
 @compiled
 def _advected(far, left, here, right, forcing, slope):
@@ -79,6 +81,7 @@ def _lorenz96(x, slope, n, p):
     _advected(x[e - n :], x[:n], x[n : 2 * n], x[2 * n : 3 * n], f, slope[n : 2 * n])
     _advected(x[: e - 3 * n], x[n : e - 2 * n], x[2 * n : e - n], x[3 * n :], f, slope[2 * n : e - n])
     _advected(x[e - 3 * n : e - 2 * n], x[e - 2 * n : e - n], x[e - n :], x[:n], f, slope[e - n :])
+
 
 # %% ../../nbs/91_models.ipynb #ke4e0a08
 @compiled
@@ -103,6 +106,7 @@ def _two_scale_lorenz96(x, slope, n, p):
             own = i * n + k % n
             dy[i * row + k] += link * x[own]
             slope[own] += feedback * y[i * row + k]
+
 
 # %% ../../nbs/91_models.ipynb #ke4e0a10
 @compiled
@@ -149,6 +153,7 @@ def _loop(tendency, path, error, counts, numbers, scratch):
                     for j in range(n):
                         path[(t + 1) // every, start + j, i] = x[i * n + j]
 
+
 # %% ../../nbs/91_models.ipynb #ke4e0a11
 @compiled
 def lorenz63(path, error, counts, numbers, scratch):
@@ -173,6 +178,7 @@ def double_well(path, error, counts, numbers, scratch):
 @compiled
 def pendulum(path, error, counts, numbers, scratch):
     _loop(_pendulum, path, error, counts, numbers, scratch)
+
 
 # %% ../../nbs/91_models.ipynb #ke4e0a13
 def _walk(kernel: Any, initial: Tensor, steps: int, error: Tensor | None, every: int) -> Tensor:
@@ -207,6 +213,7 @@ def _walk(kernel: Any, initial: Tensor, steps: int, error: Tensor | None, every:
 
 def _rows(states: Tensor) -> np.ndarray:
     return states.detach().reshape(-1, states.shape[-1]).contiguous().numpy()
+
 
 # %% ../../nbs/91_models.ipynb #ke4e0a15
 def along(tendency: Callable) -> Callable:
@@ -245,6 +252,7 @@ def _first_words(error: Exception) -> str:
     """The first line in which numba says what is wrong, without its colours."""
     lines = [line.strip() for line in re.sub(r"\x1b\[\d*m", "", str(error)).splitlines()]
     return next((line for line in lines if line and not line.startswith("Failed in")), type(error).__name__)
+
 
 # %% ../../nbs/91_models.ipynb #ke4e0a20
 guard(globals())

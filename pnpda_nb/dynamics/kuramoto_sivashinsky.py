@@ -22,7 +22,8 @@ from ..core.settings import Count, PositiveNumber, Settings
 from .base import _require_states
 
 # %% auto #0
-__all__ = ['etdrk4', 'KuramotoSivashinsky']
+__all__ = ["etdrk4", "KuramotoSivashinsky"]
+
 
 # %% ../../nbs/91_models.ipynb #c53dfc81
 class ETDRK4Weights(NamedTuple):
@@ -34,6 +35,7 @@ class ETDRK4Weights(NamedTuple):
     first: Tensor
     middle: Tensor
     last: Tensor
+
 
 # %% ../../nbs/91_models.ipynb #304e9cd1
 def etdrk4_weights(rates: Tensor, dt: float) -> ETDRK4Weights:
@@ -51,6 +53,7 @@ def etdrk4_weights(rates: Tensor, dt: float) -> ETDRK4Weights:
     ]
     return ETDRK4Weights(z.exp(), (z / 2).exp(), *(dt * values.real.mean(-1) for values in around))
 
+
 # %% ../../nbs/91_models.ipynb #8a6decb6
 def etdrk4(nonlinear: Callable[[Complex], Complex], modes: Complex, weights: ETDRK4Weights) -> Complex:
     """One exponential Runge-Kutta step of order four for dv/dt = λv + N(v) (Cox and Matthews 2002, eqs. 26-29;
@@ -65,6 +68,7 @@ def etdrk4(nonlinear: Callable[[Complex], Complex], modes: Complex, weights: ETD
     n4 = nonlinear(c)
     return w.full * modes + w.first * n1 + 2 * w.middle * (n2 + n3) + w.last * n4
 
+
 # %% ../../nbs/91_models.ipynb #69a351d1
 def _ks_linear(u: Tensor, dx: float, viscosity: float, boundary: str) -> Tensor:
     """-u_xx - ν u_xxxx by central differences of second order, between clamped or hinged walls."""
@@ -73,6 +77,7 @@ def _ks_linear(u: Tensor, dx: float, viscosity: float, boundary: str) -> Tensor:
     wide = torch.cat((mirror * u[..., :1], wall, u, wall, mirror * u[..., -1:]), dim=-1)
     near, far = wide[..., 3:-1] + wide[..., 1:-3], wide[..., 4:] + wide[..., :-4]
     return (2 * u - near) / dx**2 - viscosity * (far - 4 * near + 6 * u) / dx**4
+
 
 # %% ../../nbs/91_models.ipynb #f6042cc1
 @lru_cache(maxsize=64)
@@ -96,6 +101,7 @@ def _ks_spectrum(model: KuramotoSivashinsky, dtype: torch.dtype, device: torch.d
     # and both of those are local to a thread
     with ThreadPoolExecutor(1) as apart:
         return apart.submit(build).result()
+
 
 # %% ../../nbs/91_models.ipynb #872da50e
 @dataclass(frozen=True)
@@ -184,6 +190,7 @@ class KuramotoSivashinsky(Settings):
                 raise RuntimeError(f"reference: LSODA stopped with {report['message']!r}")
             runs.append(torch.from_numpy(states))
         return torch.stack(runs, dim=1).reshape(steps + 1, *state.shape).to(state)
+
 
 # %% ../../nbs/91_models.ipynb #755757d2
 guard(globals())

@@ -18,7 +18,8 @@ from ..core.settings import Count, NotNegative, PositiveNumber, Settings
 from .base import Kernel, _require_states, rk4
 
 # %% auto #0
-__all__ = ['Lorenz96', 'TwoScaleLorenz96', 'DoubleWell', 'Pendulum']
+__all__ = ["Lorenz96", "TwoScaleLorenz96", "DoubleWell", "Pendulum"]
+
 
 # %% ../../nbs/91_models.ipynb #98ec047b
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Lorenz96(Settings):
     @property
     def kernel(self) -> Kernel:
         return Kernel("lorenz96", self.dt, (self.forcing,))
+
 
 # %% ../../nbs/91_models.ipynb #712d43b6
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ class TwoScaleLorenz96(Settings):
         numbers = (self.forcing, self.amplitude_ratio, self.time_ratio, link, self.feedback * link, self.slow)
         return Kernel("two_scale_lorenz96", self.dt, numbers)
 
+
 # %% ../../nbs/91_models.ipynb #1c443f68
 @dataclass(frozen=True)
 class DoubleWell(Settings):
@@ -119,6 +122,7 @@ class DoubleWell(Settings):
     @property
     def kernel(self) -> Kernel:
         return Kernel("double_well", self.dt, (self.rate, 1))
+
 
 # %% ../../nbs/91_models.ipynb #ac539729
 @dataclass(frozen=True)
@@ -143,6 +147,7 @@ class Pendulum(Settings):
     @property
     def kernel(self) -> Kernel:
         return Kernel("pendulum", self.dt, (self.omega2, self.friction))
+
 
 # %% ../../nbs/91_models.ipynb #c13816dc
 guard(globals())

@@ -22,7 +22,8 @@ from ..core.settings import Count, PositiveNumber, Settings, Unbounded, _require
 from .base import _require_states
 
 # %% auto #0
-__all__ = ['SurfaceQuasiGeostrophic']
+__all__ = ["SurfaceQuasiGeostrophic"]
+
 
 # %% ../../nbs/21_fields.ipynb #89515027
 def waves_of(fields: Tensor, most: int) -> Complex:
@@ -38,6 +39,7 @@ def fields_of(waves: Complex, size: int) -> Tensor:
     between = waves.new_zeros(*waves.shape[:-2], size - 2 * most - 1, most + 1)
     north = torch.fft.ifft(torch.cat((waves[..., : most + 1, :], between, waves[..., -most:, :]), -2), dim=-2, norm="forward")
     return torch.fft.irfft(north, n=size, norm="forward")
+
 
 # %% ../../nbs/21_fields.ipynb #5a39c10e
 class _PerWave(NamedTuple):
@@ -77,6 +79,7 @@ def _per_wave(model: SurfaceQuasiGeostrophic, dtype: torch.dtype, device: torch.
     # and both of those are local to a thread
     with ThreadPoolExecutor(1) as apart:
         return apart.submit(build).result()
+
 
 # %% ../../nbs/21_fields.ipynb #1eb46179
 @dataclass(frozen=True)
@@ -180,6 +183,7 @@ class SurfaceQuasiGeostrophic(Settings):
     @property
     def _seconds(self) -> float:
         return 3600.0 * (2.25 if self.variant == "published" else 1.0)
+
 
 # %% ../../nbs/21_fields.ipynb #0304a260
 guard(globals())

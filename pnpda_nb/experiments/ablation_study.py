@@ -19,7 +19,7 @@ from ..studies.study import Study
 from ..studies.tables import along, conditional_scores, table_along
 
 # %% auto #0
-__all__ = ['ABLATION_STUDY']
+__all__ = ["ABLATION_STUDY"]
 
 # %% ../../nbs/95_studies.ipynb #9e4b0cff
 AXES = {
@@ -36,6 +36,7 @@ def plan_ablations(settings: AblationSettings, ablations: tuple[str, ...]) -> Pl
         plan |= ABLATIONS[name](settings)
     return plan
 
+
 # %% ../../nbs/95_studies.ipynb #02e7a580
 PUBLISHED_ABLATIONS = pd.DataFrame(
     [
@@ -45,6 +46,7 @@ PUBLISHED_ABLATIONS = pd.DataFrame(
     ],
     columns=["condition", "method", "metric", "variable", "mean", "std"],
 )
+
 
 # %% ../../nbs/95_studies.ipynb #32c0a552
 def figure_variants(
@@ -63,6 +65,7 @@ def figure_variants(
         ax.legend(handles.values(), handles.keys(), fontsize=8, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
     ax.set(xlabel=label or axis, ylabel="step RMSE", ylim=(0, None))
     return ax
+
 
 # %% ../../nbs/95_studies.ipynb #d77f29ee
 _COLOURS, _MARKS, _DASHES = ("#009E73", "#0072B2", "#E69F00", "#CC79A7"), "os^D", ("-", "--", "-.", ":")
@@ -86,6 +89,7 @@ def _bars(ax: Axes, rows: pd.DataFrame) -> None:
         ax.bar(x, line["mean"], width, yerr=line.error, capsize=2, color=colour, label=variant.replace("_", " "))
     ax.set_xticks(range(len(places)), [str(value).replace("_", " ") for value in places])
 
+
 # %% ../../nbs/95_studies.ipynb #7e2d4102
 def figures_ablations(results: dict[tuple[str, str], xr.Dataset]) -> dict:
     """One figure for every ablation that was run."""
@@ -98,6 +102,7 @@ def figures_ablations(results: dict[tuple[str, str], xr.Dataset]) -> dict:
         if axis in there
     }
 
+
 # %% ../../nbs/95_studies.ipynb #f685a53d
 def report_ablations(scores: pd.DataFrame) -> str:
     """A table for every ablation as text for a terminal."""
@@ -107,6 +112,7 @@ def report_ablations(scores: pd.DataFrame) -> str:
         if axis in there:
             lines += ["", f"{name}:", table_along(scores, axis).to_string()]
     return "\n".join(lines)
+
 
 # %% ../../nbs/95_studies.ipynb #439d7b0a
 PAPER_ABLATIONS = AblationSettings()

@@ -21,6 +21,7 @@ from ..sweep import Task
 # %% auto #0
 __all__ = []
 
+
 # %% ../../nbs/95_studies.ipynb #18851055
 @dataclass(frozen=True)
 class AblationSettings(Settings):
@@ -54,6 +55,7 @@ class AblationSettings(Settings):
         base = {"seed": self.seed, "runs": self.runs, "epochs": self.epochs, "patience": self.patience}
         return dataclasses.replace(Lorenz96Settings(), **(base | changes))
 
+
 # %% ../../nbs/95_studies.ipynb #21e20e0a
 Plan = dict[tuple[str, str], Task]
 
@@ -66,6 +68,7 @@ def cycle_63(settings: AblationSettings, label: str, prior: Task | None = None, 
     prior = prior or lorenz63_prior(study)
     testbed = {"name": "lorenz63"} | study.world()
     return cycle_task(testbed, method, prior=prior, runs=settings.runs, seed=settings.seed, name=label, cost=cost)
+
 
 # %% ../../nbs/95_studies.ipynb #eb7b2ef3
 def prior_96(
@@ -81,6 +84,7 @@ def prior_96(
         training = dataclasses.replace(training, epochs=max(1, min(settings.epochs, 60_000 * training.batch // pairs)))
     archive = archive_task(testbed, enkf, name=f"archive {label}", **some)
     return prior_task(archive, training, seed=settings.seed, pairs=pairs, name=f"prior {label}", cost=40)
+
 
 # %% ../../nbs/95_studies.ipynb #1a3b1e95
 INFLATED = {"name": "enkf", "inflation": 1.3, "additive": 1.0}

@@ -28,10 +28,12 @@ def vary_iterations(settings: AblationSettings) -> Plan:
         for a in (0.5, 0.05)
     }
 
+
 # %% ../../nbs/15_ablations.ipynb #2307345e
 def vary_alpha(settings: AblationSettings) -> Plan:
     """Figure 8 of the paper: the exponent of the step size."""
     return {(f"alpha={a:g}", "pnpda"): cycle_63(settings, f"alpha {a:g}", alpha=a) for a in settings.alphas}
+
 
 # %% ../../nbs/15_ablations.ipynb #df5abbed
 def vary_step_rule(settings: AblationSettings) -> Plan:
@@ -42,15 +44,18 @@ def vary_step_rule(settings: AblationSettings) -> Plan:
         for a in (0.5, 0.05)
     }
 
+
 # %% ../../nbs/15_ablations.ipynb #2d9b00d6
 def vary_draws(settings: AblationSettings) -> Plan:
     """Draws of noise that are averaged in every iteration."""
     return {(f"draws={n}", "pnpda"): cycle_63(settings, f"draws {n}", draws=n) for n in settings.draws}
 
+
 # %% ../../nbs/15_ablations.ipynb #a2d0aac6
 def vary_ensemble(settings: AblationSettings) -> Plan:
     """Answers whose mean is the analysis."""
     return {(f"ensemble={n}", "pnpda"): cycle_63(settings, f"ensemble {n}", ensemble=n) for n in settings.ensembles}
+
 
 # %% ../../nbs/15_ablations.ipynb #d6aaaaa3
 def vary_coupling(settings: AblationSettings) -> Plan:
@@ -62,6 +67,7 @@ def vary_coupling(settings: AblationSettings) -> Plan:
             plan[f"beta={beta:g}", f"batch_{batch}"] = cycle_63(settings, f"beta {beta:g} batch {batch}", prior)
     return plan
 
+
 # %% ../../nbs/15_ablations.ipynb #95d0d73e
 def vary_archive_size(settings: AblationSettings) -> Plan:
     """The first so many pairs of one large archive of the inflated EnKF."""
@@ -71,6 +77,7 @@ def vary_archive_size(settings: AblationSettings) -> Plan:
         prior = prior_96(settings, label=f"size {size}", enkf=INFLATED, runs=most, pairs=size)
         plan[f"size={size}", "pnpda"] = cycle_96(settings, prior, f"size {size}")
     return plan
+
 
 # %% ../../nbs/15_ablations.ipynb #cf67fc28
 def vary_archive_quality(settings: AblationSettings) -> Plan:
@@ -88,6 +95,7 @@ def vary_archive_quality(settings: AblationSettings) -> Plan:
         (f"archive={name}", "pnpda"): cycle_96(settings, prior_96(settings, label=name, **archive), f"archive {name}")
         for name, archive in archives.items()
     }
+
 
 # %% ../../nbs/15_ablations.ipynb #2eaf9f4a
 def vary_normalisation(settings: AblationSettings) -> Plan:
@@ -107,6 +115,7 @@ def vary_normalisation(settings: AblationSettings) -> Plan:
             plan[label, name] = cycle_task(study.testbed(), study.pnpda(), name=f"field {name}", **task)
     return plan
 
+
 # %% ../../nbs/15_ablations.ipynb #f069f36d
 def shift_sigma(settings: AblationSettings) -> Plan:
     """A prior trained at σ = 0.5 used at other σ, beside priors trained where they are used."""
@@ -117,6 +126,7 @@ def shift_sigma(settings: AblationSettings) -> Plan:
         plan[f"sigma={sigma:g}", "trained_at_0.5"] = cycle_96(settings, at_home, f"σ {sigma:g} shifted", sigma)
         plan[f"sigma={sigma:g}", "trained_there"] = cycle_96(settings, own, f"σ {sigma:g} own", sigma)
     return plan
+
 
 # %% ../../nbs/15_ablations.ipynb #8f4f035e
 def shift_forcing(settings: AblationSettings) -> Plan:
@@ -133,6 +143,7 @@ def shift_forcing(settings: AblationSettings) -> Plan:
         some = {"members": settings.members, "runs": settings.runs, "seed": settings.seed}
         plan[label, "enkf_inflated"] = cycle_task(testbed, INFLATED, name=f"{label} enkf", **some)
     return plan
+
 
 # %% ../../nbs/15_ablations.ipynb #c751e26f
 ABLATIONS = {

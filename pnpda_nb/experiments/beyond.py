@@ -22,7 +22,7 @@ from ..studies.tables import conditional_scores
 from ..sweep import Task
 
 # %% auto #0
-__all__ = ['beyond_study']
+__all__ = ["beyond_study"]
 
 # %% ../../nbs/95_studies.ipynb #037cecf2
 FILTERS = ("free_run", "var3d", "particle_filter", "ensf", "enff", "letkf", "enkf", "enkf_crps", "enkf_40", "enkf_100")
@@ -37,12 +37,14 @@ BEYOND_METHODS = (*FILTERS, *ONE_FORECAST, *TWENTY)
 def _members(settings: BeyondSettings, name: str) -> int:
     return {"enkf_40": 40, "enkf_100": 100}.get(name, settings.members)
 
+
 # %% ../../nbs/95_studies.ipynb #ef13c843
 def beyond_archive(settings: BeyondSettings) -> Task:
     """The archive of pairs whose covariance is the B of a 3D-Var."""
     testbed = next(iter(settings.conditions().values())) | {"cycles": 100}
     method = BEYOND_TESTBEDS[settings.testbed]["filter"] | {"inflation": 1.2}
     return archive_task(testbed, method, members=settings.members, runs=25, seed=settings.seed)
+
 
 # %% ../../nbs/95_studies.ipynb #fc86ba7b
 def beyond_tuning(settings: BeyondSettings, condition: str, name: str) -> Task | None:
@@ -62,6 +64,7 @@ def beyond_tuning(settings: BeyondSettings, condition: str, name: str) -> Task |
             cost = 30 if name == "letkf" else 40
             return tuning_task(testbed, {"name": name}, here[name], members=size, cost=cost, **options)
     return None
+
 
 # %% ../../nbs/95_studies.ipynb #758d1908
 def _trial(settings: BeyondSettings, condition: str, name: str) -> dict:
@@ -84,6 +87,7 @@ def filter_cycle(settings: BeyondSettings, condition: str, name: str) -> Task:
         case "letkf" | "ensf" | "enff":
             return costed_task(testbed, {"name": name}, members=size, tuned=tuned, cost=15, **trial)
     return costed_task(testbed, here["filter"], members=size, tuned=tuned, cost=size / 3, **trial)
+
 
 # %% ../../nbs/95_studies.ipynb #967368ea
 def _tuned(settings: BeyondSettings, condition: str, name: str, method: dict, grid: dict, prior: Task, **options) -> Task:
@@ -111,6 +115,7 @@ def one_forecast_cycle(settings: BeyondSettings, condition: str, name: str, prio
             return costed_task(testbed, method, prior=prior, tuned=tuned, **trial)
     return costed_task(testbed, {"name": "amortised"}, prior=prior, **trial)
 
+
 # %% ../../nbs/95_studies.ipynb #f5c62644
 def twenty_cycle(settings: BeyondSettings, condition: str, name: str, priors: dict[str, Task]) -> Task:
     """The cycle of an ensemble: of amortised analyses, or around a learned mean."""
@@ -123,6 +128,7 @@ def twenty_cycle(settings: BeyondSettings, condition: str, name: str, priors: di
     some = {"members": settings.members, "prior": prior, "cost": 15} | _trial(settings, condition, name)
     tuned = _tuned(settings, condition, name, method, grid, prior, members=settings.members, metric="crps")
     return costed_task(settings.conditions()[condition], method, tuned=tuned, **some)
+
 
 # %% ../../nbs/95_studies.ipynb #a7dd6ccf
 FIRST_ONLY = ("pnpda_blind_obs", "amortised_ensemble_obs", "learned_mean", "learned_mean_obs")
@@ -146,11 +152,13 @@ def plan_beyond(settings: BeyondSettings, methods: tuple[str, ...]) -> dict[tupl
         raise ValueError(f"methods: {', '.join(methods)} is not planned for {settings.testbed}")
     return plan
 
+
 # %% ../../nbs/95_studies.ipynb #caf32eac
 def kept_beyond(settings: BeyondSettings, methods: tuple[str, ...]) -> dict[str, Task]:
     """The priors of the `methods`."""
     wanted = {m.replace("one_step", "pnpda_blind").replace("_ensemble", "") for m in methods}
     return {f"prior_{name}.safetensors": task for name, task in beyond_priors(settings).items() if name in wanted}
+
 
 # %% ../../nbs/95_studies.ipynb #06136a86
 def table_beyond(scores: pd.DataFrame, condition: str, metric: str) -> pd.DataFrame:
@@ -180,6 +188,7 @@ def table_beyond(scores: pd.DataFrame, condition: str, metric: str) -> pd.DataFr
     }
     return pd.DataFrame.from_dict(rows, orient="index")
 
+
 # %% ../../nbs/95_studies.ipynb #5599ac92
 def report_beyond(scores: pd.DataFrame) -> str:
     """The tables of all conditions as text for a terminal."""
@@ -191,6 +200,7 @@ def report_beyond(scores: pd.DataFrame) -> str:
     for condition in scores.condition.fillna("").unique():
         lines += ["", condition, table_beyond(scores, condition, metric).to_string()]
     return "\n".join(lines)
+
 
 # %% ../../nbs/95_studies.ipynb #343981af
 def figure_beyond(scores: pd.DataFrame, metric: str) -> Figure:
@@ -222,12 +232,14 @@ def draw_forecasts(ax: Axes, scores: pd.DataFrame, metric: str) -> None:
     label = metric.replace("_", " ").replace("rmse", "RMSE")
     ax.set(xscale="log", xlabel="forecasts per cycle", ylabel=label, ylim=(0, None))
 
+
 # %% ../../nbs/95_studies.ipynb #c2291d45
 def figures_beyond(results: dict[tuple[str, str], xr.Dataset]) -> dict:
     """The figure of all conditions."""
     book_style()
     scores = conditional_scores(results)
     return {"forecasts": figure_beyond(scores, BEYOND_TESTBEDS[scores.experiment.iloc[0]]["metric"])}
+
 
 # %% ../../nbs/95_studies.ipynb #07b4839e
 def beyond_study(testbed: str) -> Study:

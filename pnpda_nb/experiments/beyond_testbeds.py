@@ -55,6 +55,7 @@ BEYOND_TESTBEDS: dict[str, dict] = {
     },
 }  # fmt: skip
 
+
 # %% ../../nbs/95_studies.ipynb #d806556f
 @dataclass(frozen=True)
 class BeyondSettings(Settings):
@@ -116,6 +117,7 @@ class BeyondSettings(Settings):
         if self.testbed != "kuramoto_sivashinsky":
             return {"": testbed}
         return {f"points={n}, sigma={sigma:g}": testbed | {"points": n, "variance": sigma**2} for n, sigma in _KS_NETWORKS}
+
 
 # %% ../../nbs/95_studies.ipynb #320fcc88
 BEYOND_PRESETS: dict[str, BeyondSettings] = {

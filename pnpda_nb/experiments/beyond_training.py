@@ -13,6 +13,7 @@ from ..sweep import Task
 # %% auto #0
 __all__ = []
 
+
 # %% ../../nbs/95_studies.ipynb #866d850e
 def beyond_record(settings: BeyondSettings, condition: str) -> Task:
     """The record of observations of a condition, reanalysed by a large ensemble that was tuned for it."""
@@ -27,6 +28,7 @@ def beyond_record(settings: BeyondSettings, condition: str) -> Task:
         testbed, method, members=settings.record_members, runs=settings.record_runs, cycles=settings.record_cycles,
         seed=settings.seed, smoothed=here["smoother"], tuned=tuned, name=f"record {condition}".strip(), cost=60,
     )  # fmt: skip
+
 
 # %% ../../nbs/95_studies.ipynb #fceafbbd
 def teacher(settings: BeyondSettings, tag: str) -> dict:
@@ -52,6 +54,7 @@ def _networks(settings: BeyondSettings) -> dict | None:
     usual = [(list(experiment_of(t).network.operator.sites), t["variance"] ** 0.5) for t in testbeds]
     return {"dim": experiment_of(testbeds[0]).dim, "usual": usual, "often": 0.85}
 
+
 # %% ../../nbs/95_studies.ipynb #4d845b8a
 def _cycles(settings: BeyondSettings, tag: str, follow: float = 1.0) -> int:
     share = settings.record_share if tag else 1.0
@@ -72,6 +75,7 @@ def amortised_prior(settings: BeyondSettings, tag: str, source: dict) -> Task:
         network=network, name=f"amortised{tag}", cost=_seconds(settings), **source, **seen_by,
     )  # fmt: skip
 
+
 # %% ../../nbs/95_studies.ipynb #5ad1541f
 def blind_prior(settings: BeyondSettings, tag: str, source: dict, start: Task) -> Task:
     """The prior of plug-and-play, which is shown no observations and is trained while Kalman steps cycle."""
@@ -88,6 +92,7 @@ def rollout_prior(settings: BeyondSettings, tag: str, source: dict, start: Task)
     training = settings.training(cycles=0, rollout=settings.rollout, rollout_cycles=settings.rollout_cycles)
     options = source | {"start": start, "name": f"rollout{tag}", "cost": _seconds(settings) * settings.follow * 1.5}
     return learning_task(list(settings.conditions().values()), {"name": "amortised"}, training, **options)
+
 
 # %% ../../nbs/95_studies.ipynb #036575ca
 def seeing_prior(settings: BeyondSettings, source: dict, start: Task) -> Task:
@@ -106,6 +111,7 @@ def learned_mean_prior(settings: BeyondSettings, tag: str, source: dict, start: 
     testbeds, cost = list(settings.conditions().values())[:1], _seconds(settings) * settings.follow * 2
     options = _one_network(source) | {"start": start, "name": f"learned_mean{tag}", "members": settings.members, "cost": cost}
     return learning_task(testbeds, policy, training, **options)
+
 
 # %% ../../nbs/95_studies.ipynb #99446795
 def beyond_priors(settings: BeyondSettings) -> dict[str, Task]:

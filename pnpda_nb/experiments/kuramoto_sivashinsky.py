@@ -22,7 +22,7 @@ from ..studies.tables import conditional_scores, figure_along, table_along
 from ..sweep import Task
 
 # %% auto #0
-__all__ = ['KURAMOTO_SIVASHINSKY']
+__all__ = ["KURAMOTO_SIVASHINSKY"]
 
 # %% ../../nbs/95_studies.ipynb #fdc17933
 Points = Annotated[int, Interval(ge=1, le=127)]
@@ -63,6 +63,7 @@ class KuramotoSivashinskySettings(SweepSettings):
         by_points = {f"points={n}": self.testbed(points=n) for n in self.points}
         return by_points | {f"sigma={sigma:g}": self.testbed(sigma=sigma) for sigma in self.sigmas}
 
+
 # %% ../../nbs/95_studies.ipynb #4f40d435
 KS_LEARNED = ("conditional_mean", "pnpda_printed", "pnpda", "pnpda_small_alpha")
 KS_METHODS = ("free_run", "var3d_gc", "var3d", "enkf", *KS_LEARNED)
@@ -76,6 +77,7 @@ def ks_prior(settings: KuramotoSivashinskySettings) -> Task:
     some = {"members": settings.archive_members, "runs": settings.archive_runs, "seed": settings.seed}
     archive = archive_task(testbed, {"name": "enkf"}, cost=25, **some)
     return prior_task(archive, settings.training(), seed=settings.seed, cost=160)
+
 
 # %% ../../nbs/95_studies.ipynb #aed51ace
 def classical_ks(settings: KuramotoSivashinskySettings, testbed: dict, name: str, label: str) -> Task | None:
@@ -97,6 +99,7 @@ def classical_ks(settings: KuramotoSivashinskySettings, testbed: dict, name: str
             tuned = tuning_task(testbed, method, KS_ENKF_GRID, members=members, cost=24, **training)
             return cycle_task(testbed, method, members=members, tuned=tuned, name=label, cost=18, **trial)
     return None
+
 
 # %% ../../nbs/95_studies.ipynb #57541d5a
 def learned_ks(settings: KuramotoSivashinskySettings, testbed: dict, name: str, label: str, prior: Task) -> Task:
@@ -121,10 +124,12 @@ def plan_kuramoto_sivashinsky(settings: KuramotoSivashinskySettings, methods: tu
 
     return {(c, name): task(testbed, name, f"{name} {c}") for c, testbed in settings.conditions().items() for name in methods}
 
+
 # %% ../../nbs/95_studies.ipynb #0c82f0fc
 def kept_kuramoto_sivashinsky(settings: KuramotoSivashinskySettings, methods: tuple[str, ...]) -> dict[str, Task]:
     """The prior, if one of the `methods` has one."""
     return {"prior.safetensors": ks_prior(settings)} if set(KS_LEARNED) & set(methods) else {}
+
 
 # %% ../../nbs/95_studies.ipynb #501822a9
 def figures_kuramoto_sivashinsky(results: dict[tuple[str, str], xr.Dataset]) -> dict:
@@ -139,6 +144,7 @@ def figures_kuramoto_sivashinsky(results: dict[tuple[str, str], xr.Dataset]) -> 
         figures["figure_5_points"].axes[0].set_xscale("log", base=2)
     return figures
 
+
 # %% ../../nbs/95_studies.ipynb #2b46bcb5
 def report_kuramoto_sivashinsky(scores: pd.DataFrame) -> str:
     """The tables of the two figures as text for a terminal."""
@@ -147,6 +153,7 @@ def report_kuramoto_sivashinsky(scores: pd.DataFrame) -> str:
         if scores.condition.str.startswith(f"{axis}=").any():
             lines += ["", table_along(scores, axis).to_string()]
     return "\n".join(lines)
+
 
 # %% ../../nbs/95_studies.ipynb #26a9b4de
 PAPER_KS = KuramotoSivashinskySettings()

@@ -23,7 +23,8 @@ from ..studies.tables import conditional_scores, figure_along, table_along
 from ..sweep import Task
 
 # %% auto #0
-__all__ = ['PARTS_STUDY']
+__all__ = ["PARTS_STUDY"]
+
 
 # %% ../../nbs/95_studies.ipynb #960ace75
 @dataclass(frozen=True)
@@ -50,10 +51,12 @@ class PartsSettings(Settings):
         some = {"runs": self.runs, "seed": self.seed, "members": self.members}
         return dataclasses.replace(preset, learning_cycles=cycles, **some)
 
+
 # %% ../../nbs/95_studies.ipynb #8be4aac8
 def off_policy_prior(settings: BeyondSettings) -> Task:
     """A prior that learns from the backgrounds of an ensemble filter, in place of its own; fewer trajectories cycle."""
     return _varied(settings, policy=BEYOND_TESTBEDS[settings.testbed]["hybrid"], members=settings.members, name="off_policy")
+
 
 # %% ../../nbs/95_studies.ipynb #e6d158c2
 def dense_prior(settings: BeyondSettings) -> Task:
@@ -63,10 +66,12 @@ def dense_prior(settings: BeyondSettings) -> Task:
     width = 128 if settings.testbed != "kuramoto_sivashinsky" else 384
     return _varied(settings, network={"geometry": "none", "width": width} | same, name="dense")
 
+
 # %% ../../nbs/95_studies.ipynb #ec991377
 def small_archive_prior(settings: BeyondSettings, runs: int) -> Task:
     """A prior that learns from `runs` truths of a hundred observation times only."""
     return _varied(settings, truth={"runs": runs, "cycles": 100}, name=f"archive of {runs}")
+
 
 # %% ../../nbs/95_studies.ipynb #f4f138cb
 def _varied(settings: BeyondSettings, **changes) -> Task:
@@ -79,6 +84,7 @@ def _varied(settings: BeyondSettings, **changes) -> Task:
         kept["training"] = kept["training"] | {"trajectories": settings.ensemble_trajectories}
     name = changes.pop("name")
     return dataclasses.replace(whole, name=name, settings=kept | changes)
+
 
 # %% ../../nbs/95_studies.ipynb #1f8ebfaf
 PARTS_METHODS = (
@@ -117,6 +123,7 @@ def _gradient_cycle(settings: PartsSettings, testbed: dict, blind: dict, prior: 
     tuned = tuning_task(testbed, method, {"alpha": [0.05, 0.2, 0.5, 1.0]}, name=f"tuning {trial['name']}", **some)
     return costed_task(testbed, method, prior=prior, tuned=tuned, cost=10, **trial)
 
+
 # %% ../../nbs/95_studies.ipynb #27cfbcfa
 def plan_parts(settings: PartsSettings, methods: tuple[str, ...]) -> dict[tuple[str, str], Task]:
     """The task of every condition and method."""
@@ -146,12 +153,14 @@ def _plan_limits(settings: PartsSettings, methods: tuple[str, ...]) -> dict[tupl
             plan[f"truths={n}", "amortised"] = parts_cycle(settings, of, of.conditions()[""], "amortised", {}, few)
     return plan | shift(settings.beyond("kuramoto_sivashinsky"), "points", settings.counts)
 
+
 # %% ../../nbs/95_studies.ipynb #5893a00a
 LIMITS = {
     "forcing": ("step_rmse", "forcing of Lorenz-96 (trained: 18)"),
     "points": ("analysis_rmse", "observed points, KS (trained: mostly 16, 32)"),
     "truths": ("step_rmse", "truths to learn from, Lorenz-96"),
 }
+
 
 # %% ../../nbs/95_studies.ipynb #33857b1f
 def figures_parts(results: dict[tuple[str, str], xr.Dataset]) -> dict:
@@ -166,6 +175,7 @@ def figures_parts(results: dict[tuple[str, str], xr.Dataset]) -> dict:
                 found[f"limits_{axis}"].axes[0].set_xscale("log", base=2)
     return found
 
+
 # %% ../../nbs/95_studies.ipynb #7845d9fc
 def report_parts(scores: pd.DataFrame) -> str:
     """The tables of parts and limits as text for a terminal."""
@@ -179,6 +189,7 @@ def report_parts(scores: pd.DataFrame) -> str:
         if scores.condition.str.startswith(f"{axis}=").any():
             lines += ["", table_along(scores, axis, metric).to_string()]
     return "\n".join(lines)
+
 
 # %% ../../nbs/95_studies.ipynb #32154179
 PARTS = PartsSettings()

@@ -22,7 +22,8 @@ from ..twin.experiment import TwinExperiment
 from ..twin.testbeds import lorenz63
 
 # %% auto #0
-__all__ = ['LORENZ63']
+__all__ = ["LORENZ63"]
+
 
 # %% ../../nbs/95_studies.ipynb #1dda88b5
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Lorenz63Settings(CycleSettings):
         """The twin experiment that methods are judged on; `changes` as for `lorenz63`."""
         return lorenz63(**self.world(**changes))
 
+
 # %% ../../nbs/95_studies.ipynb #506ab6ec
 def lorenz63_archive(settings: Lorenz63Settings) -> Task:
     """The EnRDA archive of the appendix (or the file that the settings name)."""
@@ -73,6 +75,7 @@ def lorenz63_prior(settings: Lorenz63Settings) -> Task:
     if settings.prior:
         return file_task("prior", settings.prior, dim=3)
     return prior_task(lorenz63_archive(settings), settings.training(), seed=settings.seed, cost=20)
+
 
 # %% ../../nbs/95_studies.ipynb #df0659a7
 LEARNED_63 = ("conditional_mean", "pnpda", "pnpda_small_alpha")
@@ -106,10 +109,12 @@ def plan_lorenz63(settings: Lorenz63Settings, methods: tuple[str, ...]) -> dict[
     some = {"runs": settings.runs, "tuning_runs": settings.tuning_runs, "seed": settings.seed, "whole": True}
     return {("", name): tuned_task(testbed, name=name, **rows[name], **some) for name in methods}
 
+
 # %% ../../nbs/95_studies.ipynb #917b9d67
 def kept_lorenz63(settings: Lorenz63Settings, methods: tuple[str, ...]) -> dict[str, Task]:
     """The prior, if one of the `methods` has one."""
     return {"prior.safetensors": lorenz63_prior(settings)} if set(LEARNED_63) & set(methods) else {}
+
 
 # %% ../../nbs/95_studies.ipynb #eb538a99
 def _published() -> pd.DataFrame:
@@ -124,6 +129,7 @@ def _published() -> pd.DataFrame:
 
 
 PUBLISHED_63 = _published()  # Table 1 and the text of appendix C of PnP-DA
+
 
 # %% ../../nbs/95_studies.ipynb #be90f91a
 def table_1(scores: pd.DataFrame) -> pd.DataFrame:
@@ -145,6 +151,7 @@ def table_1(scores: pd.DataFrame) -> pd.DataFrame:
     table.index = pd.Index([LABELS.get(m, m) for m in methods], name="method")
     return table
 
+
 # %% ../../nbs/95_studies.ipynb #16e2f9fb
 def report_lorenz63(scores: pd.DataFrame) -> str:
     """Table 1 as text for a terminal."""
@@ -162,6 +169,7 @@ def report_lorenz63(scores: pd.DataFrame) -> str:
             lines.append(f"{'  paper':<{width}}" + "".join(f"{v:>14}" for v in row["paper"]))
     return "\n".join(lines)
 
+
 # %% ../../nbs/95_studies.ipynb #6555efb7
 def figure_time(results: dict[str, xr.Dataset]):
     """The lower panel of Figure 2: RMSE against time, the mean over runs and its standard error."""
@@ -173,6 +181,7 @@ def figure_time(results: dict[str, xr.Dataset]):
     ax.set(xlabel="time (model units)", ylabel=f"RMSE over x, y, z (mean of {result.sizes['run']} runs)", ylim=(0, None))
     ax.legend(ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
     return figure
+
 
 # %% ../../nbs/95_studies.ipynb #4ee66add
 def figure_phase(results: dict[str, xr.Dataset], bins: int = 40):
@@ -195,6 +204,7 @@ def figure_phase(results: dict[str, xr.Dataset], bins: int = 40):
     figure.colorbar(mesh, ax=axes, label="mean RMSE", extend="max")
     return figure
 
+
 # %% ../../nbs/95_studies.ipynb #e805b36b
 def figure_trajectories(results: dict[str, xr.Dataset], run: int = 0):
     """Trajectories of one run, as in the supplement of the paper: truth and estimates of x, y and z."""
@@ -212,6 +222,7 @@ def figure_trajectories(results: dict[str, xr.Dataset], run: int = 0):
     axes[-1].set_xlabel("time (model units)")
     return figure
 
+
 # %% ../../nbs/95_studies.ipynb #19073b6f
 def figures_lorenz63(results: dict[tuple[str, str], xr.Dataset]) -> dict:
     """All figures of the study by name; methods of which no run survived are not drawn."""
@@ -224,6 +235,7 @@ def figures_lorenz63(results: dict[tuple[str, str], xr.Dataset]) -> dict:
         "figure_2_phase": figure_phase(results),
         "trajectories": figure_trajectories(results),
     }
+
 
 # %% ../../nbs/95_studies.ipynb #6e8d041a
 PAPER = Lorenz63Settings()

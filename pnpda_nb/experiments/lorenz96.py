@@ -22,7 +22,7 @@ from ..studies.tables import conditional_scores, figure_along, table_along
 from ..sweep import Task
 
 # %% auto #0
-__all__ = ['LORENZ96']
+__all__ = ["LORENZ96"]
 
 # %% ../../nbs/95_studies.ipynb #937669d3
 Observed = Annotated[int, Interval(ge=1, le=8)]
@@ -53,6 +53,7 @@ class Lorenz96Settings(SweepSettings):
         by_count = {f"fraction={n / 8:g}": self.testbed(count=n) for n in self.counts}
         return by_count | {f"sigma={sigma:g}": self.testbed(sigma=sigma) for sigma in self.sigmas}
 
+
 # %% ../../nbs/95_studies.ipynb #994a6dce
 def lorenz96_priors(settings: Lorenz96Settings, again: int = 0) -> dict[str, Task]:
     """The two priors, from the archive as printed and from the inflated one; with other random numbers in archive and
@@ -67,6 +68,7 @@ def lorenz96_priors(settings: Lorenz96Settings, again: int = 0) -> dict[str, Tas
 
     inflated = {"inflation": settings.archive_inflation, "additive": settings.archive_additive}
     return {"pnpda_paper": prior("pnpda_paper", settings.paper_runs, {}), "pnpda": prior("pnpda", settings.archive_runs, inflated)}
+
 
 # %% ../../nbs/95_studies.ipynb #2c94ccb4
 LORENZ96_METHODS = (
@@ -100,6 +102,7 @@ def classical_96(settings: Lorenz96Settings, testbed: dict, name: str, label: st
             return cycle_task(testbed, method, members=members, tuned=tuned, name=label, cost=5, **trial)
     return None
 
+
 # %% ../../nbs/95_studies.ipynb #abda0b7b
 def learned_96(settings: Lorenz96Settings, testbed: dict, name: str, label: str, priors: dict[str, Task]) -> Task | None:
     """The cycle of PnP-DA with one of the `priors`, or of a prior alone; None if `name` is neither."""
@@ -114,6 +117,7 @@ def learned_96(settings: Lorenz96Settings, testbed: dict, name: str, label: str,
             method = settings.pnpda(assumed_variance=settings.sigma**2)
             return cycle_task(testbed, method, prior=priors["pnpda_paper"], name=label, cost=9, **trial)
     return None
+
 
 # %% ../../nbs/95_studies.ipynb #38f3eea1
 def plan_lorenz96(settings: Lorenz96Settings, methods: tuple[str, ...]) -> dict[tuple[str, str], Task]:
@@ -142,11 +146,13 @@ def _trainings_96(settings: Lorenz96Settings, methods: tuple[str, ...]) -> dict[
                 plan[label, name] = cycle_task(settings.testbed(), settings.pnpda(), **options, **trial)
     return plan
 
+
 # %% ../../nbs/95_studies.ipynb #53b0c121
 def kept_lorenz96(settings: Lorenz96Settings, methods: tuple[str, ...]) -> dict[str, Task]:
     """The priors that the `methods` have."""
     wanted = {name.removesuffix("_misspecified") for name in methods} | ({"pnpda"} if "conditional_mean" in methods else set())
     return {f"prior_{name}.safetensors": task for name, task in lorenz96_priors(settings).items() if name in wanted}
+
 
 # %% ../../nbs/95_studies.ipynb #bd77fd79
 PUBLISHED_96 = pd.DataFrame(
@@ -166,6 +172,7 @@ def published_along(published: pd.DataFrame, axis: str) -> list[tuple[str, float
     here = published[published.condition.str.startswith(f"{axis}=")]
     return [(row.method, float(row.condition.split("=")[1]), row["mean"]) for _, row in here.iterrows()]
 
+
 # %% ../../nbs/95_studies.ipynb #68d2d373
 FIGURES_96 = {
     "fraction": ("figure_3_fraction", "fraction of the slow variables that is observed"),
@@ -177,6 +184,7 @@ def figure_lorenz96(scores: pd.DataFrame, axis: str):
     """Figure 3 ("fraction") or 4 ("sigma") of the paper, with every method that is there."""
     return figure_along(scores, axis, label=FIGURES_96[axis][1], published=published_along(PUBLISHED_96, axis))
 
+
 # %% ../../nbs/95_studies.ipynb #5bfd25dc
 def figures_lorenz96(results: dict[tuple[str, str], xr.Dataset]) -> dict:
     """Figures 3 and 4 of the paper by name."""
@@ -184,6 +192,7 @@ def figures_lorenz96(results: dict[tuple[str, str], xr.Dataset]) -> dict:
     scores = conditional_scores(results)
     there = scores.condition.str.split("=").str[0].unique()
     return {name: figure_lorenz96(scores, axis) for axis, (name, _) in FIGURES_96.items() if axis in there}
+
 
 # %% ../../nbs/95_studies.ipynb #06fdfe55
 def report_lorenz96(scores: pd.DataFrame) -> str:
@@ -194,6 +203,7 @@ def report_lorenz96(scores: pd.DataFrame) -> str:
             lines += ["", table_along(scores, axis).to_string()]
     rows = [f"  {row.condition}, {LABELS.get(row.method, row.method)}: {row['mean']:g}" for _, row in PUBLISHED_96.iterrows()]
     return "\n".join([*lines, "", "the paper's text:", *rows])
+
 
 # %% ../../nbs/95_studies.ipynb #6fb64ae2
 PAPER_96 = Lorenz96Settings()

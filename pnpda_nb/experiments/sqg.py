@@ -23,7 +23,8 @@ from ..studies.tables import conditional_scores
 from ..sweep import Task
 
 # %% auto #0
-__all__ = ['SQG']
+__all__ = ["SQG"]
+
 
 # %% ../../nbs/95_studies.ipynb #f1e2d503
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ class SqgSettings(Settings):
         cycles = max(1, round(self.follow * self.learning_cycles))
         return self.training(**({"cycles": cycles, "learning_rate": self.learning_rate / 2, "average": 0.99} | changes))
 
+
 # %% ../../nbs/95_studies.ipynb #f1e2d504
 SQG_LEARNED = ("pnpda_blind", "pnpda_seeing", "amortised", "amortised_ensemble", "learned_mean")
 SQG_METHODS = ("free_run", "interpolation", "var3d", "var4d", "letkf", "letkf_40", "letkf_100", *SQG_LEARNED)
@@ -131,6 +133,7 @@ def sqg_archive(settings: SqgSettings) -> Task:
     testbed = settings.testbed(settings.columns[0], settings.tuning_cycles)
     return free_run_task(testbed, runs=4, length=100, seed=settings.seed)
 
+
 # %% ../../nbs/95_studies.ipynb #f1e2d505
 def sqg_priors(settings: SqgSettings) -> dict[str, Task]:
     """The task of every prior, by the method that it is for."""
@@ -163,6 +166,7 @@ def sqg_priors(settings: SqgSettings) -> dict[str, Task]:
     }
     there = {name: Path(settings.priors, f"prior_{name}.safetensors") for name in made if settings.priors}
     return made | {n: file_task("analysis_prior", str(p), 2 * settings.size**2) for n, p in there.items() if p.is_file()}
+
 
 # %% ../../nbs/95_studies.ipynb #f1e2d506
 def sqg_cycle(settings: SqgSettings, condition: str, name: str, priors: dict[str, Task]) -> Task:
@@ -218,6 +222,7 @@ def kept_sqg(settings: SqgSettings, methods: tuple[str, ...]) -> dict[str, Task]
     kept = {f"prior_{name}.safetensors": task for name, task in sqg_priors(settings).items() if name in wanted}
     tuned = [(n, m) for n in settings.columns for m in methods if m in _GRIDS and (n == settings.columns[0] or m in _EVERYWHERE)]
     return kept | {f"tuning_{m}_{n}.json": sqg_tuning(settings, n, m) for n, m in tuned}
+
 
 # %% ../../nbs/95_studies.ipynb #f1e2d507
 def figures_sqg(results: dict[tuple[str, str], xr.Dataset]) -> dict:

@@ -31,11 +31,12 @@ from .times import _calendar, _is_time, _same, _time, _time_of_all, _times_along
 from .units import _units
 
 # %% auto #0
-__all__ = ['Archive', 'open_archive']
+__all__ = ["Archive", "open_archive"]
 
 # %% ../../nbs/93_files.ipynb #c1a5bbe5
 SAMPLES = ("sample", "case", "run", "cycle", "time", "valid_time", "forecast_reference_time", "date")
 MEMBERS = ("member", "realization", "number", "ensemble")
+
 
 # %% ../../nbs/93_files.ipynb #cfadcd3a
 def is_sample(dim: str, data: xr.Dataset, also: Sequence[str] = ()) -> bool:
@@ -59,6 +60,7 @@ def fields_of(data: xr.Dataset, role: str) -> dict[str, xr.DataArray]:
         elif variable.startswith(f"{role}_"):
             found[variable.removeprefix(f"{role}_")] = data[variable]
     return found
+
 
 # %% ../../nbs/93_files.ipynb #e57c3d2e
 class Archive:
@@ -148,6 +150,7 @@ class Archive:
                 f"archive: expected the points that the first pair of {_shown(self.name)} misses to be missing always, "
                 f"got values in the {role} of pair {first + pair}"
             )
+
 
 # %% ../../nbs/93_files.ipynb #23bac61d
 class _Piece:
@@ -258,6 +261,7 @@ class _Piece:
             columns.append(_in_units(values, self.factors[role, field.name]))
         return columns[0] if len(columns) == 1 else np.concatenate(columns, axis=1)
 
+
 # %% ../../nbs/93_files.ipynb #8a7d0cd0
 def _stretch(array: xr.DataArray, samples: Sequence[str], dims: Sequence[str], first: int, last: int, where: str) -> np.ndarray:
     """States `first` to `last` of an array, with the dimensions `dims` in this order, which are counted by the dimensions
@@ -277,6 +281,7 @@ def _stretch(array: xr.DataArray, samples: Sequence[str], dims: Sequence[str], f
     if end * inner < last:
         parts.append(_stretch(array.isel({outer: end}), rest, dims, 0, last - end * inner, where))
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
 
 # %% ../../nbs/93_files.ipynb #98b7c647
 def _in_order_of_time(pieces: list[_Piece]) -> list[_Piece]:
@@ -301,6 +306,7 @@ def _in_order_of_time(pieces: list[_Piece]) -> list[_Piece]:
             )
     return timed
 
+
 # %% ../../nbs/93_files.ipynb #a8682192
 def _naturally(path: str) -> list:
     """A key that sorts numbers in names by their size: part_2 before part_10."""
@@ -316,6 +322,7 @@ def _files(path: str | os.PathLike) -> list[str]:
     if os.path.lexists(path) or not any(c in str(path) for c in "*?["):
         return [str(path)]
     return sorted(glob.glob(str(path)), key=_naturally)
+
 
 # %% ../../nbs/93_files.ipynb #f5a82869
 def open_archive(path: str | os.PathLike, *, roles: Sequence[str] = ROLES, samples: Sequence[str] = ()) -> Archive:
@@ -365,6 +372,7 @@ def open_archive(path: str | os.PathLike, *, roles: Sequence[str] = ROLES, sampl
         for piece in pieces:
             piece.close()
         raise
+
 
 # %% ../../nbs/93_files.ipynb #8add883f
 guard(globals())

@@ -14,6 +14,7 @@ from ..core.checks import guard
 # %% auto #0
 __all__ = []
 
+
 # %% ../../nbs/93_files.ipynb #0a58b201
 class _Refused(ValueError):
     """What was found wrong with a file while a library read it: already the one line that its user is to see."""
@@ -30,6 +31,7 @@ def _reason(error: BaseException) -> str:
     text = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}{': ' * bool(text)}{text if len(text) <= 120 else text[:117] + '...'}"
 
+
 # %% ../../nbs/93_files.ipynb #65e8d931
 _DESCRIPTIONS = ("zarr.json", ".zgroup", ".zarray", ".zattrs", ".zmetadata")
 
@@ -37,6 +39,7 @@ _DESCRIPTIONS = ("zarr.json", ".zgroup", ".zarray", ".zattrs", ".zmetadata")
 def _too_much(wanted: int, stored: int) -> bool:
     """Whether so many bytes would come from so few: more than a thousandfold, which fields of numbers never do, and much at all."""
     return wanted > 32_000_000 and wanted > 1000 * stored
+
 
 # %% ../../nbs/93_files.ipynb #aebe2212
 class _Contents:
@@ -61,6 +64,7 @@ class _Contents:
     def check(self, variable: str, axis: int = 0, first: int = 0, last: int | None = None) -> None:
         """Raise `ValueError` if packed numbers from `first` to `last` along an axis would become more than they should."""
 
+
 # %% ../../nbs/93_files.ipynb #8c4b6e00
 def _means_missing(fill: object, *marks: object) -> bool:
     """Whether the number that stands where nothing is stored is read as missing."""
@@ -70,6 +74,7 @@ def _means_missing(fill: object, *marks: object) -> bool:
     return bool(np.isnan(numbers[0])) or any(
         np.issubdtype(np.asarray(mark).dtype, np.number) and mark == numbers[0] for mark in numbers[1:]
     )
+
 
 # %% ../../nbs/93_files.ipynb #bf885982
 guard(globals())

@@ -16,6 +16,7 @@ from .contents import _Contents, _means_missing, _too_much
 # %% auto #0
 __all__ = []
 
+
 # %% ../../nbs/93_files.ipynb #dbefc8bc
 class _HDF5Contents(_Contents):
     """The datasets of an HDF5 file: shapes, chunks, and bytes stored."""
@@ -144,6 +145,7 @@ class _HDF5Contents(_Contents):
                         f"{there} of {all_of_it} chunks of {variable!r} are stored, and {found.fillvalue} in the others "
                         "would be taken for data"
                     )
+
 
 # %% ../../nbs/93_files.ipynb #ea6fc2cf
 guard(globals())

@@ -21,7 +21,7 @@ from ..core.grid import Grid
 from .units import _brief, _units, conversion
 
 # %% auto #0
-__all__ = ['Field', 'Axis', 'Layout']
+__all__ = ["Field", "Axis", "Layout"]
 
 # %% ../../nbs/93_files.ipynb #1525184a
 ROLES = ("background", "analysis")
@@ -74,6 +74,7 @@ class Field:
     def __str__(self) -> str:
         sizes = ", ".join(f"{dim}: {size}" for dim, size in zip(self.dims, self.shape))
         return f"{self.title} ({sizes}{'; ' * bool(self.dims and self.units)}{self.units})"
+
 
 # %% ../../nbs/93_files.ipynb #368c8965
 LONGITUDES = ("degrees_east", "degree_east", "degrees_E", "degree_E", "degreesE", "degreeE")  # as CF spells their units
@@ -163,6 +164,7 @@ class Axis:
         ends = (f"{v:g}" if self.numeric else v for v in (self.values[0], self.values[-1]))
         return f"{len(self.values)} from {' to '.join(ends)} {self.units}".strip()
 
+
 # %% ../../nbs/93_files.ipynb #3b5daf72
 def _slack(values: np.ndarray, share: float) -> float:
     """How far from its place a coordinate may be: a `share` of the smallest spacing, or what single precision cuts off, but
@@ -179,6 +181,7 @@ def _is_longitude(coordinate: xr.DataArray, units: str) -> bool:
         return True
     return str(coordinate.name).lower() in ("lon", "longitude") and units in ("", "degrees", "degree")
 
+
 # %% ../../nbs/93_files.ipynb #48271fde
 def _plain(values: np.ndarray) -> np.ndarray:
     """Text as text, whatever it was stored as: bytes, characters, padded with blanks or zeros."""
@@ -189,6 +192,7 @@ def _plain(values: np.ndarray) -> np.ndarray:
         stripped = [v.rstrip(" \0") if isinstance(v, str) else v for v in values.flat]
         return np.array(stripped, dtype=object).reshape(values.shape)
     return values
+
 
 # %% ../../nbs/93_files.ipynb #029c5e57
 @dataclass(frozen=True, eq=False)
@@ -335,6 +339,7 @@ class Layout:
         """
         return _grid_of(self)
 
+
 # %% ../../nbs/93_files.ipynb #4c93b9ed
 LATITUDES = ("degrees_north", "degree_north", "degrees_N", "degree_N", "degreesN", "degreeN")
 
@@ -364,6 +369,7 @@ def _unwound(axis: Axis) -> tuple[float, ...]:
         return tuple(range(len(axis.values)))
     return axis.values if axis.period is None else tuple(np.unwrap(axis.values, period=axis.period))
 
+
 # %% ../../nbs/93_files.ipynb #35d16599
 def check_field(array: xr.DataArray, field: Field, layout: Layout, samples: Sequence[str], where: str) -> None:
     """Raise `ValueError`, naming `where`, unless `array` holds numbers, with the dimensions of `field` besides `samples`, in any
@@ -391,6 +397,7 @@ def check_field(array: xr.DataArray, field: Field, layout: Layout, samples: Sequ
             )
     check_units(_units(array.attrs, f"{where}: {array.name!r}"), field, f"{where}: {array.name!r}")
 
+
 # %% ../../nbs/93_files.ipynb #0d777124
 def check_units(found: object, field: Field, where: str) -> tuple[float, float]:
     """Factor and offset from the units found to those of `field`. Raises `ValueError`, naming `where`, if nothing converts
@@ -415,10 +422,12 @@ def _first_difference(one: Axis, other: Axis) -> str:
     index = int(np.argmax(np.array(one.values) != np.array(other.values)))
     return f" (at {index}: {one.values[index]:g} and {other.values[index]:g})"
 
+
 # %% ../../nbs/93_files.ipynb #068b3d84
 def _in_units(values: np.ndarray, factor: tuple[float, float]) -> np.ndarray:
     """Values in other units; the same bits if the units are the same."""
     return values if factor == (1.0, 0.0) else values * factor[0] + factor[1]
+
 
 # %% ../../nbs/93_files.ipynb #c512350d
 def layout_record(layout: Layout) -> dict:
@@ -441,6 +450,7 @@ def layout_record(layout: Layout) -> dict:
     if layout.roles != ROLES:
         record["roles"] = list(layout.roles)
     return record
+
 
 # %% ../../nbs/93_files.ipynb #646ef69a
 def layout_from_record(record: Mapping) -> Layout:
@@ -473,11 +483,13 @@ def layout_from_record(record: Mapping) -> Layout:
             f"layout: expected variables, axes and left_out, got something else ({type(error).__name__}: {error})"
         ) from error
 
+
 # %% ../../nbs/93_files.ipynb #12ab6490
 def _whole(value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{value!r} is not a whole number")
     return value
+
 
 # %% ../../nbs/93_files.ipynb #43fc9626
 guard(globals())

@@ -21,7 +21,8 @@ from .hdf5 import _HDF5Contents
 from .zarr_store import _checked_store, _ZarrContents
 
 # %% auto #0
-__all__ = ['open_dataset']
+__all__ = ["open_dataset"]
+
 
 # %% ../../nbs/93_files.ipynb #0ef6947d
 def open_dataset(path: str | os.PathLike, name: str = "file", group: str | None = None) -> xr.Dataset:
@@ -31,6 +32,7 @@ def open_dataset(path: str | os.PathLike, name: str = "file", group: str | None 
     that are not known, or claims to hold far more than is there.
     """
     return _opened(path, name, group)[0]
+
 
 # %% ../../nbs/93_files.ipynb #116e8127
 def _opened(path: str | os.PathLike, name: str, group: str | None = None) -> tuple[xr.Dataset, "_Contents"]:
@@ -60,6 +62,7 @@ def _opened(path: str | os.PathLike, name: str, group: str | None = None) -> tup
         if "decode time" in str(error):
             raise ValueError(f"{name}: {shown} has times that cannot be understood ({_reason(error)})") from error
         raise ValueError(f"{name}: {shown} is not a readable NetCDF file or Zarr store ({_reason(error)}); is it whole?") from error
+
 
 # %% ../../nbs/93_files.ipynb #2accc261
 def _format(path: Path, name: str) -> str:
@@ -103,6 +106,7 @@ def _format(path: Path, name: str) -> str:
         f"{name}: {shown} is not a readable NetCDF file or Zarr store, expected NetCDF-4, classic NetCDF, or Zarr, got {got}"
     )
 
+
 # %% ../../nbs/93_files.ipynb #5542b756
 def _read(array: xr.DataArray, where: str) -> np.ndarray:
     """The values of a variable, or one line that says why they cannot be read."""
@@ -126,6 +130,7 @@ def _loaded(array: xr.DataArray, where: str) -> xr.DataArray:
     for part in (array, *array.coords.values()):
         _read(part, where)
     return array.load()
+
 
 # %% ../../nbs/93_files.ipynb #a44b4265
 guard(globals())

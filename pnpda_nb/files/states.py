@@ -26,7 +26,8 @@ from .times import _is_instants
 from .units import _units
 
 # %% auto #0
-__all__ = ['States', 'read_states']
+__all__ = ["States", "read_states"]
+
 
 # %% ../../nbs/93_files.ipynb #b915fde3
 @dataclass(frozen=True, eq=False)
@@ -83,6 +84,7 @@ class States:
                 data[name].encoding = {k: v for k, v in variable.encoding.items() if k in kept} | {"_FillValue": None}
         return data
 
+
 # %% ../../nbs/93_files.ipynb #96ed5142
 def writable_attributes(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """The attributes in a form that NetCDF can hold (see `core.disk`), without those that are None, and those whose names HDF5
@@ -90,6 +92,7 @@ def writable_attributes(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """
     there = {str(name).replace("/", "_"): value for name, value in attributes.items() if value is not None}
     return {name: value for name, value in plain_attributes(there).items() if name and name not in _RESERVED}
+
 
 # %% ../../nbs/93_files.ipynb #f92f72a6
 _RESERVED = (
@@ -101,6 +104,7 @@ _NAMING = (
     "interior_ring", "mesh", "node_coordinates", "node_count", "nodes", "part_node_count", "quantization",
 )  # fmt: skip
 
+
 # %% ../../nbs/93_files.ipynb #f92f72a7
 def _of_deviation(attributes: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Attributes of the standard deviation of a variable, by the conventions of CF."""
@@ -108,6 +112,7 @@ def _of_deviation(attributes: Mapping[str, Any], name: str) -> dict[str, Any]:
     if "standard_name" in kept:
         kept["standard_name"] = f"{kept['standard_name']} standard_error"
     return kept | {"long_name": f"standard deviation of the errors of {name}"}
+
 
 # %% ../../nbs/93_files.ipynb #ad04aaa7
 def _names_in(value: object) -> list[str]:
@@ -122,6 +127,7 @@ def _present(attributes: Mapping[str, Any], data: xr.Dataset) -> dict[str, Any]:
         for k, v in attributes.items()
         if k not in _NAMING or (k != "coordinates" and all(name in data.variables for name in _names_in(v)))
     }
+
 
 # %% ../../nbs/93_files.ipynb #abe83723
 def read_states(path: str | os.PathLike, layout: Layout, *, name: str = "background", samples: Sequence[str] = ()) -> States:
@@ -201,6 +207,7 @@ def read_states(path: str | os.PathLike, layout: Layout, *, name: str = "backgro
             )
     return States(torch.from_numpy(np.ascontiguousarray(kept)).reshape(*shape, layout.dim), layout, arrays, runs, members, beside)
 
+
 # %% ../../nbs/93_files.ipynb #886b7e74
 def _variable(data: xr.Dataset, field: Field, roles: Sequence[str], where: str) -> xr.DataArray:
     """The variable of a file that holds a field."""
@@ -213,6 +220,7 @@ def _variable(data: xr.Dataset, field: Field, roles: Sequence[str], where: str) 
     raise ValueError(
         f"{where}: expected a variable {field.name or roles[0]!r}, got {', '.join(map(str, data.data_vars)) or 'none'}"
     )
+
 
 # %% ../../nbs/93_files.ipynb #5262602d
 guard(globals())

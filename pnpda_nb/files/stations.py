@@ -30,7 +30,8 @@ from ..observing.observations import Observations
 from ..observing.operators import Interpolate, Operator, Select
 
 # %% auto #0
-__all__ = ['read_observations']
+__all__ = ["read_observations"]
+
 
 # %% ../../nbs/93_files.ipynb #c60d5b40
 def along_axis(
@@ -71,6 +72,7 @@ def along_axis(
     arrived = share == 1  # on a point
     return order[upper - ~arrived], order[upper], np.where(arrived, 0.0, share)
 
+
 # %% ../../nbs/93_files.ipynb #0d267476
 def locate(stations: xr.Dataset, field: Field, layout: Layout, where: str) -> tuple[np.ndarray, np.ndarray]:
     """The points of the state that each of some stations `(station,)` sees of a field, and with what weights, `(station, k)`
@@ -106,6 +108,7 @@ def locate(stations: xr.Dataset, field: Field, layout: Layout, where: str) -> tu
         )
     return np.maximum(places, 0), weights
 
+
 # %% ../../nbs/93_files.ipynb #998da9df
 def _ends(stations: xr.Dataset, dim: str, size: int, layout: Layout, where: str) -> tuple[np.ndarray, ...]:
     if f"{dim}_index" in stations:
@@ -133,6 +136,7 @@ def _ends(stations: xr.Dataset, dim: str, size: int, layout: Layout, where: str)
     numbers = stations["number"].values if "number" in stations else None
     return along_axis(axis, _in_units(_numbers(given, where), factor), f"{where}: {dim}", numbers)
 
+
 # %% ../../nbs/93_files.ipynb #e90e28ee
 def _indices(given: xr.DataArray, size: int, where: str) -> np.ndarray:
     values = _numbers(given, where)
@@ -140,6 +144,7 @@ def _indices(given: xr.DataArray, size: int, where: str) -> np.ndarray:
     if wrong.any():
         raise ValueError(f"{where}: expected {given.name!r} to be whole numbers from 0 to {size - 1}, got {values[wrong][0]:g}")
     return values.astype(int)
+
 
 # %% ../../nbs/93_files.ipynb #c9502649
 @dataclass(frozen=True, eq=False)
@@ -187,6 +192,7 @@ class StationObservations:
         return Observations(
             torch.from_numpy(self.values[runs]), self.operator, DiagonalCovariance(torch.from_numpy(self.errors**2))
         )
+
 
 # %% ../../nbs/93_files.ipynb #3ee5da49
 def read_observations(path: str | os.PathLike, states: States, *, samples: Sequence[str] = ()) -> StationObservations:
@@ -252,6 +258,7 @@ def read_observations(path: str | os.PathLike, states: States, *, samples: Seque
         )
     return sightings
 
+
 # %% ../../nbs/93_files.ipynb #23cedbb9
 def _table(path: str | os.PathLike, where: str) -> xr.Dataset:
     """A CSV file of stations as a dataset of text, which becomes numbers where it is used."""
@@ -276,6 +283,7 @@ def _table(path: str | os.PathLike, where: str) -> xr.Dataset:
         raise ValueError(f"{where}: expected distinct columns, got {twice[0]!r} twice")
     text = {str(name): np.array([None if v != v else str(v).strip() for v in table[name]], dtype=object) for name in table}
     return xr.Dataset({name: ("station", column, {"table": True}) for name, column in text.items()})
+
 
 # %% ../../nbs/93_files.ipynb #9756470b
 def _check_times(data: xr.Dataset, states: States, counting: Sequence[str], where: str) -> xr.Dataset:
@@ -315,6 +323,7 @@ def _check_times(data: xr.Dataset, states: States, counting: Sequence[str], wher
         data = data.drop_vars(dim) if table else data
     return data
 
+
 # %% ../../nbs/93_files.ipynb #848fc4cd
 def _by_run(array: xr.DataArray, rest: Sequence[str], states: States, where: str) -> np.ndarray:
     """Values `(run, …)`, for the runs of the states in their order; `rest` are the other dimensions."""
@@ -338,6 +347,7 @@ def _by_run(array: xr.DataArray, rest: Sequence[str], states: States, where: str
         )
     shape = [math.prod(first.sizes[d] for d in states.runs), *[array.sizes[d] for d in rest]]
     return _numbers(array.transpose(*states.runs, *rest), where).reshape(shape)
+
 
 # %% ../../nbs/93_files.ipynb #7d803d3c
 def _errors(data: xr.Dataset, name: str, like: xr.DataArray, rest: Sequence[str], where: str) -> np.ndarray:
@@ -366,6 +376,7 @@ def _errors(data: xr.Dataset, name: str, like: xr.DataArray, rest: Sequence[str]
     numbers = xr.DataArray(_numbers(given, where), dims=given.dims).broadcast_like(xr.DataArray(np.empty(sizes), dims=rest))
     return numbers.transpose(*rest).values.ravel() * factor[0]  # a difference has no offset
 
+
 # %% ../../nbs/93_files.ipynb #7a878c83
 def _positive(errors: np.ndarray, values: np.ndarray, where: str) -> np.ndarray:
     """The errors, where something was seen positive, and 1 where nothing was."""
@@ -375,6 +386,7 @@ def _positive(errors: np.ndarray, values: np.ndarray, where: str) -> np.ndarray:
         station = int(np.flatnonzero(wrong)[0])
         raise ValueError(f"{where}: expected positive standard deviations of errors, got {errors[station]} for station {station}")
     return np.where(there, errors, 1.0)
+
 
 # %% ../../nbs/93_files.ipynb #08613593
 def _believed(values: np.ndarray, of: Sequence[Field], where: str) -> tuple[np.ndarray, list[tuple[str, int, float]]]:
@@ -400,6 +412,7 @@ def _station_dim(array: xr.DataArray, states: States, where: str) -> str:
             f"({', '.join(map(str, array.dims))})"
         )
     return long[0]
+
 
 # %% ../../nbs/93_files.ipynb #f977afe8
 def _named(data: xr.Dataset, name: str, field: Field, states: States, where: str) -> list[tuple]:
@@ -427,10 +440,12 @@ def _named(data: xr.Dataset, name: str, field: Field, states: States, where: str
     errors = _positive(_errors(data, f"{name}_error", array, [dim], where) * abs(factor[0]), values, where)
     return [(values, errors, (field.name,) * len(errors), points, weights, refused)]
 
+
 # %% ../../nbs/93_files.ipynb #36e89304
 def _stations(data: xr.Dataset, dim: str) -> xr.Dataset:
     """What is known of each station alone."""
     return data.reset_coords()[[str(n) for n, v in data.variables.items() if v.dims == (dim,)]]
+
 
 # %% ../../nbs/93_files.ipynb #80f109e2
 def _listed(data: xr.Dataset, states: States, where: str) -> list[tuple]:
@@ -462,6 +477,7 @@ def _listed(data: xr.Dataset, states: States, where: str) -> list[tuple]:
         beyond = [one for one in refused if of[one[1]] is field]
         parts.append((values[:, mine], errors[mine], (field.name,) * int(mine.sum()), points, weights, beyond))
     return parts
+
 
 # %% ../../nbs/93_files.ipynb #4a414cb7
 guard(globals())

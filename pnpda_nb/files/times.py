@@ -33,6 +33,7 @@ def _is_time(name: str, coordinate: xr.DataArray | None) -> bool:
     known = coordinate.attrs.get("standard_name") in ("time", "forecast_reference_time") or coordinate.attrs.get("axis") == "T"
     return name in _TIMES or known or _is_instants(coordinate.dtype, coordinate)
 
+
 # %% ../../nbs/93_files.ipynb #1d599161
 def _is_instants(dtype: np.dtype, values: Any) -> bool:
     if dtype.kind == "M":
@@ -41,6 +42,7 @@ def _is_instants(dtype: np.dtype, values: Any) -> bool:
         return False
     first = np.asarray(values[(0,) * values.ndim] if values.ndim else values).ravel()[0]
     return hasattr(first, "calendar")
+
 
 # %% ../../nbs/93_files.ipynb #5c9a9cf3
 def _instants(values: np.ndarray) -> np.ndarray:
@@ -63,6 +65,7 @@ def _calendar(values: np.ndarray) -> str:
     named = getattr(values.flat[0] if values.size else None, "calendar", "standard" if values.dtype.kind == "M" else "")
     return f"{named} before 1583" if values.dtype == object and named in ("standard", "gregorian", "proleptic_gregorian") else named
 
+
 # %% ../../nbs/93_files.ipynb #d9792c59
 def _same(one: np.ndarray, other: np.ndarray) -> bool:
     """Whether two arrays of coordinates of one shape are the same; times of two calendars never are."""
@@ -70,6 +73,7 @@ def _same(one: np.ndarray, other: np.ndarray) -> bool:
     if _calendar(one) != _calendar(other) or (one.dtype.kind in "iuf") != (other.dtype.kind in "iuf"):
         return False
     return bool(np.all(one == other))
+
 
 # %% ../../nbs/93_files.ipynb #2fb9bd01
 def _times_along(array: xr.DataArray, dim: str, where: str) -> np.ndarray | None:
@@ -90,12 +94,14 @@ def _times_along(array: xr.DataArray, dim: str, where: str) -> np.ndarray | None
         raise doubt
     return None
 
+
 # %% ../../nbs/93_files.ipynb #738b23fc
 def _time_of_all(array: xr.DataArray, where: str) -> np.ndarray | None:
     """The one time of a file that says it once for all its states."""
     found = [name for name, c in array.coords.items() if c.ndim == 0 and _is_time(str(name), c)]
     name = min(found, key=lambda n: [*_TIMES, n].index(n), default=None)
     return None if name is None else _as_ordered(np.atleast_1d(_read(array.coords[name], where)), f"{where}: {name}")
+
 
 # %% ../../nbs/93_files.ipynb #beb97d97
 def _as_ordered(times: np.ndarray, where: str) -> np.ndarray | None:
@@ -118,10 +124,12 @@ def _as_ordered(times: np.ndarray, where: str) -> np.ndarray | None:
         raise ValueError(f"{where}: expected times that increase, got {_time(after)} after {_time(before)}{hint}")
     return times
 
+
 # %% ../../nbs/93_files.ipynb #642a41e2
 def _time(value: object) -> str:
     """A time without the zeros at its end."""
     return re.sub(r"[T ]00:00:00$", "", re.sub(r"\.?0+$", "", str(value)) if "." in str(value) else str(value))
+
 
 # %% ../../nbs/93_files.ipynb #786f304f
 def _numbers(array: xr.DataArray, where: str) -> np.ndarray:
@@ -140,6 +148,7 @@ def _numbers(array: xr.DataArray, where: str) -> np.ndarray:
             f"{_brief(texts[wrong[0]])} in row {wrong[0] + 1}"
         )
     return numbers.to_numpy("float64").reshape(values.shape)
+
 
 # %% ../../nbs/93_files.ipynb #cf14c86d
 def _as_time(text: object, calendar: str, where: str) -> object:
@@ -164,6 +173,7 @@ def _as_time(text: object, calendar: str, where: str) -> object:
             f"{_brief(text)}"
         ) from error
 
+
 # %% ../../nbs/93_files.ipynb #bd0671db
 def _like(values: np.ndarray, known: np.ndarray, where: str) -> np.ndarray:
     """Times or labels, where they are text, as what they are compared with: instants of its calendar, or numbers."""
@@ -175,6 +185,7 @@ def _like(values: np.ndarray, known: np.ndarray, where: str) -> np.ndarray:
     if known.dtype == object and not _calendar(known):
         return values
     return np.array([_as_time(v, _calendar(known), where) for v in values.flat]).reshape(values.shape)
+
 
 # %% ../../nbs/93_files.ipynb #112c67df
 guard(globals())

@@ -17,6 +17,7 @@ from ..core.checks import guard
 # %% auto #0
 __all__ = []
 
+
 # %% ../../nbs/93_files.ipynb #acb01fa6
 def same_units(one: str, other: str) -> bool:
     """Whether two unit strings are the same product of powers; "/" divides by the one factor that follows it. Nothing is
@@ -36,12 +37,14 @@ def same_units(one: str, other: str) -> bool:
 
     return factors(one) == factors(other)
 
+
 # %% ../../nbs/93_files.ipynb #a2487798
 def conversion(one: str, other: str) -> tuple[float, float] | None:
     """Factor and offset that turn a number in units `one` into one in units `other`: (1, 0) where `same_units` says so, None
     where there are none, or a unit is not known. Practical salinity is converted to nothing, and an angle to angles only.
     """
     return (1.0, 0.0) if same_units(one, other) else _converted(one.strip(), other.strip())
+
 
 # %% ../../nbs/93_files.ipynb #e02973c0
 @lru_cache(maxsize=1000)
@@ -76,11 +79,13 @@ def _converted(one: str, other: str) -> tuple[float, float] | None:
         return None  # such as decibels
     return float(f"{factor:.15g}"), float(f"{zero:.13g}")  # what was lost in computing them
 
+
 # %% ../../nbs/93_files.ipynb #8da22885
 def _sober(units: str) -> bool:
     """Whether a text could be a unit: short, and without powers that nobody could compute."""
     powers = re.sub(r"^10(\*\*|\^)(?=[-+]?\d{1,2}(?!\d))", "", units)  # 10**-3 kg is one
     return len(units) <= 80 and not re.search(r"\d{17}|[\d.)]\s*(\*\*|\^)|(\*\*|\^)\s*[-+(]*\d{4}", powers)
+
 
 # %% ../../nbs/93_files.ipynb #13d90b64
 def _units(attributes: Mapping, where: str) -> str:
@@ -101,6 +106,7 @@ def _brief(value: object) -> str:
     """A value in one line of a message."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
 
 # %% ../../nbs/93_files.ipynb #50ac6f20
 guard(globals())

@@ -38,6 +38,7 @@ CODECS = (
     "packbits", "quantize", "sharding_indexed", "shuffle", "transpose", "vlen-bytes", "vlen-utf8",
 )  # fmt: skip
 
+
 # %% ../../nbs/93_files.ipynb #e4abe079
 @dataclass(frozen=True)
 class _ZarrArray:
@@ -53,6 +54,7 @@ class _ZarrArray:
     @property
     def size(self) -> int:
         return math.prod(self.chunks) * (self.item or 8)
+
 
 # %% ../../nbs/93_files.ipynb #dd1828be
 class _ZarrContents(_Contents):
@@ -315,6 +317,7 @@ class _ZarrContents(_Contents):
         if found > most or (expected is not None and found != expected):
             raise self.refuse(f"expected {most} bytes in {what}, got {'more' if found > most else found}; is it whole?")
 
+
 # %% ../../nbs/93_files.ipynb #bec332d6
 def _zarr_item(kind: str | dict) -> int | None:
     """Bytes of one number of a type as Zarr names it; None for text of any length."""
@@ -329,6 +332,7 @@ def _zarr_item(kind: str | dict) -> int | None:
         return np.dtype(name).itemsize
     raise ValueError(f"unknown type {name!r}")
 
+
 # %% ../../nbs/93_files.ipynb #772d46e7
 def _zarr_fill(value: object) -> object:
     """A fill value as Zarr writes it, or xarray beside it, as a number if it is one."""
@@ -338,6 +342,7 @@ def _zarr_fill(value: object) -> object:
         except ValueError:
             return None
     return value if isinstance(value, int | float) else None
+
 
 # %% ../../nbs/93_files.ipynb #3615703d
 def _unpacked_size(packer: str, setting: dict, data: bytes, most: int) -> int:
@@ -371,6 +376,7 @@ def _unpacked_size(packer: str, setting: dict, data: bytes, most: int) -> int:
     if size <= most and (not unpack.eof or unpack.unused_data):
         raise ValueError("it ends too early or too late")
     return size
+
 
 # %% ../../nbs/93_files.ipynb #c465f116
 @cache
@@ -417,6 +423,7 @@ def _checked_store() -> type:
             return found
 
     return CheckedStore
+
 
 # %% ../../nbs/93_files.ipynb #92fe71ae
 guard(globals())

@@ -12,7 +12,8 @@ from ..core.checks import guard
 from .field_networks import Boundary, GridNetwork
 
 # %% auto #0
-__all__ = ['ConvolutionNetwork']
+__all__ = ["ConvolutionNetwork"]
+
 
 # %% ../../nbs/17_seeing.ipynb #e6a32dea
 class ConvolutionNetwork(GridNetwork):
@@ -48,6 +49,7 @@ class ConvolutionNetwork(GridNetwork):
             inside = nn.functional.silu(block(nn.functional.silu(h + self._beside(time(tau)))))
             h = h + mix(inside)
         return self._unfolded(self.last(nn.functional.silu(h))).reshape(*batch, self.outputs, *shape)
+
 
 # %% ../../nbs/17_seeing.ipynb #a9eb6e6a
 guard(globals())

@@ -16,7 +16,8 @@ from ..core.padding import convolution
 from .networks import FourierEmbedding
 
 # %% auto #0
-__all__ = ['FieldNetwork', 'DenseNetwork', 'PyramidNetwork']
+__all__ = ["FieldNetwork", "DenseNetwork", "PyramidNetwork"]
+
 
 # %% ../../nbs/94_priors.ipynb #a1376974
 class FieldNetwork(nn.Module):
@@ -43,6 +44,7 @@ class FieldNetwork(nn.Module):
                 parameter.copy_(bound * (2 * torch.rand(parameter.shape, generator=generator) - 1))
             for parameter in last.parameters():
                 parameter.zero_()
+
 
 # %% ../../nbs/94_priors.ipynb #cd45632c
 class DenseNetwork(FieldNetwork):
@@ -75,6 +77,7 @@ class DenseNetwork(FieldNetwork):
             h = h + nn.functional.silu(layer(h))
         return self.last(h).unflatten(-1, (self.outputs, dim))
 
+
 # %% ../../nbs/94_priors.ipynb #afe851c8
 Boundary = Literal["ring", "walls"] | Grid
 
@@ -83,6 +86,7 @@ def walls(dim: int, length: float) -> Tensor:
     """How near each of `dim` points is to the first and to the last wall: `(2, dim)`."""
     near = torch.exp(-torch.arange(dim, dtype=torch.float32) / length)
     return torch.stack((near, near.flip(0)))
+
 
 # %% ../../nbs/94_priors.ipynb #b098e579
 class GridNetwork(FieldNetwork):
@@ -159,6 +163,7 @@ class GridNetwork(FieldNetwork):
         joined = split.permute(0, 1, *order)
         return joined.reshape(*joined.shape[:2], *(self.patch * size for size in fields.shape[2:]))
 
+
 # %% ../../nbs/94_priors.ipynb #74a7198f
 class PyramidNetwork(GridNetwork):
     """Convolutions on `levels` grids, each of half the points of the one before, and back (a U-Net, Ronneberger et al. 2015);
@@ -231,6 +236,7 @@ class PyramidNetwork(GridNetwork):
             h = block(fine + h, parts)
         h = self.last(nn.functional.silu(h))[(..., *(slice(n) for n in places))]
         return self._unfolded(h).reshape(*batch, self.outputs, *shape)
+
 
 # %% ../../nbs/94_priors.ipynb #1ddc84fc
 guard(globals())

@@ -46,6 +46,7 @@ def _grid(architecture: dict) -> Grid | None:
         geometry = Grid(**geometry | {"land": None if land is None else torch.tensor(land, device="cpu")})
     return None if geometry == "none" else as_grid(geometry, architecture["dim"], "geometry")
 
+
 # %% ../../nbs/94_priors.ipynb #5e50e3cb
 class FieldPrior(PriorFile):
     """A network of fields with its `architecture` (see `make`); `location` and `scale` are the units of the state, `increment`
@@ -164,6 +165,7 @@ class FieldPrior(PriorFile):
         units = [tensors[name] for name in ("location", "scale", "increment")]
         errors = Spectral(_grid(architecture), tensors["errors"]) if "errors" in tensors else None
         return cls(network.eval().requires_grad_(False), *units, architecture, header["training"], errors)
+
 
 # %% ../../nbs/94_priors.ipynb #88bb8bee
 guard(globals())

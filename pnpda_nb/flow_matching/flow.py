@@ -20,7 +20,8 @@ from .prior import FlowDenoiser
 from .store import FlowFile
 
 # %% auto #0
-__all__ = ['Coupling', 'conditional_coupling', 'flow_matching_loss', 'FlowPrior']
+__all__ = ["Coupling", "conditional_coupling", "flow_matching_loss", "FlowPrior"]
+
 
 # %% ../../nbs/09_flow_matching.ipynb #a5a54ed0
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Coupling:
     index: Index
     repaired: float
     gain: float
+
 
 # %% ../../nbs/09_flow_matching.ipynb #185906b7
 def conditional_coupling(source: Tensor, analysis: Tensor, background: Tensor, beta: float) -> Coupling:
@@ -52,6 +54,7 @@ def conditional_coupling(source: Tensor, analysis: Tensor, background: Tensor, b
     before, after = lengths.diagonal().mean(), lengths[own, index].mean()
     return Coupling(index, float((index != own).double().mean()), float(1 - after / before))
 
+
 # %% ../../nbs/09_flow_matching.ipynb #af3cac8a
 def _assignment(cost: np.ndarray) -> np.ndarray:
     """The cheapest pairing of rows and columns, by the solver that is quicker: from the present pairing, if that is
@@ -64,6 +67,7 @@ def _assignment(cost: np.ndarray) -> np.ndarray:
 
     return ot.emd([], [], cost - cost.min(), numItermax=10_000_000).argmax(1)
 
+
 # %% ../../nbs/09_flow_matching.ipynb #68202b45
 def flow_matching_loss(
     network: Callable[[Tensor, Tensor, Tensor], Tensor], source: Tensor, analysis: Tensor, background: Tensor, tau: Tensor
@@ -73,6 +77,7 @@ def flow_matching_loss(
     """
     target = analysis - source
     return (network(source + tau * target, tau, background) - target).square().sum(-1).mean()
+
 
 # %% ../../nbs/09_flow_matching.ipynb #2a6879c0
 class FlowPrior(FlowFile, kept_as="prior"):
@@ -128,10 +133,12 @@ class FlowPrior(FlowFile, kept_as="prior"):
 
         return FlowDenoiser(background, velocity, self.source, None if self.factor is None else background)
 
+
 # %% ../../nbs/09_flow_matching.ipynb #5bb0ee93
 def _coloured(noise: Tensor, factor: Tensor) -> Tensor:
     """White `noise` `(..., dim)` with the covariance FFᵀ, for a `factor` as that of `FlowPrior`."""
     return noise * factor if factor.ndim == 1 else noise @ factor.T
+
 
 # %% ../../nbs/09_flow_matching.ipynb #393eaaf8
 guard(globals())

@@ -16,7 +16,8 @@ from ..core.checks import guard
 from ..core.random import standard_normal
 
 # %% auto #0
-__all__ = ['VelocityMLP']
+__all__ = ["VelocityMLP"]
+
 
 # %% ../../nbs/94_priors.ipynb #44810249
 class FourierEmbedding(nn.Module):
@@ -35,6 +36,7 @@ class FourierEmbedding(nn.Module):
         """`(..., 1)` -> `(..., size)`."""
         angles = 2 * math.pi * tau * self.frequencies
         return torch.cat((angles.sin(), angles.cos()), dim=-1)
+
 
 # %% ../../nbs/94_priors.ipynb #64bad89a
 class VelocityMLP(nn.Module):
@@ -109,6 +111,7 @@ class VelocityMLP(nn.Module):
             return self.last(h) + linear(x, skip[0] + tau * skip[2]) + still + tau * moving
 
         return velocity
+
 
 # %% ../../nbs/94_priors.ipynb #3f1f38cc
 guard(globals())

@@ -22,7 +22,8 @@ from ..core.settings import BelowOne, Count, InnerShare, NotNegative, PositiveNu
 from ..observing.covariance import Covariance
 
 # %% auto #0
-__all__ = ['PAPER_TRAINING', 'TrainingSettings', 'PairSource', 'TensorPairs']
+__all__ = ["PAPER_TRAINING", "TrainingSettings", "PairSource", "TensorPairs"]
+
 
 # %% ../../nbs/94_priors.ipynb #ed4b74d3
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ PAPER_TRAINING = TrainingSettings(
     standardise=False,
 )  # fmt: skip
 
+
 # %% ../../nbs/94_priors.ipynb #cfc512f8
 def _held_out(count: int, settings: TrainingSettings) -> int:
     """How many pairs are for validation."""
@@ -107,6 +109,7 @@ def _held_out(count: int, settings: TrainingSettings) -> int:
             f"{count - held_out}"
         )
     return held_out
+
 
 # %% ../../nbs/94_priors.ipynb #bd131b0e
 class _Sample:
@@ -128,10 +131,12 @@ def _size(*x: Tensor) -> Tensor:
     """The largest absolute value `(dim,)` in rows `(sample, dim)`."""
     return torch.stack([some.abs().amax(0) for some in x]).amax(0).double()
 
+
 # %% ../../nbs/94_priors.ipynb #7ecd933d
 def _varies(low: Tensor, high: Tensor, size: Tensor) -> Tensor:
     """Whether the least and the largest differ by more than the rounding of numbers of that `size`."""
     return high - low > 8 * torch.finfo(torch.float64).eps * size
+
 
 # %% ../../nbs/94_priors.ipynb #47109174
 class _Units:
@@ -191,6 +196,7 @@ class _Units:
             return b, ((analysis.double() - self.location) / self.scale).float()
         return b, ((analysis.double() - background.double()) / self.units).float()
 
+
 # %% ../../nbs/94_priors.ipynb #7e1f7bdf
 class _HeldPairs(_Units):
     """Pairs `(sample, dim)` that are all in memory, `held_out` of them for validation."""
@@ -228,6 +234,7 @@ class _HeldPairs(_Units):
     def of_epoch(self, epoch: int) -> tuple[Tensor, Tensor]:
         return self.pairs
 
+
 # %% ../../nbs/94_priors.ipynb #0461fcc9
 @runtime_checkable
 class PairSource(Protocol):
@@ -246,6 +253,7 @@ class PairSource(Protocol):
     layout: dict | None
 
     def read(self, first: int, last: int) -> tuple[Tensor, Tensor]: ...
+
 
 # %% ../../nbs/94_priors.ipynb #f89468e1
 @dataclass(frozen=True, eq=False)
@@ -271,6 +279,7 @@ class TensorPairs:
         if not all(torch.isfinite(x).all() for x in pairs):
             raise ValueError(f"pairs: expected finite numbers, got others among pairs {first} to {last}")
         return pairs
+
 
 # %% ../../nbs/94_priors.ipynb #0bbfe3f6
 class _RunningSample:
@@ -313,6 +322,7 @@ class _RunningSample:
     @property
     def varies(self) -> Tensor:
         return _varies(self.low, self.high, self.size)
+
 
 # %% ../../nbs/94_priors.ipynb #6b14d5e2
 class _StreamedPairs(_Units):
@@ -392,6 +402,7 @@ class _StreamedPairs(_Units):
             end += len(some[0])
         return tuple(x[:end] for x in room)
 
+
 # %% ../../nbs/94_priors.ipynb #193bed7b
 def _read(source: PairSource, first: int, last: int) -> tuple[Tensor, Tensor]:
     """Some pairs of a source, which must be what they should be."""
@@ -402,6 +413,7 @@ def _read(source: PairSource, first: int, last: int) -> tuple[Tensor, Tensor]:
         if not torch.isfinite(x).all():
             raise ValueError(f"source: expected finite pairs, got others among those from {first} to {last}")
     return pairs
+
 
 # %% ../../nbs/94_priors.ipynb #f7d3e5bc
 guard(globals())

@@ -16,12 +16,14 @@ from ..observing.covariance import Covariance
 from ..observing.update import ErrorCovariance
 
 # %% auto #0
-__all__ = ['denoised_from_velocity', 'velocity_from_denoised', 'Prior', 'Estimate', 'Denoiser', 'FlowDenoiser', 'GaussianPrior']
+__all__ = ["denoised_from_velocity", "velocity_from_denoised", "Prior", "Estimate", "Denoiser", "FlowDenoiser", "GaussianPrior"]
+
 
 # %% ../../nbs/09_flow_matching.ipynb #e074b718
 def denoised_from_velocity(x: Tensor, velocity: Tensor, tau: float) -> Tensor:
     """Where the walk from `x` at pseudo-time `tau` is expected to end: eq. 13 of PnP-DA."""
     return torch.add(x, velocity, alpha=1 - tau)
+
 
 # %% ../../nbs/09_flow_matching.ipynb #4be08749
 def velocity_from_denoised(x: Tensor, denoised: Tensor, tau: float) -> Tensor:
@@ -29,6 +31,7 @@ def velocity_from_denoised(x: Tensor, denoised: Tensor, tau: float) -> Tensor:
     if not tau < 1:
         raise ValueError(f"tau: expected less than 1, got {tau}")
     return (denoised - x) / (1 - tau)
+
 
 # %% ../../nbs/09_flow_matching.ipynb #fb9a0e7e
 @runtime_checkable
@@ -59,6 +62,7 @@ class Denoiser(Protocol):
     centre: Tensor | None = None
 
     def __call__(self, x: Tensor, tau: float) -> Estimate: ...
+
 
 # %% ../../nbs/09_flow_matching.ipynb #a3494bcd
 class FlowDenoiser(Denoiser):
@@ -97,6 +101,7 @@ class FlowDenoiser(Denoiser):
             middle = x + h / 2 * self.velocity(x, n * h)
             x = x + h * self.velocity(middle, (n + 0.5) * h)
         return x
+
 
 # %% ../../nbs/09_flow_matching.ipynb #510b9a6a
 class GaussianPrior:
@@ -156,6 +161,7 @@ class GaussianPrior:
             return velocity_from_denoised(x, denoised, tau)
 
         return FlowDenoiser(background, velocity, self.source)
+
 
 # %% ../../nbs/09_flow_matching.ipynb #e5b004db
 guard(globals())

@@ -24,7 +24,7 @@ from .networks import VelocityMLP
 from ..sweep import FORMATS
 
 # %% auto #0
-__all__ = ['describe_prior']
+__all__ = ["describe_prior"]
 
 # %% ../../nbs/94_priors.ipynb #c786c336
 PRIOR_KINDS = {  # the class that reads a kind, and what its formats begin with; a version follows
@@ -48,6 +48,7 @@ def prior_bytes(kind: str, version: int, tensors: dict[str, Tensor], header: dic
     described += b" " * (-len(described) % 8)
     return sealed(len(described).to_bytes(8, "little") + described + content[8 + length :])
 
+
 # %% ../../nbs/94_priors.ipynb #68ea1ba2
 def read_prior_bytes(content: bytes, name: str, kind: str, newest: int) -> tuple[int, dict[str, Tensor], dict]:
     """The format's version, the tensors and the header of a prior of this `kind`, up to the version `newest`.
@@ -70,6 +71,7 @@ def read_prior_bytes(content: bytes, name: str, kind: str, newest: int) -> tuple
     if not all(torch.isfinite(t).all() for t in tensors.values()):
         raise ValueError(f"prior: {name} holds weights that are not finite")
     return version, tensors, header | {"written_by": written_by}
+
 
 # %% ../../nbs/94_priors.ipynb #769cdad1
 class PriorFile:
@@ -118,6 +120,7 @@ class PriorFile:
         """
         return cls.from_bytes(_prior_content(path), str(path))
 
+
 # %% ../../nbs/94_priors.ipynb #4405d089
 def describe_prior(path: str | os.PathLike) -> dict:
     """What a prior file of any kind says it is, by its header.
@@ -145,6 +148,7 @@ def describe_prior(path: str | os.PathLike) -> dict:
             "bytes": len(content),
         }
 
+
 # %% ../../nbs/94_priors.ipynb #714e2d30
 @contextmanager
 def fitting_header(name: str | os.PathLike) -> Iterator[None]:
@@ -153,6 +157,7 @@ def fitting_header(name: str | os.PathLike) -> Iterator[None]:
         yield
     except (KeyError, IndexError, TypeError, RuntimeError, ValueError, AttributeError, ArithmeticError, SafetensorError) as error:
         raise ValueError(f"prior: {name} has a header that does not fit its contents ({type(error).__name__})") from error
+
 
 # %% ../../nbs/94_priors.ipynb #5d434a13
 def network_from(make: Callable[[], nn.Module], architecture: dict, tensors: dict[str, Tensor]) -> nn.Module:
@@ -172,12 +177,14 @@ def network_from(make: Callable[[], nn.Module], architecture: dict, tensors: dic
     network.load_state_dict(tensors, assign=True)
     return network
 
+
 # %% ../../nbs/94_priors.ipynb #82313ac1
 def _prior_content(path: str | os.PathLike) -> bytes:
     if not os.path.isfile(path):
         raise FileNotFoundError(f"prior: no file {path}")
     with naming(path, "read"):
         return Path(path).read_bytes()
+
 
 # %% ../../nbs/94_priors.ipynb #c379608c
 def _described(content: bytes, name: str) -> tuple[str, int, str, dict[str, str], dict[str, list[int]]]:
@@ -196,6 +203,7 @@ def _described(content: bytes, name: str) -> tuple[str, int, str, dict[str, str]
         )
     return *_kind_of(name, metadata), metadata, shapes
 
+
 # %% ../../nbs/94_priors.ipynb #25f059e5
 def _kind_of(path: str, metadata: dict[str, str]) -> tuple[str, int, str]:
     """Kind, version and author of a prior file, by its header."""
@@ -213,6 +221,7 @@ def _json(name: str, value, **options) -> str:
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: expected plain values that JSON can hold ({error})") from error
 
+
 # %% ../../nbs/94_priors.ipynb #fbb42223
 def _variables(layout: dict | None) -> dict[str, str | None]:
     """Names and units of a layout's "variables": a list of dictionaries with a name, or a dictionary by name."""
@@ -221,6 +230,7 @@ def _variables(layout: dict | None) -> dict[str, str | None]:
         found = [{"name": name} | (rest if isinstance(rest, dict) else {}) for name, rest in found.items()]
     rows = [row if isinstance(row, dict) else {"name": row} for row in found]
     return {str(row.get("name")): row.get("units") for row in rows}
+
 
 # %% ../../nbs/94_priors.ipynb #bcb7d9d5
 class FlowFile(PriorFile):
@@ -283,6 +293,7 @@ class FlowFile(PriorFile):
             factor = tensors["factor"]
         more = {"factor": factor, "units": tensors.get("units"), "layout": layout, "attached": named("attached.")}
         return cls(network, location, scale, a, header["training"], **more)
+
 
 # %% ../../nbs/94_priors.ipynb #8463ac1e
 guard(globals())

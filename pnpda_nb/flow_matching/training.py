@@ -26,7 +26,8 @@ from .pairs import PairSource, TrainingSettings, _held_out, _HeldPairs, _read, _
 from .store import _json
 
 # %% auto #0
-__all__ = ['train_prior', 'train_from']
+__all__ = ["train_prior", "train_from"]
+
 
 # %% ../../nbs/94_priors.ipynb #e2325ec9
 def train_prior(
@@ -58,6 +59,7 @@ def train_prior(
     pairs = _HeldPairs(background, analysis, held_out, settings, seed)
     return _train(pairs, settings, seed, checkpoint, device, progress, callback)
 
+
 # %% ../../nbs/94_priors.ipynb #3c187eb9
 def _train(
     pairs, settings: TrainingSettings, seed: int, checkpoint, device: torch.device, progress: bool, callback, keep: bool = False
@@ -80,6 +82,7 @@ def _train(
     resume_training(training, checkpoint, memory)
     run_training(training, checkpoint, fingerprint=pairs.fingerprint, progress=progress, keep=keep, callback=callback)
     return subject.prior(training), pd.DataFrame(training.history)
+
 
 # %% ../../nbs/94_priors.ipynb #648def09
 class _FlowTraining:
@@ -193,6 +196,7 @@ class _FlowTraining:
             layout=self.pairs.layout,
         )
 
+
 # %% ../../nbs/94_priors.ipynb #8fcb56f0
 def train_from(
     source: PairSource,
@@ -237,6 +241,7 @@ def train_from(
     del background, analysis  # the pairs are in the network's units now
     pairs.layout = source.layout
     return _train(pairs, settings, seed, checkpoint, device, progress, callback, keep_checkpoint)
+
 
 # %% ../../nbs/94_priors.ipynb #7bb4bb82
 guard(globals())

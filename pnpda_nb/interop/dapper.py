@@ -38,7 +38,8 @@ from ..twin.method import Method
 from ..twin.window import window_cycle
 
 # %% auto #0
-__all__ = ['dapper_model', 'dapper_network', 'dapper_experiment', 'for_dapper']
+__all__ = ["dapper_model", "dapper_network", "dapper_experiment", "for_dapper"]
+
 
 # %% ../../nbs/93_files.ipynb #3f540f8b
 def import_dapper() -> None:
@@ -60,6 +61,7 @@ def import_dapper() -> None:
     bars.disable_progbar = bars.disable_user_interaction = True
     rc.liveplotting = False
 
+
 # %% ../../nbs/93_files.ipynb #1ca2b9d4
 def dapper_model(hmm: Any) -> UserModel:
     """The model of a DAPPER `HiddenMarkovModel`, without its noise, over one step of its time sequence. Raises `ValueError` for a
@@ -79,6 +81,7 @@ def dapper_model(hmm: Any) -> UserModel:
         raise ValueError(f"Dyn: expected a model that does not depend on time, got one that does ({_name(hmm)})")
     return UserModel(_DapperStep(dyn, dt), int(dyn.M), dt, numpy=True, name=_name(hmm))
 
+
 # %% ../../nbs/93_files.ipynb #625a315d
 def dapper_network(operator: Any, dim: int, gaussian: bool = False) -> ObservingNetwork:
     """A DAPPER observation `operator` of states of size `dim`, with its noise. Raises `ValueError` for noise that has no
@@ -96,6 +99,7 @@ def dapper_network(operator: Any, dim: int, gaussian: bool = False) -> Observing
     diagonal = C.kind == "diag" or np.array_equal(C.full, np.diag(np.diag(C.full)))
     covariance = DiagonalCovariance(np.array(C.diag), "Obs.noise") if diagonal else Covariance(C.full, "Obs.noise")
     return ObservingNetwork(operator_from(operator, int(operator.M), dim), covariance)
+
 
 # %% ../../nbs/93_files.ipynb #c7185117
 def dapper_experiment(hmm: Any, cycles: int | None = None) -> TwinExperiment:
@@ -120,6 +124,7 @@ def dapper_experiment(hmm: Any, cycles: int | None = None) -> TwinExperiment:
         first_ensemble="same_law",
     )  # fmt: skip
 
+
 # %% ../../nbs/93_files.ipynb #4315bb98
 @dataclass(frozen=True)
 class _DapperStep:
@@ -141,6 +146,7 @@ def _name(hmm) -> str:
     """The name of an experiment, by default the file that it is from."""
     return str(hmm.name).removesuffix(".py") or "DAPPER"
 
+
 # %% ../../nbs/93_files.ipynb #115ea269
 @contextlib.contextmanager
 def _same_luck() -> Iterator[None]:
@@ -152,6 +158,7 @@ def _same_luck() -> Iterator[None]:
         yield
     finally:
         rng.bit_generator.state = state
+
 
 # %% ../../nbs/93_files.ipynb #9b61c6c5
 def _isotropic(name: str, variable, dim: int) -> tuple[np.ndarray, float]:
@@ -167,6 +174,7 @@ def _isotropic(name: str, variable, dim: int) -> tuple[np.ndarray, float]:
     if not np.allclose(full, full[0, 0] * np.eye(dim), rtol=1e-10, atol=0):
         raise ValueError(f"{name}: expected a covariance that is a multiple of the identity, got another one")
     return mean, float(full[0, 0])
+
 
 # %% ../../nbs/93_files.ipynb #4bc236d8
 def for_dapper(method: Method, members: int = 1, *, seed: int | None = None, name: str | None = None) -> Any:
@@ -202,6 +210,7 @@ def for_dapper(method: Method, members: int = 1, *, seed: int | None = None, nam
             setattr(xp, setting, value)
     return xp
 
+
 # %% ../../nbs/93_files.ipynb #eb48ba13
 @lru_cache(maxsize=1)
 def _experiment_class() -> type:
@@ -220,6 +229,7 @@ def _experiment_class() -> type:
             _assimilate(self, HMM, yy)
 
     return PnPDA_nb
+
 
 # %% ../../nbs/93_files.ipynb #13da5469
 def _assimilate(xp, hmm, yy) -> None:
@@ -290,9 +300,11 @@ def _assimilate(xp, hmm, yy) -> None:
         if xp.stats.store_s:
             assess(segment.smoothed[0], k, ko, "s", segment.weights)
 
+
 # %% ../../nbs/93_files.ipynb #73e5b0ae
 def _refuse(error: ValueError, state: Tensor) -> Tensor:
     raise error
+
 
 # %% ../../nbs/93_files.ipynb #4080052e
 guard(globals())

@@ -28,7 +28,8 @@ from ..files.layout import Field, Layout
 from ..observing.functions import _last_line, _real_numbers
 
 # %% auto #0
-__all__ = ['per_state', 'UserModel', 'from_tendency', 'ProgramModel', 'ManySteps']
+__all__ = ["per_state", "UserModel", "from_tendency", "ProgramModel", "ManySteps"]
+
 
 # %% ../../nbs/28_your_model.ipynb #5514f189
 def per_state(function: Callable) -> Callable:
@@ -43,6 +44,7 @@ def per_state(function: Callable) -> Callable:
         return np.stack([np.asarray(function(state)) for state in flat]).reshape(*states.shape[:-1], -1)
 
     return batched
+
 
 # %% ../../nbs/28_your_model.ipynb #0b95b68b
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class UserModel(FunctionModel):
             raise ValueError(f"{self.name}: expected states of shape {tuple(state.shape)}, got {tuple(moved.shape)}")
         return _finite(self, state, moved.to(state))
 
+
 # %% ../../nbs/28_your_model.ipynb #f7025dd3
 def _called(model: UserModel, state: Tensor) -> Any:
     """What a model's function returns; it may change what it is given."""
@@ -84,6 +87,7 @@ def _called(model: UserModel, state: Tensor) -> Any:
             f"{'(dim,), one at a time' if model.one_at_a_time else tuple(state.shape)}; see `numpy` and `one_at_a_time`)"
         ) from error
 
+
 # %% ../../nbs/28_your_model.ipynb #def9363a
 def _real_tensor(model: UserModel, moved: Any) -> Tensor:
     if model.numpy:
@@ -94,10 +98,12 @@ def _real_tensor(model: UserModel, moved: Any) -> Tensor:
         raise ValueError(f"{model.name}: expected real numbers, got {moved.dtype}")
     return moved
 
+
 # %% ../../nbs/28_your_model.ipynb #31dc1eb3
 def _require_size(model: Model, state: Tensor) -> None:
     if state.shape[-1:] != (model.dim,):
         raise ValueError(f"state: expected states of size {model.dim}, got shape {tuple(state.shape)}")
+
 
 # %% ../../nbs/28_your_model.ipynb #bc3496b9
 def _finite(model, state: Tensor, moved: Tensor) -> Tensor:
@@ -115,6 +121,7 @@ def _finite(model, state: Tensor, moved: Tensor) -> Tensor:
         f"{model.name}: {int(lost.sum())} of {lost.numel()} states became non-finite in a step of {model.dt:g}; "
         f"the first of them was ({first}{', ...' if model.dim > 4 else ''})"
     )
+
 
 # %% ../../nbs/28_your_model.ipynb #15ec9caa
 @dataclass(frozen=True)
@@ -139,6 +146,7 @@ class _RungeKutta(Settings):
             state = rk4(checked, state, self.dt / self.substeps)
         return state
 
+
 # %% ../../nbs/28_your_model.ipynb #1b208c12
 def _fitting(k: Any, x: Tensor) -> Tensor:
     """The tendency `k` at the states `x`; one of another shape would be spread over all variables or states."""
@@ -147,6 +155,7 @@ def _fitting(k: Any, x: Tensor) -> Tensor:
     if k.shape != x.shape:
         raise ValueError(f"tendency: expected shape {tuple(x.shape)}, got {tuple(k.shape)}")
     return k
+
 
 # %% ../../nbs/28_your_model.ipynb #c0mp11ed
 @dataclass(frozen=True)
@@ -167,6 +176,7 @@ class _Compiled(_RungeKutta):
         initial = torch.from_numpy(states if states.dtype == np.float32 else states.astype(np.float64))
         return _walk(self.kernel, initial, 1, None, 1)[-1].numpy()
 
+
 # %% ../../nbs/28_your_model.ipynb #40770e81
 def from_tendency(tendency: Callable, dim: int, dt: float, substeps: int = 1, compile: bool = False, **settings: Any) -> UserModel:
     """A model of dx/dt = `tendency(x)`, by `substeps` Runge-Kutta steps of order four in every `dt`; `settings` are those of
@@ -179,6 +189,7 @@ def from_tendency(tendency: Callable, dim: int, dt: float, substeps: int = 1, co
     if compile:
         settings |= {"numpy": True, "one_at_a_time": False}
     return UserModel((_Compiled if compile else _RungeKutta)(tendency, dt, substeps), dim, dt, **settings)
+
 
 # %% ../../nbs/28_your_model.ipynb #7ceb55b2
 @dataclass(frozen=True)
@@ -235,6 +246,7 @@ class ProgramModel(Settings):
         moved = torch.tensor(moved, dtype=state.dtype, device=state.device).reshape(state.shape)
         return _finite(self, state, moved)
 
+
 # %% ../../nbs/28_your_model.ipynb #b031bd8f
 def _nothing(state: Tensor) -> Tensor:
     return state
@@ -253,6 +265,7 @@ def _command_words(command: object) -> tuple[str, ...]:
         raise ValueError(f"command: expected a program as its first word, got {words[0]!r}")
     return words
 
+
 # %% ../../nbs/28_your_model.ipynb #a77433ba
 def _write_states(model: ProgramModel, fields: Layout, states: np.ndarray, path: Path) -> None:
     """The input of a program: `states` `(member, dim)` as `fields`."""
@@ -262,6 +275,7 @@ def _write_states(model: ProgramModel, fields: Layout, states: np.ndarray, path:
     content = data.to_netcdf(engine="scipy" if model.classic else "h5netcdf")
     with naming(path, "write"):
         path.write_bytes(content)
+
 
 # %% ../../nbs/28_your_model.ipynb #45b4d151
 def _run_program(model: ProgramModel, given: Path, answer: Path) -> None:
@@ -286,6 +300,7 @@ def _run_program(model: ProgramModel, given: Path, answer: Path) -> None:
         last = next(filter(None, (_last_line(path.read_text(errors="replace")) for path in said)), "it said nothing")
         raise ValueError(f"{model.name}: ended with status {status}: {last}")
 
+
 # %% ../../nbs/28_your_model.ipynb #9594d79f
 def _end(process: subprocess.Popen) -> None:
     """End a program that is still running, with all that it started."""
@@ -295,6 +310,7 @@ def _end(process: subprocess.Popen) -> None:
         else:
             process.kill()
         process.wait()
+
 
 # %% ../../nbs/28_your_model.ipynb #0c9035ea
 def _read_fields(name: str, path: Path, fields: Layout, count: int) -> dict[str, np.ndarray]:
@@ -308,6 +324,7 @@ def _read_fields(name: str, path: Path, fields: Layout, count: int) -> dict[str,
         raise ValueError(f"{name}: its output is not a readable NetCDF file ({type(error).__name__})") from error
     return {f.name: _values_of(name, f, data, count) for f in fields.fields}
 
+
 # %% ../../nbs/28_your_model.ipynb #625cbcf0
 def _values_of(name: str, field: Field, data: xr.Dataset, count: int) -> np.ndarray:
     dims, shape = ("member", *field.dims), (count, *field.shape)
@@ -319,6 +336,7 @@ def _values_of(name: str, field: Field, data: xr.Dataset, count: int) -> np.ndar
     if values.shape != shape or values.dtype.kind not in "iuf":
         raise ValueError(f"{name}: expected {field.title!r} to be numbers of shape {shape}, got {values.dtype} of {values.shape}")
     return values
+
 
 # %% ../../nbs/28_your_model.ipynb #add794a8
 @dataclass(frozen=True)
@@ -346,6 +364,7 @@ class ManySteps(Settings):
 
     def step(self, state: Tensor) -> Tensor:
         return _moved(self.model, state, self.steps)
+
 
 # %% ../../nbs/28_your_model.ipynb #4f340239
 guard(globals())

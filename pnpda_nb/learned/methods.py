@@ -18,7 +18,7 @@ from .prior import AnalysisPrior
 from ..observing.observations import GridObservations, Observations, on_grid
 
 # %% auto #0
-__all__ = ['LearnedMean']
+__all__ = ["LearnedMean"]
 
 # %% ../../nbs/19_learned_means.ipynb #11f50766
 ENSEMBLE_FIELDS = 3
@@ -30,6 +30,7 @@ def ensemble_fields(background: Tensor, analysis: Tensor, increment: Tensor) -> 
     """
     moved = analysis.mean(-2) - background.mean(-2)
     return torch.stack((background.std(-2), analysis.std(-2), moved), -2) / increment
+
 
 # %% ../../nbs/19_learned_means.ipynb #cb583ff2
 @dataclass(frozen=True, eq=False)
@@ -70,6 +71,7 @@ class LearnedMean(Settings):
         if background.shape[-1] != self.prior.dim:
             raise ValueError(f"background: expected states of size {self.prior.dim} as the prior's, got {background.shape[-1]}")
         return self.training_batch(background, observations, generator)[0]
+
 
 # %% ../../nbs/19_learned_means.ipynb #6f61ed33
 guard(globals())

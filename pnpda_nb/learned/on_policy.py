@@ -29,7 +29,8 @@ from ..observing.update import Residual
 from ..twin.cycle import Method
 
 # %% auto #0
-__all__ = ['OnPolicyTraining', 'OnPolicySettings', 'train_on_policy']
+__all__ = ["OnPolicyTraining", "OnPolicySettings", "train_on_policy"]
+
 
 # %% ../../nbs/18_on_policy.ipynb #603e3bb3
 @dataclass(frozen=True, eq=False)
@@ -43,6 +44,7 @@ class TrainingBatch:
     seen: GridObservations
     extra: Tensor | None = None
     guess: Tensor | None = None
+
 
 # %% ../../nbs/18_on_policy.ipynb #cf60feac
 def on_policy_loss(
@@ -70,6 +72,7 @@ def on_policy_loss(
         sites = torch.randperm(target.shape[-1], generator=generator)[:scored].sort().values.to(there)
         loss = loss + likelihood * residual.negative_log_likelihood(error.detach(), sites).mean()
     return loss
+
 
 # %% ../../nbs/18_on_policy.ipynb #03ca7eab
 class OnPolicyTraining:
@@ -128,6 +131,7 @@ class OnPolicyTraining:
             shown = on_grid(self.record.observe(times, runs, networks, self.generator), mean.shape[-1])[:, 0]
         return TrainingBatch(*_alike((mean, target, shown, extra, guess), self.trajectories.state))
 
+
 # %% ../../nbs/18_on_policy.ipynb #7a0c53e2
 def _analysed(
     method: Method, prior: AnalysisPrior, background: Tensor, seen: Observations | GridObservations, generator: torch.Generator
@@ -148,6 +152,7 @@ def _copy(prior: AnalysisPrior, gradient: bool = True, device: torch.device | st
     network = copy.deepcopy(prior.network).to(device).requires_grad_(gradient)
     units = (x.to(device) for x in (prior.location, prior.scale, prior.increment))
     return AnalysisPrior(network, *units, prior.architecture, prior.training, prior.errors)
+
 
 # %% ../../nbs/18_on_policy.ipynb #7a0c53e3
 def rollout_loss(
@@ -172,6 +177,7 @@ def rollout_loss(
         miss = moving.record.miss(times, moving.runs, background[:, 0]) / prior.scale
         loss = loss + miss.square().mean(-1).nan_to_num(10.0, 10.0).clamp_max(10.0).mean()
     return loss / settings.rollout, first
+
 
 # %% ../../nbs/18_on_policy.ipynb #24da85d1
 @dataclass(frozen=True)
@@ -209,6 +215,7 @@ class OnPolicySettings(Settings):
         super().__post_init__()
         if not (self.cycles or self.rollout):
             raise ValueError(f"cycles: expected at least 1, or 0 with rollout, got {self.cycles}")
+
 
 # %% ../../nbs/18_on_policy.ipynb #7a0c53e5
 class _Taught:
@@ -255,6 +262,7 @@ class _Taught:
         self.cycling.trajectories.recall(memory["trajectories"])
         self.cycling.examples.recall(memory["examples"])
 
+
 # %% ../../nbs/18_on_policy.ipynb #7a0c53e6
 def _plan(settings: OnPolicySettings, judged: bool) -> Plan:
     def phase(rounds: int, steps: int, rate: float, average: float) -> Phase:
@@ -282,6 +290,7 @@ def _plan(settings: OnPolicySettings, judged: bool) -> Plan:
         title="on-policy training",
         lost="training: the loss became non-finite in cycle {round}; try a smaller learning rate",
     )
+
 
 # %% ../../nbs/18_on_policy.ipynb #28415319
 def train_on_policy(
@@ -328,6 +337,7 @@ def train_on_policy(
     best = training.best_score if validate else None
     trained.training = {"settings": plain, "seed": seed, "cycles": training.round, "validation": best}
     return trained, pd.DataFrame(training.history)
+
 
 # %% ../../nbs/18_on_policy.ipynb #798d7ede
 guard(globals())

@@ -20,7 +20,8 @@ from ..observing.observations import GridObservations, Observations, on_grid
 from ..observing.update import Residual, gridded_increment, kalman_update, tapering
 
 # %% auto #0
-__all__ = ['AnalysisPrior', 'SeeingPrior', 'BlindPrior', 'AmortisedAnalysis']
+__all__ = ["AnalysisPrior", "SeeingPrior", "BlindPrior", "AmortisedAnalysis"]
+
 
 # %% ../../nbs/17_seeing.ipynb #c27133b8
 def _observed_fields(prior: FieldPrior, background: Tensor, seen: GridObservations | None) -> list[Tensor]:
@@ -34,6 +35,7 @@ def _observed_fields(prior: FieldPrior, background: Tensor, seen: GridObservatio
         seen.mask.to(background).expand_as(background),
         torch.where(mask, torch.log((seen.error / prior.scale).clamp_min(1e-6)), 0.0),
     ]
+
 
 # %% ../../nbs/17_seeing.ipynb #fe467708
 class AnalysisPrior(FieldPrior, kept_as="analysis_prior"):
@@ -102,6 +104,7 @@ class AnalysisPrior(FieldPrior, kept_as="analysis_prior"):
     def __call__(self, background: Tensor) -> "LearnedDenoiser":
         return LearnedDenoiser(self, background, None)
 
+
 # %% ../../nbs/17_seeing.ipynb #01d44745
 class LearnedDenoiser(FlowDenoiser):
     """The denoiser of an `AnalysisPrior` for given backgrounds, around which its flow starts."""
@@ -114,6 +117,7 @@ class LearnedDenoiser(FlowDenoiser):
         with torch.no_grad():
             # at tau = 0 the noisy state says nothing, and the centre of the source is what was shown in training
             return self.prior.look(self.background, x if tau else None, tau, self.seen, guess=self.guess)
+
 
 # %% ../../nbs/17_seeing.ipynb #9f105158
 @dataclass(frozen=True, eq=False)
@@ -133,6 +137,7 @@ class SeeingPrior:
     def __call__(self, background: Tensor) -> LearnedDenoiser:
         return LearnedDenoiser(self.prior, background, self.seen)
 
+
 # %% ../../nbs/17_seeing.ipynb #3a894f79
 @dataclass(frozen=True, eq=False)
 class BlindPrior:
@@ -149,6 +154,7 @@ class BlindPrior:
 
     def __call__(self, background: Tensor) -> LearnedDenoiser:
         return self.prior(background)
+
 
 # %% ../../nbs/17_seeing.ipynb #ec2f92e7
 @dataclass(frozen=True, eq=False)
@@ -189,6 +195,7 @@ class AmortisedAnalysis(Settings):
                 known = observations.observations() if isinstance(observations, GridObservations) else observations
                 analysis = kalman_update(residual, analysis, known)
             return analysis + self.spread * residual.draw(generator) if self.spread else analysis
+
 
 # %% ../../nbs/17_seeing.ipynb #59f25d59
 guard(globals())

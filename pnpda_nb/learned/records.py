@@ -26,7 +26,8 @@ from ..twin.cycle import Method, cycle
 from ..twin.experiment import TwinExperiment, nature_intervals
 
 # %% auto #0
-__all__ = ['RandomNetworks', 'TruthRecord', 'ObservedRecord', 'Records']
+__all__ = ["RandomNetworks", "TruthRecord", "ObservedRecord", "Records"]
+
 
 # %% ../../nbs/94_priors.ipynb #2a577cf5
 @dataclass(frozen=True, eq=False)
@@ -77,6 +78,7 @@ class RandomNetworks(Settings):
             mask[i, torch.as_tensor(sites)], error[i] = True, deviation
         return mask, error.expand(-1, self.dim).where(mask, 0.0)
 
+
 # %% ../../nbs/94_priors.ipynb #2d81e7a0
 def first_errors(record: TruthRecord | ObservedRecord | Records, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Errors `(*shape, dim)` with which trajectories begin, as the experiment says: white, or differences of two targets."""
@@ -86,6 +88,7 @@ def first_errors(record: TruthRecord | ObservedRecord | Records, shape: tuple[in
     some = [[torch.randint(n, shape, generator=generator) for n in targets.shape[:2]] for _ in range(2)]
     differences = targets[tuple(some[0])] - targets[tuple(some[1])]
     return differences * (e.background_variance / (2 * targets.var())) ** 0.5
+
 
 # %% ../../nbs/94_priors.ipynb #2d81e791
 def _reported(
@@ -152,6 +155,7 @@ class TruthRecord:
         """How far a forecast `state` turned out to be off, `(trajectory, dim)`."""
         return self.targets[times, runs].to(state.device) - state
 
+
 # %% ../../nbs/94_priors.ipynb #0bce784f
 def observed_record(
     experiment: TwinExperiment,
@@ -188,6 +192,7 @@ def observed_record(
     kept = {name: (dims[name], x.transpose("cycle", "run", ...).values) for name, x in fields.items()}
     return xr.Dataset(kept, {"cycle": np.arange(discard, cycles)})
 
+
 # %% ../../nbs/94_priors.ipynb #74d7dd0b
 class ObservedRecord:
     """A record to learn from that knows nothing of nature: an `observed_record` of `experiment`."""
@@ -221,6 +226,7 @@ class ObservedRecord:
         """What was seen minus what the forecast `state` would have shown, where there was something to see; 0 elsewhere."""
         seen = _alike(on_grid(self.observe(times, runs, None, None), state.shape[-1])[:, 0], state)
         return (seen.value - state).where(seen.mask, 0.0)
+
 
 # %% ../../nbs/94_priors.ipynb #1178c8e0
 class Records:
@@ -262,6 +268,7 @@ class Records:
 
     def miss(self, times: Index, runs: Index, state: Tensor) -> Tensor:
         return self._gather(times, runs, lambda record, t, r, here: record.miss(t, r, _rows(state, here)))
+
 
 # %% ../../nbs/94_priors.ipynb #7a0c52e4
 class Trajectories:
@@ -321,6 +328,7 @@ class Trajectories:
         self.times, self.runs, state, self.networks = memory
         self.state = state.to(self.state.device)
 
+
 # %% ../../nbs/94_priors.ipynb #7a0c52e6
 class Examples:
     """The examples of the last `cycles` cycles, at most `rows` of each, in a ring that is made once and in the precision of the
@@ -369,6 +377,7 @@ class Examples:
         for parts in memory:
             self.add(tuple(GridObservations(*part) if isinstance(part, list) else part for part in parts))
 
+
 # %% ../../nbs/94_priors.ipynb #7a0c52e8
 def _rows(part: Any, which: Index | Mask) -> Any:
     """Some rows of a part of an example, wherever it is."""
@@ -388,6 +397,7 @@ def _made_of(part: Any, tensors: list[Tensor]) -> Any:
         return GridObservations(*tensors)
     return None if part is None else tuple(tensors) if isinstance(part, tuple) else tensors[0]
 
+
 # %% ../../nbs/94_priors.ipynb #b5c3d23f
 def innovation_rms(result: xr.Dataset, sites: Sequence[int]) -> GappyFloat:
     """Root mean square of what was seen at `sites` minus the backgrounds of a cycle there: a score that needs no truth. Infinite if
@@ -396,6 +406,7 @@ def innovation_rms(result: xr.Dataset, sites: Sequence[int]) -> GappyFloat:
     innovation = result.observations.values - result.background.values[..., list(sites)]
     seen = ~np.isnan(result.observations.values)
     return float(np.sqrt((innovation[seen] ** 2).mean())) if np.isfinite(innovation[seen]).all() else math.inf
+
 
 # %% ../../nbs/94_priors.ipynb #50befa59
 guard(globals())

@@ -16,7 +16,8 @@ from ..core.compute import _alike
 from ..core.random import standard_normal
 
 # %% auto #0
-__all__ = ['Covariance', 'DiagonalCovariance']
+__all__ = ["Covariance", "DiagonalCovariance"]
+
 
 # %% ../../nbs/02_observing.ipynb #61fef8bf
 class Covariance:
@@ -86,6 +87,7 @@ class Covariance:
         """The same where `state` is, and rounded as it is."""
         return _rounded(self, state)
 
+
 # %% ../../nbs/02_observing.ipynb #c0ac7ed1
 def _cut(whole: Covariance, missing: Mask) -> Covariance:
     both = ~missing.unsqueeze(-1) & ~missing.unsqueeze(-2)
@@ -103,6 +105,7 @@ def _rounded(covariance: Covariance, state: Tensor) -> Covariance:
     rounded, whole = object.__new__(Covariance), covariance._whole or covariance
     rounded._whole, rounded.matrix, rounded.factor = whole, _alike(whole.matrix, state), _alike(whole.factor, state)
     return rounded
+
 
 # %% ../../nbs/02_observing.ipynb #00cd2d5a
 def _positive_definite(matrix: Tensor, name: str) -> Tensor:
@@ -123,6 +126,7 @@ def _positive_definite(matrix: Tensor, name: str) -> Tensor:
         raise ValueError(f"{name}: expected a positive definite matrix, got one whose correlations have {smallest}")
     return matrix
 
+
 # %% ../../nbs/02_observing.ipynb #c89e2cc0
 def _check_variances(variances: Tensor, message: str) -> None:
     """Raise `ValueError` for variances that are not positive, or so small that their inverse is not finite."""
@@ -131,6 +135,7 @@ def _check_variances(variances: Tensor, message: str) -> None:
         first = int(wrong.nonzero()[0])
         more = f" and {int(wrong.sum()) - 1} more" if wrong.sum() > 1 else ""
         raise ValueError(f"{message} {variances[first].item():.3g} at {first}{more}")
+
 
 # %% ../../nbs/02_observing.ipynb #bbc0eb7c
 class DiagonalCovariance(Covariance):
@@ -201,10 +206,12 @@ class DiagonalCovariance(Covariance):
         rounded.__dict__["largest_precision"] = self.largest_precision
         return rounded
 
+
 # %% ../../nbs/02_observing.ipynb #f9da56e4
 def _beside(values: Tensor, leading: int) -> Tensor:
     """Batched `values` `(..., size)` with a member axis if what they meet has one."""
     return values.unsqueeze(-2) if 1 < values.ndim == leading else values
+
 
 # %% ../../nbs/02_observing.ipynb #b3463124
 guard(globals())

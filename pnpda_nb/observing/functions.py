@@ -19,7 +19,8 @@ from ..core.settings import Settings, Size
 from .operators import Linear, Operator, Select
 
 # %% auto #0
-__all__ = ['NumpyOperator', 'operator_from']
+__all__ = ["NumpyOperator", "operator_from"]
+
 
 # %% ../../nbs/92_engine.ipynb #f1eb1943
 @dataclass(frozen=True, eq=False)
@@ -49,6 +50,7 @@ class NumpyOperator(Settings):
     def adjoint(self, state: Tensor, misfit: Tensor) -> Tensor:
         return (misfit.unsqueeze(-2) @ self.jacobian(state)).squeeze(-2)
 
+
 # %% ../../nbs/92_engine.ipynb #893809ad
 def operator_from(function: Callable[[np.ndarray], np.ndarray], size: int, dim: int, most: int = 4096) -> Operator:
     """`function` of arrays, `(n, dim) -> (n, size)`, as the simplest operator that it is: `Select`, `Linear` or `NumpyOperator`. It
@@ -77,6 +79,7 @@ def operator_from(function: Callable[[np.ndarray], np.ndarray], size: int, dim: 
         return Select(picked, dim)
     return Linear(torch.tensor(matrix, dtype=torch.float64))
 
+
 # %% ../../nbs/92_engine.ipynb #4e3b2658
 def _real_numbers(name: str, values: Any) -> np.ndarray:
     """`values` as an array of float64, nan where it is masked. Raises `ValueError` with `name` for what is not an array of real
@@ -94,11 +97,13 @@ def _real_numbers(name: str, values: Any) -> np.ndarray:
     numbers = array.astype(np.float64)
     return np.ascontiguousarray(np.ma.filled(numbers, np.nan)).reshape(array.shape)
 
+
 # %% ../../nbs/92_engine.ipynb #1003d2c1
 def _last_line(text: str, most: int = 300) -> str:
     """The last line that is not empty, cropped."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1][:most] if lines else ""
+
 
 # %% ../../nbs/92_engine.ipynb #ad072016
 def _answer_of(function: Callable, rows: np.ndarray) -> np.ndarray:
@@ -124,6 +129,7 @@ def _magnitude(state: Tensor) -> Tensor:
     others = usual.nanmedian()  # where a variable is zero in all states, what is known are the others
     usual = torch.where(usual.isnan(), others, usual).nan_to_num(1.0)
     return torch.maximum(state.abs(), 256 ** (usual.log2() / 8).round())
+
 
 # %% ../../nbs/92_engine.ipynb #8fdc7bec
 guard(globals())

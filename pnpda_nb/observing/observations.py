@@ -17,7 +17,8 @@ from .covariance import Covariance, DiagonalCovariance
 from .operators import Operator, Present, Select
 
 # %% auto #0
-__all__ = ['Observations', 'ObservingNetwork', 'GridObservations', 'on_grid']
+__all__ = ["Observations", "ObservingNetwork", "GridObservations", "on_grid"]
+
 
 # %% ../../nbs/02_observing.ipynb #f300329e
 @dataclass(frozen=True, eq=False)
@@ -65,6 +66,7 @@ class Observations:
         """
         return -self.operator.adjoint(state, self.covariance.solve(self.innovation(state)))
 
+
 # %% ../../nbs/02_observing.ipynb #f01f0330
 @dataclass(frozen=True, eq=False)
 class ObservingNetwork(Settings):
@@ -98,6 +100,7 @@ class ObservingNetwork(Settings):
         """Given `values` `(..., size)` as this network's observations."""
         return Observations(values, self.operator, self.covariance)
 
+
 # %% ../../nbs/02_observing.ipynb #a5772dae
 @dataclass(frozen=True, eq=False)
 class GridObservations:
@@ -124,6 +127,7 @@ class GridObservations:
         object.__setattr__(seen, "covariance", DiagonalCovariance._unchecked(variances))
         return seen
 
+
 # %% ../../nbs/02_observing.ipynb #cad817bb
 def on_grid(observations: Observations | GridObservations, dim: int) -> GridObservations:
     """What `observations` `(run, size)` of single variables show on a grid of size `dim`, beside members: `(run, 1, dim)`.
@@ -149,6 +153,7 @@ def on_grid(observations: Observations | GridObservations, dim: int) -> GridObse
     mask = blank.bool().index_copy(-1, at, there)
     value, error = (blank.index_copy(-1, at, x.masked_fill(~there, 0.0)) for x in (values, deviations))
     return GridObservations(*(x.unsqueeze(-2) for x in (value, mask, error)))
+
 
 # %% ../../nbs/02_observing.ipynb #2c21f37c
 guard(globals())

@@ -18,7 +18,8 @@ from ..core.compute import _alike
 from .covariance import _beside
 
 # %% auto #0
-__all__ = ['Operator', 'Select', 'Linear', 'Interpolate', 'Nonlinear', 'Present']
+__all__ = ["Operator", "Select", "Linear", "Interpolate", "Nonlinear", "Present"]
+
 
 # %% ../../nbs/02_observing.ipynb #6d36892a
 @runtime_checkable
@@ -36,6 +37,7 @@ class Operator(Protocol):
     def __call__(self, state: Tensor) -> Tensor: ...
     def jacobian(self, state: Tensor) -> Tensor: ...
     def adjoint(self, state: Tensor, misfit: Tensor) -> Tensor: ...
+
 
 # %% ../../nbs/02_observing.ipynb #c702c4c9
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class Select:
     def adjoint(self, state: Tensor, misfit: Tensor) -> Tensor:
         return torch.zeros_like(state).index_copy(-1, _alike(self._index, state), misfit)
 
+
 # %% ../../nbs/02_observing.ipynb #3e3f0776
 def _sized(state: Tensor, dim: int) -> Tensor:
     if state.shape[-1] != dim:
@@ -84,6 +87,7 @@ def _sized(state: Tensor, dim: int) -> Tensor:
 def _sited(operator: Operator) -> None:
     if operator.sites is not None and len(operator.sites) != operator.size:
         raise ValueError(f"sites: expected {operator.size}, one an observation, got {len(operator.sites)}")
+
 
 # %% ../../nbs/02_observing.ipynb #0664b7cb
 @dataclass(frozen=True, eq=False)
@@ -111,6 +115,7 @@ class Linear:
 
     def adjoint(self, state: Tensor, misfit: Tensor) -> Tensor:
         return misfit @ self.matrix
+
 
 # %% ../../nbs/02_observing.ipynb #0dfb63eb
 @dataclass(frozen=True, eq=False)
@@ -148,6 +153,7 @@ class Interpolate:
         parts = (misfit.unsqueeze(-1) * self.weights.to(state)).flatten(-2)
         return torch.zeros_like(state).index_add(-1, _alike(self.indices, state).flatten(), parts)
 
+
 # %% ../../nbs/02_observing.ipynb #38f4bb41
 def _check_weights(indices: Index, weights: Tensor, dim: int) -> None:
     if indices.ndim != 2 or indices.shape != weights.shape:
@@ -156,6 +162,7 @@ def _check_weights(indices: Index, weights: Tensor, dim: int) -> None:
         )
     if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < dim:
         raise ValueError(f"indices: expected numbers from 0 to {dim - 1}, got {int(indices.min())} to {int(indices.max())}")
+
 
 # %% ../../nbs/02_observing.ipynb #da188256
 @dataclass(frozen=True)
@@ -187,6 +194,7 @@ class Nonlinear:
         _, pull_back = torch.func.vjp(self.function, state)
         return pull_back(misfit)[0]
 
+
 # %% ../../nbs/02_observing.ipynb #8fb9a7f8
 @dataclass(frozen=True, eq=False)
 class Present:
@@ -215,6 +223,7 @@ class Present:
 
     def adjoint(self, state: Tensor, misfit: Tensor) -> Tensor:
         return self.operator.adjoint(state, misfit * _beside(self.present, state.ndim - 1))
+
 
 # %% ../../nbs/02_observing.ipynb #cd7d3ffc
 guard(globals())

@@ -22,7 +22,8 @@ from .observations import GridObservations, Observations
 from .operators import Interpolate, Operator, Present, Select
 
 # %% auto #0
-__all__ = ['kalman_gain', 'anomalies', 'ErrorCovariance', 'kalman_update', 'DenseError', 'FactoredError', 'Residual']
+__all__ = ["kalman_gain", "anomalies", "ErrorCovariance", "kalman_update", "DenseError", "FactoredError", "Residual"]
+
 
 # %% ../../nbs/92_engine.ipynb #c9a1cd25
 def _solve(rows: Tensor, matrix: Tensor) -> Tensor:
@@ -45,10 +46,12 @@ def kalman_gain(background: Tensor, jacobian: Tensor, error: Tensor) -> Tensor:
     reach = background @ jacobian.mT
     return _solve(reach, jacobian @ reach + error)
 
+
 # %% ../../nbs/92_engine.ipynb #71b98a87
 def anomalies(ensemble: Tensor) -> Tensor:
     """Members `(..., member, dim)` minus their mean."""
     return ensemble - ensemble.mean(-2, keepdim=True)
+
 
 # %% ../../nbs/92_engine.ipynb #9c5cc870
 def selects_alone(observations: Observations) -> bool:
@@ -62,6 +65,7 @@ def _beside_members(matrix: Tensor) -> Tensor:
     """A matrix for each run `(run, n, n)` beside members; a common one `(n, n)` as it is."""
     return matrix if matrix.ndim == 2 else matrix.unsqueeze(-3)
 
+
 # %% ../../nbs/92_engine.ipynb #d595bae1
 @runtime_checkable
 class ErrorCovariance(Protocol):
@@ -74,6 +78,7 @@ class ErrorCovariance(Protocol):
 
     def between(self, i: Index, j: Index) -> Tensor:
         """Covariances of the components `i` `(n,)` with `j` `(m,)`: `(..., n, m)`."""
+
 
 # %% ../../nbs/92_engine.ipynb #8e17c60b
 def _each(product: Callable[[Tensor, Tensor], Tensor], rows: Tensor, matrix: Tensor) -> Tensor:
@@ -93,12 +98,14 @@ def symmetric_solve(vectors: Gappy, matrix: Gappy) -> Gappy:
     """The inverse of a symmetric positive definite `matrix` applied to `vectors` `(..., member, n)`; nan if it is not one."""
     return _each(_solve, vectors.unsqueeze(-2), matrix).squeeze(-2)
 
+
 # %% ../../nbs/92_engine.ipynb #196993a6
 def _few(operator: Operator, x: Tensor) -> tuple[Index, Tensor] | None:
     """For an operator that sees a few components of x at a time: which, and their weights, both `(size, k)`."""
     if isinstance(operator, Select):
         return _alike(operator._index, x)[:, None], x.new_ones(operator.size, 1)
     return (_alike(operator.indices, x), _alike(operator.weights, x).to(x)) if isinstance(operator, Interpolate) else None
+
 
 # %% ../../nbs/92_engine.ipynb #e560fa25
 def innovation_weights(R: Covariance, innovation: Gappy, shown: Gappy) -> Gappy:
@@ -116,6 +123,7 @@ def factored_weights(R: Covariance, innovation: Gappy, factor: Gappy, own: Gappy
     inner = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device) + scaled.mT @ factor
     c = symmetric_solve(_times(innovation.unsqueeze(-2), scaled).squeeze(-2), inner)
     return (innovation - _times(c.unsqueeze(-2), factor.mT).squeeze(-2)) / own
+
 
 # %% ../../nbs/92_engine.ipynb #37a2d92b
 def kalman_pull(B: ErrorCovariance, x: Gappy, observations: Observations, centre: Gappy | None = None, scale: float = 1.0) -> Gappy:
@@ -153,6 +161,7 @@ def kalman_update(B: ErrorCovariance, x: Gappy, observations: Observations) -> G
     """x + B Hᵀ (H B Hᵀ + R)⁻¹ (y − H(x)) for states x `(..., member, dim)`, with H linearised at x."""
     return x + B.multiply(kalman_pull(B, x, observations).unsqueeze(-2)).squeeze(-2)
 
+
 # %% ../../nbs/92_engine.ipynb #37a2d92c
 def gridded_increment(B: ErrorCovariance, background: Tensor, seen: GridObservations) -> Tensor:
     """B Hᵀ (H B Hᵀ + R)⁻¹ (y − H x), the increment of 3D-Var, for states x `(..., member, dim)` that share what was seen of single
@@ -184,6 +193,7 @@ def _gridded(B: ErrorCovariance, states: Tensor, value: Tensor, mask: Mask, erro
     innovation = (value.to(states) - states).gather(-1, every) * there.unsqueeze(1)
     return B.multiply(torch.zeros_like(states).scatter_add(-1, every, _solve(innovation, shown)))
 
+
 # %% ../../nbs/92_engine.ipynb #064f5521
 @dataclass(frozen=True, eq=False)
 class DenseError:
@@ -209,6 +219,7 @@ class DenseError:
 def _root(matrix: Tensor) -> Tensor:
     matrix = matrix.double()
     return torch.linalg.cholesky(matrix + 1e-9 * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device))
+
 
 # %% ../../nbs/92_engine.ipynb #d87f289e
 @dataclass(frozen=True, eq=False)
@@ -237,6 +248,7 @@ class FactoredError:
     def between(self, i: Index, j: Index) -> Tensor:
         L, d = self.at(i)
         return L @ self.at(j)[0].mT + d.unsqueeze(-1) * (i.unsqueeze(-1) == j)
+
 
 # %% ../../nbs/92_engine.ipynb #11ad164a
 def conjugate_gradients(product: Callable[[Tensor], Tensor], right: Gappy, tolerance: float | None = None) -> Gappy:
@@ -277,6 +289,7 @@ class InformedError:
         rows = torch.zeros(len(i), self.information.shape[-1], dtype=self.information.dtype, device=self.information.device)
         return self.multiply(rows.scatter(-1, i.unsqueeze(-1), 1.0))[..., j]
 
+
 # %% ../../nbs/92_engine.ipynb #57eb03e5
 Taper = DenseError | Homogeneous
 
@@ -294,6 +307,7 @@ def tapering(dim: int, half_width: float, distance: Distance, like: Tensor) -> T
 def _on_circles(grid: Grid, half_width: float) -> Homogeneous:
     channels = len(grid.channels)  # which are all together where they are at one place
     return Homogeneous(grid, partial(gaspari_cohn, half_width=half_width), torch.ones(channels, channels, dtype=torch.float64))
+
 
 # %% ../../nbs/92_engine.ipynb #ce382ecc
 @dataclass(frozen=True, eq=False)
@@ -343,6 +357,7 @@ class Residual:
             z = self.taper.draw(shape, generator).to(self.factor)  # (..., rank, dim)
         white = standard_normal(tuple(self.diagonal.shape), generator, self.diagonal)
         return (self.factor * z.mT).sum(-1) + self.diagonal.sqrt() * white
+
 
 # %% ../../nbs/92_engine.ipynb #0cc23082
 guard(globals())

@@ -28,7 +28,8 @@ _LINE = ("given", "centre", "unit", "patterns", "wanted", "offset", "answers")
 _PLACES = ("relief", "activity")  # how mean and increments differ from place to place
 
 # %% auto #0
-__all__ = ['AwarePrior']
+__all__ = ["AwarePrior"]
+
 
 # %% ../../nbs/30_aware.ipynb #30seenclass
 @dataclass(frozen=True, eq=False)
@@ -44,6 +45,7 @@ class _Look:
     mean: Tensor
     increment: Tensor
     spread: Tensor
+
 
 # %% ../../nbs/30_aware.ipynb #30awareclass
 class AwarePrior(PriorFile):
@@ -100,6 +102,7 @@ class AwarePrior(PriorFile):
             raise ValueError("linear: expected an analysis of states as large as the network's")
         return cls(FieldPrior.restored(version, tensors, header), linear, attached, header.get("layout"), header["training"])
 
+
 # %% ../../nbs/30_aware.ipynb #30answerfun
 def _answer(prior: AwarePrior, look: _Look) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the analyses, `(..., dim)`: @eq-aware."""
@@ -122,6 +125,7 @@ def _answer(prior: AwarePrior, look: _Look) -> tuple[Tensor, Tensor]:
     analysis = look.mean + (1 + out[..., 1, :]) * look.increment + spread * out[..., 0, :]
     deviation = spread * nn.functional.softplus(out[..., -1, :] + 0.5413).clamp_min(1e-3)
     return torch.where(still, b, analysis), torch.where(still, 0.0, deviation)
+
 
 # %% ../../nbs/30_aware.ipynb #30seenfun
 def _seen(observations: Observations, background: Tensor, unit: Tensor) -> tuple[Tensor, Mask, Tensor]:
@@ -146,6 +150,7 @@ def _seen(observations: Observations, background: Tensor, unit: Tensor) -> tuple
 
 def _plain(operator: Operator) -> Operator:
     return operator.operator if isinstance(operator, Present) else operator
+
 
 # %% ../../nbs/30_aware.ipynb #30lookfun
 def _looked(prior: AwarePrior, background: Tensor, observations: Observations) -> _Look:
@@ -174,6 +179,7 @@ def look_at(prior: AwarePrior, background: Tensor, observations: Observations) -
     deviation = torch.where(still, 0.0, deviation * calibration)
     return Estimate(torch.where(still, background, analysis), FactoredError(None, deviation.square()))
 
+
 # %% ../../nbs/30_aware.ipynb #30drawfun
 def draw_around(
     prior: AwarePrior, estimate: Estimate, observations: Observations, count: int, generator: torch.Generator
@@ -197,6 +203,7 @@ def _drawn(errors: DenseError | FactoredError, shape: tuple[int, ...], generator
     low = standard_normal((*shape[:-1], errors.factor.shape[-1]), generator) @ errors.factor.T
     return low + errors.diagonal.sqrt() * standard_normal(shape, generator)
 
+
 # %% ../../nbs/30_aware.ipynb #30geomfun
 def geometry_of(layout: Layout) -> Grid | None:
     """The grid of a layout, if all fields are on the same one or two axes, three points long at least, with coordinates of numbers;
@@ -210,6 +217,7 @@ def geometry_of(layout: Layout) -> Grid | None:
         return layout.grid
     except ValueError:  # fields on different ones
         return None
+
 
 # %% ../../nbs/30_aware.ipynb #30awareguard
 guard(globals())

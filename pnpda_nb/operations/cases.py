@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,7 +18,8 @@ from ..core.random import standard_normal
 from ..core.settings import PositiveNumber, PositiveShare, Settings
 
 # %% auto #0
-__all__ = ['Networks']
+__all__ = ["Networks"]
+
 
 # %% ../../nbs/30_aware.ipynb #30netclass
 @dataclass(frozen=True)
@@ -53,10 +54,11 @@ class Networks(Settings):
         a, b = map(math.log, self.errors)
         return mask, torch.exp(a + (b - a) * error) * unit
 
+
 # %% ../../nbs/30_aware.ipynb #30casesclass
 class _Linear(Protocol):
     @property
-    def line(self): ...
+    def line(self) -> Callable[[Tensor], Tensor]: ...
 
     def increments(self, left: Tensor, mask: Mask, error: Tensor) -> Tensor: ...
 
@@ -97,11 +99,17 @@ class Cases:
         mean = by.line(self.background) if mean is None else mean
         return mean, by.increments(torch.where(self.mask.unsqueeze(1), self.value - mean, 0.0), self.mask, self.error)
 
+    def analyses(self, by: _Linear) -> Tensor:
+        """Analyses by a `LinearAnalysis`, `(network, case, dim)`."""
+        mean, increment = self.linear(by)
+        return mean + increment
+
 
 def _squares(x: Tensor, cases: Cases, unit: Tensor) -> Tensor:
     """Mean squared errors of analyses `(network, case, dim)`, one for each, in units of the increments where they change."""
     moves = unit > 0
     return ((x - cases.analysis)[..., moves] / unit[moves]).square().mean(-1).flatten()
+
 
 # %% ../../nbs/30_aware.ipynb #30casesguard
 guard(globals())

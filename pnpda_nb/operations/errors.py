@@ -23,7 +23,8 @@ from ..observing.update import FactoredError
 from ..pnp.errors import ResidualCovariance, residual_covariance
 
 # %% auto #0
-__all__ = ['survey']
+__all__ = ["survey"]
+
 
 # %% ../../nbs/93_files.ipynb #91e69ff0
 @dataclass(frozen=True, eq=False)
@@ -60,6 +61,7 @@ class Part:
     def read(self, first: int = 0, last: int | None = None) -> tuple[Tensor, Tensor]:
         return self.source.read(self.first + first, self.last if last is None else self.first + last)
 
+
 # %% ../../nbs/93_files.ipynb #cb0e3471
 def survey(source: PairSource, trained: int, memory: int = 256_000_000, progress: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """By one pass over an archive: the standard deviations of the increments in the first `trained` pairs, 0 where they do not
@@ -89,6 +91,7 @@ def survey(source: PairSource, trained: int, memory: int = 256_000_000, progress
         )
     return unit, *values
 
+
 # %% ../../nbs/93_files.ipynb #68d305f2
 def _named(positions: Tensor | np.ndarray, layout: Layout, most: int = 3) -> str:
     """The first few of some positions in a state, by name."""
@@ -99,6 +102,7 @@ def _named(positions: Tensor | np.ndarray, layout: Layout, most: int = 3) -> str
         index = np.unravel_index(int(flat - starts[number]), spec.shape) if spec.shape else ()
         names.append(spec.title + (f"[{','.join(map(str, index))}]" if spec.shape else ""))
     return ", ".join(names) + ("" if len(positions) <= most else ", …")
+
 
 # %% ../../nbs/93_files.ipynb #4464c1af
 def _check_pairs(background: Tensor, analysis: Tensor, dim: int | None = None) -> None:
@@ -114,6 +118,7 @@ def _check_pairs(background: Tensor, analysis: Tensor, dim: int | None = None) -
 
 def _points(count: int) -> str:
     return f"{count} point{'s' * (count > 1)}"
+
 
 # %% ../../nbs/93_files.ipynb #d127aa6d
 TAUS = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9)
@@ -144,6 +149,7 @@ class _Always(Denoiser):
     def __call__(self, x: Tensor, tau: float) -> Estimate:
         return self.answer
 
+
 # %% ../../nbs/93_files.ipynb #b410c5b8
 def attach_errors(prior: FlowPrior, background: Tensor, analysis: Tensor, generator: torch.Generator, rank: int = 64) -> FlowPrior:
     """The same prior with the covariance of its errors attached, at the pseudo-times `TAUS`, from pairs `(sample, dim)` that
@@ -169,6 +175,7 @@ def attach_errors(prior: FlowPrior, background: Tensor, analysis: Tensor, genera
         residual_diagonal=torch.stack([e.diagonal for e in errors]),
     )
 
+
 # %% ../../nbs/93_files.ipynb #1898a91e
 def _with(prior: FlowPrior, layout: Mapping | None = None, **attached: Tensor) -> FlowPrior:
     """The same prior with more attached, and perhaps with more known of its layout."""
@@ -176,6 +183,7 @@ def _with(prior: FlowPrior, layout: Mapping | None = None, **attached: Tensor) -
     return FlowPrior(
         prior.network, prior.location, prior.scale, prior.architecture, prior.training, attached=prior.attached | attached, **same
     )
+
 
 # %% ../../nbs/93_files.ipynb #d676c807
 def attached_unit(prior: Any) -> Tensor | None:
@@ -187,6 +195,7 @@ def attached_unit(prior: Any) -> Tensor | None:
     if unit is not None and (unit.shape != (prior.dim,) or (unit < 0).any()):
         raise ValueError(f"prior: expected {prior.dim} attached standard deviations of increments, got something else")
     return unit
+
 
 # %% ../../nbs/93_files.ipynb #75be2ae9
 def attached_errors(prior: FlowPrior) -> ResidualCovariance | None:
@@ -201,6 +210,7 @@ def attached_errors(prior: FlowPrior) -> ResidualCovariance | None:
             f"prior: expected attached error covariances for {shape[0]} pseudo-times and {shape[1]} numbers, got others"
         )
     return ResidualCovariance(tuple(taus.tolist()), tuple(FactoredError(L, d) for L, d in zip(factors, diagonals)))
+
 
 # %% ../../nbs/93_files.ipynb #fa76ba7a
 guard(globals())

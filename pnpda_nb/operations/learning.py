@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
@@ -37,7 +37,8 @@ from .validation import _left_out
 from ..twin.scores import standard_error
 
 # %% auto #0
-__all__ = ['AwareSettings', 'learn_archive']
+__all__ = ["AwareSettings", "learn_archive"]
+
 
 # %% ../../nbs/30_aware.ipynb #30settingsclass
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class AwareSettings(Settings):
     likelihood: NotNegative = 0.1
     patience: Count = 20
 
+
 # %% ../../nbs/30_aware.ipynb #30usualfun
 SECONDS = 200.0  # of training, on one core of about 2025
 
@@ -68,15 +70,15 @@ def aware_settings(grid: Grid | None, dim: int, pairs: int, epochs: int | None =
     """
     axes = 0 if grid is None else len(grid.shape)
     width = max(16, min(128, 2_000_000 // dim)) if grid is None else (64, 48)[axes - 1]
-    batch = max(1, min((128, 128, 16)[axes], pairs // 8))
-    each = 1 if dim <= 200 else min(4, batch)
-    steps = max(1, min(100, pairs // batch))
     weights = 9 * dim * width if grid is None else 6 * width**2 * (5, 9)[axes - 1] * math.prod(grid.shape)
-    networks = batch / each * (dim / 1152) ** 2 * 0.03  # seconds for their linear analyses
-    seconds = 0.02 + networks + 6 * weights * batch / 3e10
+    one = 6 * weights / 3e10  # seconds for a pair
+    batch = max(1, min((128, 128, 16)[axes], pairs // 8, round(2 / one)))
+    each = 1 if dim <= 200 else min(4, batch)
+    seconds = 0.02 + one * batch + batch / each * (dim / 1152) ** 2 * 0.03  # for a step; the last are of linear analyses
+    steps = max(1, min(100, pairs // batch, round(SECONDS / 5 / seconds)))
     every = max(3, min(150, round(SECONDS / (seconds * steps))))
     rate = 4e-3 if grid is None else 2e-3
-    sizes = {"steps": steps, "batch": batch, "each": each, "width": width, "learning_rate": rate}
+    sizes: dict[str, Any] = {"steps": steps, "batch": batch, "each": each, "width": width, "learning_rate": rate}
     return AwareSettings(epochs=every if epochs is None else epochs, **sizes)
 
 
@@ -90,6 +92,7 @@ def _size(grid: Grid | None, settings: AwareSettings) -> dict:
     dilations = [d for d in (1, 2, 4, 2, 1) if d <= most] or [1]
     return {"width": settings.width, "kernel": kernel, "dilations": dilations}
 
+
 # %% ../../nbs/30_aware.ipynb #30makefun
 def _untrained(
     trained: Part, linear: LinearAnalysis, unit: Tensor, grid: Grid | None, settings: AwareSettings, seed: int
@@ -102,7 +105,7 @@ def _untrained(
             states.add(x)
     scale = states.deviation.where(states.varies, 1.0)
     places = {} if grid is None else {"relief": _by_channel(states.mean, grid), "activity": _by_channel(_logarithm(unit), grid)}
-    sizes = {"dim": trained.dim, "geometry": grid or "none", "extra": 2 + len(places)}
+    sizes: dict[str, Any] = {"dim": trained.dim, "geometry": grid or "none", "extra": 2 + len(places)}
     fields = FieldPrior.make(
         states.mean, scale.where(scale > 0, 1.0), unit.where(unit > 0, 1.0), rank=1, seed=seed, **sizes, **_size(grid, settings)
     )
@@ -122,6 +125,7 @@ def _by_channel(x: Tensor, grid: Grid) -> Tensor:
         if int(own.sum()) > 1 and float((x[own].amax() - x[own].amin()) / x[own].abs().amax().clamp_min(1e-300)) > 1e-9:
             made[own] = (x[own] - x[own].mean()) / x[own].std()
     return made
+
 
 # %% ../../nbs/30_aware.ipynb #30pairsclass
 class _Pairs:
@@ -147,6 +151,7 @@ class _Pairs:
         numbers = torch.cat([first + torch.arange(len(part[0])) for first, part in zip(starts, parts)])
         return *(torch.cat(x) for x in zip(*parts)), numbers >= middle
 
+
 # %% ../../nbs/30_aware.ipynb #30learningclass
 class _Learning:
     """What is trained (`core.training.Trainable`): an `AwarePrior`, by `networks` that are new in every batch; what it is validated
@@ -171,7 +176,8 @@ class _Learning:
             pick = torch.randint(0, len(pairs[0]), (settings.batch,), generator=self.generator)
             b, a, late = (x[pick] for x in pairs)
             cases = Cases.drawn((b, a), self.networks, self.prior.unit, self.parts, self.generator, settings.each)
-            mean = torch.where(late.unsqueeze(-1), *(line(b) for line in self.halves))[: cases.analysis.shape[:2].numel()]
+            of_early, of_late = (line(b) for line in self.halves)
+            mean = torch.where(late.unsqueeze(-1), of_early, of_late)[: cases.analysis.shape[:2].numel()]
             yield _shown(self.prior, cases, self.device, mean.reshape(cases.analysis.shape))
 
     def _scores(self, network: torch.nn.Module, target: Tensor, look: _Look) -> tuple[Tensor, Tensor]:
@@ -214,6 +220,7 @@ def _shown(prior: AwarePrior, cases: Cases, device: torch.device, mean: Tensor |
     target, b, value, mean, increment = (x.to(device) for x in (cases.analysis, cases.background, cases.value, mean, increment))
     return target, _Look(b, value, mask, error, mean, increment, spread)
 
+
 # %% ../../nbs/30_aware.ipynb #30planfun
 def _plan(settings: AwareSettings) -> Plan:
     """A learning rate that warms up in a tenth of the steps (100 at most) and falls like a cosine."""
@@ -224,8 +231,15 @@ def _plan(settings: AwareSettings) -> Plan:
         return settings.learning_rate * (warm * (1 + math.cos(math.pi * min(1.0, step / steps))) / 2 + 1e-3)
 
     phase = Phase(rounds=settings.epochs, learning_rate=settings.learning_rate, average=settings.average, schedule=schedule)
-    shared = {"weight_decay": settings.weight_decay, "clip": 1.0, "lenient": True, "patience": settings.patience, "unit": "epoch"}
+    shared: dict[str, Any] = {
+        "weight_decay": settings.weight_decay,
+        "clip": 1.0,
+        "lenient": True,
+        "patience": settings.patience,
+        "unit": "epoch",
+    }
     return Plan(phases=(phase,), from_start=True, strict=True, **shared)
+
 
 # %% ../../nbs/30_aware.ipynb #30findclass
 @dataclass(frozen=True, eq=False)
@@ -251,6 +265,7 @@ class Learned:
     history: pd.DataFrame
     findings: Findings
 
+
 # %% ../../nbs/30_aware.ipynb #30judgefun
 def _judged(prior: AwarePrior, cases: Cases, rivals: dict[str, LinearAnalysis]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """Squared errors of each analysis in each case, the prior's as "look"; errors and spreads `(case, dim)` of the prior's kept
@@ -262,7 +277,7 @@ def _judged(prior: AwarePrior, cases: Cases, rivals: dict[str, LinearAnalysis]) 
         for some in cases.split(max(1, 300_000 // (prior.dim * cases.analysis.shape[1]))):
             target, look = _shown(prior, some, torch.device("cpu"))
             looked, spread = _answer(prior, look)
-            means = {"background": some.background} | {name: sum(some.linear(by)) for name, by in rivals.items()} | {"look": looked}
+            means = {"background": some.background} | {name: some.analyses(by) for name, by in rivals.items()} | {"look": looked}
             for name, x in means.items():
                 squares.setdefault(name, []).append(_squares(x, some, prior.unit))
             kept = (looked, spread) if prior.learned else (look.mean + look.increment, look.spread.expand_as(target))
@@ -275,6 +290,7 @@ def _lead(other: Tensor, ours: Tensor) -> tuple[float, float]:
     """By how much the root of the mean of the `other` squared errors is larger than of `ours`, and its paired standard error."""
     a, b = (float(x.mean()) ** 0.5 for x in (other, ours))
     return a - b, standard_error(other / (2 * a or 1.0) - ours / (2 * b or 1.0))
+
 
 # %% ../../nbs/30_aware.ipynb #30choosefun
 def _calibrated(prior: AwarePrior, cases: Cases, best: LinearAnalysis, layout: Layout) -> AwarePrior:
@@ -317,6 +333,7 @@ def _found(prior: AwarePrior, cases: Cases, rivals: dict[str, LinearAnalysis], l
     share = inside[:, moves].mean(-1)
     notes = _left_out(prior.unit, moves, layout)
     return Findings(trial, pd.DataFrame(rows), (float(share.mean()), standard_error(share)), len(share), notes)
+
 
 # %% ../../nbs/30_aware.ipynb #30learnfun
 def learn_archive(
@@ -377,6 +394,7 @@ def learn_archive(
     prior = _calibrated(prior, cases(chosen, "choice", 600), best, layout)
     findings = _found(prior, cases(tested, "verdict", 600), rivals, layout)
     return Learned(prior, pd.DataFrame(training.history), findings)
+
 
 # %% ../../nbs/30_aware.ipynb #30learnguard
 guard(globals())

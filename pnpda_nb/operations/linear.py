@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -24,10 +25,11 @@ from .errors import Fixed, Part
 from .validation import _Line, regression
 from ..pnp.errors import residual_covariance
 
-LIMIT = 2500  # numbers of a state of which all covariances are kept
+LIMIT = 2000  # numbers of a state of which all covariances are kept
 
 # %% auto #0
 __all__ = []
+
 
 # %% ../../nbs/30_aware.ipynb #30staticerr
 class StaticError(DenseError):
@@ -36,6 +38,7 @@ class StaticError(DenseError):
     def between(self, i: Index, j: Index) -> Tensor:
         """Covariances of the components `i` `(..., n)` with `j` `(..., m)`: `(..., n, m)`."""
         return self.matrix[i.unsqueeze(-1), j.unsqueeze(-2)]
+
 
 # %% ../../nbs/30_aware.ipynb #30linclass
 @dataclass(frozen=True, eq=False)
@@ -59,7 +62,7 @@ class LinearAnalysis:
         `mask` and standard deviations of `error` `(network, dim)`.
         """
         if isinstance(self.errors, DenseError):
-            some = zip(*(x.split(max(1, 20_000_000 // left.shape[-1] ** 2)) for x in (left, mask, error)))
+            some = zip(*(x.split(max(1, 4_000_000 // left.shape[-1] ** 2)) for x in (left, mask, error)))
             return torch.cat([_gridded(self.errors, torch.zeros_like(v), v, m, e) for v, m, e in some])
         found = []
         for v, m, e in zip(left, mask, error):
@@ -76,9 +79,11 @@ class LinearAnalysis:
         unit = variance.sqrt().where(variance > 0, 1.0)
         correlations, ratio = (self.errors.matrix / unit / unit[:, None]).float(), (error / unit).float()
         found = []
-        for m, r in zip(*(x.split(max(1, 4_000_000 // len(unit) ** 2)) for x in (mask, ratio))):
+        together = 100 if len(unit) <= 200 else 1  # of a large state, only what is seen is looked at
+        for m, r in zip(*(x.split(together) for x in (mask, ratio))):
             found.append(_spread(correlations, m, r).double())
         return torch.cat(found) * unit
+
 
 # %% ../../nbs/30_aware.ipynb #30spreadfun
 def _spread(correlations: Tensor, mask: Mask, ratio: Tensor) -> Tensor:
@@ -99,6 +104,7 @@ def _factored_spread(errors: FactoredError, mask: Mask, error: Tensor) -> Tensor
     inner = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device) + (L * weight[:, None]).T @ L
     rest = 1 - d * weight
     return ((L * torch.linalg.solve(inner, L.T).T).sum(-1) * rest.square() + d * rest).clamp_min(0).sqrt()
+
 
 # %% ../../nbs/30_aware.ipynb #30fit
 class Fitted(NamedTuple):
@@ -125,11 +131,11 @@ def fit_linear(trained: Part, tuned: Cases, unit: Tensor, grid: Grid | None, mem
     try:
         middle = trained.count // 2
         halves = _rows(trained, 0, middle), _rows(trained, middle, trained.count)
-        lines = tuple(replace(regression(part, memory=memory), errors=None) for part in halves)
+        early, late = (replace(regression(part, memory=memory), errors=None) for part in halves)
         first = min(max(0, middle - (trained.count - most)), len(b))
-        left = torch.cat([(a - lines[1](b))[:first], (a - lines[0](b))[first:]])  # each by the line that has not seen it
+        left = torch.cat([(a - late(b))[:first], (a - early(b))[first:]])  # each by the line that has not seen it
         line = replace(regression(trained, memory=memory), errors=None)
-        ways["regression + Kalman step"] = line, torch.where(unit > 0, left, 0.0), lines
+        ways["regression + Kalman step"] = line, torch.where(unit > 0, left, 0.0), (early, late)
     except (ValueError, RuntimeError):  # too few pairs
         pass
     return {name: Fitted(*_tuned(line, left, tuned, unit, grid), halves) for name, (line, left, halves) in ways.items()}
@@ -144,6 +150,7 @@ def _standing(bias: Tensor) -> _Line:
     none, every = bias.new_zeros(0), torch.arange(len(bias))
     return _Line(every[:0], none, none, bias.new_zeros(0, 0), every, bias, bias.new_zeros(0, len(bias)))
 
+
 # %% ../../nbs/30_aware.ipynb #30tune
 SCALES = (0.5, 0.7, 1.4, 2.0)  # of variances
 
@@ -153,7 +160,7 @@ def _tuned(line: _Line, left: Tensor, cases: Cases, unit: Tensor, grid: Grid | N
 
     def tried(errors: StaticError | FactoredError) -> tuple[LinearAnalysis, float]:
         linear = _rounded(LinearAnalysis(line, errors), unit)
-        return linear, float(torch.cat([_squares(sum(some.linear(linear)), some, unit) for some in cases.split(8)]).mean())
+        return linear, float(torch.cat([_squares(some.analyses(linear), some, unit) for some in cases.split(8)]).mean())
 
     dim = left.shape[-1]
     if dim > LIMIT:
@@ -163,8 +170,13 @@ def _tuned(line: _Line, left: Tensor, cases: Cases, unit: Tensor, grid: Grid | N
         return min(found, key=lambda pair: pair[1])
     sample = left.T @ left / len(left)
     floor = torch.diag(1e-6 * sample.diagonal())
-    best = min((tried(StaticError(sample * taper + floor)) for taper in _tapers(dim, grid)), key=lambda pair: pair[1])
-    return min([best, *(tried(StaticError(s * best[0].errors.matrix)) for s in SCALES)], key=lambda pair: pair[1])
+    best, matrix = None, sample
+    for taper in _tapers(dim, grid):  # one after the other: they are large
+        tapered = sample * taper + floor
+        found = tried(StaticError(tapered))
+        if best is None or found[1] < best[1]:
+            best, matrix = found, tapered
+    return min(chain([best], (tried(StaticError(s * matrix)) for s in SCALES)), key=lambda pair: pair[1])
 
 
 def _tapers(dim: int, grid: Grid | None) -> Iterator[Tensor]:
@@ -200,6 +212,7 @@ def _errors_from(kept: dict[str, Tensor], unit: Tensor) -> StaticError | Factore
     if "matrix" in kept:
         return StaticError(kept["matrix"].double() * of * of[:, None])
     return FactoredError(kept["factor"].double() * of[:, None], kept["diagonal"].double() * of.square())
+
 
 # %% ../../nbs/30_aware.ipynb #30linguard
 guard(globals())

@@ -30,7 +30,8 @@ from .errors import Part, _with, attach_errors, attached_unit, survey
 from .validation import Calibration, at_a_time, calibrate, choose_iterations, pnpda_with
 
 # %% auto #0
-__all__ = ['set_aside', 'usual_settings', 'Trained', 'train_archive', 'assimilate']
+__all__ = ["set_aside", "usual_settings", "Trained", "train_archive", "assimilate"]
+
 
 # %% ../../nbs/29_your_files.ipynb #1d79de32
 def set_aside(source: PairSource, memory: int = 256_000_000, ends: int = 2) -> tuple[Part, ...]:
@@ -45,6 +46,7 @@ def set_aside(source: PairSource, memory: int = 256_000_000, ends: int = 2) -> t
     each = max(5, min(source.count // 10, 5000, memory // (8 * 16 * source.dim)))
     edges = (0, *(source.count - k * each for k in range(ends, -1, -1)))
     return tuple(Part(source, a, b) for a, b in zip(edges, edges[1:]))
+
 
 # %% ../../nbs/29_your_files.ipynb #1d0ceb0a
 def usual_settings(dim: int, pairs: int, epochs: int | None = None, memory: int = 256_000_000) -> TrainingSettings:
@@ -62,6 +64,7 @@ def usual_settings(dim: int, pairs: int, epochs: int | None = None, memory: int 
         usual, hidden=(width,) * 3, batch=batch, epochs=max(30, min(1000, steps // (held // batch))) if epochs is None else epochs
     )
 
+
 # %% ../../nbs/29_your_files.ipynb #c7897eaf
 @dataclass(frozen=True, eq=False)
 class Trained:
@@ -70,6 +73,7 @@ class Trained:
     prior: FlowPrior
     history: pd.DataFrame
     calibration: Calibration
+
 
 # %% ../../nbs/29_your_files.ipynb #c57498a7
 def train_archive(
@@ -103,10 +107,12 @@ def train_archive(
     prior = choose_iterations(prior, trained, measured, stream(seed, "iterations"))
     return Trained(prior, history, calibrate(prior, trained, tested, stream(seed, "calibration"), memory))
 
+
 # %% ../../nbs/29_your_files.ipynb #0b636707
 def _check_seed(seed: int) -> None:
     if not isinstance(seed, Integral) or isinstance(seed, bool) or not abs(seed) < 2**63:
         raise ValueError(f"seed: expected a whole number of at most 63 bits, got {seed!r}")
+
 
 # %% ../../nbs/29_your_files.ipynb #d8900fa6
 def _silent(prior: FlowPrior, constant: Tensor) -> FlowPrior:
@@ -118,6 +124,7 @@ def _silent(prior: FlowPrior, constant: Tensor) -> FlowPrior:
                     x[constant] = 0
     return prior
 
+
 # %% ../../nbs/29_your_files.ipynb #2a7c26d6
 def _held(layout: Mapping | None, low: Tensor, high: Tensor) -> dict | None:
     """The record of a layout that also says between which values each variable was."""
@@ -127,6 +134,7 @@ def _held(layout: Mapping | None, low: Tensor, high: Tensor) -> dict | None:
     ends = {name: [float(low[part].min()), float(high[part].max())] for name, part in parts.items() if part.stop > part.start}
     record["variables"] = [dict(v) | ({"held": ends[v["name"]]} if v["name"] in ends else {}) for v in record["variables"]]
     return record
+
 
 # %% ../../nbs/29_your_files.ipynb #e4144480
 def assimilate(
@@ -168,6 +176,7 @@ def assimilate(
     _check_finite(analysis)
     return analysis
 
+
 # %% ../../nbs/29_your_files.ipynb #3aec372a
 def _check_fit(prior: FlowPrior, values: Tensor, sightings: StationObservations) -> None:
     """Raise `ValueError` unless states `(run, member, dim)`, observations and prior go together."""
@@ -186,6 +195,7 @@ def _check_finite(analysis: Tensor) -> None:
     if lost.any():
         where = f"{int(lost.sum())} of {len(lost)} states, first in {int(lost.nonzero()[0])}"
         raise ValueError(f"analysis: expected finite numbers, got some that are not in {where}")
+
 
 # %% ../../nbs/29_your_files.ipynb #629c6ea8
 guard(globals())

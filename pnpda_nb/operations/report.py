@@ -37,7 +37,8 @@ from .pipeline import Trained
 from .validation import Calibration
 
 # %% auto #0
-__all__ = ['Report', 'verdict', 'training_report', 'assimilation_report']
+__all__ = ["Report", "verdict", "training_report", "assimilation_report"]
+
 
 # %% ../../nbs/93_files.ipynb #2a91840e
 @dataclass
@@ -90,6 +91,7 @@ class Report:
         parts = [_markdown_block(*block, f"{folder}/{number}.png") for number, block in enumerate(self.blocks)]
         return "\n\n".join([f"# {_markdown(self.title)}", *parts]) + "\n"
 
+
 # %% ../../nbs/93_files.ipynb #63e3f25c
 def _html_block(kind: str, content: Any, caption: str) -> str:
     words = _escaped(caption)
@@ -119,6 +121,7 @@ def _markdown_block(kind: str, content: Any, caption: str, picture: str) -> str:
         return f"{_markdown(caption)}\n\n" + "\n".join(lines)
     return f"![{_markdown(caption)}]({picture})"
 
+
 # %% ../../nbs/93_files.ipynb #2cc1d9ae
 def _words(text: object) -> str:
     """Text on one line, without characters that cannot be written, are not seen, or turn the order of others round."""
@@ -141,6 +144,7 @@ def _markdown(text: object) -> str:
     words = re.sub(r"([\\`*_{}\[\]|~$^#@!])", r"\\\1", words)
     return re.sub(r"^(\d*)([-+=:.)])(?=[-=\s]|$)", r"\1\\\2", words)  # nor a list or a line at its beginning
 
+
 # %% ../../nbs/93_files.ipynb #cc45294f
 def _cells(table: pd.DataFrame) -> list[list[str]]:
     """The names of the columns of a table, and its rows, as text."""
@@ -159,6 +163,7 @@ def _label(text: object, longest: int = 60) -> str:
     words = "".join(c if ord(c) in letters else "?" for c in _words(text))
     return words if len(words) <= longest else words[: longest - 1] + "…"
 
+
 # %% ../../nbs/93_files.ipynb #5bdae2a6
 def report_suffix(path: str | os.PathLike) -> str:
     """The suffix of a report's file, or a `ValueError` if it is none that can be written."""
@@ -166,6 +171,7 @@ def report_suffix(path: str | os.PathLike) -> str:
     if suffix not in (".html", ".md"):
         raise ValueError(f"report: expected a file that ends in .html or .md, got {path}")
     return suffix
+
 
 # %% ../../nbs/93_files.ipynb #0e29b258
 _PAGE = """<!DOCTYPE html>
@@ -216,6 +222,7 @@ def verdict(calibration: Calibration) -> str:
         )
     return f"{said} {rest}".strip()
 
+
 # %% ../../nbs/93_files.ipynb #c232ab3a
 def training_report(trained: Trained, name: str) -> Report:
     """The report of a training on the archive `name`: learning curve, and its calibration."""
@@ -259,6 +266,7 @@ def training_report(trained: Trained, name: str) -> Report:
     )
     return report
 
+
 # %% ../../nbs/93_files.ipynb #eb340680
 def draw_training(history: pd.DataFrame) -> Figure:
     """The losses of a training by epoch; the first twentieth of the epochs may leave the frame."""
@@ -270,6 +278,7 @@ def draw_training(history: pd.DataFrame) -> Figure:
     ax.legend(frameon=False)
     return figure
 
+
 # %% ../../nbs/93_files.ipynb #ff0f8375
 def draw_ranks(ranks: np.ndarray) -> Figure:
     """How often each rank occurs, in units of what is expected."""
@@ -278,6 +287,7 @@ def draw_ranks(ranks: np.ndarray) -> Figure:
     ax.axhline(1, color="k", lw=1, ls="--")
     ax.set(xlabel="rank of the analysis among the samples", ylabel="frequency / expected", xticks=range(0, len(ranks), 5))
     return figure
+
 
 # %% ../../nbs/93_files.ipynb #7496a075
 def innovations(states: States, analysis: Tensor, sightings: StationObservations) -> pd.DataFrame:
@@ -304,6 +314,7 @@ def innovations(states: States, analysis: Tensor, sightings: StationObservations
             row |= {"RMS increment": float(increment.square().mean().sqrt()), "largest": float(increment.abs().max())}
         rows.append(row)
     return pd.DataFrame(rows)
+
 
 # %% ../../nbs/93_files.ipynb #b2e2b826
 def assimilation_report(
@@ -354,6 +365,7 @@ def assimilation_report(
         )
     return report
 
+
 # %% ../../nbs/93_files.ipynb #ac6b74cc
 def draw_increments(spec: Field, states: States, analysis: Tensor, sightings: StationObservations) -> Figure:
     """Increments of one field in the first state: a line over one dimension, a map over two, of more the mean over the
@@ -393,6 +405,7 @@ def draw_increments(spec: Field, states: States, analysis: Tensor, sightings: St
     ax.set_ylabel(beside, parse_math=False)
     return figure
 
+
 # %% ../../nbs/93_files.ipynb #1107c58a
 def _ticks(axis: Axis | None, size: int) -> np.ndarray:
     """Where the points of an axis are drawn: at their coordinates, if these go one way, else one after the other."""
@@ -403,6 +416,7 @@ def _ticks(axis: Axis | None, size: int) -> np.ndarray:
         places = np.unwrap(places, period=axis.period)
     steps = np.diff(places)
     return places if np.isfinite(places).all() and ((steps > 0).all() or (steps < 0).all()) else np.arange(float(size))
+
 
 # %% ../../nbs/93_files.ipynb #f5958566
 guard(globals())

@@ -24,25 +24,14 @@ from ..observing.covariance import DiagonalCovariance
 from ..observing.observations import Observations, ObservingNetwork
 from ..observing.operators import Select
 from ..observing.update import FactoredError, kalman_update
-from .errors import (
-    DRAWS,
-    MOST,
-    Fixed,
-    Part,
-    _check_pairs,
-    _named,
-    _points,
-    _with,
-    attached_errors,
-    attached_unit,
-    survey,
-)
+from .errors import DRAWS, MOST, Fixed, Part, _check_pairs, _named, _points, _with, attached_errors, attached_unit, survey
 from ..pnp.errors import residual_covariance
 from ..pnp.loop import PnPDA
 from ..twin.scores import inside, rank_fractions, standard_error
 
 # %% auto #0
-__all__ = ['trial', 'regression', 'Calibration']
+__all__ = ["trial", "regression", "Calibration"]
+
 
 # %% ../../nbs/93_files.ipynb #e1039e07
 def pnpda_with(prior: FlowPrior, iterations: int | None = None, ensemble: int = 1) -> PnPDA:
@@ -63,6 +52,7 @@ def pnpda_with(prior: FlowPrior, iterations: int | None = None, ensemble: int = 
     # no gradient step is taken, so its length should not cost anything
     steps = {} if errors is None else {"data_step": "kalman", "residuals": errors, "draws": DRAWS, "step_rule": "paper"}
     return PnPDA(prior, iterations=iterations, ensemble=ensemble, **steps)
+
 
 # %% ../../nbs/93_files.ipynb #da518af3
 def pseudo_observations(
@@ -85,6 +75,7 @@ def pseudo_observations(
     network = ObservingNetwork(Select(tuple(seen.tolist()), analysis.shape[-1]), DiagonalCovariance((unit[seen] / 3) ** 2))
     return network.observe(analysis, generator)
 
+
 # %% ../../nbs/93_files.ipynb #4fd14a21
 def _error(x: Tensor, analysis: Tensor, unit: Tensor | float = 1.0) -> tuple[float, float]:
     """Root of the mean squared distance, in `unit`s, and the standard error of that over samples (nan for a single one)."""
@@ -92,11 +83,13 @@ def _error(x: Tensor, analysis: Tensor, unit: Tensor | float = 1.0) -> tuple[flo
     mean = float(each.mean())
     return mean**0.5, standard_error(each) / 2 / mean**0.5 if mean else 0.0
 
+
 # %% ../../nbs/93_files.ipynb #c8fc765b
 def at_a_time(method: PnPDA, members: int, dim: int) -> int:
     """How many states `(members, dim)` to analyse together, so that they and their noise take some tens of megabytes."""
     one = members * method.ensemble * method.draws * dim
     return max(1, 4_000_000 // (one + min(200_000, one * method.iterations)))
+
 
 # %% ../../nbs/93_files.ipynb #0f56c160
 def scored(background: Tensor, analysis: Tensor, unit: Tensor) -> Tensor:
@@ -114,6 +107,7 @@ def scored(background: Tensor, analysis: Tensor, unit: Tensor) -> Tensor:
             "archive: expected points that change in the pairs that are set aside, as they do in those of training, got none"
         )
     return points
+
 
 # %% ../../nbs/93_files.ipynb #81298e00
 def trial(
@@ -170,6 +164,7 @@ def trial(
     table = pd.DataFrame(rows, columns=["analysis", "error", "±", "pairs", "note"])
     return table if table.note.any() else table.drop(columns="note")
 
+
 # %% ../../nbs/93_files.ipynb #4a14cda0
 def _row(name: str, way: Callable[[], Tensor] | str, analysis: Tensor, points: Tensor, unit: Tensor) -> tuple:
     """A row of the trial, from what makes the analyses, or from the reason why they cannot be made."""
@@ -180,6 +175,7 @@ def _row(name: str, way: Callable[[], Tensor] | str, analysis: Tensor, points: T
     if lost:
         return name, math.nan, math.nan, len(x), f"not finite in {lost} of {len(x)} pairs"
     return name, *_error(x[:, points], analysis[:, points], unit[points]), len(x), ""
+
 
 # %% ../../nbs/93_files.ipynb #4769989b
 CANDIDATES = (1, 5, 20)
@@ -196,6 +192,7 @@ def choose_iterations(prior: FlowPrior, trained: Part, measured: Part, generator
             f"prior: expected finite analyses of the pairs set aside, got none with {', '.join(map(str, CANDIDATES))} iterations"
         )
     return _with(prior, iterations=torch.tensor(float(CANDIDATES[int(np.nanargmin(errors))]), dtype=torch.float64))
+
 
 # %% ../../nbs/93_files.ipynb #20884981
 PENALTIES = (0.0, *(10 ** (k / 2) for k in range(-6, 9)), math.inf)  # λ for each pair
@@ -218,6 +215,7 @@ class _Line:
         seen = (background[..., self.given] - self.centre) / self.unit @ self.patterns
         return background.index_add(-1, self.wanted, self.offset + seen @ self.answers)
 
+
 # %% ../../nbs/93_files.ipynb #94d9eff5
 class _Ridge:
     """Ridge regressions of `y` `(sample, m)` on `x` `(sample, n)`, for any penalty."""
@@ -236,6 +234,7 @@ class _Ridge:
         """What is made of each pattern, for a `penalty` for each pair."""
         shrunk = torch.zeros_like(self.size) if penalty == math.inf else self.size / (self.size.square() + penalty * self.count)
         return shrunk[:, None] * self.told
+
 
 # %% ../../nbs/93_files.ipynb #28ce37e9
 def regression(trained: PairSource, most: int = 20_000, memory: int = 256_000_000) -> Callable[[Tensor], Tensor]:
@@ -273,6 +272,7 @@ def regression(trained: PairSource, most: int = 20_000, memory: int = 256_000_00
     errors = residual_covariance(Fixed(dim, line(part, penalty)), *unseen, (0.0,), torch.Generator(), rank=directions).errors[0]
     return line(_Ridge(x, y, rank), penalty, errors)
 
+
 # %% ../../nbs/93_files.ipynb #5c0db47e
 @dataclass(frozen=True, eq=False)
 class Calibration:
@@ -287,6 +287,7 @@ class Calibration:
     coverage: dict[float, tuple[float, float]]
     pairs: int
     notes: tuple[str, ...] = ()
+
 
 # %% ../../nbs/93_files.ipynb #9f3ef2b7
 def calibrate(
@@ -333,9 +334,11 @@ def calibrate(
     notes = _left_out(unit, points, layout)
     return Calibration(pd.DataFrame(rows), tried, rank_fractions(below, samples), coverage, len(analysis), notes)
 
+
 # %% ../../nbs/93_files.ipynb #fb6a730b
 def _layout(prior: FlowPrior) -> Layout:
     return Layout.plain(prior.dim) if prior.layout is None else layout_from_record(prior.layout)
+
 
 # %% ../../nbs/93_files.ipynb #f1dca565
 def _left_out(unit: Tensor, points: Tensor, layout: Layout) -> tuple[str, ...]:
@@ -353,6 +356,7 @@ def _left_out(unit: Tensor, points: Tensor, layout: Layout) -> tuple[str, ...]:
             f"{_points(len(late))} {verb} not change in the pairs of the test ({_named(late, layout)}): left out of its scores."
         )
     return tuple(notes)
+
 
 # %% ../../nbs/93_files.ipynb #f3df18b4
 guard(globals())

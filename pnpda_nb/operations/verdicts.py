@@ -22,7 +22,8 @@ from .pipeline import _check_finite, _check_fit, _check_seed
 from .report import Report, draw_training
 
 # %% auto #0
-__all__ = ['analyse_states']
+__all__ = ["analyse_states"]
+
 
 # %% ../../nbs/30_aware.ipynb #30verdfun
 def learning_verdict(learned: Learned) -> str:
@@ -88,6 +89,7 @@ def learning_report(learned: Learned, name: str) -> Report:
     )
     return report
 
+
 # %% ../../nbs/30_aware.ipynb #30analysefun
 def analyse_states(
     prior: AwarePrior,
@@ -129,7 +131,8 @@ def analyse_states(
             bar.update(some.stop - first)
     mean, deviation, drawn = (torch.cat(x, axis) for x, axis in zip(zip(*found), (0, 0, 1)))
     _check_finite(mean)
-    return tuple(x.to(dtype).double() for x in (mean, deviation, drawn))
+    return mean.to(dtype).double(), deviation.to(dtype).double(), drawn.to(dtype).double()
+
 
 # %% ../../nbs/30_aware.ipynb #30verdguard
 guard(globals())

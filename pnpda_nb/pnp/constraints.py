@@ -25,8 +25,18 @@ from .misfit import Misfit
 from ..twin.cycle import Method
 
 # %% auto #0
-__all__ = ['Constraint', 'LinearConstraint', 'QuadraticConstraint', 'FunctionConstraint', 'RigidBody', 'Conserving', 'Projected',
-           'AsObservation', 'ConstrainedPnPDA']
+__all__ = [
+    "Constraint",
+    "LinearConstraint",
+    "QuadraticConstraint",
+    "FunctionConstraint",
+    "RigidBody",
+    "Conserving",
+    "Projected",
+    "AsObservation",
+    "ConstrainedPnPDA",
+]
+
 
 # %% ../../nbs/32_laws.ipynb #dc566818
 class Constraint:
@@ -91,11 +101,13 @@ class Constraint:
         of = f"of shape {tuple(of.shape)}" if isinstance(of, Tensor) and of.numel() > 1 else of
         return f"{type(self).__name__}(level {of}{'' if self.metric is None else ', with a metric'})"
 
+
 # %% ../../nbs/32_laws.ipynb #19a4ff7c
 def _metric(metric: Covariance | None, dim: int) -> Tensor:
     if metric is not None and metric.size != dim:
         raise ValueError(f"metric: expected size {dim} as the state's, got {metric.size}")
     return torch.eye(dim, dtype=torch.float64) if metric is None else metric.matrix
+
 
 # %% ../../nbs/32_laws.ipynb #fda7fdd5
 def newton_step(x: Gappy, c: Gappy, J: Gappy, B: Tensor) -> Gappy:
@@ -111,6 +123,7 @@ def _balanced(matrix: Tensor) -> Tensor:
         size = matrix.abs().amax(dim, keepdim=True)
         matrix = matrix / size.where(size > 0, 1.0)
     return matrix
+
 
 # %% ../../nbs/32_laws.ipynb #42f38d9a
 @dataclass(frozen=True, eq=False, repr=False)
@@ -136,6 +149,7 @@ class LinearConstraint(Constraint, Settings):
     def nearest(self, x: Tensor, levels: Tensor) -> Tensor:
         return newton_step(x, self.function(x) - levels, self.matrix, _metric(self.metric, x.shape[-1]))
 
+
 # %% ../../nbs/32_laws.ipynb #3d34af88
 def _semidefinite(A: Tensor) -> bool:
     """Whether a symmetric matrix is positive semidefinite up to rounding, in whatever units."""
@@ -143,6 +157,7 @@ def _semidefinite(A: Tensor) -> bool:
     unit = size.where(size > 0, 1.0)
     balanced = A / unit / unit[:, None]
     return bool((A.diagonal() >= 0).all() and not A[size == 0].any() and torch.linalg.eigvalsh(balanced)[0] >= -1e-12)
+
 
 # %% ../../nbs/32_laws.ipynb #9b17557d
 @dataclass(frozen=True, eq=False, repr=False)
@@ -199,6 +214,7 @@ class QuadraticConstraint(Constraint, Settings):
                 t = torch.where(far, newton(t), t)
         return z / (1 + newton(t) * q) @ back  # the last step is for accuracy, and for derivatives
 
+
 # %% ../../nbs/32_laws.ipynb #3200b54a
 @dataclass(frozen=True, eq=False, repr=False)
 class FunctionConstraint(Constraint, Settings):
@@ -226,6 +242,7 @@ class FunctionConstraint(Constraint, Settings):
                 break
         return x
 
+
 # %% ../../nbs/32_laws.ipynb #31552125
 @dataclass(frozen=True)
 class RigidBody(Settings):
@@ -252,6 +269,7 @@ class RigidBody(Settings):
         """The law that ½ Σ m_i² / I_i is `level`: an ellipsoid."""
         return QuadraticConstraint(torch.diag(0.5 / torch.tensor(self.inertia, dtype=torch.float64)), level)
 
+
 # %% ../../nbs/32_laws.ipynb #e4416a09
 @dataclass(frozen=True, eq=False)
 class Conserving:
@@ -275,6 +293,7 @@ class Conserving:
     def step(self, state: Tensor) -> Tensor:
         return self.constraint.project(self.model.step(state), state)
 
+
 # %% ../../nbs/32_laws.ipynb #7ae7d131
 @dataclass(frozen=True, eq=False)
 class Projected:
@@ -294,6 +313,7 @@ class Projected:
 
     def analyse(self, background: Tensor, observations: Observations, **rest: Any) -> Tensor:
         return self.constraint.project(self.method.analyse(background, observations, **rest), background)
+
 
 # %% ../../nbs/32_laws.ipynb #3d70aedc
 @dataclass(frozen=True, eq=False)
@@ -326,6 +346,7 @@ class AsObservation(Settings):
         covariance = Covariance(torch.block_diag(observations.covariance.matrix, exact))
         return self.method.analyse(background, Observations(values, operator, covariance), **rest)
 
+
 # %% ../../nbs/32_laws.ipynb #d81f4b1a
 @dataclass(frozen=True, eq=False)
 class ConstrainedPnPDA(PnPDA):
@@ -344,6 +365,7 @@ class ConstrainedPnPDA(PnPDA):
     ) -> Tensor:
         answer = super().analyse(background, observations, forecast=forecast, generator=generator)
         return self.constraint.project(answer, background)
+
 
 # %% ../../nbs/32_laws.ipynb #b4831829
 guard(globals())

@@ -17,7 +17,8 @@ from ..observing.observations import Observations
 from .loop import _PlugAndPlay
 
 # %% auto #0
-__all__ = ['convergence', 'analysis_ensemble']
+__all__ = ["convergence", "analysis_ensemble"]
+
 
 # %% ../../nbs/11_convergence.ipynb #d2e014f1
 def convergence(
@@ -56,6 +57,7 @@ def convergence(
         coords={"iteration": np.arange(1, method.iterations + 1), "tau": ("iteration", taus)},
     )
 
+
 # %% ../../nbs/11_convergence.ipynb #6af8e6ea
 def analysis_ensemble(
     method: _PlugAndPlay,
@@ -76,6 +78,7 @@ def analysis_ensemble(
         raise ValueError(f"size: expected at least 1, got {size}")
     several = background.repeat_interleave(size, -2)
     return method.analyse(several, observations, forecast=forecast, generator=generator)
+
 
 # %% ../../nbs/11_convergence.ipynb #90db8aa2
 guard(globals())

@@ -21,7 +21,8 @@ from ..flow_matching.prior import GaussianPrior, Prior
 from ..observing.update import DenseError, ErrorCovariance, FactoredError, InformedError, Residual, anomalies, tapering
 
 # %% auto #0
-__all__ = ['Residuals', 'GaussianResidual', 'ResidualCovariance', 'residual_covariance', 'EnsembleResidual']
+__all__ = ["Residuals", "GaussianResidual", "ResidualCovariance", "residual_covariance", "EnsembleResidual"]
+
 
 # %% ../../nbs/16_covariance.ipynb #d595bae1
 @runtime_checkable
@@ -30,6 +31,7 @@ class Residuals(Protocol):
 
     def at(self, tau: float, background: Tensor) -> ErrorCovariance:
         """The covariance of x_a − D_τ(x_b, x_τ) at the pseudo-time `tau`, for backgrounds `(..., member, dim)`."""
+
 
 # %% ../../nbs/16_covariance.ipynb #8a6fb7f5
 @dataclass(frozen=True, eq=False)
@@ -42,6 +44,7 @@ class GaussianResidual:
         S = self.prior.covariance.matrix
         B = (1 - tau) ** 2 * torch.linalg.solve(tau**2 * S + (1 - tau) ** 2 * torch.eye(len(S), dtype=S.dtype, device=S.device), S)
         return DenseError((B + B.T) / 2)
+
 
 # %% ../../nbs/16_covariance.ipynb #6317e3c5
 @dataclass(frozen=True, eq=False)
@@ -66,6 +69,7 @@ def _require_grid(taus: Sequence[float]) -> None:
     fine = len(taus) and taus[0] == 0 and all(a < b for a, b in zip(taus, taus[1:])) and taus[-1] < 1
     if not fine:
         raise ValueError(f"taus: expected pseudo-times that ascend from 0 and stay below 1, got {tuple(taus)}")
+
 
 # %% ../../nbs/16_covariance.ipynb #2ea823e1
 def residual_covariance(
@@ -98,6 +102,7 @@ def residual_covariance(
         errors.append(_dense(left, taper) if rank is None else _factored(left, rank))
     return ResidualCovariance(tuple(taus), tuple(errors))
 
+
 # %% ../../nbs/16_covariance.ipynb #adabffa9
 _FLOOR = 1e-8  # of its own variance: nothing beside it, but keeps a covariance positive definite
 
@@ -114,6 +119,7 @@ def _factored(left: Tensor, rank: int) -> FactoredError:
     L = directions[:rank].T * size[:rank] * deviations[:, None]
     return FactoredError(L, (variances - L.square().sum(-1)).maximum(_FLOOR * variances))
 
+
 # %% ../../nbs/16_covariance.ipynb #6663a9ad
 def _require_pairs(
     prior: Prior, background: Tensor, analysis: Tensor, taus: Sequence[float], rank: int | None, half_width: float | None
@@ -128,6 +134,7 @@ def _require_pairs(
     if rank is not None and not 1 <= rank <= prior.dim:
         raise ValueError(f"rank: expected a number from 1 to {prior.dim}, got {rank}")
 
+
 # %% ../../nbs/16_covariance.ipynb #f18186a6
 def _measurable(left: Tensor, analysis: Tensor, tau: float) -> Tensor:
     """What is left, finite, and exactly zero where it is no more than rounding."""
@@ -141,6 +148,7 @@ def _measurable(left: Tensor, analysis: Tensor, tau: float) -> Tensor:
             f"{left.abs().max() * len(left) ** 0.5:.3g}"
         )
     return left
+
 
 # %% ../../nbs/16_covariance.ipynb #43d4f3bb
 @dataclass(frozen=True)
@@ -175,6 +183,7 @@ class EnsembleResidual(Settings):
         B = A.mT @ A * taper.matrix
         B = torch.linalg.solve_ex(torch.eye(dim).to(A) + B * known.square(), B).result
         return DenseError(((B + B.mT) / 2).unsqueeze(-3))
+
 
 # %% ../../nbs/16_covariance.ipynb #7c11ecd7
 guard(globals())

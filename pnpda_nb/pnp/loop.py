@@ -23,7 +23,8 @@ from .errors import GaussianResidual, Residuals
 from .misfit import Misfit
 
 # %% auto #0
-__all__ = ['PnPDA']
+__all__ = ["PnPDA"]
+
 
 # %% ../../nbs/10_pnp.ipynb #7302e83b
 def plug_and_play(x: Estimate, towards: Callable, noise: Iterable, denoise: Callable) -> Iterator[Estimate]:
@@ -46,6 +47,7 @@ def _mean(answers: list[Estimate]) -> Estimate:
     if not isinstance(last, Estimate):
         raise ValueError(f"denoiser: expected an Estimate as its answer, got {type(last).__name__}")
     return last if len(answers) == 1 else last._replace(mean=sum(answer.mean for answer in answers) / len(answers))
+
 
 # %% ../../nbs/10_pnp.ipynb #37350797
 def _shares_of_noise(
@@ -70,6 +72,7 @@ def _at_pseudo_times(shares: Iterable[Tensor], iterations: int, centre: Tensor |
         tau = n / iterations
         yield tau, share if centre is None else share + (1 - tau) * centre
 
+
 # %% ../../nbs/10_pnp.ipynb #f83c638c
 StepRule = Literal["paper", "scaled", "lipschitz"]
 Observed = Observations | Sequence[Observations]  # at one time, or at all times of a window
@@ -85,6 +88,7 @@ class _LoopSettings(Settings):
     step_rule: StepRule = "lipschitz"
     draws: Count = 1
     ensemble: Count = 1
+
 
 # %% ../../nbs/10_pnp.ipynb #2b7e3135
 @dataclass(frozen=True, eq=False)
@@ -156,6 +160,7 @@ class _PlugAndPlay(_LoopSettings):
             states = states.unflatten(-2, (-1, self.ensemble)).mean(-2)
         return states
 
+
 # %% ../../nbs/10_pnp.ipynb #10b40f54
 @dataclass(frozen=True, eq=False)
 class PnPDA(_PlugAndPlay):
@@ -211,6 +216,7 @@ class PnPDA(_PlugAndPlay):
         if self.data_step == "gradient":
             return x.mean
         return self.towards(x, misfit, misfit.step_size(self.step_rule), 1.0)
+
 
 # %% ../../nbs/10_pnp.ipynb #fafaa076
 guard(globals())

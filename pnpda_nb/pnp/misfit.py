@@ -15,6 +15,7 @@ from ..observing.update import _beside_members, selects_alone
 # %% auto #0
 __all__ = []
 
+
 # %% ../../nbs/10_pnp.ipynb #9c5cc870
 def step_size(observations: Observations, state: Tensor, rule: str) -> Tensor | float:
     """The factor in front of (1 − τ)^α by one of the rules "paper", "scaled" or "lipschitz"; for
@@ -40,6 +41,7 @@ def step_size(observations: Observations, state: Tensor, rule: str) -> Tensor | 
         return _flattest(_beside_members(covariance.factor), observations.operator.jacobian(state))
     raise ValueError(f"step_rule: expected 'paper', 'scaled' or 'lipschitz', got {rule!r}")
 
+
 # %% ../../nbs/10_pnp.ipynb #55fd26db
 def _flattest(factor: Tensor, jacobian: Tensor) -> Tensor:
     """One over the largest eigenvalue of JᵀC⁻¹J `(..., 1)`, for the Cholesky `factor` of C; nan where something is
@@ -49,6 +51,7 @@ def _flattest(factor: Tensor, jacobian: Tensor) -> Tensor:
     fine = torch.isfinite(whitened).all(-1).all(-1)[..., None]
     norm = torch.linalg.matrix_norm(whitened.where(fine[..., None], 0.0), ord=2)[..., None]
     return (1 / norm.square().clamp_min(max(1e-300, torch.finfo(norm.dtype).tiny))).where(fine, torch.nan)
+
 
 # %% ../../nbs/10_pnp.ipynb #4dc4ed00
 class Misfit:
@@ -89,6 +92,7 @@ class Misfit:
 
     def step_size(self, rule: str) -> Tensor | float:
         return step_size(self.observations, self.background, rule)
+
 
 # %% ../../nbs/10_pnp.ipynb #93011662
 guard(globals())

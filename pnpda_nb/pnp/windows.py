@@ -21,7 +21,8 @@ from .loop import _PlugAndPlay
 from .misfit import Misfit, _flattest
 
 # %% auto #0
-__all__ = ['PnPDA4D']
+__all__ = ["PnPDA4D"]
+
 
 # %% ../../nbs/27_windows_by_loop.ipynb #3341697b
 class WindowMisfit(Misfit):
@@ -93,6 +94,7 @@ class WindowMisfit(Misfit):
             states = [x + (reach @ weight).squeeze(-1) for x, reach in zip(states, self.reach)]
         return torch.stack(states)
 
+
 # %% ../../nbs/27_windows_by_loop.ipynb #59ff25fa
 def _by_adjoint(misfit: WindowMisfit, x: Tensor) -> Tensor:
     """The gradient at x: one forecast through the window and, by reverse-mode differentiation, its adjoint."""
@@ -103,6 +105,7 @@ def _by_adjoint(misfit: WindowMisfit, x: Tensor) -> Tensor:
             raise ValueError("forecast: expected a model that torch can differentiate, got one without derivatives")
         weight = misfit.weigh([r.detach() for r in residuals]).clone()
         return torch.autograd.grad((torch.cat(residuals, -1) * weight).sum(), x)[0]
+
 
 # %% ../../nbs/27_windows_by_loop.ipynb #4958a88c
 def _along(x: Tensor, observations: Sequence[Observations], forecast: Callable) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -119,6 +122,7 @@ def _along(x: Tensor, observations: Sequence[Observations], forecast: Callable) 
         products.append(product)
         seen_by.append(seen.operator.jacobian(x))
     return steps, products, seen_by
+
 
 # %% ../../nbs/27_windows_by_loop.ipynb #fb49ce21
 def _marginalised(
@@ -143,6 +147,7 @@ def _marginalised(
         C[..., part, part] += _beside_members(seen.covariance.matrix)
     return cholesky_factor(C), torch.cat([h @ product for h, product in zip(H, products)], -2), reach
 
+
 # %% ../../nbs/27_windows_by_loop.ipynb #88777664
 def _mean_variance(observations: Sequence[Observations]) -> Tensor:
     """The mean variance of all that is seen in a window."""
@@ -158,6 +163,7 @@ def _whitened(
     factors = [_beside_members(o.covariance.factor) for o in observations]
     whitened = [torch.linalg.solve_triangular(f, h @ p, upper=False) for f, h, p in zip(factors, H, products)]
     return torch.cat([h @ p for h, p in zip(H, products)], -2), torch.cat(whitened, -2)
+
 
 # %% ../../nbs/27_windows_by_loop.ipynb #a871517c
 @dataclass(frozen=True, eq=False)
@@ -209,6 +215,7 @@ class PnPDA4D(_PlugAndPlay):
     def states(self, x: Estimate, misfit: WindowMisfit, background: Tensor) -> Tensor:
         states = (misfit.linearised_at(x.mean) if self.relinearise else misfit).states(x.mean)
         return torch.cat((background[None], states))
+
 
 # %% ../../nbs/27_windows_by_loop.ipynb #d49a46aa
 guard(globals())

@@ -39,12 +39,14 @@ from ..twin.tuning import tune
 # %% auto #0
 __all__ = []
 
+
 # %% ../../nbs/95_studies.ipynb #e927deff
 def archive_part(settings: dict) -> xr.Dataset:
     """An archive of pairs: see `make_archive`."""
     experiment = experiment_of(settings["testbed"])
     options = {k: settings[k] for k in ("members", "runs", "seed", "pairs", "targets")}
     return make_archive(experiment, build_method(experiment, settings["method"]), **options)
+
 
 # %% ../../nbs/95_studies.ipynb #f75dfe21
 def archive_task(
@@ -54,6 +56,7 @@ def archive_task(
     """A task that cycles `method` on `runs` archive truths and keeps the pairs."""
     settings = {"members": members, "runs": runs, "seed": seed, "pairs": pairs, "targets": targets}
     return Task(name, archive_part, {"testbed": dict(testbed), "method": dict(method)} | settings, cost=cost)
+
 
 # %% ../../nbs/95_studies.ipynb #9815f11f
 def archive_file_part(settings: dict) -> xr.Dataset:
@@ -65,6 +68,7 @@ def archive_file_part(settings: dict) -> xr.Dataset:
             f"archive: expected states of size {settings['dim']} in {settings['path']}, got {archive.sizes['variable']}"
         )
     return archive
+
 
 # %% ../../nbs/95_studies.ipynb #88169e01
 def prior_file_part(settings: dict) -> FlowPrior | AnalysisPrior:
@@ -81,6 +85,7 @@ def _require_digest(settings: dict) -> None:
     if found != settings["digest"]:
         raise ValueError(f"{settings['path']}: the file is not the one that the sweep was planned with")
 
+
 # %% ../../nbs/95_studies.ipynb #fed0e1ba
 def file_task(kind: str, path: str, dim: int) -> Task:
     """A task that reads an "archive", a "prior" or an "analysis_prior" of states of size `dim` from a file of the user's; its key
@@ -93,6 +98,7 @@ def file_task(kind: str, path: str, dim: int) -> Task:
         return Task("archive", archive_file_part, settings)
     return Task("prior", prior_file_part, settings | {"kind": kind}, format=kind)
 
+
 # %% ../../nbs/95_studies.ipynb #05b8eb17
 def prior_part(settings: dict, archive: xr.Dataset, checkpoint: str | None = None) -> FlowPrior:
     """A prior trained on the first `pairs` of an archive (all, if zero): see `train_prior`."""
@@ -104,6 +110,7 @@ def prior_part(settings: dict, archive: xr.Dataset, checkpoint: str | None = Non
     options = {"seed": settings["seed"], "checkpoint": resumable(checkpoint)}
     return train_prior(background, analysis, TrainingSettings(**training), **options)[0]
 
+
 # %% ../../nbs/95_studies.ipynb #7c94faf6
 def resumable(checkpoint: str | None) -> str | None:
     """The same `checkpoint`; one that cannot be read is removed, and its training begins anew."""
@@ -114,6 +121,7 @@ def resumable(checkpoint: str | None) -> str | None:
         Path(checkpoint).unlink(missing_ok=True)
     return checkpoint
 
+
 # %% ../../nbs/95_studies.ipynb #3c1010d4
 def prior_task(
     archive: Task, training: TrainingSettings, *, seed: int, pairs: int = 0, name: str = "prior", cost: float = 30.0
@@ -122,10 +130,12 @@ def prior_task(
     settings = {"training": training.record(), "seed": seed, "pairs": pairs}
     return Task(name, prior_part, settings, {"archive": archive}, "prior", cost, resumable=True)
 
+
 # %% ../../nbs/95_studies.ipynb #a354c5ee
 @lru_cache(maxsize=4)
 def _nature(testbed: str, runs: int, seed: int, split: str) -> list:
     return list(watch_nature(experiment_of(json.loads(testbed)), runs, seed, split))
+
 
 # %% ../../nbs/95_studies.ipynb #2f1ad09e
 def tuning_part(settings: dict, **learned: Any) -> dict:
@@ -137,6 +147,7 @@ def tuning_part(settings: dict, **learned: Any) -> dict:
     tuned = tune(make, settings["grid"], experiment, **options)
     return {"setting": tuned.setting, "tried": tuned.table.to_dict("records")}
 
+
 # %% ../../nbs/95_studies.ipynb #8b13dcd2
 def tuning_task(
     testbed: Mapping, method: Mapping, grid: Mapping[str, Sequence], *, members: int = 1, runs: int, seed: int,
@@ -147,6 +158,7 @@ def tuning_task(
     settings = {"testbed": dict(testbed), "method": dict(method), "grid": {k: list(v) for k, v in grid.items()}}
     settings |= {"members": members, "runs": runs, "seed": seed, "metric": metric} | computing
     return Task(name, tuning_part, settings, dict(needs or {}), "record", cost)
+
 
 # %% ../../nbs/95_studies.ipynb #cf545636
 def _cycled(settings: dict, learned: dict, nature: list | None = None) -> tuple[xr.Dataset, float]:
@@ -189,12 +201,14 @@ def tuned_task(
         options["tuned"] = tuning_task(testbed, method, grid, needs=needs, name=f"tuning {name}", **some)
     return cycle_task(testbed, method, name=name, members=members, runs=runs, seed=seed, archive=archive, **options)
 
+
 # %% ../../nbs/95_studies.ipynb #9e2d3101
 def record_part(settings: dict, tuned: dict | None = None) -> xr.Dataset:
     """An `observed_record`, as a part of a sweep."""
     experiment = experiment_of(settings["testbed"])
     options = {k: settings[k] for k in ("members", "runs", "cycles", "seed", "smoothed")}
     return observed_record(experiment, build_method(experiment, settings["method"], tuned=tuned), **options)
+
 
 # %% ../../nbs/95_studies.ipynb #2082b872
 def record_task(
@@ -205,6 +219,7 @@ def record_task(
     settings = {"members": members, "runs": runs, "cycles": cycles, "seed": seed, "smoothed": smoothed}
     needs = {"tuned": tuned} if tuned else {}
     return Task(name, record_part, {"testbed": dict(testbed), "method": dict(method)} | settings, needs, cost=cost)
+
 
 # %% ../../nbs/95_studies.ipynb #122e3160
 def free_run_part(settings: dict) -> xr.Dataset:
@@ -217,12 +232,14 @@ def free_run_task(testbed: Mapping, *, runs: int, length: int, seed: int, name: 
     """A task that lets the forecast model of `testbed` run freely from training truths, for `length` intervals."""
     return Task(name, free_run_part, {"testbed": dict(testbed), "runs": runs, "length": length, "seed": seed}, cost=cost)
 
+
 # %% ../../nbs/95_studies.ipynb #122e3161
 @lru_cache(maxsize=2)
 def _truths(described: str, seed: int) -> TruthRecord:
     """The nature run to learn from, which several trainings of one process may share."""
     testbed, truth, computing = json.loads(described)
     return TruthRecord(experiment_of(testbed), **truth, seed=seed, **computing)
+
 
 # %% ../../nbs/95_studies.ipynb #122e3168
 def learning_part(
@@ -278,6 +295,7 @@ def learning_part(
     )[0]  # fmt: skip
     return trained.rounded() if archive is not None else trained
 
+
 # %% ../../nbs/95_studies.ipynb #9b343343
 def learning_task(
     testbeds: Sequence[Mapping], policy: Mapping, training: OnPolicySettings, *, seed: int, network: Mapping | None = None,
@@ -298,6 +316,7 @@ def learning_task(
     needs |= {role: task for role, task in (("start", start), ("archive", archive), ("tuned", tuned)) if task is not None}
     return Task(name, learning_part, settings, needs, "analysis_prior", cost, resumable=True)
 
+
 # %% ../../nbs/95_studies.ipynb #8c472e66
 def costed_part(settings: dict, **learned: Any) -> xr.Dataset:
     """A cycle on test truths with what it cost: forecasts per cycle, passes of a network per cycle, and seconds in all."""
@@ -315,6 +334,7 @@ def costed_part(settings: dict, **learned: Any) -> xr.Dataset:
         result["spread_skill"] = spread_skill(result)
     return result.assign({name: ("run", np.full(result.sizes["run"], float(value))) for name, value in cost.items()})
 
+
 # %% ../../nbs/95_studies.ipynb #13f9e6d1
 def passes(method: Mapping, members: int) -> int:
     """How often a method asks its network in one analysis, counted per state."""
@@ -322,11 +342,13 @@ def passes(method: Mapping, members: int) -> int:
         return 1
     return members * method.get("iterations", 1) * method.get("draws", 1) * method.get("ensemble", 1)
 
+
 # %% ../../nbs/95_studies.ipynb #a4a11943
 def costed_task(testbed: Mapping, method: Mapping, **options: Any) -> Task:
     """A task that cycles `method` on test truths and says what that cost; `options` as for `cycle_task`."""
     plain = cycle_task(testbed, method, **options)
     return dataclasses.replace(plain, function=costed_part, settings={k: v for k, v in plain.settings.items() if k != "whole"})
+
 
 # %% ../../nbs/95_studies.ipynb #63b15715
 guard(globals())

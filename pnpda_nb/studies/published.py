@@ -17,7 +17,8 @@ from ..twin.scores import mean_and_error
 from ..twin.testbeds import TESTBEDS
 
 # %% auto #0
-__all__ = ['PUBLISHED', 'Published', 'published_scores']
+__all__ = ["PUBLISHED", "Published", "published_scores"]
+
 
 # %% ../../nbs/07_published.ipynb #5402498e
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ PUBLISHED: tuple[Published, ...] = tuple(
     )
 )  # fmt: skip
 
+
 # %% ../../nbs/07_published.ipynb #02c8e2d2
 def published_scores(runs: int = 20, seed: int = 0, quick: bool = False, progress: bool = False) -> pd.DataFrame:
     """Every row of `PUBLISHED` beside our mean of `runs` runs (a quarter as many for 4D-Var and particles, which take
@@ -79,6 +81,7 @@ def published_scores(runs: int = 20, seed: int = 0, quick: bool = False, progres
         rows.append((row.source, row.testbed, row.method, settings, row.members, row.score, ours, error, some, cycles))
     columns = "source testbed method settings members published ours error runs cycles".split()
     return pd.DataFrame(rows, columns=columns)
+
 
 # %% ../../nbs/07_published.ipynb #9afdf143
 guard(globals())

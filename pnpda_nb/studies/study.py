@@ -33,7 +33,8 @@ from ..pnp.loop import StepRule
 from ..sweep import Store, Task, run_tasks
 
 # %% auto #0
-__all__ = ['Study', 'SweepSettings']
+__all__ = ["Study", "SweepSettings"]
+
 
 # %% ../../nbs/95_studies.ipynb #6af0c26b
 @dataclass(frozen=True)
@@ -110,8 +111,10 @@ class Study:
             raise ValueError(f"methods: unknown method {unknown[0]!r}; known: {', '.join(self.methods)}")
         return tuple(m for m in self.methods if m in (methods or self.methods))
 
+
 # %% ../../nbs/95_studies.ipynb #e2fa0f2d
 Deviation = Annotated[float, Gt(1e-6)]  # of errors of observations
+
 
 # %% ../../nbs/95_studies.ipynb #71014193
 @dataclass(frozen=True)
@@ -164,6 +167,7 @@ class SweepSettings(CycleSettings):
     archive_inflation: PositiveNumber = 1.0
     archive_additive: NotNegative = 0.0
     hidden: Some[Count] = PAPER_TRAINING.hidden
+
 
 # %% ../../nbs/95_studies.ipynb #637d297e
 guard(globals())

@@ -19,7 +19,8 @@ from ..plotting.style import LABELS, line_style
 from ..twin.scores import score_table
 
 # %% auto #0
-__all__ = ['along', 'figure_along', 'table_along']
+__all__ = ["along", "figure_along", "table_along"]
+
 
 # %% ../../nbs/95_studies.ipynb #45cd990d
 def conditional_scores(results: Mapping[tuple[str, str], xr.Dataset]) -> pd.DataFrame:
@@ -30,6 +31,7 @@ def conditional_scores(results: Mapping[tuple[str, str], xr.Dataset]) -> pd.Data
     table.attrs["of"] = max(result.sizes["run"] for result in results.values())
     return table
 
+
 # %% ../../nbs/95_studies.ipynb #76767204
 def stack_runs(results: Mapping[tuple[str, str], xr.Dataset]) -> xr.Dataset:
     """The scores of every run, the main ones by (case, run), with the `condition` and `scheme` of every case: small, and
@@ -39,6 +41,7 @@ def stack_runs(results: Mapping[tuple[str, str], xr.Dataset]) -> xr.Dataset:
     rows = {name: (("case", "run"), np.stack([r[name].values for r in results.values()])) for name in names}
     conditions, schemes = zip(*results)
     return xr.Dataset(rows, coords={"condition": ("case", list(conditions)), "scheme": ("case", list(schemes))})
+
 
 # %% ../../nbs/95_studies.ipynb #049cb826
 def stack_cases(results: Mapping[tuple[str, str], xr.Dataset]) -> xr.Dataset:
@@ -59,6 +62,7 @@ def stack_cases(results: Mapping[tuple[str, str], xr.Dataset]) -> xr.Dataset:
     out["failed"] = (("case", "run"), np.stack([r.failed.values for r in results.values()]))
     return out
 
+
 # %% ../../nbs/95_studies.ipynb #c6490a74
 def along(scores: pd.DataFrame, axis: str, metric: str = "step_rmse") -> pd.DataFrame:
     """Rows of a table of scores under the conditions `axis=value`, with `value` as a number where it is one, and `error`,
@@ -73,6 +77,7 @@ def along(scores: pd.DataFrame, axis: str, metric: str = "step_rmse") -> pd.Data
     found["value"] = values if numbers.isna().any() else numbers
     found["error"] = found["std"] / found["runs"] ** 0.5
     return found
+
 
 # %% ../../nbs/95_studies.ipynb #f2bf9cd3
 def figure_along(
@@ -101,6 +106,7 @@ def figure_along(
     ax.legend(fontsize=8, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
     return ax.figure
 
+
 # %% ../../nbs/95_studies.ipynb #fdb7f4a9
 def table_along(scores: pd.DataFrame, axis: str, metric: str = "step_rmse", digits: int = 2, of: int = 0) -> pd.DataFrame:
     """Methods by values of `axis`: mean ± standard error, and how many runs are left where some of the `of` were lost (if
@@ -121,6 +127,7 @@ def table_along(scores: pd.DataFrame, axis: str, metric: str = "step_rmse", digi
     table.index = [LABELS.get(method, method.replace("_", " ")) for method in table.index]
     table.columns = [f"{axis} {c:g}" if isinstance(c, (int, float)) else f"{axis} {c}" for c in table.columns]
     return table.fillna("–")
+
 
 # %% ../../nbs/95_studies.ipynb #600789c0
 guard(globals())

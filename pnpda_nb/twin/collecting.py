@@ -23,6 +23,7 @@ from .scores import _statistics, _unlike, fair_crps, rmse
 # %% auto #0
 __all__ = []
 
+
 # %% ../../nbs/92_engine.ipynb #26336e13
 def _averaged(segment: Segment) -> Segment:
     """A segment with all of it where nature is. Of the states between analyses only the mean is of use, and they are many."""
@@ -47,12 +48,14 @@ def _variance(ensemble: Tensor, weights: Tensor | None) -> Tensor:
     squared = (ensemble - _mean(ensemble, weights).unsqueeze(-2)).square()
     return _mean(squared, weights) / _unlike(weights).unsqueeze(-1)
 
+
 # %% ../../nbs/92_engine.ipynb #6c44e815
 def _described(experiment: TwinExperiment, method: Method) -> dict[str, str]:
     """Experiment and method in words, and the method's plain settings as JSON: numbers and words, not priors or matrices."""
     fields = dataclasses.fields(method) if dataclasses.is_dataclass(method) else ()
     settings = {f.name: v for f in fields if f.init and isinstance(v := getattr(method, f.name), (int, float, str))}
     return {"experiment": experiment.name, "method": repr(method), "method_settings": json.dumps(settings)}
+
 
 # %% ../../nbs/92_engine.ipynb #f29b533a
 def _parts(segments: Iterable[Segment], most: int | None = None) -> Iterator[list[Segment]]:
@@ -140,6 +143,7 @@ def _as_dataset(
         attrs={"members": members},
     )
 
+
 # %% ../../nbs/92_engine.ipynb #2e1cc207
 def _blocks_of_scores(
     experiment: TwinExperiment, method: Method, segments: Iterable[Segment], failed: Tensor, most: int = 16
@@ -162,11 +166,13 @@ def _blocks_of_scores(
             blocks, full = [_merge(pair) for pair in zip(blocks[::2], blocks[1::2])], 2 * full
     return xr.concat(blocks, "block").assign(missing=missing)
 
+
 # %% ../../nbs/92_engine.ipynb #573cd33f
 def _merge(blocks: tuple[xr.Dataset, ...]) -> xr.Dataset:
     both = xr.concat(blocks, "block")
     means = both.drop_vars("cycles").weighted(both.cycles).mean("block", skipna=False)
     return means.assign(cycles=both.cycles.sum())
+
 
 # %% ../../nbs/92_engine.ipynb #de56a489
 guard(globals())

@@ -31,7 +31,8 @@ from .nature import _differences
 from .window import window_cycle
 
 # %% auto #0
-__all__ = ['FreeRun', 'cycle']
+__all__ = ["FreeRun", "cycle"]
+
 
 # %% ../../nbs/03_twin.ipynb #c5a649ef
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class FreeRun:
         self, background: Tensor, observations: Observations, *, forecast: Callable | None, generator: torch.Generator | None
     ) -> Tensor:
         return background
+
 
 # %% ../../nbs/03_twin.ipynb #1de61724
 def filter_cycle(
@@ -82,6 +84,7 @@ def filter_cycle(
             yield waiting.popleft()
     yield from waiting
 
+
 # %% ../../nbs/03_twin.ipynb #9727ed41
 def _with_weights(method: Method, background: Tensor, answer: Any) -> tuple[Tensor, Tensor]:
     """The analysis and the weights of a weighted method. A run whose weights are no weights has an analysis of nan, and equal
@@ -99,6 +102,7 @@ def _with_weights(method: Method, background: Tensor, answer: Any) -> tuple[Tens
     lost = ~(torch.isfinite(total) & (total > 0) & (weights >= 0).all(-1, keepdim=True))
     weights = torch.where(lost, 1 / weights.shape[-1], weights / total)
     return analysis.masked_fill(lost.unsqueeze(-1), torch.nan), weights
+
 
 # %% ../../nbs/03_twin.ipynb #9be330d4
 def _first_background(e: TwinExperiment, truth: Tensor, members: int, seed: int, split: str) -> Tensor:
@@ -153,6 +157,7 @@ class _Runs:
         self.failed[broken & (self.failed < 0)] = k
         gone, self.gone = self.failed >= 0, True
         return torch.where(gone[:, None, None].to(state.device), self.first, state)
+
 
 # %% ../../nbs/03_twin.ipynb #9f846bee
 def cycle(
@@ -212,6 +217,7 @@ def cycle(
     _warn_of_failed(method, batch.failed)
     return result
 
+
 # %% ../../nbs/03_twin.ipynb #f2703b95
 def _check_cycle(method: Method, members: int, runs: int, keep: str) -> None:
     for name, count in (("members", members), ("runs", runs)):
@@ -231,6 +237,7 @@ def _warn_of_failed(method: Method, failed: Tensor) -> None:
             "left out of the scores",
             stacklevel=3,
         )
+
 
 # %% ../../nbs/03_twin.ipynb #c040b826
 guard(globals())

@@ -21,7 +21,7 @@ from ..observing.observations import Observations, ObservingNetwork
 from .nature import Start, _moving, _started, _starts
 
 # %% auto #0
-__all__ = ['TwinExperiment', 'nature_start', 'nature_run', 'observe_truth', 'watch_nature']
+__all__ = ["TwinExperiment", "nature_start", "nature_run", "observe_truth", "watch_nature"]
 
 # %% ../../nbs/03_twin.ipynb #a1703d7c
 Networks = ObservingNetwork | Some[ObservingNetwork] | Callable[[int], ObservingNetwork]
@@ -96,6 +96,7 @@ class TwinExperiment(Settings):
         """`count` states of nature `(count, dim of nature)` as truths start from, before the spin-up."""
         return _starts(self.nature, self.start, self.start_variance, count, generator)
 
+
 # %% ../../nbs/03_twin.ipynb #d9fdc045
 def _check_experiment(e: TwinExperiment) -> None:
     """Raise `ValueError` for choices that do not fit together."""
@@ -113,6 +114,7 @@ def _check_experiment(e: TwinExperiment) -> None:
     if e.first_ensemble == "same_law" and (e.spin_up or e.resolve):
         raise ValueError("first_ensemble: 'same_law' needs spin_up=0 and no `resolve`")
 
+
 # %% ../../nbs/03_twin.ipynb #2aefed0c
 def nature_start(experiment: TwinExperiment, runs: int, seed: int, split: str = "test") -> Tensor:
     """Nature's states `(run, dim of nature)` when the experiment begins, after the spin-up."""
@@ -120,6 +122,7 @@ def nature_start(experiment: TwinExperiment, runs: int, seed: int, split: str = 
         raise ValueError(f"runs: expected at least 1, got {runs}")
     e = experiment
     return _started(e.nature, e.start, e.start_variance, e.spin_up, runs, seed, split)
+
 
 # %% ../../nbs/03_twin.ipynb #990ff898
 def nature_intervals(
@@ -134,12 +137,14 @@ def nature_intervals(
     states = _moving(start, began, e.nature, e.nature_error.variance, e.interval, e.cycles, runs, seed, split)
     yield from map(e.resolved, states)
 
+
 # %% ../../nbs/03_twin.ipynb #daac10ad
 def nature_run(experiment: TwinExperiment, runs: int, seed: int, split: str = "test") -> Tensor:
     """True states `(steps + 1, run, dim)`, the first of them on nature's attractor after the
     spin-up.
     """
     return torch.cat(list(nature_intervals(experiment, runs, seed, split)))
+
 
 # %% ../../nbs/03_twin.ipynb #3af64956
 def observation_errors(
@@ -155,6 +160,7 @@ def observation_errors(
             for errors in torch.stack([network.errors((times,), one) for one in streams], dim=1):
                 yield network, errors
 
+
 # %% ../../nbs/03_twin.ipynb #b33a3b17
 def observe_truth(experiment: TwinExperiment, truth: Tensor, seed: int, split: str = "test") -> list[Observations]:
     """One `Observations` with values `(run, size)` for every observation time of `truth` `(steps +
@@ -163,6 +169,7 @@ def observe_truth(experiment: TwinExperiment, truth: Tensor, seed: int, split: s
     seen, errors = truth[experiment.interval :: experiment.interval], observation_errors(experiment, truth.shape[1], seed, split)
     return [network.report(network.operator(state) + error) for state, (network, error) in zip(seen, errors)]
 
+
 # %% ../../nbs/03_twin.ipynb #73bd369c
 def watch_nature(experiment: TwinExperiment, runs: int, seed: int, split: str) -> Iterator[tuple[Tensor, Observations | None]]:
     """True states of one interval after the other, and what is seen at its end: nothing at the start."""
@@ -170,6 +177,7 @@ def watch_nature(experiment: TwinExperiment, runs: int, seed: int, split: str) -
     yield next(nature), None
     for truth, (network, error) in zip(nature, observation_errors(experiment, runs, seed, split)):
         yield truth, network.report(network.operator(truth[-1]) + error)
+
 
 # %% ../../nbs/03_twin.ipynb #7b14e9d4
 guard(globals())

@@ -22,7 +22,8 @@ from ..observing.operators import Select
 from .experiment import TwinExperiment, nature_start
 
 # %% auto #0
-__all__ = ['sqg']
+__all__ = ["sqg"]
+
 
 # %% ../../nbs/22_one_look.ipynb #f1e1d503
 def on_points(states: Tensor, model: SurfaceQuasiGeostrophic, most: int) -> Tensor:
@@ -55,6 +56,7 @@ def columns_at(cycle: int, columns: int, deviation: float, points: int) -> Obser
     variances = torch.full((2 * columns,), float(deviation) ** 2, dtype=torch.float64)
     return ObservingNetwork(Select(tuple(torch.cat((at, at + points)).tolist()), 2 * points), DiagonalCovariance(variances))
 
+
 # %% ../../nbs/22_one_look.ipynb #f1e1d504
 def sqg(
     columns: int = 256, deviation: float = 1.0, cycles: int = 60, size: int = 64, moving: bool = True, jet: float = 30.0,
@@ -86,6 +88,7 @@ def sqg(
         resolve=partial(on_points, model=forecast, most=forecast.most),
     )
 
+
 # %% ../../nbs/22_one_look.ipynb #f1e1d506
 def free_runs(experiment: TwinExperiment, runs: int, length: int, seed: int) -> Tensor:
     """States `(run, length + 1, dim)` of the forecast model that is left alone from training truths on, one for each interval, in
@@ -93,6 +96,7 @@ def free_runs(experiment: TwinExperiment, runs: int, length: int, seed: int) -> 
     """
     start, every = experiment.resolved(nature_start(experiment, runs, seed, "training")).float(), experiment.interval
     return trajectory(experiment.forecast_model, start, length * every, every=every).transpose(0, 1)
+
 
 # %% ../../nbs/22_one_look.ipynb #f1e1d505
 guard(globals())

@@ -15,7 +15,8 @@ from ..core.checks import guard
 from ..observing.observations import Observations
 
 # %% auto #0
-__all__ = ['Method']
+__all__ = ["Method"]
+
 
 # %% ../../nbs/03_twin.ipynb #a0857f8a
 @runtime_checkable
@@ -48,6 +49,7 @@ class Method(Protocol):
         generator: torch.Generator,
     ) -> Tensor: ...
 
+
 # %% ../../nbs/03_twin.ipynb #d118dd54
 @dataclass
 class Segment:
@@ -68,12 +70,14 @@ class Segment:
     background_weights: Tensor | None = None
     weights: Tensor | None = None
 
+
 # %% ../../nbs/03_twin.ipynb #e80f2886
 def _same_shape(method: Method, background: Tensor, analysis: Tensor) -> None:
     if analysis.shape != background.shape:
         raise ValueError(
             f"{type(method).__name__}: expected an analysis of shape {tuple(background.shape)}, got {tuple(analysis.shape)}"
         )
+
 
 # %% ../../nbs/03_twin.ipynb #e812ce50
 guard(globals())

@@ -23,12 +23,14 @@ Start = tuple[float, ...] | Tensor | Callable[[int, torch.Generator], Tensor]
 # %% auto #0
 __all__ = []
 
+
 # %% ../../nbs/92_engine.ipynb #0c0ce826
 def _is_plain(nature: Model) -> bool:
     """Whether this is one of the library's models, nothing but numbers and words, which takes the steps that it always takes."""
     if _FORMULA.get() or not (dataclasses.is_dataclass(nature) and type(nature).__module__.startswith("pnpda_nb.")):
         return False
     return all(isinstance(getattr(nature, f.name), (Number, str, type(None))) for f in dataclasses.fields(nature) if f.init)
+
 
 # %% ../../nbs/92_engine.ipynb #19149c8c
 def _starts(nature: Model, start: Start, variance: float, count: int, generator: torch.Generator) -> Tensor:
@@ -48,6 +50,7 @@ def _spun_up(nature: Model, start: Start, variance: float, spin_up: int, runs: i
     each = RunStreams(seed, split, "truth", runs=runs).runs
     state = torch.cat([_starts(nature, start, variance, 1, one) for one in each])
     return _moved(nature, state, spin_up)
+
 
 # %% ../../nbs/92_engine.ipynb #6d8365de
 def _advancing(
@@ -75,10 +78,12 @@ def _advancing(
         state = states[-1]
         yield states
 
+
 # %% ../../nbs/92_engine.ipynb #bdd5cb4b
 @lru_cache(maxsize=8)
 def _remembered(start: Start, start_variance: float, spin_up: int, *chosen: Any) -> tuple[Tensor, ...]:
     return tuple(_advancing(_spun_up(chosen[0], start, start_variance, spin_up, *chosen[-3:]), *chosen))
+
 
 # %% ../../nbs/92_engine.ipynb #a100d843
 def _started(nature: Model, start: Start, *chosen: Any) -> Tensor:
@@ -96,6 +101,7 @@ def _moving(
     if _is_plain(nature) and isinstance(began[0], tuple) and cycles * interval * len(start) * nature.dim <= 2_000_000:  # 16 MB
         return (x.clone() for x in _remembered(*began, *run))
     return _advancing(start, *run)
+
 
 # %% ../../nbs/92_engine.ipynb #6b41d14e
 def _differences(
@@ -119,6 +125,7 @@ def _differences(
 def forget_nature_runs() -> None:
     """Free the memory of the nature runs that were kept for the next method, and let them be computed again."""
     _spun_up.cache_clear(), _remembered.cache_clear()
+
 
 # %% ../../nbs/92_engine.ipynb #f7056b9d
 guard(globals())

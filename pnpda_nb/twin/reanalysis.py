@@ -18,7 +18,8 @@ from .cycle import Method, cycle
 from .experiment import TwinExperiment
 
 # %% auto #0
-__all__ = ['make_archive', 'read_archive', 'check_archive', 'pairs_of']
+__all__ = ["make_archive", "read_archive", "check_archive", "pairs_of"]
+
 
 # %% ../../nbs/08_archive.ipynb #b4abd43d
 def make_archive(
@@ -78,6 +79,7 @@ def make_archive(
         },
     )
 
+
 # %% ../../nbs/08_archive.ipynb #6bb70737
 def _require_choices(experiment: TwinExperiment, method: Method, pairs: str, targets: str, discard: int) -> None:
     if targets not in ("analysis", "smoothed", "truth"):
@@ -107,6 +109,7 @@ def _with_targets(kept: xr.Dataset, targets: str, truth: xr.DataArray, method: s
         kept = kept.assign(analysis=truth.transpose(*kept.analysis.dims))
     return kept
 
+
 # %% ../../nbs/08_archive.ipynb #36f2ea48
 def read_archive(path: str | os.PathLike) -> xr.Dataset:
     """Read an archive of pairs and check that it can teach: `background` and `analysis` `(sample,
@@ -126,6 +129,7 @@ def read_archive(path: str | os.PathLike) -> xr.Dataset:
         raise ValueError(f"archive: {path} is not a readable NetCDF file ({type(error).__name__})") from error
     return check_archive(archive, str(path))
 
+
 # %% ../../nbs/08_archive.ipynb #246d45e5
 def check_archive(archive: xr.Dataset, name: str = "archive") -> xr.Dataset:
     """The archive itself, or a `ValueError` that says what is missing or wrong in it."""
@@ -140,12 +144,14 @@ def check_archive(archive: xr.Dataset, name: str = "archive") -> xr.Dataset:
         raise ValueError(f"{name}: expected at least 2 samples, got {archive.sizes['sample']}")
     return archive
 
+
 # %% ../../nbs/08_archive.ipynb #315926aa
 def pairs_of(archive: xr.Dataset) -> tuple[torch.Tensor, torch.Tensor]:
     """Backgrounds and analyses of an archive as two tensors `(sample, dim)`."""
     check_archive(archive)
     background, analysis = (archive[name].values.astype("float64") for name in ("background", "analysis"))
     return torch.tensor(background), torch.tensor(analysis)
+
 
 # %% ../../nbs/08_archive.ipynb #e0b89002
 guard(globals())

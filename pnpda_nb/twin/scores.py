@@ -16,8 +16,17 @@ from torch import Tensor
 from ..core.checks import GAPS, Gappy, GappyArray, GappyFloat, Index, Mask, guard
 
 # %% auto #0
-__all__ = ['scores', 'summary', 'score_table', 'rank_histogram', 'spread_skill', 'ensemble_scores', 'paired_difference',
-           'mean_and_error']
+__all__ = [
+    "scores",
+    "summary",
+    "score_table",
+    "rank_histogram",
+    "spread_skill",
+    "ensemble_scores",
+    "paired_difference",
+    "mean_and_error",
+]
+
 
 # %% ../../nbs/92_engine.ipynb #1d321234
 def scores(result: xr.Dataset) -> xr.Dataset:
@@ -30,6 +39,7 @@ def scores(result: xr.Dataset) -> xr.Dataset:
 
 
 _HIDDEN = ("squared_error", "variance", "ranks", "squared", "concentration")
+
 
 # %% ../../nbs/92_engine.ipynb #3d35a943
 def summary(result: xr.Dataset) -> xr.Dataset:
@@ -50,6 +60,7 @@ def summary(result: xr.Dataset) -> xr.Dataset:
         out["analysis_spread"] = result.analysis_spread.astype("float32")
     return out.assign_coords(cycle_time=result.cycle_time).assign_attrs(result.attrs)
 
+
 # %% ../../nbs/92_engine.ipynb #2adc63f9
 def _spatial_rmse(x: xr.DataArray, truth: xr.DataArray) -> xr.DataArray:
     return xr.DataArray(rmse(x.values, truth.values), dims=("run", "cycle"))
@@ -63,6 +74,7 @@ def rmse(x: Gappy | GappyArray, truth: Gappy | GappyArray) -> Gappy | GappyArray
 def standard_error(values: Gappy | GappyArray) -> GappyFloat:
     """Of the mean of independent `values` `(n,)`; nan for fewer than two."""
     return float(np.std(np.asarray(values), ddof=1) / len(values) ** 0.5) if len(values) > 1 else np.nan
+
 
 # %% ../../nbs/92_engine.ipynb #43f31d30
 def _statistics(result: xr.Dataset) -> xr.Dataset:
@@ -101,6 +113,7 @@ def _series(result: xr.Dataset) -> tuple[dict[str, xr.DataArray], xr.Dataset]:
     squared = ((result.analysis - at_cycles.values) ** 2).values.mean(-1)
     return series | {"squared_error": xr.DataArray(squared, dims=("run", "cycle"))}, result
 
+
 # %% ../../nbs/92_engine.ipynb #d22b8799
 def _over_variables(values: xr.DataArray) -> xr.DataArray:
     return values.mean("variable", skipna=False) if "variable" in values.dims else values
@@ -127,6 +140,7 @@ def score_table(results: Mapping[str, xr.Dataset], condition: str = "") -> pd.Da
                 rows.append((result.attrs["experiment"], condition, method, metric, variable, *_moments(value)))
     return pd.DataFrame(rows, columns=["experiment", "condition", "method", "metric", "variable", "mean", "std", "runs"])
 
+
 # %% ../../nbs/92_engine.ipynb #3f4d7b14
 def stack_methods(results: Mapping[str, xr.Dataset]) -> xr.Dataset:
     """Cycles of several methods in one dataset: `truth` and `observations` once, everything else
@@ -146,6 +160,7 @@ def stack_methods(results: Mapping[str, xr.Dataset]) -> xr.Dataset:
     return stacked.assign({name: first[name] for name in shared}).assign_attrs(
         {k: v for k, v in first.attrs.items() if not k.startswith("method") and k != "members"}
     )
+
 
 # %% ../../nbs/92_engine.ipynb #d4ba5043
 def rank_histogram(result: xr.Dataset) -> np.ndarray:
@@ -168,6 +183,7 @@ def spread_skill(result: xr.Dataset) -> xr.DataArray:
         raise ValueError("members: spread and skill need an ensemble of at least 2, got 1")
     own = statistics.concentration if "concentration" in statistics else 1 / result.attrs["members"]
     return np.sqrt((1 + own) * statistics.variance / statistics.squared_error)
+
 
 # %% ../../nbs/92_engine.ipynb #af6ea3b5
 def ensemble_scores(truth: Tensor, ensemble: Tensor) -> dict:
@@ -214,6 +230,7 @@ def _unlike(weights: Gappy) -> Gappy:
     """1 - Σ w²: how often two members drawn by their `weights` `(..., member)` are two; what makes sample statistics unbiased."""
     return (1 - weights.square().sum(-1)).clamp_min(1 / weights.shape[-1])
 
+
 # %% ../../nbs/92_engine.ipynb #48a068a8
 def paired_difference(
     runs: xr.Dataset, condition: str, better: str, worse: str, metric: str = "step_rmse"
@@ -232,6 +249,7 @@ def paired_difference(
     if len(difference) < 2:
         return np.nan, np.nan, 0
     return float(difference.mean()), standard_error(difference), len(difference)
+
 
 # %% ../../nbs/92_engine.ipynb #941e54e6
 def time_mean(series: GappyArray | Sequence) -> tuple[GappyArray, GappyArray]:
@@ -255,6 +273,7 @@ def time_mean(series: GappyArray | Sequence) -> tuple[GappyArray, GappyArray]:
     pairs = np.where(np.cumprod(pairs > 0, -1), pairs, 0.0)
     tau = 2 * np.minimum.accumulate(pairs, -1).sum(-1) - 1
     return mean, np.sqrt(variance * np.maximum(tau, 1 / n) / n)
+
 
 # %% ../../nbs/92_engine.ipynb #cc57a926
 def mean_and_error(result: xr.Dataset, metric: str = "analysis_rmse") -> tuple[GappyFloat, GappyFloat]:
@@ -286,6 +305,7 @@ def mean_and_error(result: xr.Dataset, metric: str = "analysis_rmse") -> tuple[G
     if metric == "rmse" and len(values) < 10:  # what is averaged over time are squares
         error = error / (2 * values.mean())
     return (float(values.mean()) if len(values) else np.nan), float(error)
+
 
 # %% ../../nbs/92_engine.ipynb #97796b01
 guard(globals())

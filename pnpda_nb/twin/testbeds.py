@@ -21,8 +21,19 @@ from .experiment import TwinExperiment
 from .fields import sqg
 
 # %% auto #0
-__all__ = ['TESTBEDS', 'lorenz63', 'lorenz96', 'kuramoto_sivashinsky', 'pendulum', 'double_well', 'sakov2012', 'sakov2008',
-           'bocquet2013', 'bocquet2010']
+__all__ = [
+    "TESTBEDS",
+    "lorenz63",
+    "lorenz96",
+    "kuramoto_sivashinsky",
+    "pendulum",
+    "double_well",
+    "sakov2012",
+    "sakov2008",
+    "bocquet2013",
+    "bocquet2010",
+]
+
 
 # %% ../../nbs/91_models.ipynb #7b6d8a1f
 def lorenz63(
@@ -53,10 +64,12 @@ def lorenz63(
         background_variance=2.0,
     )
 
+
 # %% ../../nbs/91_models.ipynb #ee063f75
 def _network(sites, dim: int, variance: float) -> ObservingNetwork:
     sites = tuple(sites)
     return ObservingNetwork(Select(sites, dim), DiagonalCovariance(torch.full((len(sites),), float(variance))))
+
 
 # %% ../../nbs/91_models.ipynb #ff92ef33
 def lorenz96(
@@ -80,6 +93,7 @@ def lorenz96(
         background_variance=0.25,
         resolve=nature.resolved,
     )
+
 
 # %% ../../nbs/91_models.ipynb #3bc732ac
 def kuramoto_sivashinsky(points: int = 16, variance: float = 0.01, cycles: int = 40, boundary: str = "clamped") -> TwinExperiment:
@@ -108,6 +122,7 @@ def kuramoto_sivashinsky(points: int = 16, variance: float = 0.01, cycles: int =
         background_variance=0.1,
     )
 
+
 # %% ../../nbs/91_models.ipynb #152dc4cf
 def pendulum(variance: float = 0.01, cycles: int = 50) -> TwinExperiment:
     """A damped pendulum whose angle is seen every 10 steps with error `variance`; both nature and the
@@ -128,6 +143,7 @@ def pendulum(variance: float = 0.01, cycles: int = 50) -> TwinExperiment:
         background_variance=0.25,
     )
 
+
 # %% ../../nbs/91_models.ipynb #67b9c5ec
 def double_well(variance: float = 0.04, cycles: int = 50) -> TwinExperiment:
     """The double well driven by noise, seen once per time unit with error `variance`."""
@@ -147,6 +163,7 @@ def double_well(variance: float = 0.04, cycles: int = 50) -> TwinExperiment:
         background_variance=0.25,
     )
 
+
 # %% ../../nbs/91_models.ipynb #192cef81
 def sakov2012(cycles: int = 1000) -> TwinExperiment:
     """Lorenz-63 as in Sakov et al. (2012), Table 1: everything observed every 25 steps of 0.01 with
@@ -165,6 +182,7 @@ def sakov2012(cycles: int = 1000) -> TwinExperiment:
         spin_up=0,
         first_ensemble="same_law",
     )
+
 
 # %% ../../nbs/91_models.ipynb #5064d494
 def sakov2008(cycles: int = 1000, interval: int = 1, dim: int = 40) -> TwinExperiment:
@@ -186,10 +204,12 @@ def sakov2008(cycles: int = 1000, interval: int = 1, dim: int = 40) -> TwinExper
         first_ensemble="same_law",
     )
 
+
 # %% ../../nbs/91_models.ipynb #5203dc03
 def bocquet2013(cycles: int = 1000) -> TwinExperiment:
     """Lorenz-96 as in Bocquet and Sakov (2013): `sakov2008` with an observation interval of 0.2."""
     return replace(sakov2008(cycles, interval=4), name="bocquet2013")
+
 
 # %% ../../nbs/91_models.ipynb #3bdfe5ab
 def bocquet2010(cycles: int = 1280) -> TwinExperiment:

@@ -20,7 +20,8 @@ from .experiment import TwinExperiment, watch_nature
 from .scores import _moments, scores
 
 # %% auto #0
-__all__ = ['Tuned', 'tune']
+__all__ = ["Tuned", "tune"]
+
 
 # %% ../../nbs/92_engine.ipynb #c7705ba9
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Tuned:
     method: Method
     setting: dict
     table: pd.DataFrame
+
 
 # %% ../../nbs/92_engine.ipynb #b43c33d4
 def tune(
@@ -68,6 +70,7 @@ def tune(
         raise ValueError(f"tune: every run of every setting in {dict(grid)} became non-finite")
     best = table.sort_values(["failed", "mean"], kind="stable").index[0]
     return Tuned(make(**settings[best]), settings[best], table)
+
 
 # %% ../../nbs/92_engine.ipynb #0503d029
 guard(globals())

@@ -22,6 +22,7 @@ from .method import Method, Segment, _same_shape
 # %% auto #0
 __all__ = []
 
+
 # %% ../../nbs/92_engine.ipynb #4224b0f9
 def window_cycle(
     method: Method,
@@ -74,6 +75,7 @@ def window_cycle(
                 segment.estimate = states[1:]
             segment.smoothed = start
     yield from inside
+
 
 # %% ../../nbs/92_engine.ipynb #e87161f8
 guard(globals())

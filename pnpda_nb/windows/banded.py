@@ -16,17 +16,20 @@ from ..core.checks import Gappy, guard
 # %% auto #0
 __all__ = []
 
+
 # %% ../../nbs/92_engine.ipynb #bc3a5020
 def band_dense(bands: Tensor) -> Tensor:
     """The symmetric matrices `(..., d, d)` of `bands` `(b + 1, ..., d)`."""
     lower = sum(torch.diag_embed(band[..., : band.shape[-1] - k], offset=-k) for k, band in enumerate(bands))
     return lower + lower.tril(-1).mT
 
+
 # %% ../../nbs/92_engine.ipynb #f267a7e7
 def dense_band(matrix: Tensor, half_band: int) -> Tensor:
     """The `half_band` + 1 bands `(half_band + 1, ..., d)` of symmetric matrices `(..., d, d)`; what is beyond is left out."""
     pad = torch.nn.functional.pad
     return torch.stack([pad(matrix.diagonal(-k, -2, -1), (0, k)) for k in range(half_band + 1)])
+
 
 # %% ../../nbs/92_engine.ipynb #96bc652d
 def band_product(bands: Tensor, x: Tensor) -> Tensor:
@@ -37,6 +40,7 @@ def band_product(bands: Tensor, x: Tensor) -> Tensor:
         band = band[..., : d - k]
         out = out + pad(band * x[..., : d - k], (k, 0)) + pad(band * x[..., k:], (0, k))
     return out
+
 
 # %% ../../nbs/92_engine.ipynb #d7e69c1f
 class _BandGram(torch.autograd.Function):
@@ -62,15 +66,18 @@ class _BandGram(torch.autograd.Function):
         width, d = min(len(factor), factor.shape[-1]), factor.shape[-1]
         return ((k, m, d - m - k) for k in range(width) for m in range(width - k))
 
+
 # %% ../../nbs/92_engine.ipynb #7d9c82f5
 def band_gram(factor: Tensor) -> Tensor:
     """The bands of LᵀL, for a lower triangular L with rows `factor[m, ..., i]` = L_{i, i−m}, `(b + 1, ..., d)`; differentiable."""
     return _BandGram.apply(factor)
 
+
 # %% ../../nbs/92_engine.ipynb #9ac7bf3c
 def lift_bands(bands: Tensor, batch: int) -> Tensor:
     """The same bands with `batch` many batch dimensions, by new ones in front."""
     return bands.reshape(len(bands), *[1] * (batch + 2 - bands.ndim), *bands.shape[1:])
+
 
 # %% ../../nbs/92_engine.ipynb #27124e32
 def add_bands(a: Tensor, b: Tensor) -> Tensor:
@@ -86,6 +93,7 @@ def add_bands(a: Tensor, b: Tensor) -> Tensor:
     near = a[: len(b)] + b
     return torch.cat((near, a[len(b) :].expand(-1, *near.shape[1:]))) if len(a) > len(b) else near
 
+
 # %% ../../nbs/92_engine.ipynb #e9f54499
 def block_bands(diagonal: Tensor, below: Tensor) -> Tensor:
     """The bands `(2n, ..., T·n)` of block-tridiagonal matrices with blocks `diagonal` `(..., T, n, n)` and `below` `(..., T − 1, n,
@@ -96,6 +104,7 @@ def block_bands(diagonal: Tensor, below: Tensor) -> Tensor:
     bands = [column.diagonal(-k, -2, -1) for k in range(2 * n)]
     bands = torch.stack([pad(band, (0, n - band.shape[-1])).flatten(-2) for band in bands])
     return bands[: bands.shape[-1]]
+
 
 # %% ../../nbs/92_engine.ipynb #55f2be66
 class BandedCholesky:
@@ -172,6 +181,7 @@ class BandedCholesky:
         found = _takahashi(torch.from_numpy(self.factor).reshape(width, -1, d))
         return torch.stack([self._back(band.numpy(), self._broken) for band in found])
 
+
 # %% ../../nbs/92_engine.ipynb #f4c5e283
 def _factored(given: Tensor, copy: bool = True) -> np.ndarray:
     """Cholesky's factor of bands `(b + 1, N, d)`, as one long banded matrix."""
@@ -187,6 +197,7 @@ def _fails(one: Tensor) -> bool:
         return not np.isfinite(_factored(one)).all()
     except LinAlgError:
         return True
+
 
 # %% ../../nbs/92_engine.ipynb #7b201205
 def _takahashi(lower: Tensor) -> Tensor:
@@ -207,6 +218,7 @@ def _takahashi(lower: Tensor) -> Tensor:
     for k in range(1, width):
         found[k, :, d - k :] = 0
     return found
+
 
 # %% ../../nbs/92_engine.ipynb #ebf62ac0
 guard(globals())

@@ -23,7 +23,8 @@ from .laws import GaussianWindow, Information
 from .minimise import Minimum, levenberg_marquardt
 
 # %% auto #0
-__all__ = ['WindowFourDVar', 'window_four_dvar']
+__all__ = ["WindowFourDVar", "window_four_dvar"]
+
 
 # %% ../../nbs/24_windows.ipynb #542024bf
 @dataclass(frozen=True, eq=False)
@@ -79,12 +80,14 @@ class WindowFourDVar:
         mean, precision = problem.law(minimum.x, torch.arange(len(first)))
         return GaussianWindow(mean.reshape(first.shape), precision), minimum
 
+
 # %% ../../nbs/24_windows.ipynb #289311f5
 def _flat(information: Information, batch: tuple[int, ...], size: int) -> Information:
     """Information about every window of a batch `(N, T·n)`."""
     vector = information.vector.double().expand(*batch, size).reshape(math.prod(batch), size)
     bands = lift_bands(information.bands.double(), len(batch)).expand(-1, *batch, size)
     return Information(bands.reshape(len(bands), math.prod(batch), size), vector)
+
 
 # %% ../../nbs/24_windows.ipynb #efa8e76e
 class _Weak:
@@ -112,6 +115,7 @@ class _Weak:
 
     def law(self, flat: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
         return flat, self.system(flat, which)[0]
+
 
 # %% ../../nbs/24_windows.ipynb #9bbac13b
 class _Strong:
@@ -148,6 +152,7 @@ class _Strong:
         spread = (sensitivity @ torch.linalg.inv(band_dense(self.system(first, which)[0])) * sensitivity).sum(-1)
         return path, 1 / spread.unsqueeze(0)
 
+
 # %% ../../nbs/24_windows.ipynb #32fba4c0
 def window_four_dvar(
     experiment: TwinExperiment, windows: Tensor, strong: bool = False, iterations: int = 200, tolerance: float = 1e-6
@@ -162,6 +167,7 @@ def window_four_dvar(
     error = None if strong else Covariance(torch.diag(Q), "model error")
     forecast = Forecast(experiment.forecast_model, experiment.interval)
     return WindowFourDVar(forecast, first.mean(0), Covariance(torch.cov(first.T), "first states"), error, iterations, tolerance)
+
 
 # %% ../../nbs/24_windows.ipynb #34ce47e3
 guard(globals())

@@ -21,7 +21,8 @@ from .networks import WindowPrior
 from .precision import Precision, _mean_alone, _precision_of, most_probable
 
 # %% auto #0
-__all__ = ['IncrementalPrior', 'NeuralIncremental']
+__all__ = ["IncrementalPrior", "NeuralIncremental"]
+
 
 # %% ../../nbs/25_incremental.ipynb #4df823b7
 class IncrementalPrior(WindowPrior, kept_as="incremental_prior"):
@@ -82,6 +83,7 @@ class IncrementalPrior(WindowPrior, kept_as="incremental_prior"):
                 found.append((x, precision))
         return found
 
+
 # %% ../../nbs/25_incremental.ipynb #78bdc64d
 def _around(climate: WindowClimatology, information: Information | Callable) -> Callable[[Tensor], Information]:
     """What is known of standardised windows, linearised around some where it must be."""
@@ -98,6 +100,7 @@ def _in_units(climate: WindowClimatology, z: Tensor, bands: Tensor) -> GaussianW
     for k, band in enumerate(scaled):
         band *= inverse * nn.functional.pad(inverse[k:], (0, k))
     return GaussianWindow(climate.mean + climate.scale * z, scaled)
+
 
 # %% ../../nbs/25_incremental.ipynb #bb3756dc
 @dataclass(frozen=True, eq=False)
@@ -145,6 +148,7 @@ class NeuralIncremental(Settings):
             known = known(self.prior.climate.mean)
         mean = self.prior.analyse(known).mean
         return mean.movedim(-2, 0)[: len(observations) + 1].contiguous()
+
 
 # %% ../../nbs/25_incremental.ipynb #2aeee517
 guard(globals())

@@ -23,8 +23,16 @@ from ..twin.experiment import TwinExperiment
 from .banded import BandedCholesky, add_bands, band_dense, band_gram, band_product, dense_band, lift_bands
 
 # %% auto #0
-__all__ = ['draw_windows', 'GaussianWindow', 'Information', 'linearised', 'background_information', 'WindowClimatology',
-           'normalised_mse']
+__all__ = [
+    "draw_windows",
+    "GaussianWindow",
+    "Information",
+    "linearised",
+    "background_information",
+    "WindowClimatology",
+    "normalised_mse",
+]
+
 
 # %% ../../nbs/24_windows.ipynb #cd0567d3
 def draw_windows(experiment: TwinExperiment, count: int, generator: torch.Generator) -> Tensor:
@@ -40,6 +48,7 @@ def draw_windows(experiment: TwinExperiment, count: int, generator: torch.Genera
         state = trajectory(experiment.nature, state, experiment.interval, error)[-1]
         states.append(state)
     return torch.stack(states, 1)
+
 
 # %% ../../nbs/24_windows.ipynb #24273cbf
 @dataclass(frozen=True, eq=False)
@@ -80,6 +89,7 @@ class GaussianWindow:
         squared = (apart * band_product(self.precision, apart)).sum(-1)
         return (self.factor.log_determinant() - squared - apart.shape[-1] * np.log(2 * np.pi)) / 2
 
+
 # %% ../../nbs/24_windows.ipynb #79dcf7bb
 @dataclass(frozen=True, eq=False)
 class Information:
@@ -110,6 +120,7 @@ class Information:
         """½ xᵀJx − jᵀx for windows `(..., T·n)`: what 4D-Var calls the misfit, up to a constant."""
         return (x * (band_product(self.bands, x) / 2 - self.vector)).sum(-1)
 
+
 # %% ../../nbs/24_windows.ipynb #bf9ac533
 def pointwise(value: Gappy, deviation: Tensor | float, present: Mask) -> Information:
     """The information in `value` `(..., T, n)` where `present` `(..., T, n)`, with errors of standard `deviation`, independent of
@@ -121,6 +132,7 @@ def pointwise(value: Gappy, deviation: Tensor | float, present: Mask) -> Informa
     weight = present.to(torch.float64) / deviation**2
     seen = torch.where(present, value, 0.0)
     return Information(weight.flatten(-2).unsqueeze(0), (weight * seen).flatten(-2))
+
 
 # %% ../../nbs/24_windows.ipynb #b8292c9b
 def linearised(observations: Sequence[Observations | None], x: Tensor) -> Information:
@@ -144,6 +156,7 @@ def linearised(observations: Sequence[Observations | None], x: Tensor) -> Inform
     bands = [pad(blocks.diagonal(-k, -2, -1), (0, k)).flatten(-2) for k in range(n)]
     return Information(torch.stack(bands), vector.flatten(-2))
 
+
 # %% ../../nbs/24_windows.ipynb #884d1965
 def background_information(mean: Tensor, covariance: Covariance, steps: int, scale: float = 1.0) -> Information:
     """What a background `mean` `(..., n)` of errors N(0, `scale` · `covariance`) says about windows of `steps` states: it is about
@@ -153,6 +166,7 @@ def background_information(mean: Tensor, covariance: Covariance, steps: int, sca
     vector = torch.nn.functional.pad(mean @ precision, (0, (steps - 1) * mean.shape[-1]))
     bands = torch.nn.functional.pad(dense_band(precision, len(precision) - 1), (0, (steps - 1) * len(precision)))
     return Information(bands.reshape(len(bands), *[1] * (vector.ndim - 1), -1).expand(-1, *vector.shape), vector)
+
 
 # %% ../../nbs/24_windows.ipynb #62acdfe4
 class WindowClimatology:
@@ -219,6 +233,7 @@ class WindowClimatology:
         variance = _left_open(self.covariance, z)
         return mean, (variance.reshape(*variance.shape[:-1], *self.mean.shape) * scale**2).expand_as(mean)
 
+
 # %% ../../nbs/24_windows.ipynb #10d77b50
 def _gain(B: Tensor, information: Information) -> tuple[Tensor, Tensor]:
     """B (I + JB)⁻¹ `(..., T·n, m)`, where m numbers were seen, and which `(..., m)`."""
@@ -247,6 +262,7 @@ def _among(matrix: Tensor, at: Tensor) -> Tensor:
     """The rows and columns `at` `(..., m)` of matrices `(..., d, d)`."""
     rows = matrix.gather(-2, at.unsqueeze(-1).expand(*at.shape, matrix.shape[-1]))
     return rows.gather(-1, at.unsqueeze(-2).expand(*at.shape, at.shape[-1]))
+
 
 # %% ../../nbs/24_windows.ipynb #b64bfc52
 def _regression(z: Tensor, order: int, stationary: bool) -> Tensor:
@@ -279,6 +295,7 @@ def _regression(z: Tensor, order: int, stationary: bool) -> Tensor:
             factor[: last + 1, t, i] = found[i, : last + 1].flip(0)
     return factor.flatten(1)
 
+
 # %% ../../nbs/24_windows.ipynb #0d6736c3
 def _moments(windows: Tensor, stationary: bool) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation `(T, n)` of windows `(N, T, n)`, the same for all times if the climate is stationary."""
@@ -306,10 +323,12 @@ def _lengthened(climate: WindowClimatology, steps: int) -> tuple[Tensor, Tensor,
     mean, scale = (x[:1].expand(steps, -1) for x in (climate.mean, climate.scale))
     return mean, scale, torch.cat((bands[:, :edge], inner, bands[:, -edge:]), 1)
 
+
 # %% ../../nbs/24_windows.ipynb #8539ef9f
 def normalised_mse(x: Tensor, truth: Tensor, scale: Tensor) -> Tensor:
     """The mean squared error of windows `(..., T, n)` in units of the climatological `scale` `(T, n)`: shape `(...)`."""
     return ((x - truth) / scale).square().mean((-2, -1))
+
 
 # %% ../../nbs/24_windows.ipynb #1845fb6a
 guard(globals())

@@ -17,6 +17,7 @@ from .banded import BandedCholesky, band_product
 # %% auto #0
 __all__ = []
 
+
 # %% ../../nbs/92_engine.ipynb #e787ec03
 @dataclass(frozen=True, eq=False)
 class Minimum:
@@ -34,6 +35,7 @@ class Minimum:
             f"Minimum({len(self.cost)} windows, {int(self.converged.sum())} converged, {self.iterations.double().mean():.1f} "
             "iterations on average)"
         )
+
 
 # %% ../../nbs/92_engine.ipynb #ecd0765a
 def levenberg_marquardt(
@@ -96,6 +98,7 @@ def levenberg_marquardt(
                 bands[:, at], slope[at] = fresh_bands, fresh_slope
             left = left_now
     return Minimum(x, value, spent, converged)
+
 
 # %% ../../nbs/92_engine.ipynb #9f74c884
 guard(globals())

@@ -40,6 +40,7 @@ class ConstantNetwork(FieldNetwork):
     def forward(self, fields: Tensor, tau: Tensor) -> Tensor:
         return self.answer.expand(*fields.shape[:-2], -1, -1)
 
+
 # %% ../../nbs/92_engine.ipynb #8b28c48f
 def _networks(architecture: dict, steps: int, n: int, generator: torch.Generator | None) -> nn.ModuleList:
     size = {k: tuple(v) if isinstance(v, list) else v for k, v in architecture["size"].items()}
@@ -62,6 +63,7 @@ def _networks(architecture: dict, steps: int, n: int, generator: torch.Generator
                     parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
         made.append(network)
     return made
+
 
 # %% ../../nbs/92_engine.ipynb #b76b5ada
 _CLIMATE = ("mean", "scale", "covariance", "precision")
@@ -99,6 +101,7 @@ def _architecture(
         raise ValueError(f"floor: expected a positive precision, got {floor}")
     known = {"levels": levels, "network": network, "precision": precision, "half_band": half_band, "rank": rank}
     return json.loads(json.dumps(known | {"shared": shared, "update": update, "floor": floor, "size": size}))
+
 
 # %% ../../nbs/92_engine.ipynb #4eb35495
 class WindowPrior(PriorFile):
@@ -187,6 +190,7 @@ class WindowPrior(PriorFile):
         networks = network_from(lambda: _networks(architecture, *climate.mean.shape, None), architecture, weights)
         calibration = calibration and Recalibration(tuple(calibration["knots"]), tuple(calibration["factors"]))
         return cls(climate, networks.eval().requires_grad_(False), architecture, training, calibration)
+
 
 # %% ../../nbs/92_engine.ipynb #ff6f616c
 guard(globals())

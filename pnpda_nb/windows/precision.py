@@ -19,7 +19,8 @@ from .banded import BandedCholesky, add_bands, band_dense, band_gram, band_produ
 from .laws import Information
 
 # %% auto #0
-__all__ = ['BandedPrecision', 'LowRankPrecision', 'DensePrecision', 'most_probable']
+__all__ = ["BandedPrecision", "LowRankPrecision", "DensePrecision", "most_probable"]
+
 
 # %% ../../nbs/25_incremental.ipynb #0345abf5
 class _BandedSolve(torch.autograd.Function):
@@ -40,6 +41,7 @@ class _BandedSolve(torch.autograd.Function):
             bands.append(nn.functional.pad(-both, (0, k)))
         return torch.stack(bands).to(gradient.dtype), b.to(gradient.dtype)
 
+
 # %% ../../nbs/25_incremental.ipynb #1839fc24
 def banded_solve(bands: Gappy, right: Gappy) -> Gappy:
     """A⁻¹ b `(..., d)` for `bands` of A `(b + 1, ..., d)` and a `right` side `(..., d)`, with the implicit gradient of @eq-implicit
@@ -49,6 +51,7 @@ def banded_solve(bands: Gappy, right: Gappy) -> Gappy:
     """
     shape = torch.broadcast_shapes(bands.shape[1:], right.shape)
     return _BandedSolve.apply(lift_bands(bands, len(shape) - 1).expand(-1, *shape)[: shape[-1]], right.expand(shape))
+
 
 # %% ../../nbs/25_incremental.ipynb #94add1b5
 @dataclass(frozen=True, eq=False)
@@ -80,6 +83,7 @@ class BandedPrecision:
         """A draw of N(0, Λ⁻¹) for each, `(*shape, d)`."""
         noise = standard_normal((*shape, self.bands.shape[-1]), generator)
         return BandedCholesky(self.bands.expand(-1, *noise.shape)).whiten(noise)
+
 
 # %% ../../nbs/25_incremental.ipynb #f86b6782
 @dataclass(frozen=True, eq=False)
@@ -115,6 +119,7 @@ class LowRankPrecision:
     def sample(self, shape: tuple[int, ...], generator: torch.Generator) -> Gappy:
         return DensePrecision(self.matrix()).sample(shape, generator)
 
+
 # %% ../../nbs/25_incremental.ipynb #eed8ab42
 @dataclass(frozen=True, eq=False)
 class DensePrecision:
@@ -138,8 +143,10 @@ class DensePrecision:
         noise = standard_normal((*shape, self.matrix.shape[-1], 1), generator).to(self.matrix.device)
         return torch.linalg.solve_triangular(cholesky_factor(self.matrix.detach().double()).mT, noise, upper=True).squeeze(-1)
 
+
 # %% ../../nbs/25_incremental.ipynb #c96f64b6
 Precision = BandedPrecision | LowRankPrecision | DensePrecision
+
 
 # %% ../../nbs/25_incremental.ipynb #35b5ea94
 def _changed_first(rows: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
@@ -148,6 +155,7 @@ def _changed_first(rows: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
         return torch.cat((change(rows[:1]), rows[1:]))
     rows[:1] = change(rows[:1])
     return rows
+
 
 # %% ../../nbs/25_incremental.ipynb #bed243cf
 def _precision_of(rows: Tensor, kind: str, floor: float) -> Precision:
@@ -163,6 +171,7 @@ def _precision_of(rows: Tensor, kind: str, floor: float) -> Precision:
     root = torch.tril(rest, -1) + torch.diag_embed(size)
     return DensePrecision(root.mT @ root + floor * torch.eye(rows.shape[-1], device=rows.device))
 
+
 # %% ../../nbs/25_incremental.ipynb #2496ad5c
 def most_probable(mean: Gappy, precision: Precision, information: Information) -> tuple[Gappy, Precision]:
     """The MAP estimate x̂ `(..., d)` of @eq-map from the prior of `mean` `(..., d)` and `precision`, and the precision of what is
@@ -171,6 +180,7 @@ def most_probable(mean: Gappy, precision: Precision, information: Information) -
     posterior, mean = precision.given(information), mean.double()
     pull = information.vector.double() - band_product(information.bands.double(), mean)
     return mean + posterior.solve(pull), posterior
+
 
 # %% ../../nbs/25_incremental.ipynb #6cad5d84
 def _mean_alone(mean: Tensor, precision: Precision, information: Information) -> Tensor:
@@ -185,6 +195,7 @@ def _mean_alone(mean: Tensor, precision: Precision, information: Information) ->
         return middle + BandedCholesky(bands, overwrite=True).solve(pull)
     except LinAlgError:
         return most_probable(mean, precision, information)[0]
+
 
 # %% ../../nbs/25_incremental.ipynb #bb17c308
 guard(globals())

@@ -15,7 +15,8 @@ from torch import Tensor
 from ..core.checks import guard
 
 # %% auto #0
-__all__ = ['Recalibration']
+__all__ = ["Recalibration"]
+
 
 # %% ../../nbs/25_incremental.ipynb #9bdde5db
 @dataclass(frozen=True, eq=False)
@@ -62,6 +63,7 @@ class Recalibration:
         """Calibrated standard deviations."""
         log = np.interp(deviation.detach().log().numpy(), self.knots, self.factors)
         return deviation * torch.from_numpy(np.exp(log))
+
 
 # %% ../../nbs/25_incremental.ipynb #f39b03af
 guard(globals())

@@ -16,7 +16,8 @@ from ..core.checks import Mask, guard
 from ..core.settings import Count, Settings, Share, Size
 
 # %% auto #0
-__all__ = ['RandomSets', 'regular_sets']
+__all__ = ["RandomSets", "regular_sets"]
+
 
 # %% ../../nbs/94_priors.ipynb #6fccf6d1
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class RandomSets(Settings):
         sets = {tuple(one.flatten().nonzero()[:, 0].tolist()) for one in present}
         return dataclasses.replace(self, held_out=tuple(sorted({*self.held_out, *sets})))
 
+
 # %% ../../nbs/94_priors.ipynb #a387eada
 def regular_sets(steps: int, dim: int, spacing: int, variables: Sequence[int] = (0,)) -> Tensor:
     """The `spacing` different grids {i, i + spacing, ...} of times, at which `variables` are seen: `(spacing, steps, dim)`."""
@@ -87,6 +89,7 @@ def regular_sets(steps: int, dim: int, spacing: int, variables: Sequence[int] = 
         for v in variables:
             present[i, i::spacing, v] = True
     return present
+
 
 # %% ../../nbs/94_priors.ipynb #7a0c54e4
 guard(globals())

@@ -30,7 +30,8 @@ from .precision import most_probable
 from .sets import RandomSets
 
 # %% auto #0
-__all__ = ['IncrementalSettings', 'train_incremental']
+__all__ = ["IncrementalSettings", "train_incremental"]
+
 
 # %% ../../nbs/25_incremental.ipynb #2dd880cf
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class IncrementalSettings(Settings):
         if self.background_deviation[0] > self.background_deviation[1]:
             raise ValueError(f"background_deviation: expected two numbers, the smaller first, got {self.background_deviation}")
 
+
 # %% ../../nbs/25_incremental.ipynb #f775b153
 def observe_windows(
     z: Tensor,
@@ -93,6 +95,7 @@ def observe_windows(
         vector[..., :n] += first * guess
     return Information(weight.reshape(1, len(z), 1, d), vector)
 
+
 # %% ../../nbs/25_incremental.ipynb #440e8367
 def incremental_loss(
     prior: IncrementalPrior, z: Tensor, information: Information, settings: IncrementalSettings, generator: torch.Generator
@@ -118,6 +121,7 @@ def incremental_loss(
             contrast = error * posterior.product(error) - sample * posterior.product(sample)
             loss = loss + weight * settings.likelihood * contrast.mean()
     return loss
+
 
 # %% ../../nbs/25_incremental.ipynb #262d3762
 def train_incremental(
@@ -157,6 +161,7 @@ def train_incremental(
     subject.averaged.cpu().load_state_dict(training.best_weights)
     record = {"settings": dataclasses.asdict(settings), "history": training.history}
     return IncrementalPrior(prior.climate, subject.averaged, prior.architecture, record), pd.DataFrame(training.history)
+
 
 # %% ../../nbs/25_incremental.ipynb #474a6453
 class _IncrementalTraining:
@@ -222,6 +227,7 @@ class _IncrementalTraining:
 
 _STOCK = 20  # batches that are drawn at a time
 
+
 # %% ../../nbs/25_incremental.ipynb #7a0c54e5
 def _plan(settings: IncrementalSettings) -> Plan:
     total, rate = settings.iterations, settings.learning_rate
@@ -239,6 +245,7 @@ def _plan(settings: IncrementalSettings) -> Plan:
         unit="iteration",
         lost="settings: the loss became non-finite at iteration {done}; try a smaller learning_rate",
     )
+
 
 # %% ../../nbs/25_incremental.ipynb #55d9c609
 guard(globals())

@@ -31,6 +31,7 @@ from ...windows.laws import draw_windows, normalised_mse
 # %% auto #0
 __all__ = []
 
+
 # %% ../../../nbs/26_few_points.ipynb #1cb472be
 @dataclass(frozen=True, eq=False)
 class Answer:
@@ -43,11 +44,13 @@ class Answer:
     iterations: Tensor | None = None
     seconds: float = 0.0
 
+
 # %% ../../../nbs/26_few_points.ipynb #7d652f3d
 def climatology(scene: Scene) -> Answer:
     """The mean of all windows."""
     shape = scene.values.shape
     return Answer(scene.climate.mean.expand(shape), scene.climate.scale.expand(shape))
+
 
 # %% ../../../nbs/26_few_points.ipynb #8f05fe8c
 def interpolation(scene: Scene) -> Answer:
@@ -62,11 +65,13 @@ def interpolation(scene: Scene) -> Answer:
     mean, variance = climate.law(known)
     return Answer(mean, variance.sqrt())
 
+
 # %% ../../../nbs/26_few_points.ipynb #80c19ec8
 def incremental(scene: Scene, prior: IncrementalPrior, spread: bool = True, calibrated: bool = True) -> Answer:
     """The law of the last level; without `spread` only its mean."""
     law = prior.analyse(scene.information)
     return Answer(law.mean, (prior.deviation(law) if calibrated else law.deviation) if spread else None)
+
 
 # %% ../../../nbs/26_few_points.ipynb #8d0da58c
 def four_dvar(scene: Scene, first: Tensor, strong: bool = False, spread: bool = True) -> Answer:
@@ -74,6 +79,7 @@ def four_dvar(scene: Scene, first: Tensor, strong: bool = False, spread: bool = 
     method = window_four_dvar(scene.experiment, scene.windows, strong)
     law, minimum = method.minimise(first.expand(scene.values.shape), scene.information)
     return Answer(law.mean, law.deviation if spread else None, minimum.iterations.reshape(scene.values.shape[:2]))
+
 
 # %% ../../../nbs/26_few_points.ipynb #c789853f
 def best_of(scene: Scene, starts: int, seed: int = 0) -> Answer:
@@ -99,6 +105,7 @@ def best_of(scene: Scene, starts: int, seed: int = 0) -> Answer:
             lower = (cost < best[0])[..., None, None]
             best = torch.minimum(cost, best[0]), torch.where(lower, law.mean, best[1]), torch.where(lower, law.deviation, best[2])
     return Answer(*best[1:], spent)
+
 
 # %% ../../../nbs/26_few_points.ipynb #8d09644f
 def pnpda_of_windows(
@@ -126,6 +133,7 @@ def _spread(members: Tensor) -> Tensor:
     m = members.shape[2]
     return float(student.ppf(0.95, m - 1) / 1.6449 * (1 + 1 / m) ** 0.5) * members.std(2)
 
+
 # %% ../../../nbs/26_few_points.ipynb #1b6add8e
 def pnpda_of_starts(
     scene: Scene, prior: FlowPrior, iterations: int = 30, alpha: float = 0.5, members: int = 1, seed: int = 0
@@ -145,6 +153,7 @@ def pnpda_of_starts(
     )
     found = found.movedim(0, -2).reshape(P, W, members, T, n)
     return Answer(found.mean(2), _spread(found) if members > 1 else None)
+
 
 # %% ../../../nbs/26_few_points.ipynb #785412de
 def importance(scene: Scene, draws: int, seed: int, block: int = 20000) -> Answer:
@@ -170,6 +179,7 @@ def importance(scene: Scene, draws: int, seed: int, block: int = 20000) -> Answe
             total[p] = top + mass.log()
     mean = first.reshape(P, W, T, n)
     return Answer(mean, (second.reshape(P, W, T, n) - mean.square()).clamp_min(1e-12).sqrt())
+
 
 # %% ../../../nbs/26_few_points.ipynb #0cc170dc
 def measured(scene: Scene, answer: Answer, seconds: float, attrs: dict) -> xr.Dataset:

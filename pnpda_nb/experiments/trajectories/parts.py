@@ -48,6 +48,7 @@ from ...windows.training import IncrementalSettings, train_incremental
 # %% auto #0
 __all__ = []
 
+
 # %% ../../../nbs/95_studies.ipynb #aa7979cc
 def window_prior_part(settings: dict, checkpoint: str | None = None) -> IncrementalPrior:
     """An incremental prior, trained and calibrated."""
@@ -66,6 +67,7 @@ def window_prior_part(settings: dict, checkpoint: str | None = None) -> Incremen
     rest = validation.part(third, settings["validation_windows"])
     return prior.calibrated(prior.analyse(rest.information), rest.truth)
 
+
 # %% ../../../nbs/95_studies.ipynb #5e3ae920
 def _scene_of(settings: dict) -> Scene:
     return scene(*(settings[k] for k in ("testbed", "condition", "windows", "climate_windows", "seed")))
@@ -83,6 +85,7 @@ def window_pairs(name: str, count: int, climate_windows: int, seed: int, purpose
     information = climate.standardised(pointwise(seen, spread, sets.draw(count, generator)))
     return climate.interpolate(information), (truth - climate.mean) / climate.scale
 
+
 # %% ../../../nbs/95_studies.ipynb #4270d170
 def flow_part(settings: dict, checkpoint: str | None = None) -> FlowPrior:
     """A flow prior for plug-and-play: of whole windows given their optimal interpolation ("window"), or of the second state of a
@@ -99,6 +102,7 @@ def flow_part(settings: dict, checkpoint: str | None = None) -> FlowPrior:
         analysis = (climate.mean + climate.scale * truth)[:, 1]
     options = settings["training"] | {"hidden": tuple(settings["training"]["hidden"])}
     return train_prior(background, analysis, TrainingSettings(**options), seed=seed, checkpoint=resumable(checkpoint))[0]
+
 
 # %% ../../../nbs/95_studies.ipynb #0bb25cb9
 def window_case_part(settings: dict, **learned: Any) -> xr.Dataset:
@@ -144,6 +148,7 @@ def window_case_part(settings: dict, **learned: Any) -> xr.Dataset:
     about = {"experiment": f"incremental_{settings['testbed']}", "method": name, "method_settings": json.dumps(settings["method"])}
     return measured(here, answer, seconds, about)
 
+
 # %% ../../../nbs/95_studies.ipynb #3cca6ffc
 def timing_part(settings: dict, prior: IncrementalPrior) -> dict:
     """Milliseconds per window of the neural analysis and of converged 4D-Var from several starts, on the same batch, `repeats`
@@ -187,6 +192,7 @@ def timing_part(settings: dict, prior: IncrementalPrior) -> dict:
         "batch": {name: {"least": min(found), "median": float(np.median(found))} for name, found in times.items()},
     }
 
+
 # %% ../../../nbs/95_studies.ipynb #cf2f43c9
 def probe(testbed: str, steps: int, batch: int, seed: int, path: str = "") -> dict:
     """One analysis of `batch` windows of `steps` states by a prior with a convolution, read from `path` or untrained: milliseconds
@@ -224,6 +230,7 @@ def probe(testbed: str, steps: int, batch: int, seed: int, path: str = "") -> di
         found |= {"mse": float(error.mean()), "error": float(error.std() / batch**0.5)}
     return found
 
+
 # %% ../../../nbs/95_studies.ipynb #22cf4409
 def _memory(reset: bool = False) -> float:
     """The most megabytes that this process has had; with `reset`, from now on, where the system can."""
@@ -236,6 +243,7 @@ def _memory(reset: bool = False) -> float:
         return int(lines["VmHWM"].split()[0]) / 2**10
     except (OSError, KeyError):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
 
 # %% ../../../nbs/95_studies.ipynb #1b5d52f4
 def scaling_part(settings: dict, prior: IncrementalPrior | None = None) -> dict:
@@ -256,6 +264,7 @@ def scaling_part(settings: dict, prior: IncrementalPrior | None = None) -> dict:
                 raise RuntimeError(f"steps={steps}: {done.stderr.strip().splitlines()[-1]}")
             rows.append(json.loads(done.stdout))
     return {"batch": settings["batch"], "trained": prior is not None, "rows": rows}
+
 
 # %% ../../../nbs/95_studies.ipynb #2bf5b8a5
 def levels_part(settings: dict, prior: IncrementalPrior) -> xr.Dataset:

@@ -26,6 +26,7 @@ from ...windows.sets import RandomSets, regular_sets
 # %% auto #0
 __all__ = []
 
+
 # %% ../../../nbs/26_few_points.ipynb #561df854
 @dataclass(frozen=True)
 class WindowTestbed:
@@ -45,6 +46,7 @@ class WindowTestbed:
         """Random processes."""
         steps, dim = self.experiment.cycles + 1, self.experiment.dim
         return RandomSets(steps, dim, self.count, self.variables, self.near_regular if self.spacing else 0.0)
+
 
 # %% ../../../nbs/26_few_points.ipynb #134f5103
 def window_testbed(name: str, steps: int = 0) -> WindowTestbed:
@@ -66,6 +68,7 @@ def window_testbed(name: str, steps: int = 0) -> WindowTestbed:
             raise ValueError(f"testbed: expected one of lorenz63, pendulum, lorenz96, got {name!r}")
     one = ObservingNetwork(Select((0,), 3), DiagonalCovariance([1.0]))
     return WindowTestbed(TwinExperiment(name, model, model, one, 1, steps - 1, **law), *seen)
+
 
 # %% ../../../nbs/26_few_points.ipynb #10d5ce75
 @dataclass(frozen=True, eq=False)
@@ -114,6 +117,7 @@ class Scene:
             found.append(Observations(values, operator, DiagonalCovariance(self.deviation[t, variables] ** 2)))
         return found
 
+
 # %% ../../../nbs/26_few_points.ipynb #f2c8711c
 _CLIMATES = {"lorenz96": {"order": 2, "stationary": True}}  # others: a full covariance
 
@@ -122,10 +126,12 @@ def training_windows(name: str, count: int, seed: int, steps: int = 0) -> Tensor
     """The windows `(count, T, n)` that the climate, and 4D-Var's law of first states, come from."""
     return draw_windows(window_testbed(name, steps).experiment, count, stream(seed, "training windows", name))
 
+
 # %% ../../../nbs/26_few_points.ipynb #f14ac7ee
 def window_climate(name: str, count: int, seed: int) -> WindowClimatology:
     """The climate of a testbed, from `count` windows."""
     return WindowClimatology.of(training_windows(name, count, seed), **_CLIMATES.get(name, {}))
+
 
 # %% ../../../nbs/26_few_points.ipynb #1f65cd8e
 def held_out_sets(name: str, seed: int) -> dict[str, Tensor]:
@@ -145,6 +151,7 @@ def sets_for_training(name: str, seed: int) -> RandomSets:
     for kept in held_out_sets(name, seed).values():
         sets = sets.holding_out(kept)
     return sets
+
 
 # %% ../../../nbs/26_few_points.ipynb #129fe281
 def _processes(name: str, seed: int, condition: str) -> tuple[Tensor, float, Callable | None]:
@@ -174,6 +181,7 @@ def _processes(name: str, seed: int, condition: str) -> tuple[Tensor, float, Cal
     if condition == "arctan":
         return usual, testbed.deviation, lambda x: 8 * torch.atan(x / 8)
     raise ValueError(f"condition: unknown condition {condition!r}")
+
 
 # %% ../../../nbs/26_few_points.ipynb #3242e11f
 @lru_cache(maxsize=4)

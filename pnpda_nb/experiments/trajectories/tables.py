@@ -40,6 +40,7 @@ WINDOW_LABELS = {
     "wide": "rolled out, weights of three levels in one",
 }
 
+
 # %% ../../../nbs/95_studies.ipynb #fe8e9865
 def window_scores(results: Mapping[tuple[str, str], xr.Dataset]) -> pd.DataFrame:
     """Rows as in `score_table`, of the metrics `mse_mean`, `mse_median`, `stuck`, `coverage`, `coverage_low`, `coverage_middle` and
@@ -72,6 +73,7 @@ def window_scores(results: Mapping[tuple[str, str], xr.Dataset]) -> pd.DataFrame
         rows += [(*place, metric, "all", mean, std, count) for metric, (mean, std) in found.items()]
     return pd.DataFrame(rows, columns=["experiment", "condition", "method", "metric", "variable", "mean", "std", "runs"])
 
+
 # %% ../../../nbs/95_studies.ipynb #0438e2ed
 def stack_windows(results: Mapping[tuple[str, str], xr.Dataset]) -> xr.Dataset:
     """The errors of all windows, by (case, process, window), with the `condition` and `scheme` of every case, and iterations where
@@ -87,6 +89,7 @@ def stack_windows(results: Mapping[tuple[str, str], xr.Dataset]) -> xr.Dataset:
                 place[: result.sizes["process"], : result.sizes["window"]] = result[name].values
         fields[name] = (axes, values)
     return xr.Dataset(fields, coords={"condition": ("case", list(conditions)), "scheme": ("case", list(schemes))})
+
 
 # %% ../../../nbs/95_studies.ipynb #1c558d49
 def window_table(scores: pd.DataFrame, condition: str) -> pd.DataFrame:
@@ -114,6 +117,7 @@ def window_table(scores: pd.DataFrame, condition: str) -> pd.DataFrame:
         }
     return pd.DataFrame(rows).T
 
+
 # %% ../../../nbs/95_studies.ipynb #a47f6ff9
 def table_by_condition(scores: pd.DataFrame, conditions: list[str], metric: str = "mse_mean", digits: int = 3) -> pd.DataFrame:
     """Conditions by methods: mean ± standard error of a metric."""
@@ -124,6 +128,7 @@ def table_by_condition(scores: pd.DataFrame, conditions: list[str], metric: str 
     ]
     table = here.pivot_table(index="condition", columns="method", values="cell", aggfunc="first", sort=False)
     return table.reindex(conditions).rename(columns=WINDOW_LABELS).fillna("–")
+
 
 # %% ../../../nbs/95_studies.ipynb #17d113b5
 def report_windows(scores: pd.DataFrame) -> str:
@@ -141,6 +146,7 @@ def report_windows(scores: pd.DataFrame) -> str:
     if rest:
         lines += ["\nother conditions, mean error", "", table_by_condition(scores, rest).to_string()]
     return "\n".join(lines)
+
 
 # %% ../../../nbs/95_studies.ipynb #91494cf5
 _COLOURS = {
@@ -171,6 +177,7 @@ def figure_distribution(runs: xr.Dataset, condition: str, ax: Axes | None = None
     ax.legend(fontsize=7, loc="lower left")
     return ax.figure
 
+
 # %% ../../../nbs/95_studies.ipynb #acf708b3
 def figure_levels(levels: xr.Dataset, window: int = 0) -> Figure:
     """One window after optimal interpolation and after every level, with 90 % intervals. Returns the figure."""
@@ -194,6 +201,7 @@ def figure_levels(levels: xr.Dataset, window: int = 0) -> Figure:
         ax.set_xlabel("time")
     axes[0, -1].legend(fontsize=6)
     return fig
+
 
 # %% ../../../nbs/95_studies.ipynb #cea9d1a7
 def figure_coverage(scores: pd.DataFrame, cases: list[tuple[str, str]], ax: Axes | None = None) -> Figure:
@@ -226,6 +234,7 @@ def figure_coverage(scores: pd.DataFrame, cases: list[tuple[str, str]], ax: Axes
     ax.legend(fontsize=7, loc="lower right")
     return ax.figure
 
+
 # %% ../../../nbs/95_studies.ipynb #b31c4146
 def figure_scaling(scaling: Mapping, axes: Sequence[Axes] | None = None) -> Figure:
     """Time and memory of one analysis against the length of the window, from what `scaling_part` gives. Returns the figure."""
@@ -242,11 +251,13 @@ def figure_scaling(scaling: Mapping, axes: Sequence[Axes] | None = None) -> Figu
         ax.legend(fontsize=8)
     return axes[0].figure
 
+
 # %% ../../../nbs/95_studies.ipynb #6defac31
 def coverage_cases(condition: str) -> list[tuple[str, str]]:
     """Which intervals are compared: as they are under a condition, and 4D-Var's after calibration."""
     methods = ("oi", "incremental", "pnpda_window", "weak4d_oi", "hybrid")
     return [(condition, method) for method in methods] + [("calibrated", "weak4d_oi"), ("calibrated", "hybrid")]
+
 
 # %% ../../../nbs/95_studies.ipynb #14ab00a1
 def figures_windows(results: dict[tuple[str, str], xr.Dataset]) -> dict:
