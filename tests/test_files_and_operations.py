@@ -424,7 +424,8 @@ def test_that_a_report_escapes_what_it_is_given_and_is_only_html_or_markdown(tmp
 
 
 def test_that_the_shell_trains_and_assimilates_as_python_does(files, tmp_path, forked):
-    trained = forked("train", files / "pairs.nc", "--out", "p.safetensors", "--epochs", "2", "--report", "p.md", folder=tmp_path)
+    words = ["--kind", "blind", "--epochs", "2", "--report", "p.md"]
+    trained = forked("train", files / "pairs.nc", "--out", "p.safetensors", *words, folder=tmp_path)
     assert trained.returncode == 0 and "pairs that were set aside" in trained.stdout, trained.stderr
     assert (tmp_path / "p.md").read_text().count("![") == 2 and len(list((tmp_path / "p_files").glob("*.png"))) == 2
     assert FlowPrior.load(tmp_path / "p.safetensors").layout["variables"][0]["units"] == "K"
@@ -547,7 +548,7 @@ def interrupted(source, settings, **options):
     return whole(source, settings, callback=stop, **options)
 pipeline.train_from = interrupted
 """
-    line = ["train", files / "pairs.nc", "--out", "p.safetensors", "--epochs", "4"]
+    line = ["train", files / "pairs.nc", "--out", "p.safetensors", "--kind", "blind", "--epochs", "4"]
     stopped = forked(*line, folder=tmp_path, before=stop_after_two_epochs)
     assert stopped.returncode == 130 and [p.name for p in tmp_path.iterdir()] == ["p.safetensors.training"], stopped.stderr
     assert forked(*line, folder=tmp_path).returncode == 0

@@ -33,6 +33,7 @@ from .results import (
     _key_value,
     _manifest,
 )
+from .training import _plugged, _seeing, _trained_blind, _trained_seeing
 from .words import _Device, _Dtype, _name, _path, _roles, _seed, _whole, _words
 
 # %% auto #0
@@ -182,8 +183,14 @@ def train(
     ],
     out: Annotated[Path, typer.Option(help="where to write the prior (safetensors)", parser=_path, metavar="FILE")],
     seed: Annotated[int, typer.Option(help="seed of the training")] = 0,
-    epochs: Annotated[Optional[int], typer.Option(help="epochs at the most; default: as many as make about 20000 steps")] = None,
-    paper: Annotated[bool, typer.Option("--paper", help="train exactly as the paper does")] = False,
+    epochs: Annotated[Optional[int], typer.Option(help="epochs at the most; default: as many as take some minutes")] = None,
+    kind: Annotated[
+        Optional[str],
+        typer.Option(
+            help="seeing: a prior that sees observations (the default); blind: one of backgrounds alone, for plug-and-play"
+        ),
+    ] = None,
+    paper: Annotated[bool, typer.Option("--paper", help="train a blind prior exactly as the paper does")] = False,
     memory: Annotated[int, typer.Option(help="megabytes of pairs to hold at a time")] = 256,
     device: Annotated[str, typer.Option(help="where the network is trained: cpu, or cuda where there is one")] = "cpu",
     names: Annotated[
@@ -198,10 +205,11 @@ def train(
     ] = None,
 ) -> None:
     """Train a prior on an archive of backgrounds and analyses, of any size, and report how good it is."""
-    import dataclasses
-
     roles, dims, report = _roles(names), _words("samples", samples), _report_path(report, out)
     _whole("memory", memory, 1_000_000_000), _whole("epochs", epochs), _seed(seed)
+    kind = kind or ("blind" if paper else "seeing")
+    if kind not in ("seeing", "blind") or (paper and kind != "blind"):
+        raise ValueError(f"kind: expected {'blind, as the paper has it' if paper else 'seeing or blind'}, got {kind!r}")
     checkpoint = out.with_name(f"{out.name}.training")
     _check_places([_Place("out", out), _Place("out", checkpoint), *_with_report(report)], _read("archive", archive))
 
@@ -210,35 +218,20 @@ def train(
     from ..core.compute import _computing
     from ..files.archive import open_archive
     from ..files.layout import ROLES
-    from ..flow_matching.pairs import PAPER_TRAINING
-    from ..operations.pipeline import set_aside, train_archive, usual_settings
-    from ..operations.report import training_report, verdict
 
     torch.set_num_threads(1)
     _computing("float32", device)
     with open_archive(archive, roles=roles or ROLES, samples=dims) as source, _room(out=out.parent, report=report.parent):
-        pairs = set_aside(source, memory * 1_000_000)[0].count
-        settings = usual_settings(source.dim, pairs, epochs, memory * 1_000_000)
-        if paper:
-            settings = dataclasses.replace(PAPER_TRAINING, epochs=epochs or PAPER_TRAINING.epochs)
+        options = {"seed": seed, "memory": memory * 1_000_000, "checkpoint": checkpoint, "device": device, "progress": True}
         _say(_line(source))
-        options = {"seed": seed, "memory": memory * 1_000_000, "checkpoint": checkpoint, "device": device}
-        trained = train_archive(source, settings, **options, progress=True)
-        described = training_report(trained, archive)
+        if kind == "blind":
+            trained, described, said = _trained_blind(source, archive, epochs, options, paper)
+        else:
+            trained, described, said = _trained_seeing(source, archive, epochs, options)
         _write({out: trained.prior.to_bytes()} | described.files(report))
     checkpoint.unlink(missing_ok=True)  # only now
-    calibration = trained.calibration
-    _say(f"\n{_line(trained.prior)}")
-    _say(
-        f"\nDistance from the analyses of {calibration.pairs} pairs that were set aside (± standard error, as if they "
-        "were independent):"
-    )
-    _say(_table(calibration.means))
-    _say("\nError of analyses when a quarter of the points is seen, in standard deviations of the increments:")
-    _say(_table(calibration.trial.round(3)))
-    _say(verdict(calibration))
-    for width, (covered, bar) in calibration.coverage.items():
-        _say(f"{width:.0%} intervals of the prior's samples hold {covered:.1%} ± {bar:.1%}")
+    _say(f"\n{_line(trained.prior)}\n")
+    _say(said)
     _say(f"\nIn {out} and {report}, after {len(trained.history)} epochs")
 
 
@@ -256,9 +249,16 @@ def assimilate_command(
         Path, typer.Option(help="NetCDF or CSV file of stations, or fields with gaps", parser=_path, metavar="FILE")
     ],
     out: Annotated[Path, typer.Option(help="where to write the analysis (NetCDF)", parser=_path, metavar="FILE")],
-    iterations: Annotated[Optional[int], typer.Option(help="of plug-and-play; default: what was best in training")] = None,
-    ensemble: Annotated[int, typer.Option(help="analyses with noise of their own, of which the mean is taken")] = 1,
-    seed: Annotated[int, typer.Option(help="seed of the noise")] = 0,
+    members: Annotated[
+        Optional[int], typer.Option(help="draws from what the analysis leaves open, besides it; of a prior that sees observations")
+    ] = None,
+    iterations: Annotated[
+        Optional[int], typer.Option(help="of plug-and-play with a blind prior; default: what was best in training")
+    ] = None,
+    ensemble: Annotated[
+        Optional[int], typer.Option(help="analyses with noise of their own, of which the mean is taken; of a blind prior")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="seed of the noise, and of draws")] = 0,
     dtype: _Dtype = "float64",
     device: _Device = "cpu",
     names: Annotated[
@@ -275,12 +275,12 @@ def assimilate_command(
     ] = None,
 ) -> None:
     """Assimilate observations into a background, each of its times and members by itself, with a trained prior, and report the
-    increments.
+    increments. A prior that sees observations says how uncertain the analysis is (NAME_std), too.
     """
     roles, dims, report = _roles(names), _words("samples", samples), _report_path(report, out)
     if out.suffix.lower() not in (".nc", ".nc4", ".cdf", ".netcdf"):
         raise ValueError(f"out: expected a file that ends in .nc, got {out}")
-    _whole("iterations", iterations), _whole("ensemble", ensemble), _seed(seed)
+    _whole("iterations", iterations), _whole("ensemble", ensemble), _whole("members", members, 1000), _seed(seed)
     given = {"prior": prior, "background": background, "observations": observations}
     _check_places(
         [_Place("out", out), *_with_report(report)], [place for name, path in given.items() for place in _read(name, path)]
@@ -293,12 +293,16 @@ def assimilate_command(
     from ..files.states import read_states
     from ..files.stations import read_observations
     from ..flow_matching.flow import FlowPrior
-    from ..operations.pipeline import assimilate
+    from ..flow_matching.store import describe_prior
+    from ..operations.aware import AwarePrior
     from ..operations.report import assimilation_report, innovations
-    from ..operations.validation import pnpda_with
 
     torch.set_num_threads(1)
-    loaded = FlowPrior.load(prior)
+    seeing = describe_prior(prior)["kind"] == "AwarePrior"
+    for name, value in {"iterations": iterations, "ensemble": ensemble}.items() if seeing else {"members": members}.items():
+        if value is not None:
+            raise ValueError(f"{name}: expected none with a prior of kind {'seeing' if seeing else 'blind'}, got {value}")
+    loaded = AwarePrior.load(prior) if seeing else FlowPrior.load(prior)
     layout = Layout.plain(loaded.dim) if loaded.layout is None else layout_from_record(loaded.layout)
     if layout.dim != loaded.dim:
         raise ValueError(f"prior: expected a layout of {loaded.dim} numbers in {prior}, got {layout.dim}")
@@ -307,19 +311,19 @@ def assimilate_command(
     states = read_states(background, layout, name=roles[0], samples=dims)
     sightings = read_observations(observations, states)
     computing = {"dtype": dtype, "device": device}
-    how = {"iterations": iterations, "ensemble": ensemble, "seed": seed, **computing, "names": names, "samples": samples}
+    how = {"members": members, "iterations": iterations, "ensemble": ensemble, "seed": seed, **computing}
+    how |= {"names": names, "samples": samples}
     attributes = _attributes(loaded, given, {name: value for name, value in how.items() if value is not None})
     netcdf_bytes(states.dataset(states.values, roles[1]).isel({d: slice(1) for d in states.runs}).assign_attrs(attributes))
-    method = pnpda_with(loaded, iterations, ensemble)
-    said = (
-        f"PnP-DA with {method.data_step} steps, {method.iterations} iteration(s), mean of {ensemble}, seed {seed}; "
-        f"observations from {observations.name}."
-    )
     with _room(out=out.parent, report=report.parent):
-        options = {"iterations": iterations, "ensemble": ensemble, "seed": seed, **computing}
-        analysis = assimilate(loaded, states, sightings, **options, progress=True)
-        described = assimilation_report(loaded, states, analysis, sightings, background.name, said)
-        dataset = states.dataset(analysis, roles[1])
+        options = {"seed": seed, **computing, "progress": True}
+        if seeing:
+            analysis, deviation, dataset, said = _seeing(loaded, states, sightings, roles[1], members or 0, options)
+        else:
+            analysis, dataset, said = _plugged(loaded, states, sightings, roles[1], iterations, ensemble or 1, options)
+            deviation = None
+        said = f"{said}; observations from {observations.name}."
+        described = assimilation_report(loaded, states, analysis, sightings, background.name, said, deviation)
         dataset.attrs = attributes
         departures = innovations(states, analysis, sightings)
         _write({out: netcdf_bytes(dataset)} | described.files(report))
@@ -348,6 +352,7 @@ def describe(
     from ..files.archive import open_archive
     from ..files.layout import ROLES
     from ..flow_matching.store import describe_prior
+    from ..operations.aware import AwarePrior  # noqa: F401, which makes its files known
 
     if _is_prior(Path(file)):
         for key, value in describe_prior(file).items():

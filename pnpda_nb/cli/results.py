@@ -118,7 +118,7 @@ def _attributes(prior: object, given: Mapping[str, Path], how: Mapping[str, obje
     words = " ".join(f"--{name} {value}" for name, value in ({name: path.name for name, path in given.items()} | dict(how)).items())
     return {
         "title": f"analysis of {given['background'].name}",
-        "source": f"PnP-DA with {prior!r}",
+        "source": f"{'one look of' if type(prior).__name__ == 'AwarePrior' else 'PnP-DA with'} {prior!r}",
         "history": f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ} pnpda {installed_version('pnpda_nb')} assimilate {words}",
         "Conventions": "CF-1.11",
     }

@@ -47,16 +47,17 @@ class States:
     def __repr__(self) -> str:
         return f"States({self.values.shape[0]} × {self.values.shape[1]} of {self.layout})"
 
-    def dataset(self, values: Gappy, role: str = "analysis") -> xr.Dataset:
+    def dataset(self, values: Gappy, role: str = "analysis", deviation: bool = False) -> xr.Dataset:
         """Other `values` of the same shape as a dataset that looks like the file: its variables, coordinates, units and
         types; the name of backgrounds in their names is replaced by `role`. Attributes are such as NetCDF can hold, and name
-        no variable that is not there.
+        no variable that is not there. Values that are a standard `deviation` are named so, NAME_std, and converted as differences.
         """
         samples, out = self.runs + self.members, {}
         for field, block in zip(self.layout.fields, self.layout.split(values.numpy()).values()):
             array = self.arrays[field.name]
             factor, offset = check_units(_units(array.attrs, str(array.name)), field, str(array.name))
-            block = block if (factor, offset) == (1.0, 0.0) else (block - offset) / factor
+            offset = 0.0 if deviation else offset
+            block = block if (factor, offset) == (1.0, 0.0) else (block - offset) / (abs(factor) if deviation else factor)
             block = block.reshape(tuple(array.sizes[d] for d in samples) + field.shape)
             kind = array.dtype if array.dtype in (np.dtype("float32"), np.dtype("float64")) else np.dtype("float64")
             new = xr.DataArray(block.astype(kind), dims=samples + field.dims).transpose(*array.dims)
@@ -64,7 +65,10 @@ class States:
             kept = ("zlib", "complevel", "chunksizes", "shuffle")  # not packed
             copy.encoding = {k: v for k, v in array.encoding.items() if k in kept}
             roles = rf"(^|_){re.escape(self.layout.roles[0])}(_|$)|(^|_)background(_|$)"
-            out[re.sub(roles, rf"\g<1>\g<3>{role}\g<2>\g<4>", str(array.name))] = copy
+            name = re.sub(roles, rf"\g<1>\g<3>{role}\g<2>\g<4>", str(array.name))
+            if deviation:
+                name, copy.attrs = f"{name}_std", _of_deviation(array.attrs, name)
+            out[name] = copy
         data = xr.Dataset(out)
         data = data.assign(
             {
@@ -99,6 +103,15 @@ _NAMING = (
     "ancillary_variables", "bounds", "cell_measures", "climatology", "coordinates", "formula_terms", "grid_mapping", "geometry",
     "interior_ring", "mesh", "node_coordinates", "node_count", "nodes", "part_node_count", "quantization",
 )  # fmt: skip
+
+
+# %% ../../nbs/93_files.ipynb #f92f72a7
+def _of_deviation(attributes: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Attributes of the standard deviation of a variable, by the conventions of CF."""
+    kept = {k: v for k, v in attributes.items() if k in (*_NAMING, "units", "standard_name")}
+    if "standard_name" in kept:
+        kept["standard_name"] = f"{kept['standard_name']} standard_error"
+    return kept | {"long_name": f"standard deviation of the errors of {name}"}
 
 
 # %% ../../nbs/93_files.ipynb #ad04aaa7

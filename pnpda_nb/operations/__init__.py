@@ -3,18 +3,27 @@
 # %% ../../nbs/99_public.ipynb #0075ad1e
 """From an archive to a prior, from a prior to analyses, and the reports on both."""
 
+from .aware import AwarePrior
+from .cases import Networks
 from .errors import survey
+from .learning import AwareSettings, learn_archive
 from .pipeline import Trained, assimilate, set_aside, train_archive, usual_settings
 from .report import Report, assimilation_report, training_report, verdict
 from .validation import Calibration, regression, trial
+from .verdicts import analyse_states
 
 # %% auto #0
 __all__ = [
+    "AwarePrior",
+    "AwareSettings",
     "Calibration",
+    "Networks",
     "Report",
     "Trained",
+    "analyse_states",
     "assimilate",
     "assimilation_report",
+    "learn_archive",
     "regression",
     "set_aside",
     "survey",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -185,7 +186,7 @@ def _with(prior: FlowPrior, layout: Mapping | None = None, **attached: Tensor) -
 
 
 # %% ../../nbs/93_files.ipynb #d676c807
-def attached_unit(prior: FlowPrior) -> Tensor | None:
+def attached_unit(prior: Any) -> Tensor | None:
     """The standard deviations of the increments that a prior was trained on, 0 where they never change, if it says so; else None.
 
     Raises `ValueError` for something else.

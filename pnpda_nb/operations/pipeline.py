@@ -34,15 +34,18 @@ __all__ = ["set_aside", "usual_settings", "Trained", "train_archive", "assimilat
 
 
 # %% ../../nbs/29_your_files.ipynb #1d79de32
-def set_aside(source: PairSource, memory: int = 256_000_000) -> tuple[Part, Part, Part]:
-    """Three consecutive parts of an archive: to train on, to measure errors with, and to test. The last two are a tenth of the
-    archive each, or less if they would not fit into an eighth of `memory`. Raises `ValueError` for fewer than 50 pairs.
+def set_aside(source: PairSource, memory: int = 256_000_000, ends: int = 2) -> tuple[Part, ...]:
+    """Consecutive parts of an archive: to train on, and `ends` more, to measure errors with (or whatever else) and, the last one,
+    to test. Those are a tenth of the archive each, or less if they would not fit into an eighth of `memory`. Raises `ValueError`
+    for fewer than 50 pairs, or for fewer ends than one or more than five.
     """
+    if not 1 <= ends <= 5:
+        raise ValueError(f"ends: expected 1 to 5, got {ends}")
     if source.count < 50:
         raise ValueError(f"archive: expected at least 50 pairs, got {source.count}")
     each = max(5, min(source.count // 10, 5000, memory // (8 * 16 * source.dim)))
-    ends = (0, source.count - 2 * each, source.count - each, source.count)
-    return tuple(Part(source, a, b) for a, b in zip(ends, ends[1:]))
+    edges = (0, *(source.count - k * each for k in range(ends, -1, -1)))
+    return tuple(Part(source, a, b) for a, b in zip(edges, edges[1:]))
 
 
 # %% ../../nbs/29_your_files.ipynb #1d0ceb0a

@@ -32,7 +32,6 @@ from ..core.disk import write_whole
 from ..files.layout import Axis, Field
 from ..files.states import States
 from ..files.stations import StationObservations
-from ..flow_matching.flow import FlowPrior
 from .errors import _named, _points, attached_unit
 from .pipeline import Trained
 from .validation import Calibration
@@ -319,10 +318,11 @@ def innovations(states: States, analysis: Tensor, sightings: StationObservations
 
 # %% ../../nbs/93_files.ipynb #b2e2b826
 def assimilation_report(
-    prior: FlowPrior, states: States, analysis: Tensor, sightings: StationObservations, name: str, how: str = ""
-) -> Report:
+    prior: Any, states: States, analysis: Tensor, sightings: StationObservations, name: str, how: str = "",
+    deviation: Tensor | None = None,
+) -> Report:  # fmt: skip
     """The report of an assimilation of the background `name`: departures of observations, and increments; `how` is a
-    sentence about what was done.
+    sentence about what was done, `deviation` the standard deviations of the analysis, as many, if there are any.
     """
     report = Report(f"Analysis of {name}")
     runs, members = states.values.shape[:2]
@@ -333,6 +333,16 @@ def assimilation_report(
         "Values seen and missing; root mean squares of observation minus background and observation minus analysis, "
         "beside the error that the observations claim; increments.",
     )
+    if deviation is not None:
+        rows = []
+        for spec, part in ((f, states.layout.parts()[f.name]) for f in states.layout.fields):
+            if part.stop > part.start:
+                spread = deviation[..., part]
+                least, most = float(spread.min()), float(spread.max())
+                rows.append(
+                    {"field": spec.title, "units": spec.units or "1", "mean": float(spread.mean()), "least": least, "most": most}
+                )
+        report.table(pd.DataFrame(rows), "Standard deviations that the analysis comes with.")
     refused = [(name or "state", f"station {station}", f"{value:.6g}") for name, station, value in sightings.refused]
     if refused:
         listed = ", of which 20 are listed" if len(refused) > 20 else ""

@@ -1,0 +1,283 @@
+"""Priors that see observations, from archives: they begin as the best linear analysis, and say when they bring nothing more."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+
+from pnpda_nb.core import Grid, stream
+from pnpda_nb.files import Axis, Field, Layout
+from pnpda_nb.files.layout import layout_record
+from pnpda_nb.flow_matching import TensorPairs
+from pnpda_nb.observing import DiagonalCovariance, FactoredError, Interpolate, Observations, Select, kalman_update
+from pnpda_nb.operations import AwarePrior, AwareSettings, Networks, learn_archive, learning, linear, set_aside
+from pnpda_nb.operations.aware import draw_around, geometry_of, look_at
+from pnpda_nb.operations.cases import Cases
+from pnpda_nb.operations.linear import LinearAnalysis, StaticError, _standing
+from pnpda_nb.operations.verdicts import learning_report, learning_verdict
+
+TINY = AwareSettings(epochs=2, steps=3, batch=16, width=8)
+RING = Layout(
+    (Field("u", (8,), ("longitude",), "m s-1"), Field("q", (8,), ("longitude",), "kg kg-1")),
+    {"longitude": Axis(tuple(45.0 * np.arange(8)), "degrees_east")},
+)
+
+
+def pairs(layout: Layout | None = None, count: int = 200, seed: int = 0) -> TensorPairs:
+    """Backgrounds whose errors are larger where they are, of two variables of very different sizes."""
+    draws, dim = stream(seed, "pairs"), 6 if layout is None else layout.dim
+    b = torch.randn(count, dim, generator=draws, dtype=torch.float64)
+    a = 0.8 * b + b.abs() * torch.randn(count, dim, generator=draws, dtype=torch.float64) / 2
+    size = torch.ones(dim, dtype=torch.float64)
+    size[dim // 2 :] = 1e-3
+    record = None if layout is None else layout_record(layout)
+    return TensorPairs(size * b, size * a, f"pairs {seed}", 32, record)
+
+
+@pytest.fixture(scope="module")
+def learned():
+    return learn_archive(pairs(RING), TINY, seed=1)
+
+
+def seen_at(sites, state, error, dim):
+    return Observations(state[..., list(sites)], Select(tuple(sites), dim), DiagonalCovariance(error[list(sites)] ** 2))
+
+
+def test_that_before_training_the_prior_is_the_linear_analysis():
+    source = pairs(RING)
+    trained, stopping, *_ = set_aside(source, ends=3)
+    unit, parts = (source.analysis - source.background).std(0), list(RING.parts().values())
+    cases = Cases.drawn(stopping.read(), Networks(), unit, parts, stream(0), 2)
+    best = linear.fit_linear(trained, cases, unit, RING.grid)["3D-Var"].analysis
+    prior = learning._untrained(trained, best, unit, RING.grid, TINY, 0)
+    b, a = (x[:3, None] for x in stopping.read())
+    seen = seen_at((1, 4, 9), a[:, 0], unit / 3, 16)
+    looked, kalman = look_at(prior, b, seen), kalman_update(best.errors, best.line(b), seen)
+    assert torch.allclose(looked.mean, kalman, rtol=1e-6, atol=1e-9)
+    spread = best.spread(torch.zeros(1, 16).bool().index_fill(1, torch.tensor([1, 4, 9]), True), unit[None] / 3)
+    assert torch.allclose(looked.residual.diagonal.sqrt(), spread[:, None].expand(3, 1, 16), rtol=1e-3)
+
+
+@pytest.mark.parametrize("factored", [False, True])
+def test_that_the_spread_is_that_of_the_kalman_step(factored):
+    draws = stream(2)
+    L, d = torch.randn(7, 2, generator=draws).double(), torch.rand(7, generator=draws).double() + 0.1
+    B, mask, error = L @ L.T + torch.diag(d), torch.rand(4, 7, generator=draws) < 0.5, torch.rand(4, 7, generator=draws).double()
+    line, error = _standing(torch.zeros(7).double()), error + 0.2
+    errors = FactoredError(L, d) if factored else StaticError(B)
+    found = LinearAnalysis(line, errors).spread(mask, error)
+    for m, e, spread in zip(mask, error, found):
+        H = torch.eye(7).double()[m]
+        exact = B - B @ H.T @ torch.linalg.solve(H @ B @ H.T + torch.diag(e[m] ** 2), H @ B)
+        assert torch.allclose(spread, exact.diagonal().sqrt(), rtol=1e-4)
+    left = error[:, None] * mask[:, None]
+    both = [LinearAnalysis(line, x).increments(left, mask, error) for x in (errors, StaticError(B))]
+    assert torch.allclose(*both)
+
+
+def test_that_a_network_sees_the_share_it_should_and_not_what_never_changes():
+    unit = torch.ones(2000).double().index_fill(0, torch.arange(100), 0.0)
+    mask, error = Networks((0.2, 0.2), (0.5, 0.5)).draw(60, unit, [slice(0, 1000), slice(1000, 2000)], stream(0))
+    assert not mask[:, :100].any() and mask.any(1).all() and torch.allclose(error[:, 100:], torch.tensor(0.5).double())
+    share = mask[:, 100:].double().mean(1)
+    assert float((share - 0.2).abs().median()) < 0.03 and float(share.min()) > 0
+    with pytest.raises(ValueError, match="share: expected two numbers, the smaller first"):
+        Networks(share=(0.5, 0.2))
+
+
+def test_that_the_same_seed_gives_the_same_bytes_also_after_an_interruption(tmp_path, monkeypatch, learned):
+    whole, checkpoint = learned.prior.to_bytes(), tmp_path / "p.training"
+    run = learning.run_training
+
+    def stopped(training, path, **options):
+        def stop(number, row):
+            if number == 1:
+                raise KeyboardInterrupt
+
+        run(training, path, callback=stop, **options)
+
+    monkeypatch.setattr(learning, "run_training", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        learn_archive(pairs(RING), TINY, seed=1, checkpoint=checkpoint)
+    monkeypatch.setattr(learning, "run_training", run)
+    assert learn_archive(pairs(RING), TINY, seed=1, checkpoint=checkpoint).prior.to_bytes() == whole
+    with pytest.raises(ValueError, match="belongs to a training with other settings, seed or pairs"):
+        learn_archive(pairs(RING), TINY, seed=2, checkpoint=checkpoint)
+
+
+def test_that_a_file_gives_the_same_answers_and_a_damaged_one_is_one_line(learned, tmp_path):
+    prior, source = learned.prior, pairs(RING)
+    again = AwarePrior.load(prior.save(tmp_path / "p.safetensors"))
+    b, seen = source.background[:2, None], seen_at((0, 11), source.analysis[:2], prior.unit, 16)
+    for x in (prior, AwarePrior(prior.fields, prior.linear, prior.attached | {"learned": torch.ones(()).double()})):
+        y = x if x is prior else AwarePrior.from_bytes(x.to_bytes())
+        assert torch.equal(look_at(x, b, seen).mean, look_at(y, b, seen).mean)
+        assert torch.equal(look_at(x, b, seen).residual.diagonal, look_at(y, b, seen).residual.diagonal)
+    assert again.to_bytes() == prior.to_bytes() and again.layout == prior.layout and "held" in again.layout["variables"][0]
+    line = replace(prior.linear.line, answers=torch.zeros(1, 3).double())
+    odd = AwarePrior(prior.fields, replace(prior.linear, line=line), prior.attached).to_bytes()
+    for content, said in ((odd, "does not fit its contents"), (odd[:-9], "truncated")):
+        with pytest.raises(ValueError, match=said):
+            AwarePrior.from_bytes(content)
+    with pytest.raises(ValueError, match="attached: expected 16 numbers as 'calibration'"):
+        AwarePrior(learned.prior.fields, learned.prior.linear, learned.prior.attached | {"calibration": torch.ones(3).double()})
+
+
+def test_that_answers_do_not_depend_on_place_chance_or_company(learned):
+    prior, source = learned.prior, pairs(RING)
+    prior = AwarePrior(prior.fields, prior.linear, prior.attached | {"learned": torch.ones(()).double()})
+    b, a = source.background[:6].reshape(3, 2, 16), source.analysis[:3]
+    one = look_at(prior, b, seen_at((2, 3, 8), a, prior.unit / 2, 16))
+    turned = look_at(prior, b.flip(0), seen_at((2, 3, 8), a.flip(0), prior.unit / 2, 16))
+    alone = look_at(prior, b[1:2, :1], seen_at((2, 3, 8), a[1:2], prior.unit / 2, 16))
+    assert torch.allclose(one.mean, turned.mean.flip(0), rtol=1e-5) and torch.allclose(one.mean[1, 0], alone.mean[0, 0], rtol=1e-5)
+    drawn = draw_around(prior, one, seen_at((2, 3, 8), a, prior.unit / 2, 16), 300, stream(0))
+    assert torch.allclose(drawn.std(0), one.residual.diagonal.sqrt(), rtol=0.25)
+
+
+def test_that_what_is_missing_was_never_there_and_stations_may_lie_between_points(learned):
+    prior, source = learned.prior, pairs(RING)
+    prior = AwarePrior(prior.fields, prior.linear, prior.attached | {"learned": torch.ones(()).double()})
+    b, a = source.background[:2, None], source.analysis[:2]
+    values = a[:, [2, 3, 8]].clone()
+    values[:, 1] = torch.nan
+    gap = Observations(values, Select((2, 3, 8), 16), DiagonalCovariance(prior.unit[[2, 3, 8]] ** 2))
+    less = seen_at((2, 8), a, prior.unit, 16)
+    assert torch.allclose(look_at(prior, b, gap).mean, look_at(prior, b, less).mean, rtol=1e-6)
+    place, weight = torch.tensor([[2, 3], [8, 8]]), torch.tensor([[0.75, 0.25], [1.0, 0.0]]).double()
+    between = Observations(torch.ones(2, 2).double(), Interpolate(place, weight, 16), DiagonalCovariance(prior.unit[[2, 8]] ** 2))
+    assert torch.isfinite(look_at(prior, b, between).mean).all()
+    on = Interpolate(torch.tensor([[2, 2], [8, 8]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]]).double(), 16)
+    assert torch.allclose(look_at(prior, b, replace(less, operator=on)).mean, look_at(prior, b, less).mean, rtol=1e-6)
+
+
+def test_that_what_never_changes_stays_as_it_is():
+    source = pairs()
+    source.analysis[:, 2] = source.background[:, 2]
+    found = learn_archive(source, TINY, seed=1)
+    prior = AwarePrior(found.prior.fields, found.prior.linear, found.prior.attached | {"learned": torch.ones(()).double()})
+    seen = seen_at((1, 2), source.analysis[:3] + 1, torch.ones(6).double(), 6)
+    looked = look_at(prior, source.background[:3, None], seen)
+    assert torch.equal(looked.mean[..., 2], source.background[:3, None, 2]) and not looked.residual.diagonal[..., 2].any()
+    assert (looked.residual.diagonal[..., [0, 1, 3, 4, 5]] > 0).all() and "never changes (state[2])" in learning_verdict(found)
+
+
+@pytest.mark.parametrize("limit, memory", [(4, 256_000_000), (2000, 40_000)])
+def test_that_large_states_and_small_memories_are_trained_on_too(limit, memory, monkeypatch):
+    monkeypatch.setattr(linear, "LIMIT", limit)
+    found = learn_archive(pairs(RING, 400), TINY, memory=memory)
+    assert isinstance(found.prior.linear.errors, FactoredError if limit == 4 else StaticError)
+    assert np.isfinite(found.findings.trial.error).all() and AwarePrior.from_bytes(found.prior.to_bytes()).dim == 16
+
+
+def test_that_the_report_says_when_the_linear_analysis_is_kept(learned):
+    prior = learned.prior
+    attached = prior.attached | {"learned": torch.zeros(()).double()}
+    kept = replace(learned, prior=AwarePrior(prior.fields, prior.linear, attached, None, prior.training))
+    assert "the linear analysis is kept" in learning_verdict(kept)
+    page = learning_report(learned, "pairs").html()
+    assert page.count("<table") == 2 and "paired" in page and "Intervals of 90 %" in page
+
+
+@pytest.mark.parametrize(
+    "layout, shape",
+    [
+        (RING, (8,)),
+        (Layout((Field("u", (8,), ("x",)),)), None),  # nobody says where its points are
+        (Layout((Field("u", (3,), ("name",)),), {"name": Axis(("a", "b", "c"))}), None),
+        (Layout((Field("u", (8,), ("longitude",)), Field("p")), RING.axes), None),
+        (
+            Layout(
+                (Field("t", (2, 4, 6), ("level", "y", "x")),),
+                {"x": Axis(tuple(range(6)), "km", 6.0), "y": Axis(tuple(range(4)), "km")},
+            ),
+            (4, 6),
+        ),
+    ],
+)
+def test_that_the_geometry_is_that_of_coordinates(layout, shape):
+    grid = geometry_of(layout)
+    assert (grid and grid.shape) == shape and (grid is None or len(grid.channels) * np.prod(shape) == layout.dim)
+
+
+def test_that_errors_that_depend_on_the_state_are_learned():
+    draws = stream(5)
+    b = torch.randn(3000, 4, generator=draws, dtype=torch.float64)
+    a = b + torch.sin(2 * b.roll(1, -1)) + 0.2 * torch.randn(3000, 4, generator=draws, dtype=torch.float64)
+    settings = AwareSettings(epochs=10, steps=60, batch=64, width=64, learning_rate=5e-3)
+    found = learn_archive(TensorPairs(b, a, "sines"), settings, seed=0)
+    table = found.findings.trial.set_index("analysis")
+    assert found.prior.learned and (table["behind by"] > 3 * table["± (paired)"])[["3D-Var", "regression + Kalman step"]].all()
+    assert 0.85 < found.findings.coverage[0] < 0.95 and "better" in learning_verdict(found)
+
+
+def test_that_settings_fit_states_of_every_size():
+    for grid, dim in ((None, 3), (None, 100_000), (RING.grid, 16), (Grid((181, 360), ("zeros", "circular"), channels=2), 130_320)):
+        few, many = (learning.aware_settings(grid, dim, pairs) for pairs in (35, 5000))
+        assert few.batch * few.steps <= 35 and 3 <= many.epochs <= 150 and few.each <= few.batch
+    assert learning.aware_settings(None, 3, 5000, epochs=7).epochs == 7
+
+
+# ---------------------------------------------------------------- from the shell
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, forked):
+    folder, draws = tmp_path_factory.mktemp("aware"), np.random.default_rng(0)
+    b = 280 + draws.standard_normal((120, 6))
+    b[:, 4] = np.nan  # land
+    a = b + 0.5 * draws.standard_normal((120, 6))
+    lon = ("lon", 60.0 * np.arange(6), {"units": "degrees_east"})
+    said = {"units": "K", "standard_name": "air_temperature"}
+    data = {f"t_{role}": (("time", "lon"), x, said) for role, x in (("background", b), ("analysis", a))}
+    world = xr.Dataset(data, {"lon": lon, "time": np.arange(120)})
+    world.to_netcdf(folder / "pairs.nc")
+    celsius = world[["t_background"]].isel(time=slice(117, 120)) - 273.15
+    celsius.t_background.attrs = said | {"units": "degC", "valid_min": -50.0}
+    celsius.to_netcdf(folder / "today.nc")
+    (folder / "seen.csv").write_text("value,error,lon,units\n280.5,0.2,60,K\n279.5,0.2,150,K\n")
+    (folder / "seen.nc").unlink(missing_ok=True)
+    seen = {"value": (("time", "station"), a[117:, [1, 2]], {"units": "K"}), "error": ("station", [0.2, 0.2])}
+    xr.Dataset(seen, {"lon": ("station", [60.0, 120.0]), "time": [117, 118, 119]}).to_netcdf(folder / "seen.nc")
+    answer = forked("train", "pairs.nc", "--out", "prior.safetensors", "--epochs", 1, folder=folder)
+    assert answer.returncode == 0 and "pairs that were set aside" in answer.stdout, answer.stderr
+    return folder
+
+
+GIVEN = ["assimilate", "--prior", "prior.safetensors", "--background", "today.nc", "--observations", "seen.nc"]
+
+
+def test_that_an_analysis_comes_with_its_standard_deviation_and_draws(files, tmp_path, forked):
+    for name in ("a", "b"):
+        answer = forked(*GIVEN, "--members", 4, "--out", tmp_path / f"{name}.nc", folder=files)
+        assert answer.returncode == 0, answer.stderr
+    assert "AwarePrior" in forked("describe", "prior.safetensors", folder=files).stdout
+    with xr.open_dataset(tmp_path / "a.nc") as a, xr.open_dataset(tmp_path / "b.nc") as b, xr.open_dataset(files / "today.nc") as t:
+        assert a.equals(b) and set(a.data_vars) == {"t_analysis", "t_analysis_std", "t_analysis_draws"}
+        assert a.t_analysis.shape == t.t_background.shape and a.t_analysis_draws.sizes == {"draw": 4, "time": 3, "lon": 6}
+        assert a.t_analysis.attrs["ancillary_variables"] == "t_analysis_std" and "valid_min" not in a.t_analysis_std.attrs
+        assert a.t_analysis_std.attrs["standard_name"] == "air_temperature standard_error"
+        spread = a.t_analysis_std.values
+        assert np.isnan(spread[:, 4]).all() and (np.delete(spread, 4, 1) > 0).all() and np.nanmax(spread) < 3  # not in kelvins
+        assert (spread[:, 1] < spread[:, 5]).all() and abs(a.t_analysis - t.t_background.values).max() < 5
+    assert "Standard deviations" in (tmp_path / "a.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ([*GIVEN, "--out", "new.nc", "--iterations", 3], "iterations: expected none with a prior of kind seeing, got 3"),
+        ([*GIVEN, "--out", "new.nc", "--members", 0], "members: expected at least 1, got 0"),
+        ([*GIVEN[:-1], "seen.csv", "--out", "new.nc"], "with the dimension time of the background"),
+        (["train", "pairs.nc", "--out", "new.p", "--kind", "deaf"], "kind: expected seeing or blind, got 'deaf'"),
+        (["train", "pairs.nc", "--out", "new.p", "--kind", "seeing", "--paper"], "kind: expected blind"),
+        (["train", "pairs.nc", "--out", "new.p", "--device", "tpu"], "device: expected cpu"),
+    ],
+)
+def test_that_what_does_not_fit_is_one_line(files, forked, words, said):
+    before = sorted(p.name for p in files.iterdir())
+    answer = forked(*words, folder=files)
+    assert answer.returncode == 2 and said in answer.stderr and answer.stderr.count("\n") == 1, answer
+    assert sorted(p.name for p in files.iterdir()) == before
