@@ -237,7 +237,7 @@ class _Ridge:
 
 
 # %% ../../nbs/93_files.ipynb #28ce37e9
-def regression(trained: PairSource, most: int = 20_000, memory: int = 256_000_000) -> Callable[[Tensor], Tensor]:
+def regression(trained: PairSource, most: int = 20_000, memory: int = 256_000_000) -> _Line:
     """Analyses as a linear function of backgrounds, for states of any size, from at most so many pairs, or as many as fit into a
     quarter of `memory`; its `errors` are the covariance of what it leaves open of pairs that it is not from.
 
