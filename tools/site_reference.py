@@ -151,7 +151,8 @@ def class_entry(found: griffe.Class, module: str, package: str) -> Entry:
         owner = {name: base.name for base in [*reversed(ours), found] for name, item in base.members.items() if item.is_attribute}
         rows = [p for p in found.parameters if p.name != "self"]
         entry.fields = [(p.name, str(p.annotation), _default(p.default), owner[p.name]) for p in rows]
-        entry.parameters = parameters_of(found.members["__init__"], True)
+        made_by = next(kind.members["__init__"] for kind in (found, *ours) if "__init__" in kind.members)
+        entry.parameters = parameters_of(made_by, True)
     return entry
 
 
