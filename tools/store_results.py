@@ -23,7 +23,12 @@ ROOT = Path(__file__).resolve().parent.parent
 KEPT, WORK = ROOT / "nbs" / "results", ROOT / "runs" / "stored"
 SEEDS = {"lorenz63": range(1, 7), "lorenz96": [1], "kuramoto_sivashinsky": [1], "ablations": [1]}
 BEYOND = {f"beyond_{name}": [1] for name in ("lorenz63", "lorenz96", "kuramoto_sivashinsky", "parts")}
-FIELDS = {"sqg": [1]}
+FIELDS = {"sqg": [1], "sqg_elsewhere": [1]}
+CHOSEN = {  # what is stored of a study that takes many hours
+    "sqg": "--set columns=256 --set still=0 --set jets=none --set dissipations=none --set larger=0"
+    " --methods free_run,interpolation,var3d,letkf_40,amortised",
+    "sqg_elsewhere": "--set larger=0 --methods var3d,amortised",
+}
 WINDOWS = {f"incremental_{name}": [1] for name in ("lorenz63", "pendulum", "lorenz96")}
 SMALL = 500_000  # bytes; larger priors are not kept, but for fields
 PNPDA = str(Path(sys.executable).with_name("pnpda"))
@@ -37,7 +42,7 @@ def keep(study: str, folder: Path) -> None:
     if study in WINDOWS:
         priors = []
     if study in FIELDS:
-        priors = [p for p in priors if p.stem in ("prior_amortised", "prior_learned_mean")]
+        priors = [p for p in priors if p.stem in ("prior_amortised", "prior_learned_mean") and study == "sqg"]
     if study in BEYOND:
         priors = [p for p in priors if p.stem in ("prior_amortised", "prior_pnpda_blind") and p.stat().st_size < SMALL]
     for path in (folder / "scores.csv", folder / "manifest.json", *priors, *folder.glob("tuning_*.json")):
@@ -59,13 +64,14 @@ def keep(study: str, folder: Path) -> None:
 
 def store(study: str) -> None:
     tables = []
-    experiment, preset = study.removeprefix("beyond_"), "beyond" if study in BEYOND else "paper"
+    experiment = study.removeprefix("beyond_").removesuffix("_elsewhere")
+    preset, chosen = "beyond" if study in BEYOND else "paper", CHOSEN.get(study, "").split()
     if experiment == "parts":
         experiment, preset = "beyond", "paper"
     for seed in (SEEDS | BEYOND | FIELDS | WINDOWS)[study]:
         folder = WORK / study / str(seed)
         subprocess.run(
-            [PNPDA, "run", experiment, "--preset", preset, "--seed", str(seed), "--out", str(folder)], cwd=ROOT, check=True
+            [PNPDA, "run", experiment, "--preset", preset, "--seed", str(seed), "--out", str(folder), *chosen], cwd=ROOT, check=True
         )
         tables.append(pd.read_csv(folder / "scores.csv").assign(seed=seed))
     keep(study, WORK / study / str((SEEDS | BEYOND | FIELDS | WINDOWS)[study][0]))
