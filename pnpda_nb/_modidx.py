@@ -2636,8 +2636,6 @@ d = {
                 "aware.html#linearanalysis.variance",
                 "pnpda_nb/operations/linear.py",
             ),
-            "pnpda_nb.operations.linear.StaticError": ("aware.html#staticerror", "pnpda_nb/operations/linear.py"),
-            "pnpda_nb.operations.linear.StaticError.between": ("aware.html#staticerror.between", "pnpda_nb/operations/linear.py"),
             "pnpda_nb.operations.linear._errors_from": ("aware.html#_errors_from", "pnpda_nb/operations/linear.py"),
             "pnpda_nb.operations.linear._errors_in": ("aware.html#_errors_in", "pnpda_nb/operations/linear.py"),
             "pnpda_nb.operations.linear._factored_spread": ("aware.html#_factored_spread", "pnpda_nb/operations/linear.py"),

@@ -11,11 +11,11 @@ from pnpda_nb.core import Grid, stream
 from pnpda_nb.files import Axis, Field, Layout
 from pnpda_nb.files.layout import layout_record
 from pnpda_nb.flow_matching import TensorPairs
-from pnpda_nb.observing import DiagonalCovariance, FactoredError, Interpolate, Observations, Select, kalman_update
+from pnpda_nb.observing import DenseError, DiagonalCovariance, FactoredError, Interpolate, Observations, Select, kalman_update
 from pnpda_nb.operations import AwarePrior, AwareSettings, Networks, learn_archive, learning, linear, set_aside
 from pnpda_nb.operations.aware import draw_around, geometry_of, look_at
 from pnpda_nb.operations.cases import Cases
-from pnpda_nb.operations.linear import LinearAnalysis, StaticError, _standing
+from pnpda_nb.operations.linear import LinearAnalysis, _standing
 from pnpda_nb.operations.verdicts import learning_report, learning_verdict
 
 TINY = AwareSettings(epochs=2, steps=3, batch=16, width=8)
@@ -66,14 +66,14 @@ def test_that_the_spread_is_that_of_the_kalman_step(factored):
     L, d = torch.randn(7, 2, generator=draws).double(), torch.rand(7, generator=draws).double() + 0.1
     B, mask, error = L @ L.T + torch.diag(d), torch.rand(4, 7, generator=draws) < 0.5, torch.rand(4, 7, generator=draws).double()
     line, error = _standing(torch.zeros(7).double()), error + 0.2
-    errors = FactoredError(L, d) if factored else StaticError(B)
+    errors = FactoredError(L, d) if factored else DenseError(B)
     found = LinearAnalysis(line, errors).spread(mask, error)
     for m, e, spread in zip(mask, error, found):
         H = torch.eye(7).double()[m]
         exact = B - B @ H.T @ torch.linalg.solve(H @ B @ H.T + torch.diag(e[m] ** 2), H @ B)
         assert torch.allclose(spread, exact.diagonal().sqrt(), rtol=1e-4)
     left = error[:, None] * mask[:, None]
-    both = [LinearAnalysis(line, x).increments(left, mask, error) for x in (errors, StaticError(B))]
+    both = [LinearAnalysis(line, x).increments(left, mask, error) for x in (errors, DenseError(B))]
     assert torch.allclose(*both)
 
 
@@ -168,7 +168,7 @@ def test_that_what_never_changes_stays_as_it_is():
 def test_that_large_states_and_small_memories_are_trained_on_too(limit, memory, monkeypatch):
     monkeypatch.setattr(linear, "LIMIT", limit)
     found = learn_archive(pairs(RING, 400), TINY, memory=memory)
-    assert isinstance(found.prior.linear.errors, FactoredError if limit == 4 else StaticError)
+    assert isinstance(found.prior.linear.errors, FactoredError if limit == 4 else DenseError)
     assert np.isfinite(found.findings.trial.error).all() and AwarePrior.from_bytes(found.prior.to_bytes()).dim == 16
 
 

@@ -207,7 +207,7 @@ class DenseError:
         return _times(states, self.matrix)
 
     def between(self, i: Index, j: Index) -> Tensor:
-        return self.matrix[..., i.unsqueeze(-1), j]
+        return self.matrix[..., i.unsqueeze(-1), j.unsqueeze(-2)]
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """States ~ N(0, B) `(*shape, dim)` for one matrix, which may be singular."""

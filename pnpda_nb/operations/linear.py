@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.checks import Index, Mask, guard
+from ..core.checks import Mask, guard
 from ..core.grid import Grid, _taper
 from ..observing.covariance import DiagonalCovariance
 from ..observing.observations import Observations
@@ -31,15 +31,6 @@ LIMIT = 2000  # numbers of a state of which all covariances are kept
 __all__ = []
 
 
-# %% ../../nbs/30_aware.ipynb #30staticerr
-class StaticError(DenseError):
-    """An `ErrorCovariance` given as a `matrix` `(dim, dim)`, of which several blocks may be asked for at once."""
-
-    def between(self, i: Index, j: Index) -> Tensor:
-        """Covariances of the components `i` `(..., n)` with `j` `(..., m)`: `(..., n, m)`."""
-        return self.matrix[i.unsqueeze(-1), j.unsqueeze(-2)]
-
-
 # %% ../../nbs/30_aware.ipynb #30linclass
 @dataclass(frozen=True, eq=False)
 class LinearAnalysis:
@@ -48,7 +39,7 @@ class LinearAnalysis:
     """
 
     line: _Line
-    errors: StaticError | FactoredError
+    errors: DenseError | FactoredError
 
     @property
     def variance(self) -> Tensor:
@@ -136,7 +127,7 @@ def fit_linear(trained: Part, tuned: Cases, unit: Tensor, grid: Grid | None, mem
         left = torch.cat([(a - late(b))[:first], (a - early(b))[first:]])  # each by the line that has not seen it
         line = replace(regression(trained, memory=memory), errors=None)
         ways["regression + Kalman step"] = line, torch.where(unit > 0, left, 0.0), (early, late)
-    except (ValueError, RuntimeError):  # too few pairs
+    except ValueError:  # too few pairs, and the report says so
         pass
     return {name: Fitted(*_tuned(line, left, tuned, unit, grid), halves) for name, (line, left, halves) in ways.items()}
 
@@ -158,7 +149,7 @@ SCALES = (0.5, 0.7, 1.4, 2.0)  # of variances
 def _tuned(line: _Line, left: Tensor, cases: Cases, unit: Tensor, grid: Grid | None) -> tuple[LinearAnalysis, float]:
     """The analysis by `line` whose covariance, from what that has `left` of pairs `(sample, dim)`, is best in the `cases`."""
 
-    def tried(errors: StaticError | FactoredError) -> tuple[LinearAnalysis, float]:
+    def tried(errors: DenseError | FactoredError) -> tuple[LinearAnalysis, float]:
         linear = _rounded(LinearAnalysis(line, errors), unit)
         return linear, float(torch.cat([_squares(some.analyses(linear), some, unit) for some in cases.split(8)]).mean())
 
@@ -173,10 +164,10 @@ def _tuned(line: _Line, left: Tensor, cases: Cases, unit: Tensor, grid: Grid | N
     best, matrix = None, sample
     for taper in _tapers(dim, grid):  # one after the other: they are large
         tapered = sample * taper + floor
-        found = tried(StaticError(tapered))
+        found = tried(DenseError(tapered))
         if best is None or found[1] < best[1]:
             best, matrix = found, tapered
-    return min(chain([best], (tried(StaticError(s * matrix)) for s in SCALES)), key=lambda pair: pair[1])
+    return min(chain([best], (tried(DenseError(s * matrix)) for s in SCALES)), key=lambda pair: pair[1])
 
 
 def _tapers(dim: int, grid: Grid | None) -> Iterator[Tensor]:
@@ -199,7 +190,7 @@ def _rounded(linear: LinearAnalysis, unit: Tensor) -> LinearAnalysis:
     return LinearAnalysis(line, _errors_from(_errors_in(linear.errors, unit), unit))
 
 
-def _errors_in(errors: StaticError | FactoredError, unit: Tensor) -> dict[str, Tensor]:
+def _errors_in(errors: DenseError | FactoredError, unit: Tensor) -> dict[str, Tensor]:
     """What a file keeps of a covariance."""
     of = unit.where(unit > 0, 1.0)
     if isinstance(errors, DenseError):
@@ -207,10 +198,10 @@ def _errors_in(errors: StaticError | FactoredError, unit: Tensor) -> dict[str, T
     return {"factor": (errors.factor / of[:, None]).float(), "diagonal": (errors.diagonal / of.square()).float()}
 
 
-def _errors_from(kept: dict[str, Tensor], unit: Tensor) -> StaticError | FactoredError:
+def _errors_from(kept: dict[str, Tensor], unit: Tensor) -> DenseError | FactoredError:
     of = unit.where(unit > 0, 1.0)
     if "matrix" in kept:
-        return StaticError(kept["matrix"].double() * of * of[:, None])
+        return DenseError(kept["matrix"].double() * of * of[:, None])
     return FactoredError(kept["factor"].double() * of[:, None], kept["diagonal"].double() * of.square())
 
 
