@@ -1061,6 +1061,7 @@ d = {
             "pnpda_nb.experiments.sqg.SqgSettings.following": ("studies.html#sqgsettings.following", "pnpda_nb/experiments/sqg.py"),
             "pnpda_nb.experiments.sqg.SqgSettings.testbed": ("studies.html#sqgsettings.testbed", "pnpda_nb/experiments/sqg.py"),
             "pnpda_nb.experiments.sqg.SqgSettings.training": ("studies.html#sqgsettings.training", "pnpda_nb/experiments/sqg.py"),
+            "pnpda_nb.experiments.sqg.figure_maps": ("studies.html#figure_maps", "pnpda_nb/experiments/sqg.py"),
             "pnpda_nb.experiments.sqg.figures_sqg": ("studies.html#figures_sqg", "pnpda_nb/experiments/sqg.py"),
             "pnpda_nb.experiments.sqg.kept_sqg": ("studies.html#kept_sqg", "pnpda_nb/experiments/sqg.py"),
             "pnpda_nb.experiments.sqg.plan_sqg": ("studies.html#plan_sqg", "pnpda_nb/experiments/sqg.py"),

@@ -6,17 +6,20 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import xarray as xr
+from matplotlib.figure import Figure
 
 from ..core.settings import Cases, Count, Distinct, Members, PositiveNumber, PositiveShare, Settings, Size
 from .beyond import figure_beyond, table_beyond
 from ..learned.on_policy import OnPolicySettings
-from ..plotting.style import book_style
+from ..plotting.style import LABELS, book_style
 from ..studies.parts import costed_task, file_task, free_run_task, learning_task, record_task, tuning_task
 from ..studies.study import Study
 from ..studies.tables import conditional_scores
@@ -265,10 +268,38 @@ def kept_sqg(settings: SqgSettings, methods: tuple[str, ...]) -> dict[str, Task]
 
 # %% ../../nbs/95_studies.ipynb #f1e2d507
 def figures_sqg(results: dict[tuple[str, str], xr.Dataset]) -> dict:
-    """Score against the number of forecasts, one panel for each number of columns."""
+    """Score against the number of forecasts, one panel for each number of columns; and maps of errors."""
     book_style()
     scores = conditional_scores(results)
-    return {"forecasts": figure_beyond(scores[scores.condition.str.startswith("columns")], "analysis_rmse")}
+    return {
+        "forecasts": figure_beyond(scores[scores.condition.str.startswith("columns")], "analysis_rmse"),
+        "maps": figure_maps(results),
+    }
+
+
+def figure_maps(results: dict[tuple[str, str], xr.Dataset]) -> Figure:
+    """Maps of the RMSE at the bottom over runs and cycles, for the first condition and for columns that stay. Returns the figure."""
+    import matplotlib.pyplot as plt
+
+    first = next(iter(results))[0]
+    rows = [first, *dict.fromkeys(c for c, _ in results if c.startswith("still"))]
+    some = [name for name in ("var3d", "letkf", "letkf_40", "amortised", "learned_mean") if (first, name) in results]
+    some = some or [name for c, name in results if c == first][:1]
+    fig, axes = plt.subplots(len(rows), len(some), figsize=(2.7 * len(some) + 0.8, 2.7 * len(rows)), squeeze=False)
+    found = {
+        (c, name): (results[c, name].rmse ** 2).mean("run").values ** 0.5 for c in rows for name in some if (c, name) in results
+    }
+    top = max(np.nanmax(x) for x in found.values())
+    for axis, (c, name) in zip(axes.flat, itertools.product(rows, some)):
+        axis.set(xticks=[], yticks=[])
+        if (c, name) in found:
+            size = round((len(found[c, name]) / 2) ** 0.5)
+            image = axis.imshow(found[c, name][: size**2].reshape(size, size), origin="lower", vmin=0, vmax=top, cmap="viridis")
+            axis.set_title(f"{LABELS[name]}\n{c}", fontsize=8)
+        else:
+            axis.set_axis_off()
+    fig.colorbar(image, ax=axes, label="K")
+    return fig
 
 
 def report_sqg(scores: pd.DataFrame) -> str:
