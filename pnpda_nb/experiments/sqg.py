@@ -278,7 +278,7 @@ def figures_sqg(results: dict[tuple[str, str], xr.Dataset]) -> dict:
 
 
 def figure_maps(results: dict[tuple[str, str], xr.Dataset]) -> Figure:
-    """Maps of the RMSE at the bottom over runs and cycles, for the first condition and for columns that stay. Returns the figure."""
+    """Maps of the RMSE at the bottom over runs and cycles, for the first condition and for columns that stay."""
     import matplotlib.pyplot as plt
 
     first = next(iter(results))[0]
