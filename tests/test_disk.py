@@ -281,6 +281,8 @@ def test_that_a_checkpoint_of_something_else_is_one_line(tmp_path):
     for train in TRAININGS.values():
         with pytest.raises(ValueError, match="^checkpoint: .* belongs to"):
             train(tmp_path / "c")
+        with pytest.raises(ValueError, match="^checkpoint: expected a file, got the folder"):
+            train(tmp_path)
     write_checkpoint.__wrapped__([1], tmp_path / "c")  # past the check of what it is given
     with pytest.raises(ValueError, match="^checkpoint: .* not a training checkpoint, but list"):
         read_checkpoint(tmp_path / "c")

@@ -294,6 +294,8 @@ def read_training(checkpoint: str | os.PathLike | None, fingerprint: str, of: st
     path = Path(checkpoint) if checkpoint else None
     if not path or not path.exists():
         return {}
+    if path.is_dir():
+        raise ValueError(f"checkpoint: expected a file, got the folder {path}")
     memory = read_checkpoint(path)
     if memory.get("fingerprint") != _FORMAT + fingerprint:
         raise ValueError(f"checkpoint: {path} belongs to {of}; move it away to start anew")

@@ -157,7 +157,7 @@ def trial(
     for name, way in ways.items():
         try:
             rows.append(_row(name, way, analysis, points, unit))
-        except (ValueError, RuntimeError) as error:  # of a rival: its place in the table says so
+        except (ValueError, torch.linalg.LinAlgError) as error:  # of a rival: its place in the table says so
             rows.append(_row(name, str(error), analysis, points, unit))
     for n in iterations:
         rows.append(_row(f"PnP-DA, {n} iteration{'s' * (n > 1)}", lambda: plug(n), analysis, points, unit))
@@ -304,7 +304,7 @@ def calibrate(
     line: Callable[[Tensor], Tensor] | str
     try:
         line = regression(trained, memory=memory)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, torch.linalg.LinAlgError) as error:
         line = str(error)
     estimates = {"background": background, "regression": None if isinstance(line, str) else line(background)}
     estimates["prior"] = prior(background).conditional_mean(generator, draws=4)
