@@ -295,7 +295,7 @@ def assimilate_command(
     from ..flow_matching.flow import FlowPrior
     from ..flow_matching.store import describe_prior
     from ..operations.aware import AwarePrior
-    from ..operations.report import assimilation_report, innovations
+    from ..operations.report import assimilation_report, innovations, unseen
 
     torch.set_num_threads(1)
     seeing = describe_prior(prior)["kind"] == "AwarePrior"
@@ -329,6 +329,8 @@ def assimilate_command(
         _write({out: netcdf_bytes(dataset)} | described.files(report))
     _say(f"{_line(states)}\n{_line(sightings)}\n")
     _say(_table(departures, float_format="{:.3g}".format))
+    if gone := unseen(states, sightings):
+        _say(f"\n{_line(gone)}")
     _say(f"\nIn {out} and {report}")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -118,6 +119,8 @@ def analyse_states(
     moved.fields.network = copy.deepcopy(prior.fields.network).to(device)
     runs, members, dim = values.shape
     together, found = max(1, 1_000_000 // (members * dim)), []
+    if np.isnan(sightings.values).any() or sightings.errors.ndim > 1:  # a matrix for each run
+        together = max(1, min(together, 4_000_000 // sightings.values.shape[1] ** 2))
     with tqdm(total=runs, desc="assimilating", unit="state", disable=None if progress else True, leave=False) as bar:
         for first in range(0, runs, together):
             some = slice(first, min(first + together, runs))
