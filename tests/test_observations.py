@@ -1,13 +1,22 @@
 """Observations as their users have them: several times in one file, some times only, errors that change, grids in another order."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import xarray as xr
 
-from pnpda_nb.files import Layout, read_observations, read_states
-from pnpda_nb.operations import AwarePrior
+from pnpda_nb.core import stream
+from pnpda_nb.files import Axis, Field, Layout, read_observations, read_states
+from pnpda_nb.files.layout import layout_record
+from pnpda_nb.files.states import States
+from pnpda_nb.files.stations import StationObservations
+from pnpda_nb.flow_matching import TensorPairs, TrainingSettings
+from pnpda_nb.operations import AwarePrior, AwareSettings, Networks, learn_archive, train_archive
+from pnpda_nb.operations.errors import attached_errors
+from pnpda_nb.operations.quality import _covariance, check_observations
 
 TIMES = pd.date_range("2026-01-01", periods=120, freq="6h")
 
@@ -179,3 +188,94 @@ def test_that_a_grid_that_is_another_one_is_one_line(files, forked, change, obse
     change(xr.load_dataset(files / "today.nc")).to_netcdf(files / "another.nc")
     answer = analysed(files, forked, "none", "--observations", observations, background="another.nc", status=2)
     assert said in answer.stderr and answer.stderr.count("\n") == 1
+
+
+GROSS = """station,value,error,units,lat,lon,time
+a,{value},0.2,K,50,60,{t}
+b,280.1,0.3,K,50,0,{t}
+c,280.2,0.3,K,50,120,{t}
+"""
+
+
+def test_that_a_gross_error_is_rejected_listed_and_as_if_it_had_not_been_seen(files, forked):
+    today = xr.load_dataset(files / "today.nc").t_background.isel(time=0).sel(lat=50).values
+    near = GROSS.replace("280.1", f"{today[0] + 0.5}").replace("280.2", f"{today[2] + 0.5}")
+    (files / "g.csv").write_text(near.format(value=today[1] + 40, t=TIMES[117]))
+    (files / "l.csv").write_text("\n".join(line for line in near.format(value=0, t=TIMES[117]).splitlines() if line[0] != "a"))
+    checked, said = analysed(files, forked, "checked", "--observations", "g.csv")
+    assert "1 of 3 observations rejected, as more than 5 standard deviations" in said and "2026-01-30T06:00:00" in said
+    page = (files / "checked.html").read_text()
+    assert "rejected as unlikely" in page and "<td>a</td><td>time 2026-01-30T06:00:00</td>" in page
+    less, said = analysed(files, forked, "less", "--observations", "l.csv")
+    assert "0 of 2 observations rejected" in said
+    assert np.allclose(checked.t_analysis, less.t_analysis, rtol=1e-7, equal_nan=True)
+    believed, said = analysed(files, forked, "believed", "--observations", "g.csv", "--reject", "none")
+    assert "No observation was checked" in said and abs(believed.t_analysis - checked.t_analysis).max() > 10
+    for words, sign in (("-1", "-1"), ("many", "many"), ("inf", "inf")):
+        answer = analysed(files, forked, "none", "--observations", "g.csv", "--reject", words, status=2)
+        assert f"reject: expected a number of standard deviations, at least 0, or none, got '{sign}'" in answer.stderr
+
+
+def test_that_clean_observations_are_kept_and_gross_errors_are_caught_also_between_points_and_by_a_blind_prior():
+    draws = stream(3)
+    b = torch.randn(700, 12, generator=draws).double()
+    a = b + (b + 0.3).abs() * (b.roll(1, -1) + torch.randn(700, 12, generator=draws)) / 2  # errors depend on the state
+    layout = Layout((Field("u", (12,), ("x",)),), {"x": Axis(tuple(range(12)), "km", 12.0)})
+    pairs = TensorPairs(b[:400], a[:400], "tails", 50, layout_record(layout))
+    settings = TrainingSettings(hidden=(16,), batch=32, epochs=2, source="background", target="increment")
+    seeing = learn_archive(pairs, AwareSettings(epochs=1, steps=3, batch=16, width=8)).prior
+    states = States(b[400:, None], layout, {"u": xr.DataArray(np.empty(300), dims="case")}, ("case",), ())
+    points, weights = np.stack([np.arange(0, 12, 2), np.arange(1, 13, 2)], 1), np.full((6, 2), 0.5)
+    truth = (a[400:, points] * torch.from_numpy(weights)).sum(-1)
+    values = (truth + 0.3 * torch.randn(300, 6, generator=draws)).numpy()
+    values[::7, 2] = np.nan
+    seen = StationObservations(values, np.full((300, 6), 0.3), ("u",) * 6, points, weights, 12)
+    wrong = torch.rand(300, 6, generator=draws).numpy() < 0.05
+    for prior in (seeing, train_archive(pairs, settings).prior):
+        errors = prior.linear.errors if prior is seeing else attached_errors(prior).errors[0]
+        far = 10 * np.sqrt(_covariance(errors, points, weights).diagonal().numpy() + 0.09)
+        kept, none = check_observations(prior, states, seen)
+        less, table = check_observations(prior, states, replace(seen, values=values + far * wrong))
+        gone = np.isnan(less.values) & ~np.isnan(values)
+        assert len(none) < 0.01 * values.size and np.isnan(kept.values).sum() == np.isnan(values).sum() + len(none)
+        assert gone[wrong & ~np.isnan(values)].mean() > 0.95 and gone[~wrong].mean() < 0.01 and len(table) == gone.sum()
+    with pytest.raises(ValueError, match="reject: expected a positive number"):
+        check_observations(prior, states, seen, 0.0)
+
+
+def test_that_a_training_may_have_networks_like_those_of_an_example(files, forked):
+    (files / "like.csv").write_text(ROWS.format("one", "two", "three"))  # times of no archive
+    words = ["train", "pairs.nc", "--out", "like.safetensors", "--epochs", 1, "--observations", "like.csv"]
+    answer = forked(*words, folder=files)
+    assert answer.returncode == 0, answer.stderr
+    wanted = "The networks saw 0.078 to 0.18 of the points of t (errors of 0.133 to 0.9 K)"
+    assert wanted in answer.stdout and "0.078 to 0.18 of the points of t" in (files / "like.html").read_text()
+    low, high, small, large = AwarePrior.load(files / "like.safetensors").training["networks"]["fields"][0]
+    assert (low, high) == pytest.approx((2 / 17 / 1.5, 2 / 17 * 1.5)) and (small, large) == pytest.approx((0.2 / 1.5, 0.9))
+    for more, said in ((["--kind", "blind"], "observations: expected none with a prior of kind blind"), ([], "expected units 'K'")):
+        (files / "like.csv").write_text(ROWS.replace("units", "unit") if not more else ROWS)
+        answer = forked(*words, *more, folder=files)
+        assert answer.returncode == 2 and said in answer.stderr and answer.stderr.count("\n") == 1
+
+
+def test_that_networks_like_an_example_have_its_shares_and_errors_field_by_field():
+    layout = Layout((Field("p", (400,), ("x",)), Field("q", (400,), ("x",)), Field("w", (2,), ("z",))), {})
+    points = np.concatenate([np.arange(0, 400, 10), 400 + np.arange(0, 400, 2), 400 + np.arange(0, 400, 2)])  # q seen twice
+    names = ("p",) * 40 + ("q",) * 400
+    seen = StationObservations(
+        np.zeros((2, 440)), np.repeat([0.5, 20.0], [40, 400]), names, points[:, None], np.ones((440, 1)), 802
+    )
+    networks, unit = Networks.like(seen, layout, around=1.0), torch.ones(802).double().index_fill(0, torch.arange(200), 0.0)
+    mask, error = networks.draw(300, unit, list(layout.parts().values()), stream(0))
+    assert not mask[:, :200].any() and not mask[:, 800:].any() and mask.any(1).all()
+    assert float(mask[:, 200:400].double().mean()) == pytest.approx(0.1, rel=0.05)
+    assert float(mask[:, 400:800].double().mean()) == pytest.approx(0.5, rel=0.05)
+    assert torch.allclose(error[:, :400], torch.tensor(0.5).double()) and torch.allclose(
+        error[:, 400:800], torch.tensor(20.0).double()
+    )
+    wide, error = Networks.like(seen, layout, around=2.0).draw(300, unit, list(layout.parts().values()), stream(0))
+    shares = wide[:, 400:800].double().mean(1)
+    assert 0.2 < shares.min() < 0.35 and shares.max() > 0.9 and 0.25 <= error[:, 0].min() < 0.3 and 0.9 < error[:, 0].max() <= 1.0
+    for fields in (((0.5, 0.2, 1.0, 1.0),), ((0.1, 0.2, 2.0, 1.0),), ((0.0, 0.0, 1.0, 1.0),)):
+        with pytest.raises(ValueError, match="fields: expected"):
+            Networks(fields=fields)

@@ -414,23 +414,6 @@ def check_field(array: xr.DataArray, field: Field, layout: Layout, samples: Sequ
     check_units(_units(array.attrs, f"{where}: {array.name!r}"), field, f"{where}: {array.name!r}")
 
 
-# %% ../../nbs/93_files.ipynb #93reordered
-def reordered(array: xr.DataArray, field: Field, layout: Layout) -> dict[str, np.ndarray]:
-    """For the dimensions along which `array` has the coordinates of a field in another order, such as latitudes that rise instead
-    of fall, or longitudes from -180: the places of the layout's points. `array.isel` with it has the order of the layout.
-    """
-    found = {}
-    for dim in field.dims:
-        if dim in layout.axes and dim in array.dims and dim in array.coords and array.coords[dim].dims == (dim,):
-            try:
-                order = layout.axes[dim].order(Axis.of(array.coords[dim]))
-            except ValueError:  # attributes that make no sense, and `check_field` says so
-                continue
-            if order is not None and not np.array_equal(order, np.arange(len(order))):
-                found[dim] = order
-    return found
-
-
 # %% ../../nbs/93_files.ipynb #0d777124
 def check_units(found: object, field: Field, where: str) -> tuple[float, float]:
     """Factor and offset from the units found to those of `field`. Raises `ValueError`, naming `where`, if nothing converts

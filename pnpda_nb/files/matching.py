@@ -65,6 +65,22 @@ def _by_states(data: xr.Dataset, states: States, counting: Sequence[str], measur
     return _as_stations(data, rows, states, measured, where) if rows else data
 
 
+# %% ../../nbs/93_files.ipynb #93owntimes
+def _own_times(data: xr.Dataset, counting: Sequence[str], measured: Sequence[str]) -> tuple[xr.Dataset, xr.DataArray]:
+    """Observations with their times numbered, and an array with dimensions as states of these times would have."""
+    given = [data[n] for n in measured if n in data]
+    shared = tuple(d for d in dict.fromkeys(d for x in given for d in x.dims) if d in counting)
+    label = next(
+        (n for n in ("valid_time", *counting) if n in data.variables and data[n].ndim == 1 and data[n].dims[0] not in shared), None
+    )
+    codes = None if label is None else (data[label].dims, pd.factorize(_plain(data[label].values))[0])
+    data = data.drop_vars([n for n in counting if n in data.variables])
+    if label is None or codes is None:
+        return data, xr.DataArray(np.zeros([data.sizes[d] for d in shared]), dims=shared)
+    times = np.arange(int(codes[1].max(initial=0)) + 1)
+    return data.assign_coords({label: codes}), xr.DataArray(np.zeros(len(times)), dims=label, coords={label: times})
+
+
 # %% ../../nbs/93_files.ipynb #93placesfun
 def _places(mine: np.ndarray, theirs: np.ndarray, known: str, where: str, table: bool) -> np.ndarray:
     """Where each of some labels first stands among those of the states. Raises `ValueError` for one that is not among them."""
@@ -107,7 +123,7 @@ def _ordered(
         values = _numbers(taken, where)
         values[(slice(None),) * array.get_axis_num(own) + (order < 0,)] = np.nan
         moved[name] = taken.copy(data=values)
-    return (data if along is None else data.drop_dims(along)).assign(moved)
+    return (data if along is None else data.drop_dims(str(along))).assign(moved)
 
 
 # %% ../../nbs/93_files.ipynb #848fc4cd
@@ -147,7 +163,7 @@ def _errors(data: xr.Dataset, name: str, like: xr.DataArray, rest: Sequence[str]
             f"{like.name!r}, got neither"
         )
     first = next(iter(states.arrays.values()))
-    sizes = {d: first.sizes[d] for d in states.runs} | {d: like.sizes[d] for d in rest}
+    sizes: dict = {d: first.sizes[d] for d in states.runs} | {d: like.sizes[d] for d in rest}
     if not isinstance(given, xr.DataArray):
         if not isinstance(given, int | float | np.number) or isinstance(given, bool):
             raise ValueError(f"{where}: expected a number as the attribute 'error' of {like.name!r}, got {_brief(given)}")

@@ -21,8 +21,9 @@ from ..core.checks import Gappy, guard
 from ..core.disk import writable_attributes as plain_attributes
 from .archive import MEMBERS, _listing, is_sample
 from .contents import _shown
-from .layout import Field, Layout, _in_units, check_field, check_units, reordered
+from .layout import Field, Layout, _in_units, check_field, check_units
 from .opening import _loaded, _opened
+from .places import reordered
 from .times import _is_instants, _time
 from .units import _units
 

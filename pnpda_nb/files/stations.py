@@ -19,10 +19,10 @@ import xarray as xr
 from ..core.checks import GappyArray, guard
 from .archive import _listing
 from .contents import _reason, _shown
-from .layout import Field, _in_units, _plain, check_field, check_units, reordered
-from .matching import _by_run, _by_states, _errors
+from .layout import Field, Layout, _in_units, _plain, check_field, check_units
+from .matching import _by_run, _by_states, _errors, _own_times
 from .opening import _opened, _read
-from .places import locate
+from .places import locate, reordered
 from .states import States
 from .times import _TIMES
 from .units import _units
@@ -106,9 +106,16 @@ def read_observations(path: str | os.PathLike, states: States, *, samples: Seque
     `ValueError` for a file that cannot be read, lacks something, or does not fit: units, times that no state has, places off the
     grid, errors that are not positive. Only what is used is checked.
     """
-    where, layout = f"observations {_shown(path)}", states.layout
+    where = f"observations {_shown(path)}"
+    counting = tuple(dict.fromkeys((*_TIMES, *states.runs, *states.layout.samples, *_listing(samples))))
+    data, measured = _dataset(path, states.layout, counting, where)
+    return _seen(data, states, counting, measured, where)
+
+
+# %% ../../nbs/93_files.ipynb #93dataset
+def _dataset(path: str | os.PathLike, layout: Layout, counting: Sequence[str], where: str) -> tuple[xr.Dataset, list[str]]:
+    """What a file holds that may be used, and the names of values and errors."""
     names = {f.title: f for f in layout.fields} | {f.name: f for f in layout.fields}
-    counting = tuple(dict.fromkeys((*_TIMES, *states.runs, *layout.samples, *_listing(samples))))
     dims = [d for f in layout.fields for d in f.dims]
     measured = {"value", "error", *names, *(f"{n}_error" for n in names)}
     used = measured | {"variable", "units", "index", *dims, *(f"{d}_index" for d in dims), *counting, *_LABELS}
@@ -125,11 +132,19 @@ def read_observations(path: str | os.PathLike, states: States, *, samples: Seque
             data = xr.Dataset({n: (v.dims, _plain(_read(data[n], where)), v.attrs) for n, v in data.variables.items()}).set_coords(
                 list(data.coords)
             )
+    return data, sorted(measured)
+
+
+# %% ../../nbs/93_files.ipynb #93seen
+def _seen(data: xr.Dataset, states: States, counting: Sequence[str], measured: Sequence[str], where: str) -> StationObservations:
+    """The observations of `states` in a dataset; see `read_observations`."""
+    layout = states.layout
+    names = {f.title: f for f in layout.fields} | {f.name: f for f in layout.fields}
     turned = {d for f in layout.fields if f.name in states.arrays for d in reordered(states.arrays[f.name], f, layout)}
     if counted := [n for n in ("index", *(f"{d}_index" for d in turned)) if turned and n in data and n not in data.dims]:
         order = f"the background has {', '.join(sorted(turned))} in another order than the archive"
         raise ValueError(f"{where}: expected where stations are by coordinates, as {order}, got {counted[0]!r}")
-    data = _by_states(data, states, counting, sorted(measured), where)
+    data = _by_states(data, states, counting, measured, where)
     found = [
         part
         for name, field in names.items()
@@ -168,6 +183,18 @@ def read_observations(path: str | os.PathLike, states: States, *, samples: Seque
             f"missing{', of which ' * bool(sightings.refused)}{sightings.beyond}"
         )
     return sightings
+
+
+# %% ../../nbs/93_files.ipynb #93example
+def read_example(path: str | os.PathLike, layout: Layout, *, samples: Sequence[str] = ()) -> StationObservations:
+    """Read such a file as an example, whose times, whichever they are, are those of the states. Raises what `read_observations`
+    raises.
+    """
+    where = f"observations {_shown(path)}"
+    counting = tuple(dict.fromkeys((*_TIMES, *layout.samples, *_listing(samples))))
+    data, measured = _dataset(path, layout, counting, where)
+    data, array = _own_times(data, counting, measured)
+    return _seen(data, States(torch.empty(0), layout, {"": array}, tuple(map(str, array.dims)), ()), counting, measured, where)
 
 
 # %% ../../nbs/93_files.ipynb #23cedbb9

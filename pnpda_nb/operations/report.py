@@ -332,10 +332,11 @@ def unseen(states: States, sightings: StationObservations) -> str:
 # %% ../../nbs/93_files.ipynb #b2e2b826
 def assimilation_report(
     prior: Any, states: States, analysis: Tensor, sightings: StationObservations, name: str, how: str = "",
-    deviation: Tensor | None = None,
+    deviation: Tensor | None = None, rejected: pd.DataFrame | None = None,
 ) -> Report:  # fmt: skip
     """The report of an assimilation of the background `name`: departures of observations, and increments; `how` is a
-    sentence about what was done, `deviation` the standard deviations of the analysis, as many, if there are any.
+    sentence about what was done, `deviation` the standard deviations of the analysis, as many, if there are any, and `rejected` a
+    table of observations that were not believed.
     """
     report = Report(f"Analysis of {name}")
     runs, members = states.values.shape[:2]
@@ -364,6 +365,13 @@ def assimilation_report(
         report.table(
             pd.DataFrame(refused[:20], columns=["field", "where", "value"]),
             f"Values beyond anything that the archive has held, taken for missing: {len(refused)}{listed}.",
+        )
+    if rejected is not None and len(rejected):
+        listed = ", of which 50 are listed" if len(rejected) > 50 else ""
+        report.table(
+            rejected.head(50),
+            f"Observations rejected as unlikely, given the background and the other observations: {len(rejected)}{listed}. What "
+            "was expected, its standard deviation (±), and how many of these the value was away.",
         )
     report.heading("Increments")
     unit = attached_unit(prior)
