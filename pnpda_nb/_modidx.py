@@ -1438,7 +1438,9 @@ d = {
             "pnpda_nb.files.opening.open_dataset": ("files.html#open_dataset", "pnpda_nb/files/opening.py"),
         },
         "pnpda_nb.files.places": {
+            "pnpda_nb.files.places._boxes": ("files.html#_boxes", "pnpda_nb/files/places.py"),
             "pnpda_nb.files.places._ends": ("files.html#_ends", "pnpda_nb/files/places.py"),
+            "pnpda_nb.files.places._half_width": ("files.html#_half_width", "pnpda_nb/files/places.py"),
             "pnpda_nb.files.places._indices": ("files.html#_indices", "pnpda_nb/files/places.py"),
             "pnpda_nb.files.places.along_axis": ("files.html#along_axis", "pnpda_nb/files/places.py"),
             "pnpda_nb.files.places.locate": ("files.html#locate", "pnpda_nb/files/places.py"),
@@ -2564,6 +2566,7 @@ d = {
             "pnpda_nb.operations.aware.AwarePrior.restored": ("aware.html#awareprior.restored", "pnpda_nb/operations/aware.py"),
             "pnpda_nb.operations.aware._Look": ("aware.html#_look", "pnpda_nb/operations/aware.py"),
             "pnpda_nb.operations.aware._answer": ("aware.html#_answer", "pnpda_nb/operations/aware.py"),
+            "pnpda_nb.operations.aware._at_points": ("aware.html#_at_points", "pnpda_nb/operations/aware.py"),
             "pnpda_nb.operations.aware._drawn": ("aware.html#_drawn", "pnpda_nb/operations/aware.py"),
             "pnpda_nb.operations.aware._looked": ("aware.html#_looked", "pnpda_nb/operations/aware.py"),
             "pnpda_nb.operations.aware._plain": ("aware.html#_plain", "pnpda_nb/operations/aware.py"),

@@ -14,7 +14,9 @@ from pnpda_nb.files.layout import layout_record
 from pnpda_nb.files.states import States
 from pnpda_nb.files.stations import StationObservations
 from pnpda_nb.flow_matching import TensorPairs, TrainingSettings
+from pnpda_nb.observing import DiagonalCovariance, Interpolate, Linear, Observations, Select, kalman_update
 from pnpda_nb.operations import AwarePrior, AwareSettings, Networks, learn_archive, train_archive
+from pnpda_nb.operations.aware import look_at
 from pnpda_nb.operations.errors import attached_errors
 from pnpda_nb.operations.quality import _covariance, check_observations
 
@@ -279,3 +281,41 @@ def test_that_networks_like_an_example_have_its_shares_and_errors_field_by_field
     for fields in (((0.5, 0.2, 1.0, 1.0),), ((0.1, 0.2, 2.0, 1.0),), ((0.0, 0.0, 1.0, 1.0),)):
         with pytest.raises(ValueError, match="fields: expected"):
             Networks(fields=fields)
+
+
+def test_that_a_mean_over_a_box_is_seen_as_one(files, forked, states, tmp_path):
+    (tmp_path / "o.csv").write_text(
+        rows("value,error,units,lat,lon,lat_half_width,lon_half_width,time\n281,0.2,K,0,240,60,70,{0}\n281,0.2,K,25,30,,,{0}\n")
+    )
+    seen = read_observations(tmp_path / "o.csv", states)
+    H = seen.operator.jacobian(torch.zeros(17).double())
+    box = np.zeros((3, 6))
+    box[:, 3:] = 1 / 8
+    box[1, 4] = 0  # land
+    assert np.allclose(H[0], np.delete(box.ravel(), 10)) and np.allclose(sorted(H[1][H[1] > 0]), 0.25)
+    prior = AwarePrior.load(files / "prior.safetensors")
+    prior = AwarePrior(prior.fields, prior.linear, prior.attached | {"learned": torch.zeros(()).double()}, prior.layout)
+    R, R1 = DiagonalCovariance([0.04, 0.04]), DiagonalCovariance([0.04])
+    given = [Observations(torch.from_numpy(seen.values[:1]), x, R) for x in (seen.operator, Linear(H))]
+    by_matrix = kalman_update(prior.linear.errors, prior.linear.line(states.values[:1]), given[1])
+    assert torch.allclose(look_at(prior, states.values[:1], given[0]).mean, by_matrix)
+    at = seen.points[0, seen.weights[0].argmax()]
+    point = Observations(torch.tensor([[281.0]]).double(), Select((int(at),), 17), R1)
+    alone = Observations(
+        given[0].values[:, :1], Interpolate(*(torch.from_numpy(x[:1]) for x in (seen.points, seen.weights)), 17), R1
+    )
+    narrow, wide = (look_at(prior, states.values[:1], x).residual.diagonal[0, 0, at] for x in (point, alone))
+    B, factor = prior.linear.errors.matrix, prior.attached["calibration"][at] ** 2
+    exact = factor * (B[at, at] - (H[0] @ B[at]) ** 2 / (H[0] @ B @ H[0] + 0.04))
+    assert narrow < wide and torch.isclose(wide, exact, rtol=1e-4)
+    for old, new, said in (
+        ("60,70", "-60,70", "to be positive or missing, got"),
+        ("60,70", "some,70", "expected numbers in column"),
+    ):
+        text = (tmp_path / "o.csv").read_text().replace(old, new)
+        (files / "box.csv").write_text(text)
+        answer = analysed(files, forked, "none", "--observations", "box.csv", status=2)
+        assert said in answer.stderr and answer.stderr.count("\n") == 1
+    (files / "box.csv").write_text((tmp_path / "o.csv").read_text())
+    _, said = analysed(files, forked, "box", "--observations", "box.csv")
+    assert "of 2 observations rejected" in said

@@ -80,8 +80,8 @@ def along_axis(
 # %% ../../nbs/93_files.ipynb #0d267476
 def locate(stations: xr.Dataset, field: Field, layout: Layout, where: str) -> tuple[np.ndarray, np.ndarray]:
     """The points of the state that each of some stations `(station,)` sees of a field, and with what weights, `(station, k)`
-    each, from variables `index`, `DIM_index` or coordinates named as the field's dimensions. A variable `number` says what
-    errors call the stations.
+    each, from variables `index`, `DIM_index` or coordinates named as the field's dimensions. With `DIM_half_width` that is the mean
+    over the points of a box that are not left out. A variable `number` says what errors call the stations.
 
     Raises `ValueError`, naming `where`, if the place is not given, not on the grid, or at a point that is left out.
     """
@@ -95,14 +95,21 @@ def locate(stations: xr.Dataset, field: Field, layout: Layout, where: str) -> tu
                 raise ValueError(f"{where}: expected 'index' and {', '.join(field.dims)} to name the same places, got others")
         weights = np.ones((count, 1))
     else:
-        ends = [_ends(stations, dim, size, layout, where) for dim, size in zip(field.dims, field.shape)]
         strides = [math.prod(field.shape[i + 1 :]) for i in range(len(field.dims))]
         flat, weights = np.zeros((count, 1), int), np.ones((count, 1))
-        for (near, far, share), stride in zip(ends, strides):
-            columns = [(near, 1 - share)] + ([(far, share)] if (share > 0).any() else [])
-            flat = np.concatenate([flat + stride * points[:, None] for points, _ in columns], axis=1)
-            weights = np.concatenate([weights * weight[:, None] for _, weight in columns], axis=1)
+        for dim, size, stride in zip(field.dims, field.shape, strides):
+            points, shares = _boxes(stations, dim, *_ends(stations, dim, size, layout, where), layout, where)
+            flat = (flat[:, None] + stride * points[:, :, None]).reshape(count, -1)
+            weights = (weights[:, None] * shares[:, :, None]).reshape(count, -1)
     places = layout.place[begin + flat]
+    boxed = (
+        np.any([_half_width(stations, dim, layout, where) > 0 for dim in field.dims], axis=0)
+        if field.dims
+        else np.zeros(count, bool)
+    )
+    inside = np.where((places >= 0) | ~boxed[:, None], weights, 0.0)
+    total = inside.sum(1, keepdims=True)
+    weights = np.where(boxed[:, None] & (total > 0), inside / np.where(total > 0, total, 1.0), weights)
     lost = ((places < 0) & (weights > 0)).any(1)
     if lost.any():
         numbers = np.asarray(stations.get("number", np.arange(count)))[lost]
@@ -139,6 +146,48 @@ def _ends(stations: xr.Dataset, dim: str, size: int, layout: Layout, where: str)
         raise ValueError(f"{where}: expected {dim} in units {axis.units!r}, got {units!r}")
     numbers = stations["number"].values.tolist() if "number" in stations else None
     return along_axis(axis, _in_units(_numbers(given, where), factor), f"{where}: {dim}", numbers)
+
+
+# %% ../../nbs/93_files.ipynb #93boxes
+def _half_width(stations: xr.Dataset, dim: str, layout: Layout, where: str) -> np.ndarray:
+    """The half-widths of the boxes over which stations `(station,)` take means along a dimension; 0 for none."""
+    name, axis = f"{dim}_half_width", layout.axes.get(dim)
+    if name not in stations:
+        return np.zeros(next(iter(stations.sizes.values())))
+    if axis is None or not axis.numeric:
+        raise ValueError(f"{where}: expected no {name!r}, as the archive has no numbers along {dim}")
+    units = _units(stations[name].attrs, f"{where}: {name!r}") or axis.units
+    factor = conversion(units, axis.units) if axis.units else (1.0, 0.0)
+    if factor is None:
+        raise ValueError(f"{where}: expected {name!r} in units {axis.units!r}, got {units!r}")
+    width = np.nan_to_num(_numbers(stations[name], where) * abs(factor[0]), posinf=-1.0)
+    if (width < 0).any():
+        raise ValueError(f"{where}: expected {name!r} to be positive or missing, got {stations[name].values[width < 0][0]}")
+    return width
+
+
+def _boxes(
+    stations: xr.Dataset, dim: str, near: np.ndarray, far: np.ndarray, share: np.ndarray, layout: Layout, where: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """The points along a dimension that stations see, the nearest first, and their shares, both `(station, k)`: the two ends
+    between which they lie, or those in a box, if there are any.
+    """
+    points, shares = np.stack([near, far], 1), np.stack([1 - share, share], 1)
+    points, shares = (x if (share > 0).any() else x[:, :1] for x in (points, shares))
+    width = _half_width(stations, dim, layout, where)
+    if not (width > 0).any():
+        return points, shares
+    axis, values = layout.axes[dim], np.array(layout.axes[dim].values)
+    step = values[far] - values[near]
+    step = step if axis.period is None else (step + axis.period / 2) % axis.period - axis.period / 2
+    apart = values - (values[near] + share * step)[:, None]
+    apart = np.abs(apart if axis.period is None else (apart + axis.period / 2) % axis.period - axis.period / 2)
+    inside = (apart <= width[:, None] + _slack(values, 1e-6)) & (width > 0)[:, None]
+    order = np.argsort(apart, axis=1, kind="stable")[:, : max(points.shape[1], int(inside.sum(1).max()))]
+    means = np.take_along_axis(inside, order, 1) / np.maximum(inside.sum(1, keepdims=True), 1)
+    alone = ~inside.any(1)
+    order[alone, : points.shape[1]], means[alone, : points.shape[1]] = points[alone], shares[alone]
+    return order, means
 
 
 # %% ../../nbs/93_files.ipynb #e90e28ee

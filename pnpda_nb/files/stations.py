@@ -118,7 +118,15 @@ def _dataset(path: str | os.PathLike, layout: Layout, counting: Sequence[str], w
     names = {f.title: f for f in layout.fields} | {f.name: f for f in layout.fields}
     dims = [d for f in layout.fields for d in f.dims]
     measured = {"value", "error", *names, *(f"{n}_error" for n in names)}
-    used = measured | {"variable", "units", "index", *dims, *(f"{d}_index" for d in dims), *counting, *_LABELS}
+    used = measured | {
+        "variable",
+        "units",
+        "index",
+        *dims,
+        *(f"{d}_{what}" for d in dims for what in ("index", "half_width")),
+        *counting,
+        *_LABELS,
+    }
     if str(path).lower().endswith(".csv"):
         data = _table(path, where)
         data = data.drop_vars([n for n in data.variables if n not in used])

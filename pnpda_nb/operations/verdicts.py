@@ -87,8 +87,8 @@ def learning_report(learned: Learned, name: str) -> Report:
         findings.trial,
         f"In every case another network sees {networks_in_words(prior)}. Errors are against the archive's analyses, in standard "
         "deviations of the increments (± standard error, as if pairs were independent), and by how much they are behind this "
-        "prior's in the same cases (± paired standard error). The covariances of 3D-Var and of the Kalman step are static, from the "
-        "pairs of training, with a localisation and a size chosen on others.",
+        "prior's in the same cases (± paired standard error). The covariances of 3D-Var and of the Kalman step are static, from "
+        "the pairs of training, with a localisation and a size chosen on others.",
     )
     report.heading("May its uncertainty be believed?")
     report.table(
