@@ -121,7 +121,7 @@ def locate(stations: xr.Dataset, field: Field, layout: Layout, where: str) -> tu
 
 
 # %% ../../nbs/93_files.ipynb #998da9df
-def _ends(stations: xr.Dataset, dim: str, size: int, layout: Layout, where: str) -> tuple[np.ndarray, ...]:
+def _ends(stations: xr.Dataset, dim: str, size: int, layout: Layout, where: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     if f"{dim}_index" in stations:
         index = _indices(stations[f"{dim}_index"], size, where)
         return index, index, np.zeros(len(index))
