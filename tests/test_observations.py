@@ -147,7 +147,7 @@ def test_that_states_of_which_nothing_was_seen_are_named_and_the_others_are_as_w
 
 def test_that_an_error_that_grows_with_time_is_believed_less(files, forked):
     (files / "e.csv").write_text(rows("value,error,units,lat,lon,time\n285,0.1,K,0,0,{0}\n285,0.1,K,0,0,{1}\n285,9,K,0,0,{2}\n"))
-    found, _ = analysed(files, forked, "e", "--observations", "e.csv")
+    found, _ = analysed(files, forked, "e", "--observations", "e.csv", "--reject", 0)
     spread = found.t_analysis_std.sel(lat=0, lon=0).values
     assert spread[0] == pytest.approx(spread[1], rel=0.05) and spread[2] > 3 * spread[0]
 
