@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pnpda_nb.core import standard_normal, stream
 from pnpda_nb.files import Axis, open_archive, read_observations, read_states
 from pnpda_nb.files.layout import layout_from_record, layout_record
-from pnpda_nb.files.stations import along_axis
+from pnpda_nb.files.places import along_axis
 from pnpda_nb.files.units import same_units
 from pnpda_nb.flow_matching import FlowPrior, TrainingSettings
 from pnpda_nb.observing import Interpolate, Select
@@ -337,7 +337,7 @@ def test_that_members_of_one_time_stay_together_whatever_the_order_in_the_file(t
         ),
         ("value;error;variable\n281;0.1;temperature\n", "separated by commas, got semicolons"),
         ("value,error,variable,lat,lon\n281,0.1,temperature,50,90\n", "got none (an attribute `units`, or a column of a table)"),
-        ("value,error,time\n1,2,2020-01-01\n3,4,2021-01-01\n", "expected one time, got 2"),
+        ("value,error,time\n1,2,2020-01-01\n3,4,2021-01-01\n", "expected the background's time (2026-11-22), got 2020-01-01"),
     ],
 )
 def test_that_a_table_that_does_not_fit_is_one_clear_line(files, tmp_path, text, message):

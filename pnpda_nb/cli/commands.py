@@ -33,8 +33,8 @@ from .results import (
     _key_value,
     _manifest,
 )
-from .training import _plugged, _seeing, _trained_blind, _trained_seeing
-from .words import _Device, _Dtype, _name, _path, _roles, _seed, _whole, _words
+from .training import _checked, _of_observations, _plugged, _seeing, _trained_blind, _trained_seeing
+from .words import _Device, _Dtype, _Example, _name, _path, _Reject, _roles, _seed, _sigmas, _whole, _words
 
 # %% auto #0
 __all__ = ["app", "main"]
@@ -190,6 +190,7 @@ def train(
             help="seeing: a prior that sees observations (the default); blind: one of backgrounds alone, for plug-and-play"
         ),
     ] = None,
+    observations: _Example = None,
     paper: Annotated[bool, typer.Option("--paper", help="train a blind prior exactly as the paper does")] = False,
     memory: Annotated[int, typer.Option(help="megabytes of pairs to hold at a time")] = 256,
     device: Annotated[str, typer.Option(help="where the network is trained: cpu, or cuda where there is one")] = "cpu",
@@ -210,8 +211,11 @@ def train(
     kind = kind or ("blind" if paper else "seeing")
     if kind not in ("seeing", "blind") or (paper and kind != "blind"):
         raise ValueError(f"kind: expected {'blind, as the paper has it' if paper else 'seeing or blind'}, got {kind!r}")
+    if observations is not None and kind == "blind":
+        raise ValueError(f"observations: expected none with a prior of kind blind, got {observations}")
     checkpoint = out.with_name(f"{out.name}.training")
-    _check_places([_Place("out", out), _Place("out", checkpoint), *_with_report(report)], _read("archive", archive))
+    given = [*_read("archive", archive), *(_read("observations", observations) if observations else ())]
+    _check_places([_Place("out", out), _Place("out", checkpoint), *_with_report(report)], given)
 
     import torch
 
@@ -227,7 +231,7 @@ def train(
         if kind == "blind":
             trained, described, said = _trained_blind(source, archive, epochs, options, paper)
         else:
-            trained, described, said = _trained_seeing(source, archive, epochs, options)
+            trained, described, said = _trained_seeing(source, archive, epochs, options, observations)
         _write({out: trained.prior.to_bytes()} | described.files(report))
     checkpoint.unlink(missing_ok=True)  # only now
     _say(f"\n{_line(trained.prior)}\n")
@@ -246,7 +250,8 @@ def assimilate_command(
         ),
     ],
     observations: Annotated[
-        Path, typer.Option(help="NetCDF or CSV file of stations, or fields with gaps", parser=_path, metavar="FILE")
+        Path,
+        typer.Option(help="NetCDF or CSV file of stations (units are a column), or fields with gaps", parser=_path, metavar="FILE"),
     ],
     out: Annotated[Path, typer.Option(help="where to write the analysis (NetCDF)", parser=_path, metavar="FILE")],
     members: Annotated[
@@ -258,6 +263,7 @@ def assimilate_command(
     ensemble: Annotated[
         Optional[int], typer.Option(help="analyses with noise of their own, of which the mean is taken; of a blind prior")
     ] = None,
+    reject: _Reject = "5",
     seed: Annotated[int, typer.Option(help="seed of the noise, and of draws")] = 0,
     dtype: _Dtype = "float64",
     device: _Device = "cpu",
@@ -281,6 +287,7 @@ def assimilate_command(
     if out.suffix.lower() not in (".nc", ".nc4", ".cdf", ".netcdf"):
         raise ValueError(f"out: expected a file that ends in .nc, got {out}")
     _whole("iterations", iterations), _whole("ensemble", ensemble), _whole("members", members, 1000), _seed(seed)
+    sigmas = _sigmas(reject)
     given = {"prior": prior, "background": background, "observations": observations}
     _check_places(
         [_Place("out", out), *_with_report(report)], [place for name, path in given.items() for place in _read(name, path)]
@@ -309,9 +316,9 @@ def assimilate_command(
     known = loaded.layout or {}
     roles, dims = roles or tuple(known.get("roles", ROLES)), dims or tuple(known.get("samples", ()))
     states = read_states(background, layout, name=roles[0], samples=dims)
-    sightings = read_observations(observations, states)
+    sightings, rejected, checked = _checked(loaded, states, read_observations(observations, states), sigmas, seed)
     computing = {"dtype": dtype, "device": device}
-    how = {"members": members, "iterations": iterations, "ensemble": ensemble, "seed": seed, **computing}
+    how = {"members": members, "iterations": iterations, "ensemble": ensemble, "reject": reject, "seed": seed, **computing}
     how |= {"names": names, "samples": samples}
     attributes = _attributes(loaded, given, {name: value for name, value in how.items() if value is not None})
     netcdf_bytes(states.dataset(states.values, roles[1]).isel({d: slice(1) for d in states.runs}).assign_attrs(attributes))
@@ -322,13 +329,14 @@ def assimilate_command(
         else:
             analysis, dataset, said = _plugged(loaded, states, sightings, roles[1], iterations, ensemble or 1, options)
             deviation = None
-        said = f"{said}; observations from {observations.name}."
-        described = assimilation_report(loaded, states, analysis, sightings, background.name, said, deviation)
+        said = f"{said}; observations from {observations.name}. {checked}."
+        described = assimilation_report(loaded, states, analysis, sightings, background.name, said, deviation, rejected)
         dataset.attrs = attributes
         departures = innovations(states, analysis, sightings)
         _write({out: netcdf_bytes(dataset)} | described.files(report))
     _say(f"{_line(states)}\n{_line(sightings)}\n")
     _say(_table(departures, float_format="{:.3g}".format))
+    _say("\n" + _of_observations(states, sightings, rejected, checked))
     _say(f"\nIn {out} and {report}")
 
 

@@ -5,32 +5,39 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Optional
 
-from .output import _table
+from .output import _line, _table
 
 # %% auto #0
 __all__ = []
 
 
 # %% ../../nbs/96_command_line.ipynb #753a93bf
-def _trained_seeing(source: Any, archive: str, epochs: Optional[int], options: dict) -> tuple[Any, Any, str]:
-    """A prior that sees observations, with its training; the report on it; and what is said about it."""
+def _trained_seeing(
+    source: Any, archive: str, epochs: Optional[int], options: dict, example: Optional[Path] = None
+) -> tuple[Any, Any, str]:
+    """A prior that sees observations, such as those of an `example`, with its training; the report on it; what is said."""
     from ..files.layout import Layout, layout_from_record
+    from ..files.stations import read_example
     from ..operations.aware import geometry_of
+    from ..operations.cases import Networks
     from ..operations.learning import aware_settings, learn_archive
     from ..operations.pipeline import set_aside
-    from ..operations.verdicts import learning_report, learning_verdict
+    from ..operations.verdicts import learning_report, learning_verdict, networks_in_words
 
     layout = Layout.plain(source.dim) if source.layout is None else layout_from_record(source.layout)
     pairs = set_aside(source, options["memory"], ends=3)[0].count
     settings = aware_settings(geometry_of(layout), source.dim, pairs, epochs)
-    learned = learn_archive(source, settings, **options)
+    networks = Networks() if example is None else Networks.like(read_example(example, layout), layout)
+    learned = learn_archive(source, settings, networks=networks, **options)
     findings = learned.findings
     said = [
         f"Errors of analyses of {findings.pairs} pairs that were set aside, in standard deviations of the increments (± standard "
         "error, as if they were independent), and by how much they are behind this prior's (± paired):",
         _table(findings.trial.round(3)),
+        f"\nThe networks saw {networks_in_words(learned.prior)}.",
         "\nErrors beside their standard deviations:",
         _table(findings.fields, float_format="{:.3g}".format),
         "\n" + learning_verdict(learned),
@@ -97,3 +104,27 @@ def _plugged(
     said = f"PnP-DA with {method.data_step} steps, {method.iterations} iteration(s), mean of {ensemble}, seed {options['seed']}"
     analysis = assimilate(prior, states, sightings, iterations=iterations, ensemble=ensemble, **options)
     return analysis, states.dataset(analysis, role), said
+
+
+# %% ../../nbs/96_command_line.ipynb #753a93c2
+def _checked(prior: Any, states: Any, sightings: Any, reject: float, seed: int) -> tuple[Any, Any, str]:
+    """The observations without those that are not believed, a table of these, and what was done, in a sentence."""
+    from ..operations.quality import check_observations
+
+    if not reject:
+        return sightings, None, "No observation was checked against the background"
+    kept, rejected = check_observations(prior, states, sightings, reject, seed)
+    if rejected is None:
+        return kept, None, "No observation was checked, as the prior does not know its errors"
+    seen = int((sightings.values == sightings.values).sum())
+    said = f"{len(rejected)} of {seen} observations rejected, as more than {reject:g} standard deviations from what is expected"
+    return kept, rejected, said
+
+
+def _of_observations(states: Any, sightings: Any, rejected: Any, checked: str) -> str:
+    """What is said of observations: which were rejected, and of which states nothing was seen."""
+    from ..operations.report import unseen
+
+    some = rejected is not None and len(rejected) > 0
+    table = _table(rejected.head(10), float_format="{:.4g}".format) if some else ""
+    return "\n".join(filter(None, (checked + ":" * some, table, _line(unseen(states, sightings)))))

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Annotated, Optional
@@ -17,6 +18,13 @@ __all__ = []
 # %% ../../nbs/96_command_line.ipynb #dfa8397c
 _Dtype = Annotated[str, typer.Option(help="precision in which states are computed, float64 or float32")]
 _Device = Annotated[str, typer.Option(help="where states are computed: cpu, or cuda where there is one")]
+_Example = Annotated[
+    Optional[Path],
+    typer.Option(help="a file as `pnpda assimilate` reads it: train with random networks like that", metavar="EXAMPLE"),
+]
+_Reject = Annotated[
+    str, typer.Option(help="standard deviations beyond which observations are not believed; 0 or none: all are", metavar="SIGMAS")
+]
 
 
 def _name(text: str) -> str:
@@ -48,6 +56,17 @@ def _whole(name: str, value: Optional[int], most: int = 1_000_000) -> None:
 def _seed(seed: int) -> None:
     if not abs(seed) < 2**63:
         raise ValueError(f"seed: expected a number of at most 63 bits, got {seed}")
+
+
+def _sigmas(text: str) -> float:
+    """A threshold in standard deviations; 0 for none."""
+    try:
+        value = 0.0 if text.strip().lower() == "none" else float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < math.inf:
+        raise ValueError(f"reject: expected a number of standard deviations, at least 0, or none, got {text!r}")
+    return value
 
 
 def _words(name: str, text: Optional[str]) -> tuple[str, ...]:

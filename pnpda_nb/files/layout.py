@@ -127,6 +127,22 @@ class Axis:
             apart = (apart + self.period / 2) % self.period - self.period / 2
         return bool((np.abs(apart) <= _slack(mine, 1e-3)).all())
 
+    def order(self, other: "Axis") -> np.ndarray | None:
+        """For each point of this axis its place on the other one, if that has the same coordinates in any order; else None."""
+        count = len(self.values)
+        factor = conversion(other.units, self.units) if self.units and other.units else (1.0, 0.0)
+        if self.fits(other) or len(other.values) != count or factor is None or self.numeric != other.numeric:
+            return np.arange(count) if self.fits(other) else None
+        mine, theirs = np.array(self.values), np.array(other.values)
+        if self.numeric:
+            theirs = theirs * factor[0] + factor[1]
+            if self.period is not None:  # from the first point on, which may be a little before itself
+                slack = _slack(mine, 1e-3)
+                mine, theirs = ((x - mine[0] + slack) % self.period for x in (mine, theirs))
+        order = np.empty(count, int)
+        order[np.argsort(mine, kind="stable")] = np.argsort(theirs, kind="stable")
+        return order if self.fits(replace(other, values=tuple(other.values[i] for i in order))) else None
+
     @property
     def numeric(self) -> bool:
         return all(isinstance(v, Real) for v in self.values)

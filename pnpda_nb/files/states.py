@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
@@ -22,7 +23,8 @@ from .archive import MEMBERS, _listing, is_sample
 from .contents import _shown
 from .layout import Field, Layout, _in_units, check_field, check_units
 from .opening import _loaded, _opened
-from .times import _is_instants
+from .places import reordered
+from .times import _is_instants, _time
 from .units import _units
 
 # %% auto #0
@@ -33,8 +35,8 @@ __all__ = ["States", "read_states"]
 @dataclass(frozen=True, eq=False)
 class States:
     """States from a file: `values` `(run, member, dim)`, laid out as `layout`, in its units; `arrays` are the variables of the
-    file by field, in the file's units, `runs` and `members` their dimensions that are not part of a state, and `beside` the
-    variables of the file that those name, such as bounds of coordinates.
+    file by field, in the file's units and order, `runs` and `members` their dimensions that are not part of a state, and `beside`
+    the variables of the file that those name, such as bounds of coordinates.
     """
 
     values: Tensor
@@ -46,6 +48,13 @@ class States:
 
     def __repr__(self) -> str:
         return f"States({self.values.shape[0]} × {self.values.shape[1]} of {self.layout})"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What each run is called: its time, or other coordinates."""
+        first = next(iter(self.arrays.values()))
+        ends = [[f"{d} {_time(v)}" for v in (first[d].values if d in first.coords else range(first.sizes[d]))] for d in self.runs]
+        return tuple(", ".join(words) for words in itertools.product(*ends))
 
     def dataset(self, values: Gappy, role: str = "analysis", deviation: bool = False) -> xr.Dataset:
         """Other `values` of the same shape as a dataset that looks like the file: its variables, coordinates, units and
@@ -60,7 +69,9 @@ class States:
             block = block if (factor, offset) == (1.0, 0.0) else (block - offset) / (abs(factor) if deviation else factor)
             block = block.reshape(tuple(array.sizes[d] for d in samples) + field.shape)
             kind = array.dtype if array.dtype in (np.dtype("float32"), np.dtype("float64")) else np.dtype("float64")
-            new = xr.DataArray(block.astype(kind), dims=samples + field.dims).transpose(*array.dims)
+            new = xr.DataArray(block.astype(kind), dims=samples + field.dims)
+            back = {d: np.argsort(order) for d, order in reordered(array, field, self.layout).items()}
+            new = new.isel(back).transpose(*array.dims)
             copy = array.copy(data=new.values)
             kept = ("zlib", "complevel", "chunksizes", "shuffle")  # not packed
             copy.encoding = {k: v for k, v in array.encoding.items() if k in kept}
@@ -132,7 +143,8 @@ def _present(attributes: Mapping[str, Any], data: xr.Dataset) -> dict[str, Any]:
 # %% ../../nbs/93_files.ipynb #abe83723
 def read_states(path: str | os.PathLike, layout: Layout, *, name: str = "background", samples: Sequence[str] = ()) -> States:
     """Read states of the given `layout` from a NetCDF file or Zarr store, all of them; `name` is their role in names and
-    errors. Values are converted to the layout's units. Dimensions `samples` count states, besides those that the layout names.
+    errors. Values are converted to the layout's units, and put in the order of its coordinates. Dimensions `samples` count states,
+    besides those that the layout names.
 
     Raises `FileNotFoundError`, or `ValueError` for a file that cannot be read, does not fit the layout, or has missing values
     or values beyond anything that its archive held.
@@ -149,7 +161,7 @@ def read_states(path: str | os.PathLike, layout: Layout, *, name: str = "backgro
         ]
         for field in layout.fields:
             array = arrays[field.name]
-            check_field(array, field, layout, dims, where)
+            check_field(array.isel(reordered(array, field, layout)), field, layout, dims, where)
             if [array.sizes.get(d) for d in dims] != [first.sizes[d] for d in dims]:
                 raise ValueError(
                     f"{where}: expected {array.name!r} with the dimensions {', '.join(dims)} of {first.name!r}, got "
@@ -186,7 +198,12 @@ def read_states(path: str | os.PathLike, layout: Layout, *, name: str = "backgro
     columns = []
     for field in layout.fields:
         array = arrays[field.name]
-        block = array.transpose(*runs, *members, *field.dims).values.astype("float64").reshape(math.prod(shape), -1)
+        block = (
+            array.isel(reordered(array, field, layout))
+            .transpose(*runs, *members, *field.dims)
+            .values.astype("float64")
+            .reshape(math.prod(shape), -1)
+        )
         columns.append(_in_units(block, check_units(_units(array.attrs, where), field, where)))
     flat = np.concatenate(columns, axis=1)
     kept = flat[:, layout.kept]

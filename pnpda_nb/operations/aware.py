@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..core.checks import Mask, guard
+from ..core.checks import Index, Mask, guard
 from ..core.grid import Grid
 from ..core.random import standard_normal
 from ..files.layout import Layout
@@ -128,21 +128,23 @@ def _answer(prior: AwarePrior, look: _Look) -> tuple[Tensor, Tensor]:
 
 
 # %% ../../nbs/30_aware.ipynb #30seenfun
-def _seen(observations: Observations, background: Tensor, unit: Tensor) -> tuple[Tensor, Mask, Tensor]:
+def _seen(prior: AwarePrior, observations: Observations, background: Tensor) -> tuple[Tensor, Mask, Tensor]:
     """Values `(run, member, dim)`, and masks and standard deviations `(run, dim)`, of what is seen at each point. Raises
-    `ValueError` for an operator that neither selects nor interpolates.
+    `ValueError` for an operator that neither selects nor takes means of a few numbers.
     """
+    unit = prior.unit
     operator, runs, dim = _plain(observations.operator), len(background), background.shape[-1]
     few = _few(operator, background)
     if few is None or operator.dim != dim:
         got = type(operator).__name__
-        raise ValueError(f"operator: expected one that selects or interpolates among {dim} numbers, got {got}")
+        raise ValueError(f"operator: expected one that selects or takes means among {dim} numbers, got {got}")
     place, values = few[0].gather(1, few[1].argmax(1, keepdim=True))[:, 0], observations.values
     there = torch.ones_like(values, dtype=torch.bool) if observations.missing is None else ~observations.missing
-    precision = (1 / observations.covariance.variances).expand_as(values)
+    ratio, variances = _at_points(prior, place, *few, observations.covariance.variances)
+    precision = (1 / variances).expand_as(values)
     weight = torch.where(there & (unit[place] > 0), precision, 0.0).expand(runs, -1).to(background)
     total = background.new_zeros(runs, dim).index_add(-1, place, weight)
-    told = torch.zeros_like(background).index_add(-1, place, observations.innovation(background) * weight.unsqueeze(-2))
+    told = torch.zeros_like(background).index_add(-1, place, ratio * observations.innovation(background) * weight.unsqueeze(-2))
     mask, known = total > 0, total.where(total > 0, 1.0)
     value = torch.where(mask.unsqueeze(-2), background + told / known.unsqueeze(-2), 0.0)
     return value, mask, torch.where(mask, known.rsqrt(), 0.0)
@@ -152,10 +154,28 @@ def _plain(operator: Operator) -> Operator:
     return operator.operator if isinstance(operator, Present) else operator
 
 
+def _at_points(prior: AwarePrior, place: Index, points: Index, weights: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
+    """Of observations of means over `points` `(size, k)`, with error variances R `(…, size)`: by what an innovation is multiplied,
+    and the variance of its error, to be one of a `place` alone that tells the linear analysis as much about it.
+    """
+    ratio, R = torch.ones_like(weights[:, 0]), R.to(weights)
+    more, own = torch.zeros_like(ratio), torch.zeros_like(ratio)
+    for i in ((weights != 0).sum(1) > 1).nonzero()[:, 0]:
+        used = weights[i] != 0
+        B = (
+            prior.linear.errors.between(torch.cat((points[i, used], place[i, None])), points[i, used]).to(weights)
+            @ weights[i, used]
+        )
+        own[i] = prior.linear.errors.between(place[i, None], place[i, None])[0, 0]
+        if own[i] > 0:
+            ratio[i], more[i] = own[i] / torch.maximum(B[-1], own[i] / 10), B[:-1] @ weights[i, used]
+    return ratio, ratio.square() * (more + R) - torch.where(more > 0, own, 0.0)
+
+
 # %% ../../nbs/30_aware.ipynb #30lookfun
 def _looked(prior: AwarePrior, background: Tensor, observations: Observations) -> _Look:
     """What there is to see for states `(run, member, dim)`."""
-    value, mask, error = _seen(observations, background, prior.unit)
+    value, mask, error = _seen(prior, observations, background)
     mean = prior.linear.line(background)
     increment = kalman_update(prior.linear.errors, mean, observations) - mean
     one = slice(0, 1 if bool((mask == mask[:1]).all() and (error == error[:1]).all()) else None)  # network for all
@@ -165,7 +185,8 @@ def _looked(prior: AwarePrior, background: Tensor, observations: Observations) -
 
 def look_at(prior: AwarePrior, background: Tensor, observations: Observations) -> Estimate:
     """The analyses of states `(run, member, dim)` by one look at `observations`, and the variances of their errors; where
-    increments never change, the background. Raises `ValueError` for an operator that neither selects nor interpolates.
+    increments never change, the background. Raises `ValueError` for an operator that neither selects nor takes
+    means of a few numbers.
     """
     look = _looked(prior, background, observations)
     if prior.learned:
@@ -186,7 +207,7 @@ def draw_around(
 ) -> Tensor:
     """Draws `(count, run, member, dim)` around the analyses of an `estimate` from `look_at`."""
     mean, errors = estimate.mean, prior.linear.errors
-    spread = prior.linear.spread(*_seen(observations, mean, prior.unit)[1:]).unsqueeze(-2)
+    spread = prior.linear.spread(*_seen(prior, observations, mean)[1:]).unsqueeze(-2)
     ratio = torch.where(spread > 0, estimate.residual.diagonal.sqrt() / spread.where(spread > 0, 1.0), 0.0)
     operator, missing, drawn = _plain(observations.operator), observations.missing, []
     for _ in range(count):

@@ -10,12 +10,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..core.checks import Mask, guard
 from ..core.random import standard_normal
-from ..core.settings import PositiveNumber, PositiveShare, Settings
+from ..core.settings import PositiveNumber, PositiveShare, Settings, Share
+from ..files.layout import Layout
+from ..files.stations import StationObservations
 
 # %% auto #0
 __all__ = ["Networks"]
@@ -25,22 +28,48 @@ __all__ = ["Networks"]
 @dataclass(frozen=True)
 class Networks(Settings):
     """Networks of observations as they may come: a share of the points from the first to the second of `share`, with errors from
-    the first to the second of `errors`, in standard deviations of the increments (logarithmically). Raises `ValueError` for others.
+    the first to the second of `errors`, in standard deviations of the increments (logarithmically). If there are `fields`, they say
+    instead for each field of a state the least and the largest share, and errors in its units. Raises `ValueError` for others.
     """
 
     share: tuple[PositiveShare, PositiveShare] = (0.05, 0.6)
     errors: tuple[PositiveNumber, PositiveNumber] = (0.1, 1.0)
+    fields: tuple[tuple[Share, Share, PositiveNumber, PositiveNumber], ...] = ()
 
     def __post_init__(self):
         super().__post_init__()
-        for name, (low, high) in (("share", self.share), ("errors", self.errors)):
+        ranges = [("share", self.share), ("errors", self.errors)]
+        for field in self.fields:
+            ranges += [("fields", field[:2]), ("fields", field[2:])]
+        if self.fields and not any(high for _, high, *_ in self.fields):
+            raise ValueError("fields: expected at least one of which something is seen, got none")
+        for name, (low, high) in ranges:
             if low > high:
                 raise ValueError(f"{name}: expected two numbers, the smaller first, got {low} and {high}")
+
+    @classmethod
+    def like(cls, example: StationObservations, layout: Layout, around: float = 1.5) -> Networks:
+        """Networks such as those of an `example`: of each field shares of its points, and errors, from the least there to the
+        largest, and a factor `around` less and more.
+        """
+        there, fields = ~np.isnan(example.values), []
+        errors = np.broadcast_to(example.errors, there.shape)
+        nearest = np.take_along_axis(example.points, example.weights.argmax(1)[:, None], 1)[:, 0]
+        for name, part in layout.parts().items():
+            own = np.array([field == name for field in example.fields])
+            counts = [len(set(nearest[own & seen])) for seen in there if seen.any()]
+            shares = [count / max(1, part.stop - part.start) for count in counts]
+            known = errors[there & own] if max(counts) else np.ones(1)
+            low, high = min(shares) / around, min(1.0, max(shares) * around)
+            fields.append((low, high, float(known.min()) / around, float(known.max()) * around))
+        return cls(fields=tuple(fields))
 
     def draw(self, count: int, unit: Tensor, parts: Sequence[slice], generator: torch.Generator) -> tuple[Mask, Tensor]:
         """Masks and standard deviations of errors of `count` networks, both `(count, dim)`. Points whose `unit` `(dim,)` is 0 are
         not seen; in a third of the networks each of the `parts` of a state has a share, from 0 on, and an error of its own.
         """
+        if self.fields:
+            return self._by_field(count, unit, parts, generator)
         dim, (low, high) = len(unit), self.share
         places = torch.rand(count, dim, generator=generator).masked_fill(unit == 0, 2.0)
         own = torch.rand(count, generator=generator) < 1 / 3
@@ -53,6 +82,19 @@ class Networks(Settings):
         mask[torch.arange(count), places.argmin(-1)] = True  # at least one
         a, b = map(math.log, self.errors)
         return mask, torch.exp(a + (b - a) * error) * unit
+
+    def _by_field(self, count: int, unit: Tensor, parts: Sequence[slice], generator: torch.Generator) -> tuple[Mask, Tensor]:
+        if len(parts) != len(self.fields):
+            raise ValueError(f"fields: expected one for each of the {len(parts)} of the state, got {len(self.fields)}")
+        places = torch.rand(count, len(unit), generator=generator).masked_fill(unit == 0, 2.0)
+        mask, error = torch.zeros_like(places, dtype=torch.bool), torch.ones(count, len(unit), dtype=torch.float64)
+        for part, (low, high, small, large) in zip(parts, self.fields):
+            share, size = torch.rand(2, count, 1, generator=generator, dtype=torch.float64)
+            mask[:, part] = places[:, part] < low + (high - low) * share
+            error[:, part] = torch.exp(math.log(small) + math.log(large / small) * size)
+            places[:, part] += 2.0 * (high == 0)
+        mask[torch.arange(count), places.argmin(-1)] = True  # at least one
+        return mask, error
 
 
 # %% ../../nbs/94_priors.ipynb #30casesclass

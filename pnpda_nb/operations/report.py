@@ -308,7 +308,7 @@ def innovations(states: States, analysis: Tensor, sightings: StationObservations
             row["refused"] = sum(name in (spec.name, spec.title) for name in refused)
         for name, x in departures.items():
             row[name] = float(x[..., mine].square().nanmean().sqrt()) if there.any() else math.nan
-        claimed = np.broadcast_to(sightings.errors[mine], there.shape)[there]
+        claimed = np.broadcast_to(sightings.errors[..., mine], there.shape)[there]
         row["error"] = float(np.sqrt((claimed**2).mean())) if there.any() else math.nan
         if increment.numel():
             row |= {"RMS increment": float(increment.square().mean().sqrt()), "largest": float(increment.abs().max())}
@@ -316,18 +316,34 @@ def innovations(states: States, analysis: Tensor, sightings: StationObservations
     return pd.DataFrame(rows)
 
 
+# %% ../../nbs/93_files.ipynb #93unseen
+def unseen(states: States, sightings: StationObservations) -> str:
+    """Which states nothing was seen of, in a sentence; "" for none."""
+    gone = np.flatnonzero(np.isnan(sightings.values).all(1))
+    if not len(gone):
+        return ""
+    names = states.names
+    some = "; ".join(names[i] for i in gone[:10]) + "; …" * (len(gone) > 10)
+    return (
+        f"Nothing was seen of {len(gone)} of {len(names)} states ({some}): they are what the prior makes of the background alone."
+    )
+
+
 # %% ../../nbs/93_files.ipynb #b2e2b826
 def assimilation_report(
     prior: Any, states: States, analysis: Tensor, sightings: StationObservations, name: str, how: str = "",
-    deviation: Tensor | None = None,
+    deviation: Tensor | None = None, rejected: pd.DataFrame | None = None,
 ) -> Report:  # fmt: skip
     """The report of an assimilation of the background `name`: departures of observations, and increments; `how` is a
-    sentence about what was done, `deviation` the standard deviations of the analysis, as many, if there are any.
+    sentence about what was done, `deviation` the standard deviations of the analysis, as many, if there are any, and `rejected` a
+    table of observations that were not believed.
     """
     report = Report(f"Analysis of {name}")
     runs, members = states.values.shape[:2]
     report.text(f"{runs * members} state(s) of {states.layout}; {sightings!r}. {prior!r}. {how}".strip())
     report.heading("Observations")
+    if gone := unseen(states, sightings):
+        report.text(gone)
     report.table(
         innovations(states, analysis, sightings),
         "Values seen and missing; root mean squares of observation minus background and observation minus analysis, "
@@ -350,6 +366,13 @@ def assimilation_report(
             pd.DataFrame(refused[:20], columns=["field", "where", "value"]),
             f"Values beyond anything that the archive has held, taken for missing: {len(refused)}{listed}.",
         )
+    if rejected is not None and len(rejected):
+        listed = ", of which 50 are listed" if len(rejected) > 50 else ""
+        report.table(
+            rejected.head(50),
+            f"Observations rejected as unlikely, given the background and the other observations: {len(rejected)}{listed}. What "
+            "was expected, its standard deviation (±), and how many of these the value was away.",
+        )
     report.heading("Increments")
     unit = attached_unit(prior)
     if unit is not None and not unit.all():
@@ -361,19 +384,20 @@ def assimilation_report(
     for spec in states.layout.fields:
         report.figure(
             draw_increments(spec, states, analysis, sightings),
-            f"Increments (analysis − background) of {spec.title} in the first state, and where it was seen.",
+            f"Increments (analysis − background) of {spec.title} in the first state of which anything was seen, and where.",
         )
     return report
 
 
 # %% ../../nbs/93_files.ipynb #ac6b74cc
 def draw_increments(spec: Field, states: States, analysis: Tensor, sightings: StationObservations) -> Figure:
-    """Increments of one field in the first state: a line over one dimension, a map over two, of more the mean over the
-    first ones; crosses are stations.
+    """Increments of one field in the first state of which anything was seen: a line over one dimension, a map over two, of more the
+    mean over the first ones; crosses are stations.
     """
     layout = states.layout
     full = np.full(layout.size, np.nan)
-    full[layout.kept] = (analysis - states.values)[0].mean(0).numpy()
+    run = int(np.isfinite(sightings.values).any(1).argmax())
+    full[layout.kept] = (analysis - states.values)[run].mean(0).numpy()
     begin = sum(f.size for f in layout.fields[: layout.fields.index(spec)])
     values = full[begin : begin + spec.size].reshape(spec.shape or (1,))
     while values.ndim > 2:
@@ -383,7 +407,7 @@ def draw_increments(spec: Field, states: States, analysis: Tensor, sightings: St
     axes = [layout.axes.get(d) for d in dims]
     ticks = [_ticks(axis, n) for axis, n in zip(axes, values.shape)]
     labels = [_label(f"{d} ({a.units})" if a is not None and a.units else d) for d, a in zip(dims, axes)]
-    mine = [i for i, name in enumerate(sightings.fields) if name == spec.name and np.isfinite(sightings.values[0, i])]
+    mine = [i for i, name in enumerate(sightings.fields) if name == spec.name and np.isfinite(sightings.values[run, i])]
     nearest = [int(layout.kept[sightings.points[i, sightings.weights[i].argmax()]]) - begin for i in mine]
     places = [np.unravel_index(flat, spec.shape or (1,))[-values.ndim :] for flat in nearest]
     figure, ax = plt.subplots(figsize=(7, 2.8), layout="constrained")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -14,6 +15,7 @@ from tqdm.auto import tqdm
 from ..core.checks import guard
 from ..core.compute import _computing
 from ..core.random import RunStreams
+from ..files.layout import Layout, layout_from_record
 from ..files.states import States
 from ..files.stations import StationObservations
 from .aware import AwarePrior, draw_around, look_at
@@ -52,6 +54,22 @@ def learning_verdict(learned: Learned) -> str:
     return " ".join([said, *missing, held, *findings.notes])
 
 
+def networks_in_words(prior: AwarePrior) -> str:
+    """What the networks of observations in a training see."""
+    networks = prior.training["networks"]
+    if not networks.get("fields"):
+        (low, high), (small, large) = networks["share"], networks["errors"]
+        return f"{low:.0%} to {high:.0%} of the points, with errors of {small:g} to {large:g} standard deviations of the increments"
+    fields = Layout.plain(prior.dim).fields if prior.layout is None else layout_from_record(prior.layout).fields
+    return ", ".join(
+        f"{low:.2g} to {high:.2g} of the points of {spec.title} (errors of {small:.3g} to {large:.3g} {spec.units})".replace(
+            " )", ")"
+        )
+        for spec, (low, high, small, large) in zip(fields, networks["fields"])
+        if high
+    )
+
+
 def learning_report(learned: Learned, name: str) -> Report:
     """The report of a training on the archive `name`: whether the prior is any good and its uncertainty may be believed, and how it
     was trained.
@@ -59,8 +77,6 @@ def learning_report(learned: Learned, name: str) -> Report:
     prior, history, findings = learned.prior, learned.history, learned.findings
     record = prior.training
     report = Report(f"Prior from {name}")
-    low, high = record["networks"]["share"]
-    small, large = record["networks"]["errors"]
     report.text(
         f"{prior!r}. Of the archive, {record['pairs']} pairs were for training; three parts of its end were for stopping, for the "
         f"calibration, and, {findings.pairs} pairs of the last one, for what is reported here."
@@ -69,11 +85,10 @@ def learning_report(learned: Learned, name: str) -> Report:
     report.text(learning_verdict(learned))
     report.table(
         findings.trial,
-        f"In every case another network sees {low:.0%} to {high:.0%} of the points, with errors of {small:g} to {large:g} "
-        "standard deviations of the increments. Errors are against the archive's analyses, in those units (± standard error, as if "
-        "pairs were independent), and by how much they are behind this prior's in the same cases (± paired standard error). The "
-        "covariances of 3D-Var and of the Kalman step are static, from the pairs of training, with a localisation and a size "
-        "chosen on others.",
+        f"In every case another network sees {networks_in_words(prior)}. Errors are against the archive's analyses, in standard "
+        "deviations of the increments (± standard error, as if pairs were independent), and by how much they are behind this "
+        "prior's in the same cases (± paired standard error). The covariances of 3D-Var and of the Kalman step are static, from "
+        "the pairs of training, with a localisation and a size chosen on others.",
     )
     report.heading("May its uncertainty be believed?")
     report.table(
@@ -118,6 +133,8 @@ def analyse_states(
     moved.fields.network = copy.deepcopy(prior.fields.network).to(device)
     runs, members, dim = values.shape
     together, found = max(1, 1_000_000 // (members * dim)), []
+    if np.isnan(sightings.values).any() or sightings.errors.ndim > 1:  # a matrix for each run
+        together = max(1, min(together, 4_000_000 // sightings.values.shape[1] ** 2))
     with tqdm(total=runs, desc="assimilating", unit="state", disable=None if progress else True, leave=False) as bar:
         for first in range(0, runs, together):
             some = slice(first, min(first + together, runs))
