@@ -8,7 +8,7 @@ import pytest
 import torch
 import xarray as xr
 
-from pnpda_nb.core import stream
+from pnpda_nb.core import standard_normal, stream
 from pnpda_nb.files import Axis, Field, Layout, read_observations, read_states
 from pnpda_nb.files.layout import layout_record
 from pnpda_nb.files.states import States
@@ -18,7 +18,7 @@ from pnpda_nb.observing import DiagonalCovariance, Interpolate, Linear, Observat
 from pnpda_nb.operations import AwarePrior, AwareSettings, Networks, learn_archive, train_archive
 from pnpda_nb.operations.aware import look_at
 from pnpda_nb.operations.errors import attached_errors
-from pnpda_nb.operations.quality import _covariance, check_observations
+from pnpda_nb.operations.quality import _covariance, check_observations, likely
 
 TIMES = pd.date_range("2026-01-01", periods=120, freq="6h")
 
@@ -319,3 +319,14 @@ def test_that_a_mean_over_a_box_is_seen_as_one(files, forked, states, tmp_path):
     (files / "box.csv").write_text((tmp_path / "o.csv").read_text())
     _, said = analysed(files, forked, "box", "--observations", "box.csv")
     assert "of 2 observations rejected" in said
+
+
+def test_that_one_gross_error_among_many_neighbours_is_alone_rejected():
+    apart = (torch.arange(100)[:, None] - torch.arange(100)).abs()
+    S = (torch.exp(-((apart / 8) ** 2)) + 0.01 * torch.eye(100)).double()
+    d = torch.linalg.cholesky(S) @ standard_normal((40, 100, 1), stream(1, "innovations"))
+    d[::2, 50] += 10.0
+    kept, left, spread = likely(S.expand(40, -1, -1), d.squeeze(-1), torch.ones(40, 100, dtype=torch.bool), 4.0)
+    assert not kept[::2, 50].any() and (~kept).sum() <= 22
+    told = left[0, 50] / spread[0, 50], (d[0, 50] - S[50, kept[0]] @ torch.linalg.solve(S[kept[0]][:, kept[0]], d[0, kept[0]]))
+    assert told[0] > 4 and torch.allclose(left[0, 50], told[1])

@@ -44,7 +44,8 @@ def _from_kept(S: Tensor, d: Tensor, kept: Mask) -> tuple[Tensor, Tensor]:
     factor = torch.linalg.cholesky(torch.where(both, S, torch.eye(S.shape[-1]).to(S)))
     weights = torch.cholesky_solve(shown, factor)
     told = (weights * torch.where(kept, d, 0.0).unsqueeze(-1)).sum(-2)
-    return d - told, (S.diagonal(dim1=-2, dim2=-1) - (shown * weights).sum(-2)).sqrt()
+    left = (S.diagonal(dim1=-2, dim2=-1) - (shown * weights).sum(-2)).clamp_min(0.0)  # nothing, of those that are kept
+    return d - told, left.sqrt()
 
 
 # %% ../../nbs/30_aware.ipynb #30kept
