@@ -18,13 +18,11 @@ from ..flow_matching.field_prior import FieldPrior
 from ..flow_matching.prior import Estimate
 from ..flow_matching.store import PRIOR_KINDS, PriorFile, _variables
 from ..observing.observations import Observations
-from ..observing.operators import Operator, Present
-from ..observing.update import DenseError, FactoredError, _few, kalman_update
-from .linear import LinearAnalysis, _errors_from, _errors_in
-from .validation import _Line
+from ..observing.update import DenseError, FactoredError, _few
+from .linear import LinearAnalysis, _errors_from, _errors_in, _line_from, _line_in, _plain, kalman_increment
+from .local import LocalError
 
 PRIOR_KINDS["AwarePrior"] = "pnpda_nb.aware_prior/"
-_LINE = ("given", "centre", "unit", "patterns", "wanted", "offset", "answers")
 _PLACES = ("relief", "activity")  # how mean and increments differ from place to place
 
 # %% auto #0
@@ -80,9 +78,7 @@ class AwarePrior(PriorFile):
 
     def contents(self) -> tuple[int, dict[str, Tensor], dict]:
         _, tensors, header = self.fields.contents()
-        line = {name: getattr(self.linear.line, name) for name in _LINE}
-        line |= {name: line[name].float() for name in ("patterns", "answers")}
-        tensors |= {f"line.{k}": v for k, v in line.items()}
+        tensors |= {f"line.{k}": v for k, v in _line_in(self.linear.line).items()}
         tensors |= {f"background_errors.{k}": v for k, v in _errors_in(self.linear.errors, self.unit).items()}
         tensors |= {f"attached.{k}": v for k, v in self.attached.items()}
         layout = {} if self.layout is None else {"layout": self.layout}
@@ -94,13 +90,15 @@ class AwarePrior(PriorFile):
             return {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
 
         attached, dim = named("attached."), header["architecture"]["dim"]
-        line = {k: v.double() if v.is_floating_point() else v for k, v in named("line.").items()}
-        errors = named("background_errors.")
-        linear = LinearAnalysis(_Line(**line), _errors_from(errors, attached["increment"]))
-        sizes = {dim, *(len(x) for x in errors.values()), *errors.get("matrix", torch.zeros(dim, dim)).shape}
-        if sizes != {dim} or line["answers"].shape != (line["patterns"].shape[1], len(line["wanted"])):
+        fields = FieldPrior.restored(version, tensors, header)
+        line, errors = (named(start) for start in ("line.", "background_errors."))
+        linear = LinearAnalysis(_line_from(line, fields.grid), _errors_from(errors, attached["increment"], fields.grid))
+        sizes = {dim, *(len(x) for k, x in errors.items() if k not in ("correlations", "boxes"))}
+        sizes |= {*errors.get("matrix", torch.zeros(dim, dim)).shape}
+        fits = "answers" not in line or line["answers"].shape == (line["patterns"].shape[1], len(line["wanted"]))
+        if sizes != {dim} or not fits:
             raise ValueError("linear: expected an analysis of states as large as the network's")
-        return cls(FieldPrior.restored(version, tensors, header), linear, attached, header.get("layout"), header["training"])
+        return cls(fields, linear, attached, header.get("layout"), header["training"])
 
 
 # %% ../../nbs/30_aware.ipynb #30answerfun
@@ -148,16 +146,12 @@ def _seen(observations: Observations, background: Tensor, unit: Tensor) -> tuple
     return value, mask, torch.where(mask, known.rsqrt(), 0.0)
 
 
-def _plain(operator: Operator) -> Operator:
-    return operator.operator if isinstance(operator, Present) else operator
-
-
 # %% ../../nbs/30_aware.ipynb #30lookfun
 def _looked(prior: AwarePrior, background: Tensor, observations: Observations) -> _Look:
     """What there is to see for states `(run, member, dim)`."""
     value, mask, error = _seen(observations, background, prior.unit)
     mean = prior.linear.line(background)
-    increment = kalman_update(prior.linear.errors, mean, observations) - mean
+    increment = kalman_increment(prior.linear.errors, mean, observations)
     one = slice(0, 1 if bool((mask == mask[:1]).all() and (error == error[:1]).all()) else None)  # network for all
     spread = prior.linear.spread(mask[one], error[one]).unsqueeze(-2)
     return _Look(background, value, mask.unsqueeze(-2), error.unsqueeze(-2), mean, increment, spread)
@@ -193,12 +187,13 @@ def draw_around(
         error = _drawn(errors, tuple(mean.shape), generator)
         noise = standard_normal(tuple(observations.values.shape), generator) * observations.covariance.variances.sqrt()
         noise = noise if missing is None else noise.masked_fill(missing, torch.nan)
-        drawn.append(mean + ratio * kalman_update(errors, error, replace(observations, values=noise, operator=operator)))
+        seen = replace(observations, values=noise, operator=operator)
+        drawn.append(mean + ratio * (error + kalman_increment(errors, error, seen)))
     return torch.stack(drawn)
 
 
-def _drawn(errors: DenseError | FactoredError, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    if isinstance(errors, DenseError):
+def _drawn(errors: DenseError | FactoredError | LocalError, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    if not isinstance(errors, FactoredError):
         return errors.draw(shape[:-1], generator)
     low = standard_normal((*shape[:-1], errors.factor.shape[-1]), generator) @ errors.factor.T
     return low + errors.diagonal.sqrt() * standard_normal(shape, generator)

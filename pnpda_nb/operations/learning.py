@@ -66,17 +66,18 @@ SECONDS = 200.0  # of training, on one core of about 2025
 
 def aware_settings(grid: Grid | None, dim: int, pairs: int, epochs: int | None = None) -> AwareSettings:
     """Settings for an archive of `pairs` of states of size `dim`, on a `grid` or without a geometry. Without `epochs`, as many as
-    take a few minutes on one core.
+    take a few minutes on one core, or half an hour for a state of a hundred thousand numbers.
     """
     axes = 0 if grid is None else len(grid.shape)
-    width = max(16, min(128, 2_000_000 // dim)) if grid is None else (64, 48)[axes - 1]
+    width = max(16, min(128, 2_000_000 // dim)) if grid is None else (64, 48 if dim < 20_000 else 32)[axes - 1]
     weights = 9 * dim * width if grid is None else 6 * width**2 * (5, 9)[axes - 1] * math.prod(grid.shape)
     one = 6 * weights / 3e10  # seconds for a pair
     batch = max(1, min((128, 128, 16)[axes], pairs // 8, round(2 / one)))
     each = 1 if dim <= 200 else min(4, batch)
-    seconds = 0.02 + one * batch + batch / each * (dim / 1152) ** 2 * 0.03  # for a step; the last are of linear analyses
-    steps = max(1, min(100, pairs // batch, round(SECONDS / 5 / seconds)))
-    every = max(3, min(150, round(SECONDS / (seconds * steps))))
+    linear = 0.03 * (dim / 1152) ** 2 if grid is None or dim < 500 else 2e-5 * dim  # seconds for a network
+    seconds, whole = 0.02 + one * batch + linear * batch / each, SECONDS * max(1.0, min(9.0, dim / 10_000))
+    steps = max(1, min(100, pairs // batch, round(whole / 5 / seconds)))
+    every = max(3, min(150, round(whole / (seconds * steps))))
     rate = 4e-3 if grid is None else 2e-3
     sizes: dict[str, Any] = {"steps": steps, "batch": batch, "each": each, "width": width, "learning_rate": rate}
     return AwareSettings(epochs=every if epochs is None else epochs, **sizes)
@@ -213,8 +214,9 @@ class _Learning:
 
 def _shown(prior: AwarePrior, cases: Cases, device: torch.device, mean: Tensor | None = None) -> tuple[Tensor, _Look]:
     """The analyses of some cases, and what there is to see, on the `device`; the line's `mean` may be known."""
-    mean, increment = cases.linear(prior.linear, mean)
-    spread = prior.linear.spread(cases.mask, cases.error)
+    mean = prior.linear.line(cases.background) if mean is None else mean
+    left = torch.where(cases.mask.unsqueeze(1), cases.value - mean, 0.0)
+    increment, spread = prior.linear.step(left, cases.mask, cases.error)
     beside = (x.unsqueeze(1).to(device) for x in (cases.mask, cases.error, spread))
     mask, error, spread = beside
     target, b, value, mean, increment = (x.to(device) for x in (cases.analysis, cases.background, cases.value, mean, increment))
