@@ -31,7 +31,7 @@ def filtered(waves: float) -> np.ndarray:
 
 
 def field(random: np.random.Generator, amplitude: np.ndarray) -> np.ndarray:
-    return np.fft.irfftn(np.fft.rfftn(random.standard_normal(WHOLE)) * amplitude, s=WHOLE)[:ROWS]
+    return np.fft.irfft2(np.fft.rfft2(random.standard_normal(WHOLE)) * amplitude, s=WHOLE)[:ROWS]
 
 
 def moved(x: np.ndarray, east: np.ndarray, south: np.ndarray) -> np.ndarray:

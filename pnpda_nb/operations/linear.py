@@ -178,7 +178,7 @@ def fit_linear(trained: Part, tuned: Cases, unit: Tensor, grid: Grid | None, mem
 
 def _fit_local(trained: Part, tuned: Cases, unit: Tensor, grid: Grid, memory: int) -> dict[str, Fitted]:
     """The same by windows; none where a grid is but one, or the memory too small for them."""
-    boxes = Boxes.of(grid, min(WINDOW, trained.dim // 4))
+    boxes = Boxes.of(grid, min(WINDOW, trained.dim // 2))
     if len(boxes.numbers) == 1 or memory < 40 * boxes.numbers.shape[1] ** 2:
         return {}
     fit = LocalFit(trained, unit, boxes, memory)

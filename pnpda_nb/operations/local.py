@@ -362,7 +362,7 @@ class LocalFit:
         bands = min(boxes.count[0], room)
         self.finest = count if count <= room else bands
         self.groups = sorted({1, bands, self.finest} if boxes.grid.radius is None else {bands, self.finest})
-        self.most, self.rows = max(50, int(WORK / (7 * count * window**2))), max(1, min(64, memory // (64 * trained.dim)))
+        self.most, self.rows = max(50, int(WORK / (7 * count * window**2))), max(1, min(64, memory // (256 * trained.dim)))
         self.halves = ((0, trained.count // 2), (trained.count // 2, trained.count))
         samples = [self._sampled(*half) for half in self.halves]
         self.centres, self.offsets = ([pair[k].mean for pair in samples] for k in (0, 1))
