@@ -11,11 +11,12 @@ from pnpda_nb.core import Grid, stream
 from pnpda_nb.files import Axis, Field, Layout
 from pnpda_nb.files.layout import layout_record
 from pnpda_nb.flow_matching import TensorPairs
-from pnpda_nb.observing import DenseError, DiagonalCovariance, FactoredError, Interpolate, Observations, Select, kalman_update
-from pnpda_nb.operations import AwarePrior, AwareSettings, Networks, learn_archive, learning, linear, set_aside
+from pnpda_nb.observing import DenseError, DiagonalCovariance, FactoredError, Interpolate, Observations, Select
+from pnpda_nb.operations import AwarePrior, AwareSettings, Networks, aware, learn_archive, learning, linear, set_aside
 from pnpda_nb.operations.aware import draw_around, geometry_of, look_at
 from pnpda_nb.operations.cases import Cases
 from pnpda_nb.operations.linear import LinearAnalysis, _standing
+from pnpda_nb.operations.local import Boxes, LocalError
 from pnpda_nb.operations.verdicts import learning_report, learning_verdict
 
 TINY = AwareSettings(epochs=2, steps=3, batch=16, width=8)
@@ -54,7 +55,8 @@ def test_that_before_training_the_prior_is_the_linear_analysis():
     prior = learning._untrained(trained, best, unit, RING.grid, TINY, 0)
     b, a = (x[:3, None] for x in stopping.read())
     seen = seen_at((1, 4, 9), a[:, 0], unit / 3, 16)
-    looked, kalman = look_at(prior, b, seen), kalman_update(best.errors, best.line(b), seen)
+    looked, mean = look_at(prior, b, seen), best.line(b)
+    kalman = mean + linear.kalman_increment(best.errors, mean, seen)
     assert torch.allclose(looked.mean, kalman, rtol=1e-6, atol=1e-9)
     spread = best.spread(torch.zeros(1, 16).bool().index_fill(1, torch.tensor([1, 4, 9]), True), unit[None] / 3)
     assert torch.allclose(looked.residual.diagonal.sqrt(), spread[:, None].expand(3, 1, 16), rtol=1e-3)
@@ -116,7 +118,7 @@ def test_that_a_file_gives_the_same_answers_and_a_damaged_one_is_one_line(learne
         assert torch.equal(look_at(x, b, seen).mean, look_at(y, b, seen).mean)
         assert torch.equal(look_at(x, b, seen).residual.diagonal, look_at(y, b, seen).residual.diagonal)
     assert again.to_bytes() == prior.to_bytes() and again.layout == prior.layout and "held" in again.layout["variables"][0]
-    line = replace(prior.linear.line, answers=torch.zeros(1, 3).double())
+    line = replace(_standing(torch.zeros(16).double()), answers=torch.zeros(1, 3).double())
     odd = AwarePrior(prior.fields, replace(prior.linear, line=line), prior.attached).to_bytes()
     for content, said in ((odd, "does not fit its contents"), (odd[:-9], "truncated")):
         with pytest.raises(ValueError, match=said):
@@ -135,6 +137,17 @@ def test_that_answers_do_not_depend_on_place_chance_or_company(learned):
     assert torch.allclose(one.mean, turned.mean.flip(0), rtol=1e-5) and torch.allclose(one.mean[1, 0], alone.mean[0, 0], rtol=1e-5)
     drawn = draw_around(prior, one, seen_at((2, 3, 8), a, prior.unit / 2, 16), 300, stream(0))
     assert torch.allclose(drawn.std(0), one.residual.diagonal.sqrt(), rtol=0.25)
+
+
+def test_that_draws_have_the_quantiles_of_errors_that_are_not_normal(learned):
+    errors = stream(7, "errors")
+    z = torch.randn(50_000, generator=errors).double() * (1 + 2 * (torch.rand(50_000, generator=errors) < 0.1).double())
+    prior = AwarePrior(learned.prior.fields, learned.prior.linear, learned.prior.attached, learned.prior.layout)
+    prior.attached = prior.attached | {"tails": learning._quantiles(z / z.std()).repeat(2, 1)}
+    drawn = aware._bent(prior, torch.randn(20_000, 16, generator=errors).double())
+    levels = torch.tensor([0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99]).double()
+    assert torch.allclose(drawn[:, 3].quantile(levels), (z / z.std()).quantile(levels), rtol=0.06, atol=0.03)
+    assert abs(float(drawn.std()) - 1) < 0.05 and abs(float(drawn.mean())) < 0.01
 
 
 def test_that_what_is_missing_was_never_there_and_stations_may_lie_between_points(learned):
@@ -164,12 +177,75 @@ def test_that_what_never_changes_stays_as_it_is():
     assert (looked.residual.diagonal[..., [0, 1, 3, 4, 5]] > 0).all() and "never changes (state[2])" in learning_verdict(found)
 
 
-@pytest.mark.parametrize("limit, memory", [(4, 256_000_000), (2000, 40_000)])
-def test_that_large_states_and_small_memories_are_trained_on_too(limit, memory, monkeypatch):
+@pytest.mark.parametrize(
+    "layout, limit, memory, kind",
+    [(RING, 4, 256_000_000, LocalError), (None, 4, 256_000_000, FactoredError), (RING, 2000, 40_000, (DenseError, LocalError))],
+)
+def test_that_large_states_and_small_memories_are_trained_on_too(layout, limit, memory, kind, monkeypatch):
     monkeypatch.setattr(linear, "LIMIT", limit)
-    found = learn_archive(pairs(RING, 400), TINY, memory=memory)
-    assert isinstance(found.prior.linear.errors, FactoredError if limit == 4 else DenseError)
-    assert np.isfinite(found.findings.trial.error).all() and AwarePrior.from_bytes(found.prior.to_bytes()).dim == 16
+    source = pairs(layout, 400)
+    found = learn_archive(source, TINY, memory=memory)
+    assert isinstance(found.prior.linear.errors, kind) and np.isfinite(found.findings.trial.error).all()
+    prior, again = found.prior, AwarePrior.from_bytes(found.prior.to_bytes())
+    b, seen = source.background[:2, None], seen_at((0, 4), source.analysis[:2], prior.unit, source.dim)
+    assert torch.equal(look_at(prior, b, seen).mean, look_at(again, b, seen).mean)
+
+
+def in_one_window() -> tuple[LocalError, DenseError]:
+    """Errors on a ring of six points in two variables, as one box, and as a matrix."""
+    boxes, draws = Boxes(Grid(6, "circular", channels=2), (1,), (6,)), stream(3)
+    root = torch.randn(12, 12, generator=draws).double()
+    C = root @ root.T + torch.eye(12)
+    C, d = C / C.diagonal().sqrt() / C.diagonal().sqrt()[:, None], torch.rand(12, generator=draws).double() + 0.5
+    return LocalError(boxes, d, C[None].float()), DenseError(C * d * d[:, None])
+
+
+def test_that_a_local_step_with_one_window_is_the_kalman_step():
+    local, dense = in_one_window()
+    draws, states = stream(4), torch.zeros(3, 2, 12).double()
+    place, weight = torch.tensor([[2, 3], [8, 8], [3, 3]]), torch.tensor([[0.75, 0.25], [1.0, 0.0], [0.4, 0.6]]).double()
+    for operator in (Select((1, 4, 11), 12), Interpolate(place, weight, 12)):
+        values = torch.randn(3, 3, generator=draws).double()
+        values[1, 2] = torch.nan
+        seen = Observations(values, operator, DiagonalCovariance(torch.tensor([0.3, 0.2, 0.1]).double()))
+        both = [linear.kalman_increment(x, states, seen) for x in (local, dense)]
+        assert torch.allclose(*both, atol=1e-4)
+    mask, error = torch.rand(2, 12, generator=draws) < 0.5, torch.full((2, 12), 0.3).double()
+    both = [LinearAnalysis(_standing(torch.zeros(12).double()), x).spread(mask, error) for x in (local, dense)]
+    assert torch.allclose(*both, rtol=1e-3)
+    drawn = local.draw((20_000,), draws)
+    assert torch.allclose(drawn.T @ drawn / 20_000, dense.matrix, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    "grid", [Grid((9, 7), ("zeros", "circular"), channels=2), Grid.sphere(np.linspace(90, -90, 9), 20.0 * np.arange(18))]
+)
+def test_that_boxes_hold_every_number_once(grid):
+    land = torch.zeros(grid.shape, dtype=torch.bool)
+    land[2:4, 1] = True
+    boxes, states = Boxes.of(replace(grid, land=land), 70), torch.arange(1.0, 1 + replace(grid, land=land).dim)
+    assert torch.equal(boxes.together(boxes.windows(states)[..., boxes.inner]), states) and len(boxes.numbers) > 1
+    assert (boxes.targets < len(states)).sum() == len(states)
+    for groups in (1, 2, boxes.count[0], len(boxes.numbers)):
+        assert boxes.group(groups).unique().tolist() == list(range(groups)) and len(boxes.apart(min(groups, 2))) == min(groups, 2)
+
+
+def test_that_local_analyses_are_about_as_good_as_those_of_a_dense_covariance(monkeypatch):
+    layout = Layout((Field("h", (12, 12), ("y", "x"), "m"),), {k: Axis(tuple(np.arange(12.0)), "km", 12.0) for k in ("y", "x")})
+    draws, grid = stream(6), layout.grid
+    fields = torch.randn(2, 600, 12, 12, generator=draws).double()
+    b, e = sum(fields.roll(k, -1).roll(m, -2) for k in range(3) for m in range(3)).flatten(-2) / 3
+    source = TensorPairs(b, 0.7 * b + 0.7 * e, "plane", 600, layout_record(layout))
+    trained, stopping, _, tested = set_aside(source, ends=3)
+    unit, errors = (source.analysis - source.background).std(0), {}
+    tuned, test = (Cases.drawn(p.read(), Networks(), unit, [slice(0, 144)], stream(k), 5) for k, p in enumerate((stopping, tested)))
+    for kind, some in (("dense", {"SMALL": 2000}), ("local", {"LIMIT": 0, "WINDOW": 100})):
+        for name, value in some.items():
+            monkeypatch.setattr(linear, name, value)
+        ways = linear.fit_linear(trained, tuned, unit, grid)
+        errors[kind] = {k: float(linear._squares(test.analyses(w.analysis), test, unit).mean()) ** 0.5 for k, w in ways.items()}
+        assert all(isinstance(w.analysis.errors, LocalError) == (kind == "local") for w in ways.values())
+    assert all(errors["local"][name] < 1.02 * dense for name, dense in errors["dense"].items()) and len(errors["local"]) == 2
 
 
 def test_that_the_report_says_when_the_linear_analysis_is_kept(learned):
@@ -178,7 +254,13 @@ def test_that_the_report_says_when_the_linear_analysis_is_kept(learned):
     kept = replace(learned, prior=AwarePrior(prior.fields, prior.linear, attached, None, prior.training))
     assert "the linear analysis is kept" in learning_verdict(kept)
     page = learning_report(learned, "pairs").html()
-    assert page.count("<table") == 2 and "paired" in page and "Intervals of 90 %" in page
+    assert (
+        page.count("<table") == 3
+        and page.count("<figure") >= 3
+        and "longitude 0 to 45" in page
+        and "paired" in page
+        and "Intervals of 90 %" in page
+    )
 
 
 @pytest.mark.parametrize(
@@ -211,6 +293,7 @@ def test_that_errors_that_depend_on_the_state_are_learned():
     table = found.findings.trial.set_index("analysis")
     assert found.prior.learned and (table["behind by"] > 3 * table["± (paired)"])[["3D-Var", "regression + Kalman step"]].all()
     assert 0.85 < found.findings.coverage[0] < 0.95 and "better" in learning_verdict(found)
+    assert abs(4 * found.findings.ranks.reshape(4, 5).sum(1) - 1).max() < 0.3
 
 
 def test_that_settings_fit_states_of_every_size():
@@ -263,6 +346,21 @@ def test_that_an_analysis_comes_with_its_standard_deviation_and_draws(files, tmp
         assert np.isnan(spread[:, 4]).all() and (np.delete(spread, 4, 1) > 0).all() and np.nanmax(spread) < 3  # not in kelvins
         assert (spread[:, 1] < spread[:, 5]).all() and abs(a.t_analysis - t.t_background.values).max() < 5
     assert "Standard deviations" in (tmp_path / "a.html").read_text()
+
+
+def test_that_times_in_another_order_or_alone_have_the_same_analyses(files, tmp_path, forked):
+    orders = {"all": [0, 1, 2], "turned": [2, 0, 1], "one": [1]}
+    for name, order in orders.items():
+        for role in ("today", "seen"):
+            with xr.open_dataset(files / f"{role}.nc") as data:
+                data.isel(time=order).to_netcdf(tmp_path / f"{role}_{name}.nc")
+        words = ["--background", f"today_{name}.nc", "--observations", f"seen_{name}.nc", "--out", f"{name}.nc"]
+        answer = forked("assimilate", "--prior", files / "prior.safetensors", *words, folder=tmp_path)
+        assert answer.returncode == 0, answer.stderr
+    found = {name: xr.load_dataset(tmp_path / f"{name}.nc") for name in orders}
+    for name, order in orders.items():
+        for field in ("t_analysis", "t_analysis_std"):
+            assert np.allclose(found[name][field], found["all"][field].isel(time=order), rtol=1e-6, equal_nan=True)
 
 
 @pytest.mark.parametrize(

@@ -13,18 +13,17 @@ from torch import Tensor, nn
 from ..core.checks import Index, Mask, guard
 from ..core.grid import Grid
 from ..core.random import standard_normal
-from ..files.layout import Layout
+from ..files.layout import Layout, layout_from_record
 from ..flow_matching.field_prior import FieldPrior
 from ..flow_matching.prior import Estimate
 from ..flow_matching.store import PRIOR_KINDS, PriorFile, _variables
+from ..observing.covariance import DiagonalCovariance
 from ..observing.observations import Observations
-from ..observing.operators import Operator, Present
-from ..observing.update import DenseError, FactoredError, _few, kalman_update
-from .linear import LinearAnalysis, _errors_from, _errors_in
-from .validation import _Line
+from ..observing.update import DenseError, FactoredError, _few
+from .linear import LinearAnalysis, _errors_from, _errors_in, _line_from, _line_in, _plain, kalman_increment
+from .local import LocalError
 
 PRIOR_KINDS["AwarePrior"] = "pnpda_nb.aware_prior/"
-_LINE = ("given", "centre", "unit", "patterns", "wanted", "offset", "answers")
 _PLACES = ("relief", "activity")  # how mean and increments differ from place to place
 
 # %% auto #0
@@ -52,8 +51,9 @@ class AwarePrior(PriorFile):
     """A law of analyses given background and observations, @eq-aware: the `linear` analysis, and what the network of `fields` adds.
 
     `attached` are float64 tensors: the standard deviations of the `increment` `(dim,)`, 0 where it never changes; by what the
-    spread is multiplied, `calibration` `(dim,)`; whether the network is used, `learned` (1 or 0: the linear analysis is kept); and
-    what is known of the points themselves. `layout` and `training` as in a `FlowPrior`.
+    spread is multiplied where nothing is seen, `calibration`, and where something is, `calibration_seen`, both `(dim,)`; the
+    quantiles of standardised errors, `tails` `(field, quantile)`; whether the network is used, `learned` (1 or 0: the linear
+    analysis is kept); and what is known of the points themselves. `layout` and `training` as in a `FlowPrior`.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class AwarePrior(PriorFile):
     ):  # fmt: skip
         self.fields, self.linear, self.attached, self.layout = fields, linear, attached, layout
         self.training, self.dim, self.unit = training or {}, fields.dim, attached["increment"]
-        for name in ("increment", "calibration", *_PLACES):
+        for name in ("increment", "calibration", "calibration_seen", *_PLACES):
             if name in attached and attached[name].shape != (self.dim,):
                 raise ValueError(f"attached: expected {self.dim} numbers as {name!r}, got {tuple(attached[name].shape)}")
 
@@ -80,9 +80,7 @@ class AwarePrior(PriorFile):
 
     def contents(self) -> tuple[int, dict[str, Tensor], dict]:
         _, tensors, header = self.fields.contents()
-        line = {name: getattr(self.linear.line, name) for name in _LINE}
-        line |= {name: line[name].float() for name in ("patterns", "answers")}
-        tensors |= {f"line.{k}": v for k, v in line.items()}
+        tensors |= {f"line.{k}": v for k, v in _line_in(self.linear.line).items()}
         tensors |= {f"background_errors.{k}": v for k, v in _errors_in(self.linear.errors, self.unit).items()}
         tensors |= {f"attached.{k}": v for k, v in self.attached.items()}
         layout = {} if self.layout is None else {"layout": self.layout}
@@ -94,13 +92,15 @@ class AwarePrior(PriorFile):
             return {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
 
         attached, dim = named("attached."), header["architecture"]["dim"]
-        line = {k: v.double() if v.is_floating_point() else v for k, v in named("line.").items()}
-        errors = named("background_errors.")
-        linear = LinearAnalysis(_Line(**line), _errors_from(errors, attached["increment"]))
-        sizes = {dim, *(len(x) for x in errors.values()), *errors.get("matrix", torch.zeros(dim, dim)).shape}
-        if sizes != {dim} or line["answers"].shape != (line["patterns"].shape[1], len(line["wanted"])):
+        fields = FieldPrior.restored(version, tensors, header)
+        line, errors = (named(start) for start in ("line.", "background_errors."))
+        linear = LinearAnalysis(_line_from(line, fields.grid), _errors_from(errors, attached["increment"], fields.grid))
+        sizes = {dim, *(len(x) for k, x in errors.items() if k not in ("correlations", "boxes"))}
+        sizes |= {*errors.get("matrix", torch.zeros(dim, dim)).shape}
+        fits = "answers" not in line or line["answers"].shape == (line["patterns"].shape[1], len(line["wanted"]))
+        if sizes != {dim} or not fits:
             raise ValueError("linear: expected an analysis of states as large as the network's")
-        return cls(FieldPrior.restored(version, tensors, header), linear, attached, header.get("layout"), header["training"])
+        return cls(fields, linear, attached, header.get("layout"), header["training"])
 
 
 # %% ../../nbs/30_aware.ipynb #30answerfun
@@ -127,6 +127,35 @@ def _answer(prior: AwarePrior, look: _Look) -> tuple[Tensor, Tensor]:
     return torch.where(still, b, analysis), torch.where(still, 0.0, deviation)
 
 
+# %% ../../nbs/30_aware.ipynb #30calfun
+def calibration_of(prior: AwarePrior, seen: Mask) -> Tensor:
+    """By what spreads are to be multiplied, where something is `seen` `(..., dim)` and elsewhere."""
+    calibration = prior.attached.get("calibration", torch.ones_like(prior.unit))
+    return torch.where(seen, prior.attached.get("calibration_seen", calibration), calibration)
+
+
+LEVELS = torch.linspace(-2.5, 2.5, 21, dtype=torch.float64)  # of a standard normal number, for which quantiles are kept
+
+
+def field_of(prior: AwarePrior) -> Index:
+    """Of which field of the layout each number of a state is, `(dim,)`."""
+    found = torch.zeros(prior.dim, dtype=torch.long)
+    for number, part in enumerate([] if prior.layout is None else layout_from_record(prior.layout).parts().values()):
+        found[part] = number
+    return found
+
+
+def _bent(prior: AwarePrior, z: Tensor) -> Tensor:
+    """Standard normal numbers `(..., dim)` as standardised errors are: by quantiles, and linearly beyond them."""
+    if "tails" not in prior.attached:
+        return z
+    step = float(LEVELS[1] - LEVELS[0])
+    at = ((z - LEVELS[0]) / step).floor().clamp(0, len(LEVELS) - 2).long()
+    tails, field = prior.attached["tails"], field_of(prior)
+    low, high = tails[field, at], tails[field, at + 1]
+    return low + (high - low) * ((z - LEVELS[0]) / step - at)
+
+
 # %% ../../nbs/30_aware.ipynb #30seenfun
 def _seen(prior: AwarePrior, observations: Observations, background: Tensor) -> tuple[Tensor, Mask, Tensor]:
     """Values `(run, member, dim)`, and masks and standard deviations `(run, dim)`, of what is seen at each point. Raises
@@ -148,10 +177,6 @@ def _seen(prior: AwarePrior, observations: Observations, background: Tensor) -> 
     mask, known = total > 0, total.where(total > 0, 1.0)
     value = torch.where(mask.unsqueeze(-2), background + told / known.unsqueeze(-2), 0.0)
     return value, mask, torch.where(mask, known.rsqrt(), 0.0)
-
-
-def _plain(operator: Operator) -> Operator:
-    return operator.operator if isinstance(operator, Present) else operator
 
 
 def _at_points(prior: AwarePrior, place: Index, points: Index, weights: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,7 +202,7 @@ def _looked(prior: AwarePrior, background: Tensor, observations: Observations) -
     """What there is to see for states `(run, member, dim)`."""
     value, mask, error = _seen(prior, observations, background)
     mean = prior.linear.line(background)
-    increment = kalman_update(prior.linear.errors, mean, observations) - mean
+    increment = kalman_increment(prior.linear.errors, mean, observations)
     one = slice(0, 1 if bool((mask == mask[:1]).all() and (error == error[:1]).all()) else None)  # network for all
     spread = prior.linear.spread(mask[one], error[one]).unsqueeze(-2)
     return _Look(background, value, mask.unsqueeze(-2), error.unsqueeze(-2), mean, increment, spread)
@@ -196,8 +221,8 @@ def look_at(prior: AwarePrior, background: Tensor, observations: Observations) -
             analysis, deviation = (x.to(background) for x in _answer(prior, moved))
     else:
         analysis, deviation = look.mean + look.increment, look.spread.expand_as(background)
-    still, calibration = prior.unit == 0, prior.attached.get("calibration", torch.ones_like(prior.unit))
-    deviation = torch.where(still, 0.0, deviation * calibration)
+    still = prior.unit == 0
+    deviation = torch.where(still, 0.0, deviation * calibration_of(prior, look.mask))
     return Estimate(torch.where(still, background, analysis), FactoredError(None, deviation.square()))
 
 
@@ -208,18 +233,24 @@ def draw_around(
     """Draws `(count, run, member, dim)` around the analyses of an `estimate` from `look_at`."""
     mean, errors = estimate.mean, prior.linear.errors
     spread = prior.linear.spread(*_seen(prior, observations, mean)[1:]).unsqueeze(-2)
-    ratio = torch.where(spread > 0, estimate.residual.diagonal.sqrt() / spread.where(spread > 0, 1.0), 0.0)
-    operator, missing, drawn = _plain(observations.operator), observations.missing, []
-    for _ in range(count):
-        error = _drawn(errors, tuple(mean.shape), generator)
-        noise = standard_normal(tuple(observations.values.shape), generator) * observations.covariance.variances.sqrt()
-        noise = noise if missing is None else noise.masked_fill(missing, torch.nan)
-        drawn.append(mean + ratio * kalman_update(errors, error, replace(observations, values=noise, operator=operator)))
-    return torch.stack(drawn)
+    operator, missing, variances = _plain(observations.operator), observations.missing, observations.covariance.variances
+    drawn = []
+    for some in torch.arange(count).split(max(1, 4_000_000 // mean.numel())):
+        error, noise = [], []
+        for _ in some:
+            error.append(_drawn(errors, tuple(mean.shape), generator))
+            noise.append(standard_normal(tuple(observations.values.shape), generator) * variances.sqrt())
+            noise[-1] = noise[-1] if missing is None else noise[-1].masked_fill(missing, torch.nan)
+        R = DiagonalCovariance(variances.repeat(len(some), *[1] * (variances.ndim - 1)) if variances.ndim > 1 else variances)
+        states, seen = torch.cat(error), replace(observations, values=torch.cat(noise), operator=operator, covariance=R)
+        z = (states + kalman_increment(errors, states, seen)).unflatten(0, (len(some), -1))
+        z = torch.where(spread > 0, z / spread.where(spread > 0, 1.0), 0.0)
+        drawn.append(mean + estimate.residual.diagonal.sqrt() * _bent(prior, z))
+    return torch.cat(drawn) if drawn else mean.new_zeros(0, *mean.shape)
 
 
-def _drawn(errors: DenseError | FactoredError, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    if isinstance(errors, DenseError):
+def _drawn(errors: DenseError | FactoredError | LocalError, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    if not isinstance(errors, FactoredError):
         return errors.draw(shape[:-1], generator)
     low = standard_normal((*shape[:-1], errors.factor.shape[-1]), generator) @ errors.factor.T
     return low + errors.diagonal.sqrt() * standard_normal(shape, generator)

@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -28,13 +28,16 @@ from ..files.layout import Layout, layout_from_record
 from ..flow_matching.field_prior import FieldPrior
 from ..flow_matching.pairs import PairSource, _read, _RunningSample
 from ..flow_matching.store import _json
-from .aware import AwarePrior, _answer, _Look, geometry_of
+from ..observing.covariance import DiagonalCovariance
+from ..observing.observations import Observations
+from ..observing.operators import Select
+from .aware import LEVELS, AwarePrior, _answer, _Look, calibration_of, draw_around, geometry_of, look_at
 from .cases import Cases, Networks, _squares
 from .errors import Part, survey
 from .linear import LinearAnalysis, fit_linear
 from .pipeline import _check_seed, _held, set_aside
 from .validation import _left_out
-from ..twin.scores import standard_error
+from ..twin.scores import rank_fractions, standard_error
 
 # %% auto #0
 __all__ = ["AwareSettings", "learn_archive"]
@@ -66,17 +69,18 @@ SECONDS = 200.0  # of training, on one core of about 2025
 
 def aware_settings(grid: Grid | None, dim: int, pairs: int, epochs: int | None = None) -> AwareSettings:
     """Settings for an archive of `pairs` of states of size `dim`, on a `grid` or without a geometry. Without `epochs`, as many as
-    take a few minutes on one core.
+    take a few minutes on one core, or half an hour for a state of a hundred thousand numbers.
     """
     axes = 0 if grid is None else len(grid.shape)
-    width = max(16, min(128, 2_000_000 // dim)) if grid is None else (64, 48)[axes - 1]
+    width = max(16, min(128, 2_000_000 // dim)) if grid is None else (64, 48 if dim < 20_000 else 32)[axes - 1]
     weights = 9 * dim * width if grid is None else 6 * width**2 * (5, 9)[axes - 1] * math.prod(grid.shape)
     one = 6 * weights / 3e10  # seconds for a pair
     batch = max(1, min((128, 128, 16)[axes], pairs // 8, round(2 / one)))
     each = 1 if dim <= 200 else min(4, batch)
-    seconds = 0.02 + one * batch + batch / each * (dim / 1152) ** 2 * 0.03  # for a step; the last are of linear analyses
-    steps = max(1, min(100, pairs // batch, round(SECONDS / 5 / seconds)))
-    every = max(3, min(150, round(SECONDS / (seconds * steps))))
+    linear = 0.03 * (dim / 1152) ** 2 if grid is None or dim < 500 else 1.2e-5 * dim  # seconds for a network
+    seconds, whole = 0.02 + one * batch + linear * batch / each, SECONDS * max(1.0, min(9.0, dim / 10_000))
+    steps = max(1, min(100, pairs // batch, round(whole / 5 / seconds)))
+    every = max(3, min(150, round(whole / (seconds * steps))))
     rate = 4e-3 if grid is None else 2e-3
     sizes: dict[str, Any] = {"steps": steps, "batch": batch, "each": each, "width": width, "learning_rate": rate}
     return AwareSettings(epochs=every if epochs is None else epochs, **sizes)
@@ -213,8 +217,9 @@ class _Learning:
 
 def _shown(prior: AwarePrior, cases: Cases, device: torch.device, mean: Tensor | None = None) -> tuple[Tensor, _Look]:
     """The analyses of some cases, and what there is to see, on the `device`; the line's `mean` may be known."""
-    mean, increment = cases.linear(prior.linear, mean)
-    spread = prior.linear.spread(cases.mask, cases.error)
+    mean = prior.linear.line(cases.background) if mean is None else mean
+    left = torch.where(cases.mask.unsqueeze(1), cases.value - mean, 0.0)
+    increment, spread = prior.linear.step(left, cases.mask, cases.error)
     beside = (x.unsqueeze(1).to(device) for x in (cases.mask, cases.error, spread))
     mask, error, spread = beside
     target, b, value, mean, increment = (x.to(device) for x in (cases.analysis, cases.background, cases.value, mean, increment))
@@ -247,14 +252,18 @@ class Findings:
     """What is found about an `AwarePrior` on pairs that it has not seen. `trial`: errors of analyses (root mean squares in standard
     deviations of the increments), and by how much they are larger than the prior's, with paired standard errors; `fields`: for each
     field the error, the spread, their ratio, and the share of analyses in intervals of 90 %; all of these in `coverage`; the number
-    of `pairs`, and `notes` on what is left out.
+    of `pairs`, and `notes` on what is left out. `regions`: the same for parts of a grid; `ranks`: how often the archive's analyses
+    have each rank among draws; `maps`: root mean squares of increments, errors and spreads, `(3, dim)`.
     """
 
     trial: pd.DataFrame
     fields: pd.DataFrame
     coverage: tuple[float, float]
     pairs: int
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...]
+    regions: pd.DataFrame
+    ranks: np.ndarray
+    maps: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,12 +276,19 @@ class Learned:
 
 
 # %% ../../nbs/94_priors.ipynb #30judgefun
-def _judged(prior: AwarePrior, cases: Cases, rivals: dict[str, LinearAnalysis]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Squared errors of each analysis in each case, the prior's as "look"; errors and spreads `(case, dim)` of the prior's kept
-    one.
-    """
+class _Kept(NamedTuple):
+    """Of analyses the errors, spreads, increments, and where something was seen, all `(case, dim)`."""
+
+    errors: Tensor
+    spreads: Tensor
+    increments: Tensor
+    seen: Mask
+
+
+def _judged(prior: AwarePrior, cases: Cases, rivals: dict[str, LinearAnalysis]) -> tuple[dict[str, Tensor], _Kept]:
+    """Squared errors of each analysis in each case, the prior's as "look"; and what is known of the prior's kept one."""
     squares: dict[str, list[Tensor]] = {}
-    errors, spreads = [], []
+    rows: list[tuple[Tensor, ...]] = []
     with torch.no_grad():
         for some in cases.split(max(1, 300_000 // (prior.dim * cases.analysis.shape[1]))):
             target, look = _shown(prior, some, torch.device("cpu"))
@@ -281,9 +297,9 @@ def _judged(prior: AwarePrior, cases: Cases, rivals: dict[str, LinearAnalysis]) 
             for name, x in means.items():
                 squares.setdefault(name, []).append(_squares(x, some, prior.unit))
             kept = (looked, spread) if prior.learned else (look.mean + look.increment, look.spread.expand_as(target))
-            errors.append((kept[0] - target).flatten(0, 1))
-            spreads.append(kept[1].flatten(0, 1))
-    return {name: torch.cat(x) for name, x in squares.items()}, torch.cat(errors), torch.cat(spreads)
+            seen = look.mask.expand_as(target)
+            rows.append(tuple(x.flatten(0, 1) for x in (kept[0] - target, kept[1], kept[0] - some.background, seen)))
+    return {name: torch.cat(x) for name, x in squares.items()}, _Kept(*(torch.cat(x) for x in zip(*rows)))
 
 
 def _lead(other: Tensor, ours: Tensor) -> tuple[float, float]:
@@ -295,25 +311,35 @@ def _lead(other: Tensor, ours: Tensor) -> tuple[float, float]:
 # %% ../../nbs/94_priors.ipynb #30choosefun
 def _calibrated(prior: AwarePrior, cases: Cases, best: LinearAnalysis, layout: Layout) -> AwarePrior:
     """The same prior, which knows whether its network is worth having, and by what its spreads are too small."""
-    squares, *_ = _judged(prior, cases, {"linear": best})
+    squares, _ = _judged(prior, cases, {"linear": best})
     lead, bar = _lead(squares["linear"], squares["look"])
     attached = prior.attached | {"learned": torch.tensor(float(lead > 2 * bar), dtype=torch.float64)}
     prior = AwarePrior(prior.fields, prior.linear, attached, prior.layout, prior.training)
-    _, errors, spreads = _judged(prior, cases, {})
-    calibration, moves = torch.ones_like(prior.unit), prior.unit > 0
-    for part in layout.parts().values():
+    kept, moves = _judged(prior, cases, {})[1], prior.unit > 0
+    calibration, seen_too, tails = torch.ones_like(prior.unit), torch.ones_like(prior.unit), LEVELS.repeat(len(layout.fields), 1)
+    for number, part in enumerate(layout.parts().values()):
         own = torch.zeros_like(moves)
         own[part] = moves[part]
-        if own.any():
-            calibration[own] = (errors[:, own] / spreads[:, own]).square().mean().sqrt().clamp(0.1, 10.0)
-    prior.attached["calibration"] = calibration
+        if not own.any():
+            continue
+        ratio, seen = kept.errors[:, own] / kept.spreads[:, own], kept.seen[:, own]
+        for made, there in ((calibration, ~seen), (seen_too, seen)):
+            some = ratio[there] if int(there.sum()) >= 100 else ratio
+            made[own] = some.square().mean().sqrt().clamp(0.1, 10.0)
+        tails[number] = _quantiles((ratio / torch.where(seen, seen_too[own], calibration[own])).flatten())
+    prior.attached |= {"calibration": calibration, "calibration_seen": seen_too, "tails": tails}
     return prior
 
 
-def _found(prior: AwarePrior, cases: Cases, rivals: dict[str, LinearAnalysis], layout: Layout) -> Findings:
+def _quantiles(z: Tensor) -> Tensor:
+    """The quantiles of standardised errors at `LEVELS`; those of the normal law if there are too few of them."""
+    return LEVELS.clone() if len(z) < 200 else torch.from_numpy(np.quantile(z.numpy(), torch.special.ndtr(LEVELS).numpy()))
+
+
+def _found(prior: AwarePrior, cases: Cases, rivals: dict[str, LinearAnalysis], layout: Layout, seed: int) -> Findings:
     """The verdict's numbers."""
-    squares, errors, spreads = _judged(prior, cases, rivals)
-    spreads, moves = spreads * prior.attached["calibration"], prior.unit > 0
+    squares, kept = _judged(prior, cases, rivals)
+    errors, spreads, moves = kept.errors, kept.spreads * calibration_of(prior, kept.seen), prior.unit > 0
     linear = next(name for name, by in rivals.items() if by is prior.linear)
     ours, rows = squares["look" if prior.learned else linear], []
     for name, x in (squares | {"look": ours}).items():
@@ -322,17 +348,54 @@ def _found(prior: AwarePrior, cases: Cases, rivals: dict[str, LinearAnalysis], l
         error, bar = float(x.mean()) ** 0.5, standard_error(x) / 2 / max(float(x.mean()) ** 0.5, 1e-300)
         rows.append((called if name == "look" else name, error, bar, *lead, len(x)))
     trial = pd.DataFrame(rows, columns=["analysis", "error", "±", "behind by", "± (paired)", "pairs"])
-    inside, rows = (errors.abs() < 1.6449 * spreads).double(), []
+    inside = (errors.abs() < 1.6449 * spreads).double()
+
+    def row(own: Mask, names: dict[str, str], unit: Tensor | float = 1.0) -> dict[str, Any]:
+        error, spread = (float((x / unit)[:, own].square().mean()) ** 0.5 for x in (errors, spreads))
+        found = names | {"error": error, "spread": spread}
+        return found | {"spread / error": spread / error if error else math.nan, "in 90 %": float(inside[:, own].mean())}
+
+    rows, regions = [], []
     for spec in layout.fields:
         own = torch.zeros_like(moves)
         own[layout.parts()[spec.name]] = moves[layout.parts()[spec.name]]
         if own.any():
-            error, spread = (float(x[:, own].square().mean()) ** 0.5 for x in (errors, spreads))
-            row = {"field": spec.title, "units": spec.units or "1", "error": error, "spread": spread}
-            rows.append(row | {"spread / error": spread / error if error else math.nan, "in 90 %": float(inside[:, own].mean())})
+            rows.append(row(own, {"field": spec.title, "units": spec.units or "1"}))
+    for name, band in _bands(prior.fields.grid, layout):
+        if (band & moves).any():
+            regions.append(row(band & moves, {"region": name}, prior.unit.where(moves, 1.0)))
+    maps = torch.stack([x.square().mean(0).sqrt() for x in (kept.increments, errors, spreads)])
     share = inside[:, moves].mean(-1)
     notes = _left_out(prior.unit, moves, layout)
-    return Findings(trial, pd.DataFrame(rows), (float(share.mean()), standard_error(share)), len(share), notes)
+    coverage = float(share.mean()), standard_error(share)
+    ranks = _ranks(prior, cases, stream(seed, "ranks"))
+    return Findings(trial, pd.DataFrame(rows), coverage, len(share), notes, pd.DataFrame(regions), ranks, maps)
+
+
+def _bands(grid: Grid | None, layout: Layout) -> Iterator[tuple[str, Mask]]:
+    """Up to six parts of a grid along its first axis."""
+    if grid is None:
+        return
+    name, along = layout.fields[0].dims[-len(grid.shape)], grid.positions[:, 0]
+    edges = np.unique(grid.places.flatten(0, -2)[:, 0].numpy())
+    for some in np.array_split(edges, min(6, len(edges))):
+        yield f"{name} {some[0]:g} to {some[-1]:g}", (along >= some[0]) & (along <= some[-1])
+
+
+DRAWS = 19  # so that 90 % of the ranks are a whole number of them
+
+
+def _ranks(prior: AwarePrior, cases: Cases, generator: torch.Generator) -> np.ndarray:
+    """How often the archive's analyses have each rank among draws around those of up to a hundred cases, `(DRAWS + 1,)`."""
+    below, moves = [], prior.unit > 0
+    for some in list(cases.split(1))[:: max(1, len(cases.mask) // 100)]:
+        sites = some.mask[0].nonzero()[:, 0]
+        R = DiagonalCovariance(some.error[0, sites].square())
+        seen = Observations(some.value[0][:, sites], Select(tuple(sites.tolist()), prior.dim), R)
+        estimate = look_at(prior, some.background[0].unsqueeze(1), seen)
+        drawn = draw_around(prior, estimate, seen, DRAWS, generator)
+        below.append((drawn[:, :, 0] < some.analysis[0]).sum(0)[:, moves].flatten())
+    return rank_fractions(torch.cat(below), DRAWS)
 
 
 # %% ../../nbs/94_priors.ipynb #30learnfun
@@ -392,7 +455,7 @@ def learn_archive(
     record |= {"validation_loss": training.best_score, "settings": dataclasses.asdict(settings)}
     prior.training = record | {"networks": {name: list(x) for name, x in dataclasses.asdict(networks).items()}}
     prior = _calibrated(prior, cases(chosen, "choice", 600), best, layout)
-    findings = _found(prior, cases(tested, "verdict", 600), rivals, layout)
+    findings = _found(prior, cases(tested, "verdict", 600), rivals, layout, seed)
     return Learned(prior, pd.DataFrame(training.history), findings)
 
 

@@ -6,10 +6,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,13 +17,15 @@ from ..core.checks import Mask, guard
 from ..core.grid import Grid, _taper
 from ..observing.covariance import DiagonalCovariance
 from ..observing.observations import Observations
-from ..observing.operators import Select
-from ..observing.update import DenseError, FactoredError, _gridded, kalman_update
+from ..observing.operators import Operator, Present, Select
+from ..observing.update import DenseError, FactoredError, _few, _gridded, kalman_update
 from .cases import Cases, _squares
 from .errors import Fixed, Part
+from .local import WINDOW, Boxes, Left, LocalError, LocalFit, LocalLine
 from .validation import _Line, regression
 from ..pnp.errors import residual_covariance
 
+SMALL = 100  # numbers of a state that is not looked at by windows
 LIMIT = 2000  # numbers of a state of which all covariances are kept
 
 # %% auto #0
@@ -38,20 +39,35 @@ class LinearAnalysis:
     Kalman step with the covariance `errors` of what that leaves open brings the observations in.
     """
 
-    line: _Line
-    errors: DenseError | FactoredError
+    line: _Line | LocalLine
+    errors: DenseError | FactoredError | LocalError
 
     @property
     def variance(self) -> Tensor:
         """The variances `(dim,)` of what the line leaves open."""
         if isinstance(self.errors, DenseError):
             return self.errors.matrix.diagonal()
+        if isinstance(self.errors, LocalError):
+            return self.errors.deviation.square()
         return self.errors.factor.square().sum(-1) + self.errors.diagonal
 
-    def increments(self, left: Tensor, mask: Mask, error: Tensor) -> Tensor:
+    def step(self, left: Tensor, mask: Mask, error: Tensor) -> tuple[Tensor, Tensor]:
         """What the Kalman step adds to means `(network, case, dim)`, from what was seen minus them, `left`, by networks with a
-        `mask` and standard deviations of `error` `(network, dim)`.
+        `mask` and standard deviations of `error` `(network, dim)`; and the standard deviations σ_ℓ of the errors of analyses,
+        `(network, dim)`.
         """
+        if not isinstance(self.errors, LocalError):
+            return self.increments(left, mask, error), self.spread(mask, error)
+        found = []
+        for v, m, e in zip(left, mask, error):
+            sites = m.nonzero()
+            found.append(self.errors.step(sites, e.new_ones(sites.shape), v[:, sites[:, 0]], e[sites[:, 0]].square()))
+        return tuple(torch.stack(x) for x in zip(*found))
+
+    def increments(self, left: Tensor, mask: Mask, error: Tensor) -> Tensor:
+        """The first of the two alone."""
+        if isinstance(self.errors, LocalError):
+            return self.step(left, mask, error)[0]
         if isinstance(self.errors, DenseError):
             some = zip(*(x.split(max(1, 4_000_000 // left.shape[-1] ** 2)) for x in (left, mask, error)))
             return torch.cat([_gridded(self.errors, torch.zeros_like(v), v, m, e) for v, m, e in some])
@@ -63,7 +79,9 @@ class LinearAnalysis:
         return torch.stack(found)
 
     def spread(self, mask: Mask, error: Tensor) -> Tensor:
-        """The standard deviations σ_ℓ of the errors of analyses, `(network, dim)`, for networks as in `increments`."""
+        """The second one alone."""
+        if isinstance(self.errors, LocalError):
+            return self.step(error.new_zeros(len(mask), 0, mask.shape[-1]), mask, error)[1]
         if isinstance(self.errors, FactoredError):
             return torch.stack([_factored_spread(self.errors, m, e) for m, e in zip(mask, error)])
         variance = self.variance
@@ -74,6 +92,27 @@ class LinearAnalysis:
         for m, r in zip(*(x.split(together) for x in (mask, ratio))):
             found.append(_spread(correlations, m, r).double())
         return torch.cat(found) * unit
+
+
+# %% ../../nbs/30_aware.ipynb #30linseen
+def kalman_increment(errors: DenseError | FactoredError | LocalError, states: Tensor, observations: Observations) -> Tensor:
+    """What a Kalman step adds to `states` `(run, member, dim)`."""
+    if not isinstance(errors, LocalError):
+        return kalman_update(errors, states, observations) - states
+    few = _few(_plain(observations.operator), states)
+    there = torch.ones(1, 1).bool() if observations.missing is None else ~observations.missing
+    there, variance = (torch.atleast_2d(x).expand(len(states), len(few[0])) for x in (there, observations.covariance.variances))
+    innovation = observations.innovation(states)
+    if bool((there == there[:1]).all() and (variance == variance[:1]).all()):  # one network for all
+        some = there[0]
+        told = innovation[..., some].flatten(0, 1)
+        return errors.step(few[0][some], few[1][some], told, variance[0, some])[0].reshape(states.shape)
+    found = [errors.step(few[0][m], few[1][m], d[:, m], v[m])[0] for m, d, v in zip(there, innovation, variance)]
+    return torch.stack(found)
+
+
+def _plain(operator: Operator) -> Operator:
+    return operator.operator if isinstance(operator, Present) else operator
 
 
 # %% ../../nbs/30_aware.ipynb #30spreadfun
@@ -105,7 +144,7 @@ class Fitted(NamedTuple):
 
     analysis: LinearAnalysis
     error: float
-    halves: tuple[_Line, _Line]
+    halves: tuple[_Line | LocalLine, _Line | LocalLine]
 
 
 def fit_linear(trained: Part, tuned: Cases, unit: Tensor, grid: Grid | None, memory: int = 256_000_000) -> dict[str, Fitted]:
@@ -113,6 +152,10 @@ def fit_linear(trained: Part, tuned: Cases, unit: Tensor, grid: Grid | None, mem
     covariances are best in the cases `tuned` with. The second one is missing if there are too few pairs. `unit` `(dim,)` are the
     standard deviations of the increments, 0 where they never change.
     """
+    small = grid is None or trained.dim <= min(LIMIT, SMALL)
+    local = {} if small else _fit_local(trained, tuned, unit, grid, memory)
+    if local and trained.dim > LIMIT:
+        return local
     most = min(trained.count, max(30, memory // (64 * trained.dim)))
     b, a = trained.read(trained.count - most)
     a = torch.where(unit > 0, a, b)
@@ -129,7 +172,23 @@ def fit_linear(trained: Part, tuned: Cases, unit: Tensor, grid: Grid | None, mem
         ways["regression + Kalman step"] = line, torch.where(unit > 0, left, 0.0), (early, late)
     except ValueError:  # too few pairs, and the report says so
         pass
-    return {name: Fitted(*_tuned(line, left, tuned, unit, grid), halves) for name, (line, left, halves) in ways.items()}
+    found = {name: Fitted(*_tuned(line, left, tuned, unit, grid), halves) for name, (line, left, halves) in ways.items()}
+    return found | {name: way for name, way in local.items() if name not in found or way.error < found[name].error}
+
+
+def _fit_local(trained: Part, tuned: Cases, unit: Tensor, grid: Grid, memory: int) -> dict[str, Fitted]:
+    """The same by windows; none where a grid is but one, or the memory too small for them."""
+    boxes = Boxes.of(grid, min(WINDOW, trained.dim // 2))
+    if len(boxes.numbers) == 1 or memory < 40 * boxes.numbers.shape[1] ** 2:
+        return {}
+    fit = LocalFit(trained, unit, boxes, memory)
+    bias, left = fit.standing()
+    standing = _standing(bias)
+    ways = {"3D-Var": (standing, left, (standing, standing))}
+    if trained.count >= 30:
+        line, halves, left = fit.regression()
+        ways["regression + Kalman step"] = line, left, halves
+    return {name: Fitted(*_tuned_local(line, left, tuned, unit, fit.groups), halves) for name, (line, left, halves) in ways.items()}
 
 
 def _rows(part: Part, first: int, last: int) -> Part:
@@ -149,25 +208,62 @@ SCALES = (0.5, 0.7, 1.4, 2.0)  # of variances
 def _tuned(line: _Line, left: Tensor, cases: Cases, unit: Tensor, grid: Grid | None) -> tuple[LinearAnalysis, float]:
     """The analysis by `line` whose covariance, from what that has `left` of pairs `(sample, dim)`, is best in the `cases`."""
 
-    def tried(errors: DenseError | FactoredError) -> tuple[LinearAnalysis, float]:
-        linear = _rounded(LinearAnalysis(line, errors), unit)
-        return linear, float(torch.cat([_squares(some.analyses(linear), some, unit) for some in cases.split(8)]).mean())
-
+    tried = _Tried(line, cases, unit)
     dim = left.shape[-1]
     if dim > LIMIT:
         rank, nothing = max(1, min(128, dim, len(left) // 5)), torch.zeros_like(left)
         B = residual_covariance(Fixed(dim), nothing, left, (0.0,), torch.Generator(), rank=rank).errors[0]
-        found = [tried(FactoredError(s**0.5 * B.factor, s * B.diagonal)) for s in (1.0, *SCALES)]
-        return min(found, key=lambda pair: pair[1])
+        tried.best_of(FactoredError(s**0.5 * B.factor, s * B.diagonal) for s in (1.0, *SCALES))
+        return tried.best
     sample = left.T @ left / len(left)
     floor = torch.diag(1e-6 * sample.diagonal())
-    best, matrix = None, sample
-    for taper in _tapers(dim, grid):  # one after the other: they are large
-        tapered = sample * taper + floor
-        found = tried(DenseError(tapered))
-        if best is None or found[1] < best[1]:
-            best, matrix = found, tapered
-    return min(chain([best], (tried(DenseError(s * matrix)) for s in SCALES)), key=lambda pair: pair[1])
+    tried.best_of(DenseError(sample * taper + floor) for taper in _tapers(dim, grid))  # one after the other: they are large
+    matrix = tried.errors.matrix
+    tried.best_of(DenseError(s * matrix) for s in SCALES)
+    return tried.best
+
+
+def _tuned_local(
+    line: _Line | LocalLine, left: Left, cases: Cases, unit: Tensor, groups: Sequence[int]
+) -> tuple[LinearAnalysis, float]:
+    """The same with correlations within windows: means over some boxes, tapered, and of some size."""
+    tried = _Tried(line, cases, unit)
+    own = groups[-1] == len(left.boxes.numbers)
+    options = [(count, share) for count in groups for share in ((0.0, 0.5) if own and count < groups[-1] else (0.0,))]
+    best = tried.best_of((left.errors(count, own=share) for count, share in options))
+    count, share = options[best]
+    grid = left.boxes.grid
+    step = min(grid.spacing) * (1.0 if grid.radius is None else math.radians(grid.radius))
+    for points in (16, 8, 4, 2, 1):
+        try:
+            tried.best_of([left.errors(count, points * step, share)])
+        except ValueError:  # it is no correlation there
+            continue
+    errors = tried.errors
+    tried.best_of(replace(errors, deviation=s**0.5 * errors.deviation) for s in SCALES)
+    return tried.best
+
+
+class _Tried:
+    """The covariance that is best in the `cases` with a `line`, of those that were tried: `errors`, and the analysis and its mean
+    squared error, `best`, as a file will keep it.
+    """
+
+    def __init__(self, line: _Line | LocalLine, cases: Cases, unit: Tensor):
+        self.line, self.cases, self.unit = line, cases, unit
+        self.errors: Any = None
+        self.best: Any = None
+
+    def best_of(self, some: Iterable[DenseError | FactoredError | LocalError]) -> int:
+        """Try some more; which of them is the best, 0 if none."""
+        best = 0
+        for number, errors in enumerate(some):
+            linear = _rounded(LinearAnalysis(self.line, errors), self.unit)
+            squares = torch.cat([_squares(few.analyses(linear), few, self.unit) for few in self.cases.split(8)])
+            error = float(squares.mean())
+            if self.best is None or error < self.best[1]:
+                self.errors, self.best, best = errors, (linear, error), number
+        return best
 
 
 def _tapers(dim: int, grid: Grid | None) -> Iterator[Tensor]:
@@ -185,24 +281,57 @@ def _tapers(dim: int, grid: Grid | None) -> Iterator[Tensor]:
 
 def _rounded(linear: LinearAnalysis, unit: Tensor) -> LinearAnalysis:
     """As a file keeps it: in single precision, covariances in units of the increments."""
-    line = linear.line
-    line = replace(line, patterns=line.patterns.float().double(), answers=line.answers.float().double())
-    return LinearAnalysis(line, _errors_from(_errors_in(linear.errors, unit), unit))
+    line, errors = linear.line, linear.errors
+    if isinstance(line, _Line):
+        line = replace(line, patterns=line.patterns.float().double(), answers=line.answers.float().double())
+    if not isinstance(errors, LocalError):
+        errors = _errors_from(_errors_in(errors, unit), unit, None)
+    return LinearAnalysis(line, errors)
 
 
-def _errors_in(errors: DenseError | FactoredError, unit: Tensor) -> dict[str, Tensor]:
+def _errors_in(errors: DenseError | FactoredError | LocalError, unit: Tensor) -> dict[str, Tensor]:
     """What a file keeps of a covariance."""
     of = unit.where(unit > 0, 1.0)
+    if isinstance(errors, LocalError):
+        return {"deviation": errors.deviation, "correlations": errors.correlations, "boxes": _cut(errors.boxes)}
     if isinstance(errors, DenseError):
         return {"matrix": (errors.matrix / of / of[:, None]).float()}
     return {"factor": (errors.factor / of[:, None]).float(), "diagonal": (errors.diagonal / of.square()).float()}
 
 
-def _errors_from(kept: dict[str, Tensor], unit: Tensor) -> DenseError | FactoredError:
+def _errors_from(kept: dict[str, Tensor], unit: Tensor, grid: Grid | None) -> DenseError | FactoredError | LocalError:
     of = unit.where(unit > 0, 1.0)
+    if "correlations" in kept:
+        return LocalError(_boxes(kept["boxes"], grid), kept["deviation"], kept["correlations"])
     if "matrix" in kept:
         return DenseError(kept["matrix"].double() * of * of[:, None])
     return FactoredError(kept["factor"].double() * of[:, None], kept["diagonal"].double() * of.square())
+
+
+_LINE = ("given", "centre", "unit", "patterns", "wanted", "offset", "answers")
+_LOCAL_LINE = ("centre", "unit", "offset", "size", "coefficients")
+
+
+def _line_in(line: _Line | LocalLine) -> dict[str, Tensor]:
+    """What a file keeps of a line."""
+    if isinstance(line, LocalLine):
+        return {name: getattr(line, name) for name in _LOCAL_LINE} | {"boxes": _cut(line.boxes)}
+    kept = {name: getattr(line, name) for name in _LINE}
+    return kept | {name: kept[name].float() for name in ("patterns", "answers")}
+
+
+def _line_from(kept: dict[str, Tensor], grid: Grid | None) -> _Line | LocalLine:
+    if "coefficients" in kept:
+        return LocalLine(_boxes(kept["boxes"], grid), *(kept[name] for name in _LOCAL_LINE))
+    return _Line(**{k: v.double() if v.is_floating_point() else v for k, v in kept.items()})
+
+
+def _cut(boxes: Boxes) -> Tensor:
+    return torch.tensor([boxes.count, boxes.side])
+
+
+def _boxes(cut: Tensor, grid: Grid) -> Boxes:
+    return Boxes(grid, *map(tuple, cut.tolist()))
 
 
 # %% ../../nbs/30_aware.ipynb #30linguard

@@ -20,6 +20,7 @@ from ..flow_matching.flow import FlowPrior
 from ..observing.update import ErrorCovariance
 from .aware import AwarePrior
 from .errors import DRAWS, _named, attached_errors
+from .local import LocalError
 
 _TOGETHER = 500  # observations that are compared with one another
 
@@ -67,7 +68,7 @@ def likely(S: Tensor, d: Tensor, there: Mask, reject: float) -> tuple[Mask, Tens
 
 
 # %% ../../nbs/30_aware.ipynb #30expect
-def _expected(prior: AwarePrior | FlowPrior, values: Tensor, seed: int) -> tuple[Tensor, ErrorCovariance] | None:
+def _expected(prior: AwarePrior | FlowPrior, values: Tensor, seed: int) -> tuple[Tensor, ErrorCovariance | LocalError] | None:
     """What a prior expects of the analyses of states `(run, member, dim)`, and the covariance of what it leaves open, if it is
     known: by its linear analysis if it sees observations, else by its mean at the pseudo-time 0.
     """
@@ -85,7 +86,7 @@ def _expected(prior: AwarePrior | FlowPrior, values: Tensor, seed: int) -> tuple
 
 
 # %% ../../nbs/30_aware.ipynb #30covar
-def _covariance(errors: ErrorCovariance, points: np.ndarray, weights: np.ndarray) -> Tensor:
+def _covariance(errors: ErrorCovariance | LocalError, points: np.ndarray, weights: np.ndarray) -> Tensor:
     """H B Hᵀ `(size, size)` for observations of `points` with `weights`, both `(size, k)`."""
     used = weights != 0
     some, column = np.unique(points[used], return_inverse=True)

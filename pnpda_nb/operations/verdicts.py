@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import copy
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -21,7 +23,7 @@ from ..files.stations import StationObservations
 from .aware import AwarePrior, draw_around, look_at
 from .learning import Learned
 from .pipeline import _check_finite, _check_fit, _check_seed
-from .report import Report, draw_training
+from .report import Report, draw_ranks, draw_training
 
 # %% auto #0
 __all__ = ["analyse_states"]
@@ -96,6 +98,17 @@ def learning_report(learned: Learned, name: str) -> Report:
         "By field, in its units: root mean squares of the errors of analyses and of the standard deviations that they come with, "
         "the ratio of the latter to the former (1 is right), and the share of the archive's analyses in intervals of 90 %.",
     )
+    if len(findings.regions):
+        report.table(findings.regions, "The same by region, all fields together, in standard deviations of the increments.")
+    report.figure(
+        draw_ranks(findings.ranks),
+        "Ranks of the archive's analyses among draws of the prior. Flat is right; a hollow would mean too small a spread.",
+    )
+    report.heading("What did it do?")
+    report.figure(
+        draw_maps(learned),
+        "Root mean squares over the cases: increments of the analyses, their errors, and the standard deviations they come with.",
+    )
     report.heading("Training")
     report.figure(
         draw_training(history),
@@ -103,6 +116,32 @@ def learning_report(learned: Learned, name: str) -> Report:
         f"{len(history)} epochs. The weights kept are those of epoch {record['best_epoch']}; 0 is the linear analysis.",
     )
     return report
+
+
+# %% ../../nbs/94_priors.ipynb #30mapsfun
+def draw_maps(learned: Learned, most: int = 4) -> Figure:
+    """Sizes of increments, errors and spreads: maps on a grid of two axes, else along the state; of the first few channels."""
+    grid, maps = learned.prior.fields.grid, learned.findings.maps
+    names = "increments", "errors", "standard deviations"
+    if grid is None or len(grid.shape) == 1:
+        figure, ax = plt.subplots(figsize=(7, 2.6), layout="constrained")
+        for name, x, dash in zip(names, maps / learned.prior.unit.where(learned.prior.unit > 0, 1.0), ("-", "--", ":")):
+            ax.plot(x, dash, label=name)
+        ax.set(xlabel="number of the state", ylabel="standard deviations\nof the increments", ylim=(0, None))
+        ax.legend(frameon=False)
+        return figure
+    fields = grid.unflatten(maps)[:, :most]
+    figure, axes = plt.subplots(
+        fields.shape[1], 3, figsize=(9, 2.2 * fields.shape[1]), squeeze=False, sharex=True, sharey=True, layout="constrained"
+    )
+    x, y = grid.places[0, :, 1], grid.places[:, 0, 0]
+    for row, some, channel in zip(axes, fields.movedim(1, 0), grid.channels):
+        top = float(some.nan_to_num().max())
+        for ax, field, name in zip(row, some, names):
+            drawn = ax.pcolormesh(x, y, field, vmin=0, vmax=top, shading="nearest", cmap="cividis")
+            ax.set_title(f"{name}, channel {channel}", fontsize="small")
+        figure.colorbar(drawn, ax=row)
+    return figure
 
 
 # %% ../../nbs/94_priors.ipynb #30analysefun
