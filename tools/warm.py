@@ -1,6 +1,10 @@
 """What a process does once, before chapters or commands are forked from it, that each of them would otherwise do again."""
 
-from numba import njit
+import sys
+
+at_once = {"numba", "dapper"} & {*sys.modules}  # which should wait until they are needed: so this is the last of the libraries
+
+from numba import njit  # noqa: E402
 
 
 @njit
