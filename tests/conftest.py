@@ -13,6 +13,9 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+ROOT = Path(__file__).parent.parent
+compile_dir(ROOT / "pnpda_nb", quiet=1)  # once, and not by every process where Python is told to keep no bytecode
+
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
@@ -20,7 +23,6 @@ from hypothesis import settings  # noqa: E402
 from pnpda_nb.core import stream  # noqa: E402
 from pnpda_nb.flow_matching import FlowPrior, VelocityMLP  # noqa: E402
 
-ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 import chapters as loop  # noqa: E402
 import commands  # noqa: E402
@@ -64,7 +66,6 @@ def executions(request):
     if not names:
         yield {}, None
         return
-    compile_dir(ROOT / "pnpda_nb", quiet=1)  # once, and not by every chapter where Python is told to keep no bytecode
     done = {name: Future() for name in names}
 
     def take():

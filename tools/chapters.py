@@ -23,6 +23,7 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import chdir
+from importlib import import_module
 from multiprocessing import get_context
 from multiprocessing.forkserver import ensure_running
 from pathlib import Path
@@ -110,7 +111,7 @@ def _plain_metadata(path: Path) -> None:
 
 
 def warm_context():
-    """For processes that are forked from one that knows the libraries and nothing of the book."""
+    """For processes that are forked from one that knows the libraries and the package, and has done nothing with them."""
     os.environ.update(OMP_NUM_THREADS="1", PYTHONHASHSEED="0")  # before the libraries are imported
     context = get_context("forkserver")
     context.set_forkserver_preload(LIBRARIES)
@@ -151,9 +152,7 @@ def execute(name: str, keep: bool = True) -> tuple[str, float, str]:
         if not skip(cell):
             cell.outputs = []
     if not keep:  # pictures are drawn when they are kept, and so are those with sliders; without them a chapter takes a tenth less
-        import pnpda_nb.plotting  # noqa: F401
-
-        sys.modules["pnpda_nb.plotting.explore"]._pixels = blank
+        import_module("pnpda_nb.plotting.explore")._pixels = blank
     shell, start = CaptureShell(path, mpl_format="png" if keep else None), time.perf_counter()
     try:
         with working_directory(NOTEBOOKS):

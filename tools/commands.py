@@ -1,24 +1,28 @@
-"""The `pnpda` command in forks of one process that has imported everything, also what a command imports only when it needs it, and
-has looked up of which files a part of a study is made. Importing takes longer than most commands.
+"""The `pnpda` command in forks of one process that has imported everything, also what a command imports only when it needs it:
+importing takes longer than most commands.
 """
 
 import gc
-import importlib
 import os
-import resource  # noqa: F401  (for code that runs before a command)
+import resource
 import sys
 import tempfile
 import traceback
 from multiprocessing.connection import Connection
 from typing import IO
 
+from tqdm import tqdm
+
+import pnpda_nb.cli
+
 
 def serve(calls: Connection) -> None:
     """Answer calls (words, folder, code that the process runs first) with status, output and errors until nobody calls."""
-    gc.disable()
-    known = imported()
+    import warm
+
+    tqdm.get_lock()  # one for all, which this process gives back
+    known = {"at_once": warm.at_once, "os": os, "pnpda_nb": pnpda_nb, "resource": resource, "sys": sys}
     gc.freeze()
-    gc.enable()
     while True:
         try:
             words, folder, before = calls.recv()
@@ -31,22 +35,6 @@ def serve(calls: Connection) -> None:
         calls.send((status, *((f.seek(0), f.read().decode())[1] for f in (out, err))))
 
 
-def imported() -> dict:
-    """What is imported, by name, for code that runs before a command."""
-    from warm import at_once
-
-    wait = {name: sys.modules.pop(name) for name in [*sys.modules] if name.partition(".")[0] in ("numba", "dapper")}
-    for name in ("cli", "dynamics", "experiments", "interop", "twin"):
-        importlib.import_module(f"pnpda_nb.{name}")
-    at_once = at_once | wait.keys() & sys.modules.keys()
-    sys.modules |= wait
-    for name in ("bench", "dynamics.kernels", "flow_matching", "learned", "operations"):
-        importlib.import_module(f"pnpda_nb.{name}")
-    sys.modules["pnpda_nb.sweep"].code_version("pnpda_nb.studies.parts")
-    sys.modules["tqdm"].tqdm.get_lock()  # one for all, which this process gives back
-    return {name: sys.modules[name] for name in ("os", "pnpda_nb", "resource", "sys")} | {"at_once": at_once}
-
-
 def command(words: list, folder: str, before: str, known: dict, out: IO, err: IO) -> None:
     """Be `pnpda` with these words, and end."""
     os.chdir(folder)
@@ -54,7 +42,7 @@ def command(words: list, folder: str, before: str, known: dict, out: IO, err: IO
     sys.argv, status = ["pnpda", *words], 1
     try:
         exec(before, known)
-        known["pnpda_nb"].cli.main()
+        pnpda_nb.cli.main()
     except SystemExit as end:
         status = end.code or 0
     except BaseException:
