@@ -2117,9 +2117,6 @@ d = {
             "pnpda_nb.learned.prior.AnalysisPrior.seeing": ("seeing.html#analysisprior.seeing", "pnpda_nb/learned/prior.py"),
             "pnpda_nb.learned.prior.AnalysisPrior.source": ("seeing.html#analysisprior.source", "pnpda_nb/learned/prior.py"),
             "pnpda_nb.learned.prior.BlindPrior": ("seeing.html#blindprior", "pnpda_nb/learned/prior.py"),
-            "pnpda_nb.learned.prior.BlindPrior.__call__": ("seeing.html#blindprior.__call__", "pnpda_nb/learned/prior.py"),
-            "pnpda_nb.learned.prior.BlindPrior.dim": ("seeing.html#blindprior.dim", "pnpda_nb/learned/prior.py"),
-            "pnpda_nb.learned.prior.BlindPrior.source": ("seeing.html#blindprior.source", "pnpda_nb/learned/prior.py"),
             "pnpda_nb.learned.prior.LearnedDenoiser": ("seeing.html#learneddenoiser", "pnpda_nb/learned/prior.py"),
             "pnpda_nb.learned.prior.LearnedDenoiser.__call__": (
                 "seeing.html#learneddenoiser.__call__",
@@ -3180,6 +3177,7 @@ d = {
             "pnpda_nb.twin.nature._advancing": ("engine.html#_advancing", "pnpda_nb/twin/nature.py"),
             "pnpda_nb.twin.nature._differences": ("engine.html#_differences", "pnpda_nb/twin/nature.py"),
             "pnpda_nb.twin.nature._is_plain": ("engine.html#_is_plain", "pnpda_nb/twin/nature.py"),
+            "pnpda_nb.twin.nature._left_alone": ("engine.html#_left_alone", "pnpda_nb/twin/nature.py"),
             "pnpda_nb.twin.nature._moving": ("engine.html#_moving", "pnpda_nb/twin/nature.py"),
             "pnpda_nb.twin.nature._remembered": ("engine.html#_remembered", "pnpda_nb/twin/nature.py"),
             "pnpda_nb.twin.nature._spun_up": ("engine.html#_spun_up", "pnpda_nb/twin/nature.py"),

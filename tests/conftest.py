@@ -1,7 +1,6 @@
 """Options and fixtures shared by all tests. Long tests are marked `slow` and run with `pytest --slow`."""
 
 import gc
-import json
 import os
 import subprocess
 import sys
@@ -14,6 +13,9 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+ROOT = Path(__file__).parent.parent
+compile_dir(ROOT / "pnpda_nb", quiet=1)  # once, and not by every process where Python is told to keep no bytecode
+
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
@@ -21,9 +23,9 @@ from hypothesis import settings  # noqa: E402
 from pnpda_nb.core import stream  # noqa: E402
 from pnpda_nb.flow_matching import FlowPrior, VelocityMLP  # noqa: E402
 
-ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 import chapters as loop  # noqa: E402
+import commands  # noqa: E402
 
 settings.register_profile("book", deadline=None, max_examples=12, derandomize=True)
 settings.register_profile("slow", deadline=None, max_examples=60, derandomize=True)
@@ -64,7 +66,6 @@ def executions(request):
     if not names:
         yield {}, None
         return
-    compile_dir(ROOT / "pnpda_nb", quiet=1)  # once, and not by every chapter where Python is told to keep no bytecode
     done = {name: Future() for name in names}
 
     def take():
@@ -94,55 +95,22 @@ def executed(executions):
     return done
 
 
-# Importing torch takes longer than most commands. One process imports everything, what a command imports only when it needs it
-# included, and looks up of which files a part of a study is made; every command is a fork of it.
-FORKS = """
-import gc, importlib, json, os, resource, sys, tempfile
-gc.disable()
-import pnpda_nb.cli, pnpda_nb.dynamics, pnpda_nb.experiments, pnpda_nb.interop, pnpda_nb.twin
-at_once = {"numba", "dapper"} & {*sys.modules}  # which should wait until they are needed
-import pnpda_nb.bench, pnpda_nb.dynamics.kernels, pnpda_nb.flow_matching, pnpda_nb.learned, pnpda_nb.operations
-for name in sys.argv[1:]:
-    importlib.import_module(name)
-pnpda_nb.sweep.code_version("pnpda_nb.studies.parts")
-gc.freeze()
-gc.enable()
-for line in sys.stdin:
-    words, folder, before = json.loads(line)
-    out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
-    child = os.fork()
-    if not child:
-        os.chdir(folder)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0), os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
-        sys.argv, status = ["pnpda", *words], 1
-        exec(before)
-        try:
-            pnpda_nb.cli.main()
-        except SystemExit as end:
-            status = end.code or 0
-        finally:
-            for stream in filter(None, (sys.stdout, sys.stderr)):
-                stream.flush()
-            os._exit(status)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    texts = [(f.seek(0), f.read().decode())[1] for f in (out, err)]
-    print(json.dumps([status, *texts]), flush=True)
-"""
-
-
 @pytest.fixture(scope="session")
 def forked():
     """The `pnpda` command in a process of its own that does not have to import the libraries first."""
-    libraries = [name for name in loop.LIBRARIES if name.split(".")[0] not in ("IPython", "execnb", "nbdev", "pygments")]
-    line, tools = [sys.executable, "-c", FORKS, *libraries], {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | tools) as server:
+    context = loop.warm_context()
+    here, there = context.Pipe()
+    server = context.Process(target=commands.serve, args=(there,))
+    server.start()
+    there.close()
 
-        def pnpda(*words, folder=".", before="") -> subprocess.CompletedProcess:  # with `before`, code that the process runs first
-            print(json.dumps([[str(w) for w in words], str(folder), before]), file=server.stdin, flush=True)
-            return subprocess.CompletedProcess(words, *json.loads(server.stdout.readline()))
+    def pnpda(*words, folder=".", before="") -> subprocess.CompletedProcess:  # with `before`, code that the process runs first
+        here.send(([str(w) for w in words], str(folder), before))
+        return subprocess.CompletedProcess(words, *here.recv())
 
-        yield pnpda
-        server.stdin.close()  # ends it
+    yield pnpda
+    here.close()  # ends it
+    server.join()
 
 
 @pytest.fixture(scope="session")

@@ -200,6 +200,16 @@ def in_one_window() -> tuple[LocalError, DenseError]:
     return LocalError(boxes, d, C[None].float()), DenseError(C * d * d[:, None])
 
 
+def test_that_covariances_between_places_are_those_of_draws():
+    boxes = Boxes.of(Grid((24,), "circular"), 8)
+    near = torch.exp(-(((torch.arange(boxes.numbers.shape[1])[:, None] - torch.arange(boxes.numbers.shape[1])) / 2.0) ** 2)).float()
+    errors = LocalError(boxes, torch.linspace(1, 2, 24).double(), near[None])
+    some = torch.tensor([0, 1, 5, 23])
+    drawn = errors.draw((40_000,), stream(1, "draws"))
+    assert torch.allclose(errors.between(some, torch.arange(24)), drawn[:, some].T @ drawn / len(drawn), atol=0.06)
+    assert torch.allclose(errors.between(some, some).diagonal(), errors.deviation[some].square(), rtol=1e-4)
+
+
 def test_that_a_local_step_with_one_window_is_the_kalman_step():
     local, dense = in_one_window()
     draws, states = stream(4), torch.zeros(3, 2, 12).double()

@@ -44,6 +44,10 @@ TINY = [
 ]
 
 
+# for commands whose figures nobody looks at: drawing them takes most of their time
+UNDRAWN = "import matplotlib.figure\nmatplotlib.figure.Figure.draw = lambda *_: None\n"
+
+
 def pnpda(*words, **options):
     return subprocess.run([PNPDA, *map(str, words)], capture_output=True, text=True, **options)
 
@@ -81,7 +85,8 @@ def test_that_a_run_leaves_scores_cycles_figures_and_a_manifest(tiny):
 
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_that_the_same_seed_gives_the_same_rows_byte_for_byte_on_processes_and_without_others(tiny, tmp_path, forked, workers):
-    forked("run", "lorenz63", *TINY[2:], "--workers", workers, "--seed", 4, "--methods", "pnpda,free_run", "--out", tmp_path)
+    words = ["--workers", workers, "--seed", 4, "--methods", "pnpda,free_run", "--out", tmp_path]
+    forked("run", "lorenz63", *TINY[2:], *words, before=UNDRAWN)
     few, all_methods = (f.read_text().splitlines() for f in (tmp_path / "scores.csv", tiny[0] / "scores.csv"))
     assert len(few) > 1 and few[1:] == [line for line in all_methods[1:] if line.split(",")[2] in ("pnpda", "free_run")]
 
@@ -89,20 +94,21 @@ def test_that_the_same_seed_gives_the_same_rows_byte_for_byte_on_processes_and_w
 def test_that_a_finished_run_is_not_done_again(tiny, forked):
     folder, _ = tiny
     parts = {p: p.stat().st_mtime_ns for p in (folder / "parts").iterdir()}
-    assert forked("run", "lorenz63", *TINY, "--seed", 4, "--out", folder).returncode == 0
+    assert forked("run", "lorenz63", *TINY, "--seed", 4, "--out", folder, before=UNDRAWN).returncode == 0
     assert {p: p.stat().st_mtime_ns for p in (folder / "parts").iterdir()} == parts
 
 
 def test_that_a_run_and_an_analysis_in_single_precision_are_those_in_double_up_to_rounding(tiny, files, tmp_path, forked):
     folder, few = tiny[0], ["--methods", "var3d_gc,free_run", "--dtype", "float32", "--out", tmp_path]
-    answer = forked("run", "lorenz63", *TINY, "--seed", 4, *few)
+    answer = forked("run", "lorenz63", *TINY, "--seed", 4, *few, before=UNDRAWN)
     assert answer.returncode == 0, answer.stderr
     assert json.loads((tmp_path / "manifest.json").read_text())["settings"]["dtype"] == "float32"
     tables = [pd.read_csv(f / "scores.csv").query("method == 'var3d_gc'")["mean"] for f in (folder, tmp_path)]
     assert 0 < np.abs(tables[0].values / tables[1].values - 1).max() < 0.01
     analyses = []
     for dtype in ("float64", "float32"):
-        answer = forked(*ASSIMILATE, "--iterations", 2, "--dtype", dtype, "--out", tmp_path / f"{dtype}.nc", folder=files)
+        words = ["--iterations", 2, "--dtype", dtype, "--out", tmp_path / f"{dtype}.nc"]
+        answer = forked(*ASSIMILATE, *words, folder=files, before=UNDRAWN)
         assert answer.returncode == 0, answer.stderr
         analyses.append(xr.open_dataset(tmp_path / f"{dtype}.nc", engine="h5netcdf"))
     assert f"--dtype {dtype}" in analyses[1].history
@@ -269,6 +275,7 @@ def test_that_a_prior_trained_on_an_archive_can_be_used_in_a_run(tmp_path, forke
         1,
         "--out",
         tmp_path / "out",
+        before=UNDRAWN,
     )
     assert answer.returncode == 0, answer.stderr
     assert sorted(name.split("-")[0] for name in os.listdir(tmp_path / "out" / "parts")) == ["cycle", "prior_file"]

@@ -23,6 +23,7 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import chdir
+from importlib import import_module
 from multiprocessing import get_context
 from multiprocessing.forkserver import ensure_running
 from pathlib import Path
@@ -37,7 +38,6 @@ LIBRARIES = [
     "xarray",
     "pandas",
     "scipy.stats",
-    "numba",
     "ot.batch",
     "h5netcdf",
     "matplotlib.pyplot",
@@ -60,7 +60,7 @@ LIBRARIES = [
     "zarr",
     "IPython.core.magics.execution",
     "pygments.lexers",
-    "warm",
+    "warm",  # last, see there
 ]
 
 
@@ -110,16 +110,19 @@ def _plain_metadata(path: Path) -> None:
     write_nb(book, path)
 
 
-def fresh_processes(workers: int = 1) -> ProcessPoolExecutor:
-    """A process for every chapter, forked from one that knows the libraries and nothing of the book: what a chapter leaves behind
-    must not help the next.
-    """
+def warm_context():
+    """For processes that are forked from one that knows the libraries and the package, and has done nothing with them."""
     os.environ.update(OMP_NUM_THREADS="1", PYTHONHASHSEED="0")  # before the libraries are imported
     context = get_context("forkserver")
     context.set_forkserver_preload(LIBRARIES)
     with chdir(Path(__file__).parent):  # where the server finds `warm`; it hands down no folder
         ensure_running()
-    return ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1)
+    return context
+
+
+def fresh_processes(workers: int = 1) -> ProcessPoolExecutor:
+    """A process for every chapter: what one leaves behind must not help the next."""
+    return ProcessPoolExecutor(workers, mp_context=warm_context(), max_tasks_per_child=1)
 
 
 def execute(name: str, keep: bool = True) -> tuple[str, float, str]:
@@ -148,7 +151,8 @@ def execute(name: str, keep: bool = True) -> tuple[str, float, str]:
     for cell in book.cells:  # a cell that prints nothing any more must not keep what it once printed
         if not skip(cell):
             cell.outputs = []
-    # pictures are drawn when they are kept; without them a chapter takes a tenth less
+    if not keep:  # pictures are drawn when they are kept, and so are those with sliders; without them a chapter takes a tenth less
+        import_module("pnpda_nb.plotting.explore")._pixels = blank
     shell, start = CaptureShell(path, mpl_format="png" if keep else None), time.perf_counter()
     try:
         with working_directory(NOTEBOOKS):
@@ -162,6 +166,15 @@ def execute(name: str, keep: bool = True) -> tuple[str, float, str]:
                     output["data"]["image/png"] = smaller_png(output["data"]["image/png"])
         write_nb(book, path)
     return name, time.perf_counter() - start, ""
+
+
+def blank(figure):
+    """An empty picture of a matplotlib figure's size; the figure is closed."""
+    from matplotlib.pyplot import close
+    from PIL import Image
+
+    close(figure)
+    return Image.new("RGB", tuple(map(round, figure.get_size_inches() * figure.dpi)))
 
 
 def smaller_png(picture: str | list[str]) -> str:

@@ -35,6 +35,7 @@ from ..files.stations import StationObservations
 from .errors import _named, _points, attached_unit
 from .pipeline import Trained
 from .validation import Calibration
+from ..twin.scores import rmse
 
 # %% auto #0
 __all__ = ["Report", "verdict", "training_report", "assimilation_report"]
@@ -307,11 +308,12 @@ def innovations(states: States, analysis: Tensor, sightings: StationObservations
         if refused:
             row["refused"] = sum(name in (spec.name, spec.title) for name in refused)
         for name, x in departures.items():
-            row[name] = float(x[..., mine].square().nanmean().sqrt()) if there.any() else math.nan
+            known = x[..., mine][~x[..., mine].isnan()]
+            row[name] = float(rmse(known)) if len(known) else math.nan
         claimed = np.broadcast_to(sightings.errors[..., mine], there.shape)[there]
-        row["error"] = float(np.sqrt((claimed**2).mean())) if there.any() else math.nan
+        row["error"] = float(rmse(claimed)) if len(claimed) else math.nan
         if increment.numel():
-            row |= {"RMS increment": float(increment.square().mean().sqrt()), "largest": float(increment.abs().max())}
+            row |= {"RMS increment": float(rmse(increment.flatten())), "largest": float(increment.abs().max())}
         rows.append(row)
     return pd.DataFrame(rows)
 

@@ -66,8 +66,10 @@ def _spatial_rmse(x: xr.DataArray, truth: xr.DataArray) -> xr.DataArray:
     return xr.DataArray(rmse(x.values, truth.values), dims=("run", "cycle"))
 
 
-def rmse(x: Gappy | GappyArray, truth: Gappy | GappyArray) -> Gappy | GappyArray:
-    """The root of the mean squared distance over variables, `(...)`, of tensors or arrays `(..., dim)`."""
+def rmse(x: Gappy | GappyArray, truth: Gappy | GappyArray | float = 0.0) -> Gappy | GappyArray:
+    """The root of the mean squared distance over variables, `(...)`, of tensors or arrays `(..., dim)`; without a `truth`, from
+    zero.
+    """
     return ((x - truth) ** 2).mean(-1) ** 0.5
 
 
