@@ -33,7 +33,7 @@ from .results import (
     _key_value,
     _manifest,
 )
-from .training import _plugged, _seeing, _trained_blind, _trained_seeing
+from .training import _check_model, _forecasts, _plugged, _seeing, _trained_blind, _trained_seeing
 from .words import _Device, _Dtype, _name, _path, _roles, _seed, _whole, _words
 
 # %% auto #0
@@ -191,6 +191,16 @@ def train(
         ),
     ] = None,
     paper: Annotated[bool, typer.Option("--paper", help="train a blind prior exactly as the paper does")] = False,
+    model: Annotated[
+        Optional[str],
+        typer.Option(
+            help="MODULE:FUNCTION of a forecast model, arrays (state, number) to those at the archive's next time: training "
+            "goes on in its cycles"
+        ),
+    ] = None,
+    program: Annotated[Optional[str], typer.Option(help="the same as a program of files, 'CMD {input} {output}'")] = None,
+    rounds: Annotated[Optional[int], typer.Option(help="of training in cycles of the model; default: 3")] = None,
+    interval: Annotated[Optional[int], typer.Option(help="steps of the model between two times; default: 1")] = None,
     memory: Annotated[int, typer.Option(help="megabytes of pairs to hold at a time")] = 256,
     device: Annotated[str, typer.Option(help="where the network is trained: cpu, or cuda where there is one")] = "cpu",
     names: Annotated[
@@ -210,8 +220,10 @@ def train(
     kind = kind or ("blind" if paper else "seeing")
     if kind not in ("seeing", "blind") or (paper and kind != "blind"):
         raise ValueError(f"kind: expected {'blind, as the paper has it' if paper else 'seeing or blind'}, got {kind!r}")
-    checkpoint = out.with_name(f"{out.name}.training")
-    _check_places([_Place("out", out), _Place("out", checkpoint), *_with_report(report)], _read("archive", archive))
+    _check_model(kind, model, program, rounds, interval)
+    checkpoint, cycles = (out.with_name(f"{out.name}.{of}") for of in ("training", "cycles"))
+    written = [_Place("out", path) for path in (out, checkpoint, cycles)]
+    _check_places([*written, *_with_report(report)], _read("archive", archive))
 
     import torch
 
@@ -227,9 +239,10 @@ def train(
         if kind == "blind":
             trained, described, said = _trained_blind(source, archive, epochs, options, paper)
         else:
-            trained, described, said = _trained_seeing(source, archive, epochs, options)
+            forecasts = _forecasts(source, model, program, interval or 1)
+            trained, described, said = _trained_seeing(source, archive, epochs, options, forecasts, rounds or 3, cycles)
         _write({out: trained.prior.to_bytes()} | described.files(report))
-    checkpoint.unlink(missing_ok=True)  # only now
+    checkpoint.unlink(missing_ok=True), cycles.unlink(missing_ok=True)  # only now
     _say(f"\n{_line(trained.prior)}\n")
     _say(said)
     _say(f"\nIn {out} and {report}, after {len(trained.history)} epochs")
