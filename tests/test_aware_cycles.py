@@ -1,11 +1,15 @@
 """Priors that go on learning where they are used: in cycles of a model over the times of an archive."""
 
+from dataclasses import replace
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
 import xarray as xr
 
 from pnpda_nb.core import stream
+from pnpda_nb.dynamics.base import rk4
 from pnpda_nb.files import Axis, Field, Layout, open_archive
 from pnpda_nb.files.layout import layout_record
 from pnpda_nb.flow_matching import TensorPairs
@@ -15,23 +19,34 @@ from pnpda_nb.operations.errors import Part
 from pnpda_nb.operations.rounds import Rounds, learn_in_cycles
 from pnpda_nb.operations.verdicts import cycles_report, cycles_verdict
 
-DIM = 6
-TINY = AwareSettings(epochs=2, steps=5, batch=16, width=8, learning_rate=4e-3)
-FEW = Rounds(rounds=2, networks=16, cycles=8, epochs=2)
-RING = Layout((Field("u", (DIM,), ("longitude",)),), {"longitude": Axis(tuple(60.0 * np.arange(DIM)), "degrees_east")})
+DIM = 8
+TINY = AwareSettings(epochs=4, steps=20, batch=32, width=16, learning_rate=4e-3)
+FEW = Rounds(rounds=2, networks=32, cycles=12, epochs=2, refit=True)
+RING = Layout((Field("u", (DIM,), ("longitude",)),), {"longitude": Axis(tuple(45.0 * np.arange(DIM)), "degrees_east")})
+
+
+def walked(x: torch.Tensor, forcing: float, steps: int = 2) -> torch.Tensor:
+    def tendency(x):
+        return (x.roll(-1, -1) - x.roll(2, -1)) * x.roll(1, -1) - x + forcing
+
+    for _ in range(steps):
+        x = rk4(tendency, x, 0.05)
+    return x
 
 
 def carried(x: torch.Tensor) -> torch.Tensor:
-    return 0.95 * x.roll(1, -1)
+    """Lorenz-96 with too weak a forcing."""
+    return walked(x, 7.0)
 
 
-def world(times: int = 150, runs: int = 4) -> TensorPairs:
-    """What a wind carries round a circle; backgrounds are forecasts from analyses that are nearly right."""
+@cache
+def world(times: int = 300, runs: int = 4) -> TensorPairs:
+    """Lorenz-96, and forecasts from analyses that are nearly right."""
     draws = stream(0, "world")
-    x, b, a = torch.randn(runs, DIM, generator=draws).double(), [], []
+    x, b, a = walked(8 + torch.randn(runs, DIM, generator=draws).double(), 8.0, 100), [], []
     for _ in range(times):
-        b.append(carried(x + 0.1 * torch.randn(runs, DIM, generator=draws)))
-        x = carried(x) + 0.3 * torch.randn(runs, DIM, generator=draws)
+        b.append(carried(x + 0.2 * torch.randn(runs, DIM, generator=draws)))
+        x = walked(x, 8.0)
         a.append(x)
     return TensorPairs(torch.cat(b), torch.cat(a), "carried", 40, layout_record(RING))
 
@@ -46,16 +61,22 @@ def cycled(learned):
     return learn_in_cycles(world(), learned, carried, 4, FEW, seed=1)
 
 
-def test_that_forecasts_are_better_where_the_prior_was_trained_in_cycles(cycled, learned):
-    row = cycled.verdict.iloc[-1]
-    assert cycled.kept and row["less by (forecast)"] > 3 * row["± paired (forecast)"] > 0
-    assert cycled.learned.prior.learned and "better than by the archive's prior" in cycles_verdict(cycled)
-    assert list(cycled.rounds["round"]) == [0, 1, 2] and (cycled.rounds["less by (forecast)"][1:] > 0).all()
-    assert cycles_report(cycled, "pairs").html().count("<table") == 4 and 0.8 < cycled.coverage < 0.97
-    assert cycled.notes[0].startswith("In units of the increments") and len(cycled.notes) == 1
+def test_that_the_round_with_the_best_forecasts_is_kept_and_judged_by_other_times(cycled, learned):
+    assert list(cycled.rounds["round"]) == [0, 1, 2] and cycled.kept == cycled.rounds.forecast.argmin()
+    before, after = cycled.rounds.forecast[0], cycled.rounds.forecast[1]
+    assert (
+        cycled.rounds["less by (forecast)"][1] == pytest.approx(before - after)
+        and (cycled.rounds["± paired (forecast)"][1:] > 0).all()
+    )
+    assert len(cycled.verdict) == (2 if cycled.kept else 1) and cycled.verdict.forecast[0] not in cycled.rounds.forecast.to_list()
+    same = cycled.learned.prior.to_bytes() == learned.prior.to_bytes()
+    assert same == (not cycled.kept) and 0.5 < cycled.coverage < 0.99
+    assert cycles_report(cycled, "pairs").html().count("<table") == 4
+    said = cycles_verdict(replace(cycled, kept=0))
+    assert "the archive's prior is kept" in said and "In units of the increments" in said
 
 
-@pytest.mark.parametrize("epoch", [1, 2, 3])
+@pytest.mark.parametrize("epoch", [1, 2])
 def test_that_an_interruption_anywhere_changes_no_byte(cycled, learned, tmp_path, monkeypatch, epoch):
     whole, checkpoint, run = cycled.learned.prior.to_bytes(), tmp_path / "p.cycles", rounds.run_training
 
@@ -78,11 +99,11 @@ def test_that_an_interruption_anywhere_changes_no_byte(cycled, learned, tmp_path
 
 def test_that_states_are_set_aside_with_which_a_model_fails(learned):
     def failing(x):
-        if (x[:, 0] > 2.2).any():
+        if (x[:, 0] > 11).any():
             raise ValueError("too warm")
-        return torch.where(x[:, :1] < -2.2, torch.nan, carried(x))
+        return torch.where(x[:, :1] < -5, torch.nan, carried(x))
 
-    x = torch.tensor([[0.0], [3.0], [1.0], [-3.0]]).double().expand(4, DIM).clone()
+    x = torch.tensor([[0.0], [12.0], [1.0], [-6.0]]).double().expand(4, DIM).clone()
     forecasts = _Forecasts(failing)
     moved, there = forecasts(x)
     assert there.tolist() == [True, False, True, False] and torch.equal(moved[there], carried(x[there]))
@@ -125,12 +146,12 @@ def folder(tmp_path_factory):
         n: (("time", "run", "lon"), x.numpy().reshape(60, 2, DIM))
         for n, x in (("background", pairs.background), ("analysis", pairs.analysis))
     }
-    whole = xr.Dataset(data, {"lon": ("lon", 60.0 * np.arange(DIM), {"units": "degrees_east"}), "time": np.arange(60) * 6})
+    whole = xr.Dataset(data, {"lon": ("lon", 45.0 * np.arange(DIM), {"units": "degrees_east"}), "time": np.arange(60) * 6})
     whole.to_netcdf(folder / "pairs.nc")
     whole.isel(time=np.delete(np.arange(60), 7)).to_netcdf(folder / "gap.nc")
     whole.drop_vars("time").to_netcdf(folder / "timeless.nc")
     (folder / "carry.py").write_text(
-        "import numpy as np\n\ndef on(x):\n    return 0.95 * np.roll(x, 1, -1)\n\ndef off(x):\n    return x[:1]\n\nno = 3\n"
+        "import numpy as np\n\ndef on(x):\n    return 0.9 * x\n\ndef off(x):\n    return x[:1]\n\nno = 3\n"
     )
     return folder
 

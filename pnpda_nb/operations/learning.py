@@ -318,7 +318,7 @@ def _found(prior: AwarePrior, cases: Cases, rivals: dict[str, LinearAnalysis], l
     """The verdict's numbers."""
     squares, errors, spreads = _judged(prior, cases, rivals)
     spreads, moves = spreads * prior.attached["calibration"], prior.unit > 0
-    linear = next(name for name, by in rivals.items() if by is prior.linear)
+    linear = next((name for name, by in rivals.items() if by is prior.linear), "")
     ours, rows = squares["look" if prior.learned else linear], []
     for name, x in (squares | {"look": ours}).items():
         lead = _lead(x, ours) if name != "look" else (math.nan, math.nan)

@@ -46,7 +46,7 @@ __all__ = []
 class Rounds(Settings):
     """How training goes on in cycles: `rounds` times, chains with so many `networks` of their own go through so many `cycles`, and
     `epochs` of gradient steps follow, with a learning rate that begins at a part of the archive's, `rate`. Of each batch a share of
-    pairs is from the `archive`, the rest was met in cycles.
+    pairs is from the `archive`, the rest was met in cycles. With `refit` the linear analysis may change, too.
     """
 
     rounds: Count = 3
@@ -55,6 +55,7 @@ class Rounds(Settings):
     epochs: Count = 20
     rate: PositiveNumber = 0.5
     archive: Share = 0.25
+    refit: bool = False
 
 
 # %% ../../nbs/94_priors.ipynb #94cyclestart
@@ -147,8 +148,13 @@ class _InCycles(_Learning):
         return {key: torch.cat(x) for key, x in found.items() if key != "value"}
 
     def begin(self, number: int) -> None:
-        """Meet what is met in a round, and fit the linear analysis to it, if that helps."""
+        """Meet what is met in a round, and fit the linear analysis to it, if it may be and that helps."""
         prior = self.current()
+        if not self.rounds.refit:
+            self.met.append(self.collected(prior, self.trained, "training", number))
+            self.starts.append(self.starts[-1])
+            self.refitted.append(False)
+            return
         trial = _reseen(self.collected(prior, self.stopping, "stopping", number, 3), stream(self.seed, "tuning", number))
         self.met.append(self.collected(prior, self.trained, "training", number))
         new, old = self.refit(trial), self.starts[-1]
