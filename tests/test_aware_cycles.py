@@ -151,7 +151,7 @@ def folder(tmp_path_factory):
     whole.isel(time=np.delete(np.arange(60), 7)).to_netcdf(folder / "gap.nc")
     whole.drop_vars("time").to_netcdf(folder / "timeless.nc")
     (folder / "carry.py").write_text(
-        "import numpy as np\n\ndef on(x):\n    return 0.9 * x\n\ndef off(x):\n    return x[:1]\n\nno = 3\n"
+        "import numpy as np\n\ndef on(x):\n    return 0.9 * x\n\ndef off(x):\n    return x[..., :2]\n\nno = 3\n"
     )
     return folder
 
