@@ -1,11 +1,15 @@
 """Small archives of backgrounds and analyses, of worlds that are not in the book, to try `pnpda train` on.
 
-    python tools/small_archives.py FOLDER [NAME ...]    write FOLDER/NAME.nc: plane, sphere, ring, loose, gaussian
+    python tools/small_archives.py FOLDER [NAME ...]    write FOLDER/NAME.nc: plane, sphere, ring, loose, gaussian, smoke, eddies
 
 In the first four the errors of backgrounds depend on the state, so that there is something to learn: a front and a height on a
 doubly periodic plane that are displaced together; temperature and humidity on a sphere with land, packed, from north to south;
 wind and smoke on a ring of twelve points with a wrong forcing; four coupled Lorenz-63 without neighbours. In the last one pairs are
 jointly Gaussian.
+
+Two have times and a forecast model, for `pnpda train FOLDER/NAME.nc --model tools/small_archives.py:NAME_forecast`: the ring again,
+`smoke`, and vorticity with a tracer on a doubly periodic plane, `eddies`. Their backgrounds are forecasts from the analysis before,
+with errors.
 """
 
 from __future__ import annotations
@@ -122,25 +126,33 @@ def forecasts(
     return np.concatenate(background), np.concatenate(analysis)
 
 
-def ring(count: int = 6000, points: int = 12) -> xr.Dataset:
-    random, chimney = np.random.default_rng(2), np.zeros(points)
-    chimney[3] = 4.0
+POINTS = 12  # of the ring
 
-    def world(forcing: float, decay: float) -> Callable[[np.ndarray], np.ndarray]:
-        def tendency(state: np.ndarray) -> np.ndarray:
-            wind, smoke = state[..., :points], state[..., points:]
-            gusts = (np.roll(wind, -1, -1) - np.roll(wind, 2, -1)) * np.roll(wind, 1, -1) - wind + forcing
-            carried = np.where(wind > 0, wind * (smoke - np.roll(smoke, 1, -1)), wind * (np.roll(smoke, -1, -1) - smoke)) / 4
-            return np.concatenate([gusts, chimney - carried - decay * smoke], -1)
 
-        return tendency
+def blown(state: np.ndarray, forcing: float, decay: float) -> np.ndarray:
+    """Change of wind round a circle, and of the smoke of a chimney that it carries."""
+    wind, smoke = state[..., :POINTS], state[..., POINTS:]
+    chimney = np.where(np.arange(POINTS) == 3, 4.0, 0.0)
+    gusts = (np.roll(wind, -1, -1) - np.roll(wind, 2, -1)) * np.roll(wind, 1, -1) - wind + forcing
+    carried = np.where(wind > 0, wind * (smoke - np.roll(smoke, 1, -1)), wind * (np.roll(smoke, -1, -1) - smoke)) / 4
+    return np.concatenate([gusts, chimney - carried - decay * smoke], -1)
 
-    state = np.concatenate([8 + random.standard_normal((60, points)), np.ones((60, points))], -1)
-    state, errors = walked(world(8.0, 0.5), state, 400, 0.025), np.repeat([0.4, 0.1], points)
-    b, a = forecasts(world(8.0, 0.5), world(7.2, 0.4), state, errors, count, (20, 20), 0.025, random)
-    fields = {"wind": ("m s-1", b[:, :points], a[:, :points]), "smoke": ("g m-3", b[:, points:], a[:, points:])}
-    longitude = ("longitude", 360 / points * np.arange(points), {"units": "degrees_east"})
-    return named(fields, ("longitude",), {"longitude": longitude})
+
+def blown_world(forcing: float, decay: float) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda state: blown(state, forcing, decay)
+
+
+def on_ring(b: np.ndarray, a: np.ndarray, dims: tuple[str, ...] = ("longitude",)) -> xr.Dataset:
+    pairs = (("wind", "m s-1", slice(POINTS)), ("smoke", "g m-3", slice(POINTS, None)))
+    longitude = ("longitude", 360 / POINTS * np.arange(POINTS), {"units": "degrees_east"})
+    return named({n: (units, b[..., own], a[..., own]) for n, units, own in pairs}, dims, {"longitude": longitude})
+
+
+def ring(count: int = 6000) -> xr.Dataset:
+    random = np.random.default_rng(2)
+    state = np.concatenate([8 + random.standard_normal((60, POINTS)), np.ones((60, POINTS))], -1)
+    state, errors = walked(blown_world(8.0, 0.5), state, 400, 0.025), np.repeat([0.4, 0.1], POINTS)
+    return on_ring(*forecasts(blown_world(8.0, 0.5), blown_world(7.2, 0.4), state, errors, count, (20, 20), 0.025, random))
 
 
 def loose(count: int = 6000) -> xr.Dataset:
@@ -167,7 +179,89 @@ def gaussian(count: int = 6000, points: int = 24) -> xr.Dataset:
     return named({"u": ("m s-1", b, a)}, ("x",), {"x": ("x", np.arange(float(points)), {"units": "km", "period": float(points)})})
 
 
-ARCHIVES = {"plane": plane, "sphere": sphere, "ring": ring, "loose": loose, "gaussian": gaussian}
+def cycles(
+    nature: Callable, forecast: Callable, state: np.ndarray, errors: Callable[[], np.ndarray], times: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs `(time, run, dim)`: nature, and forecasts from nature at the time before, with `errors`."""
+    background, analysis = [], []
+    for _ in range(times):
+        background.append(forecast(state + errors()))
+        state = nature(state)
+        analysis.append(state)
+    return np.stack(background), np.stack(analysis)
+
+
+def hourly(data: xr.Dataset, hours: int) -> xr.Dataset:
+    """The same at times that are so many hours apart."""
+    return data.assign_coords(time=np.datetime64("2020-01-01", "ns") + np.timedelta64(hours, "h") * np.arange(data.sizes["time"]))
+
+
+def smoke_forecast(state: np.ndarray) -> np.ndarray:
+    """Smoke and wind, in the order of the file, three hours later, by a model with too weak a forcing and too little decay."""
+    return np.roll(walked(blown_world(7.2, 0.4), np.roll(state, POINTS, -1), 8, 0.025), POINTS, -1)
+
+
+def smoke(times: int = 600, runs: int = 10) -> xr.Dataset:
+    random = np.random.default_rng(5)
+    state = np.concatenate([8 + random.standard_normal((runs, POINTS)), np.ones((runs, POINTS))], -1)
+    state, size = walked(blown_world(8.0, 0.5), state, 400, 0.025), np.repeat([0.4, 0.1], POINTS)
+
+    def nature(x: np.ndarray) -> np.ndarray:
+        return walked(blown_world(8.0, 0.5), x, 8, 0.025)
+
+    def forecast(x: np.ndarray) -> np.ndarray:
+        return np.roll(smoke_forecast(np.roll(x, POINTS, -1)), POINTS, -1)
+
+    pairs = cycles(nature, forecast, state, lambda: size * random.standard_normal(state.shape), times)
+    return hourly(on_ring(*pairs, dims=("run", "longitude")), 3)
+
+
+SIDE = 16  # of the plane of eddies
+WAVES = np.meshgrid(SIDE * np.fft.fftfreq(SIDE), SIDE * np.fft.rfftfreq(SIDE), indexing="ij")
+
+
+def stirred(state: np.ndarray, forcing: float, drag: float) -> np.ndarray:
+    """Change of a tracer with a gradient to the north, and of the vorticity that stirs it, which a force in bands drives."""
+    m, k = WAVES
+    squares = k**2 + m**2
+    fields = np.fft.rfft2(state.reshape(*state.shape[:-1], 2, SIDE, SIDE))
+    stream = -fields[..., 1, :, :] / np.where(squares > 0, squares, 1.0)
+    east, north = np.fft.irfft2(-1j * m * stream), np.fft.irfft2(1j * k * stream)
+    slopes = [np.fft.irfft2(1j * wave * fields) for wave in (k, m)]
+    change = -east[..., None, :, :] * slopes[0] - north[..., None, :, :] * slopes[1]
+    change[..., 1, :, :] += forcing * np.cos(3 * 2 * np.pi / SIDE * np.arange(SIDE))[:, None]
+    change[..., 0, :, :] -= north
+    spectrum = np.where(np.maximum(abs(k), abs(m)) > SIDE / 3, 0.0, np.fft.rfft2(change))
+    spectrum -= (drag + 5e-6 * squares**3) * fields
+    return np.fft.irfft2(spectrum).reshape(state.shape)
+
+
+def stirred_for(state: np.ndarray, forcing: float, drag: float, steps: int) -> np.ndarray:
+    return walked(lambda x: stirred(x, forcing, drag), state, steps, 0.1)
+
+
+def eddies_forecast(state: np.ndarray) -> np.ndarray:
+    """The eddies twelve hours later, by a model with too weak a force and too much drag."""
+    return stirred_for(state, 0.9, 0.06, 10)
+
+
+def eddies(times: int = 600, runs: int = 10) -> xr.Dataset:
+    random, shape = np.random.default_rng(6), (runs, 2, SIDE, SIDE)
+
+    def fields(waves: float) -> np.ndarray:
+        return smooth(random, 2 * runs, (SIDE, SIDE), waves).reshape(runs, -1)
+
+    state = stirred_for(fields(3.0), 1.0, 0.05, 1000)
+    pairs = cycles(lambda x: stirred_for(x, 1.0, 0.05, 10), eddies_forecast, state, lambda: 0.15 * fields(4.0), times)
+    b, a = (x.reshape(times, *shape) for x in pairs)
+    of = {"tracer": ("kg m-3", b[:, :, 0], a[:, :, 0]), "vorticity": ("s-1", b[:, :, 1], a[:, :, 1])}
+    along = (100.0 * np.arange(SIDE), {"units": "km", "period": 100.0 * SIDE})
+    return hourly(named(of, ("run", "y", "x"), {axis: (axis, *along) for axis in ("y", "x")}), 12)
+
+
+ARCHIVES = {
+    "plane": plane, "sphere": sphere, "ring": ring, "loose": loose, "gaussian": gaussian, "smoke": smoke, "eddies": eddies,
+}  # fmt: skip
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])

@@ -19,7 +19,6 @@ from .growth import members, memory, pnpda_state, state
 from .measure import COLUMNS, Sizes, machine
 from .speed import enkf, etdrk4_speed, kuramoto_sivashinsky, lorenz96, own_tendency, pnpda, steps, training
 from ..core.disk import read_record, record_bytes, writable, write_whole
-from ..sweep import code_version
 
 # %% auto #0
 __all__ = ["bench", "report"]
@@ -44,13 +43,14 @@ def choose_parts(names: Sequence[str] | None) -> tuple[str, ...]:
 
 # %% ../../nbs/97_bench.ipynb #03585e96
 def bench(
-    names: Sequence[str] | None = None, sizes: Sizes = Sizes(), out: str | os.PathLike | None = None, progress: bool = False
-) -> pd.DataFrame:
+    names: Sequence[str] | None = None, sizes: Sizes = Sizes(), out: str | os.PathLike | None = None, progress: bool = False,
+    code: str = "",
+) -> pd.DataFrame:  # fmt: skip
     """Run the parts `names` of the benchmark (all of them for none) on one thread; one row per measurement.
 
     With `out`, the rows are in `bench.csv` of that folder, after every part, beside those of other parts that are there already,
-    and a `manifest.json` says when, on which machine and with which versions they were measured. Raises `ValueError` for an unknown
-    part, or a folder that cannot be written to or whose table cannot be read.
+    and a `manifest.json` says when, on which machine, with which versions and of which `code` they were measured. Raises
+    `ValueError` for an unknown part, or a folder that cannot be written to or whose table cannot be read.
     """
     chosen, rows, start = choose_parts(names), [], time.perf_counter()
     folder = None if out is None else writable(out)
@@ -66,7 +66,7 @@ def bench(
                     bar.set_postfix_str(row["case"])
                 bar.update()
                 if folder:
-                    _write(folder, pd.DataFrame(rows, columns=COLUMNS), sizes, time.perf_counter() - start, *earlier)
+                    _write(folder, pd.DataFrame(rows, columns=COLUMNS), sizes, time.perf_counter() - start, code, *earlier)
     finally:
         torch.set_num_threads(threads)
     return pd.DataFrame(rows, columns=COLUMNS)
@@ -85,14 +85,16 @@ def _earlier(folder: Path) -> tuple[pd.DataFrame, list[dict]]:
 
 
 # %% ../../nbs/97_bench.ipynb #55a44ffc
-def _write(folder: Path, table: pd.DataFrame, sizes: Sizes, seconds: float, earlier: pd.DataFrame, sessions: list[dict]) -> None:
+def _write(
+    folder: Path, table: pd.DataFrame, sizes: Sizes, seconds: float, code: str, earlier: pd.DataFrame, sessions: list[dict]
+) -> None:
     """Write `table`, measured in this session, over the same parts of an `earlier` one."""
     done = [name for name in PARTS if name in set(table.part)]
     kept = [dict(s, parts=[name for name in s["parts"] if name not in done]) for s in sessions]
     session = {
         "parts": done,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "code": code_version(),
+        "code": code,
         "wall_seconds": round(seconds, 1),
         "machine": machine(),
         "sizes": vars(sizes),

@@ -33,8 +33,27 @@ from .results import (
     _key_value,
     _manifest,
 )
-from .training import _checked, _of_observations, _plugged, _seeing, _trained_blind, _trained_seeing
-from .words import _Device, _Dtype, _Example, _name, _path, _Reject, _roles, _seed, _sigmas, _whole, _words
+from .training import _check_model, _checked, _forecasts, _of_observations, _plugged, _seeing, _trained_blind, _trained_seeing
+from .words import (
+    _Device,
+    _Dtype,
+    _Example,
+    _Interval,
+    _Model,
+    _name,
+    _Names,
+    _path,
+    _Program,
+    _Reject,
+    _Report,
+    _roles,
+    _Rounds,
+    _Samples,
+    _seed,
+    _sigmas,
+    _whole,
+    _words,
+)
 
 # %% auto #0
 __all__ = ["app", "main"]
@@ -192,18 +211,15 @@ def train(
     ] = None,
     observations: _Example = None,
     paper: Annotated[bool, typer.Option("--paper", help="train a blind prior exactly as the paper does")] = False,
+    model: _Model = None,
+    program: _Program = None,
+    rounds: _Rounds = None,
+    interval: _Interval = None,
     memory: Annotated[int, typer.Option(help="megabytes of pairs to hold at a time")] = 256,
     device: Annotated[str, typer.Option(help="where the network is trained: cpu, or cuda where there is one")] = "cpu",
-    names: Annotated[
-        Optional[str], typer.Option(help="what backgrounds and analyses are called in the archive; default: background,analysis")
-    ] = None,
-    samples: Annotated[
-        Optional[str], typer.Option(help="comma-separated dimensions that count pairs, besides the usual ones")
-    ] = None,
-    report: Annotated[
-        Optional[Path],
-        typer.Option(help="where to write the report (.html or .md); default: beside the prior", parser=_path, metavar="FILE"),
-    ] = None,
+    names: _Names = None,
+    samples: _Samples = None,
+    report: _Report = None,
 ) -> None:
     """Train a prior on an archive of backgrounds and analyses, of any size, and report how good it is."""
     roles, dims, report = _roles(names), _words("samples", samples), _report_path(report, out)
@@ -213,9 +229,10 @@ def train(
         raise ValueError(f"kind: expected {'blind, as the paper has it' if paper else 'seeing or blind'}, got {kind!r}")
     if observations is not None and kind == "blind":
         raise ValueError(f"observations: expected none with a prior of kind blind, got {observations}")
-    checkpoint = out.with_name(f"{out.name}.training")
+    _check_model(kind, model, program, rounds, interval)
+    checkpoint, cycles = (out.with_name(f"{out.name}.{of}") for of in ("training", "cycles"))
     given = [*_read("archive", archive), *(_read("observations", observations) if observations else ())]
-    _check_places([_Place("out", out), _Place("out", checkpoint), *_with_report(report)], given)
+    _check_places([*(_Place("out", path) for path in (out, checkpoint, cycles)), *_with_report(report)], given)
 
     import torch
 
@@ -231,9 +248,11 @@ def train(
         if kind == "blind":
             trained, described, said = _trained_blind(source, archive, epochs, options, paper)
         else:
-            trained, described, said = _trained_seeing(source, archive, epochs, options, observations)
+            forecasts = _forecasts(source, model, program, interval or 1)
+            in_cycles = (forecasts, rounds or 3, cycles)
+            trained, described, said = _trained_seeing(source, archive, epochs, options, observations, *in_cycles)
         _write({out: trained.prior.to_bytes()} | described.files(report))
-    checkpoint.unlink(missing_ok=True)  # only now
+    checkpoint.unlink(missing_ok=True), cycles.unlink(missing_ok=True)  # only now
     _say(f"\n{_line(trained.prior)}\n")
     _say(said)
     _say(f"\nIn {out} and {report}, after {len(trained.history)} epochs")
@@ -275,10 +294,7 @@ def assimilate_command(
         Optional[str],
         typer.Option(help="comma-separated dimensions that count states, besides the usual ones; default: as in the archive"),
     ] = None,
-    report: Annotated[
-        Optional[Path],
-        typer.Option(help="where to write the report (.html or .md); default: beside the analysis", parser=_path, metavar="FILE"),
-    ] = None,
+    report: _Report = None,
 ) -> None:
     """Assimilate observations into a background, each of its times and members by itself, with a trained prior, and report the
     increments. A prior that sees observations says how uncertain the analysis is (NAME_std), too.
@@ -346,12 +362,8 @@ def describe(
     file: Annotated[
         str, typer.Argument(help="a prior, an archive of pairs, or a quoted pattern of several files", parser=_name, metavar="FILE")
     ],
-    names: Annotated[
-        Optional[str], typer.Option(help="what backgrounds and analyses are called in the archive; default: background,analysis")
-    ] = None,
-    samples: Annotated[
-        Optional[str], typer.Option(help="comma-separated dimensions that count pairs, besides the usual ones")
-    ] = None,
+    names: _Names = None,
+    samples: _Samples = None,
 ) -> None:
     """Say what a file is: a prior or an archive. Nothing in it is executed, and no more of it is read than that takes."""
     roles, dims = _roles(names), _words("samples", samples)
@@ -411,13 +423,14 @@ def bench(
     from ..bench.measure import QUICK, Sizes
     from ..bench.suite import bench as measure
     from ..bench.suite import choose_parts, report
+    from ..sweep import code_version
 
     sizes = QUICK if quick else Sizes()
     if full:
         sizes = dataclasses.replace(sizes, peer_runs=sizes.runs // sizes.repeats)
     choose_parts(names or None)
     with _room(**{"out": out} if out else {}):
-        table = measure(names or None, sizes, out, progress=True)
+        table = measure(names or None, sizes, out, progress=True, code=code_version())
     _say(report(table))
     if out:
         _say(f"\nIn {out}: bench.csv and manifest.json")

@@ -5,27 +5,90 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
 
-from .output import _line, _table
+from .output import _line, _say, _table
+from .words import _whole
 
 # %% auto #0
 __all__ = []
 
 
+# %% ../../nbs/96_command_line.ipynb #753a93d0
+def _check_model(kind: str, model: Optional[str], program: Optional[str], rounds: Optional[int], interval: Optional[int]) -> None:
+    """Raise `ValueError` for options of a model that do not go together."""
+    if model is not None and program is not None:
+        raise ValueError("model: expected one of --model and --program, got both")
+    _whole("rounds", rounds, 100), _whole("interval", interval)
+    given = {"model": model, "program": program, "rounds": rounds, "interval": interval}
+    for name, value in given.items():
+        if value is not None and kind == "blind":
+            raise ValueError(f"{name}: expected none for a prior of kind blind, got {value}")
+        if value is not None and model is None and program is None:
+            raise ValueError(f"{name}: expected it with --model or --program, got {value}")
+
+
+def _forecasts(source: Any, model: Optional[str], program: Optional[str], interval: int) -> Optional[tuple[Callable, int]]:
+    """A user's model from one time of an archive to the next, tried with one analysis, and how many pairs are of each time; None
+    without one.
+    """
+    if model is None and program is None:
+        return None
+    from ..files.layout import layout_from_record
+    from ..interop.models import ManySteps, ProgramModel, UserModel
+    from ..operations.cycling import consecutive
+
+    members, apart = consecutive(source)
+    if program is not None:
+        one = ProgramModel(program, source.dim, layout=layout_from_record(source.layout))
+    else:
+        one = _imported(model)
+        one = one if hasattr(one, "step") else UserModel(one, source.dim, 1.0, numpy=True, name=model)
+    forecast = ManySteps(one, interval).step
+    forecast(source.read(0, 1)[1])
+    _say(f"A forecast is of {interval} step(s), for {apart} between one time and the next, with {members} pair(s) of each")
+    return forecast, members
+
+
+def _imported(model: str) -> Any:
+    """What MODULE:FUNCTION says; a module is a file, or one that can be imported in the current folder."""
+    module, _, name = model.rpartition(":")
+    if not module or not name:
+        raise ValueError(f"model: expected MODULE:FUNCTION, got {model!r}")
+    path = Path(module)
+    sys.path.insert(0, os.fspath(path.parent.resolve()) if path.suffix == ".py" else os.getcwd())
+    try:
+        found = getattr(importlib.import_module(path.stem if path.suffix == ".py" else module), name)
+    except (Exception, SystemExit) as error:  # whatever a stranger's module may raise
+        raise ValueError(f"model: cannot import {model} ({type(error).__name__}: {error})") from error
+    finally:
+        sys.path.pop(0)
+    if not callable(getattr(found, "step", found)):
+        raise ValueError(f"model: expected a function or a model as {model}, got {type(found).__name__}")
+    return found
+
+
 # %% ../../nbs/96_command_line.ipynb #753a93bf
 def _trained_seeing(
-    source: Any, archive: str, epochs: Optional[int], options: dict, example: Optional[Path] = None
-) -> tuple[Any, Any, str]:
-    """A prior that sees observations, such as those of an `example`, with its training; the report on it; what is said."""
+    source: Any, archive: str, epochs: Optional[int], options: dict, example: Optional[Path], forecasts: Optional[tuple],
+    rounds: int, cycles: Path,
+) -> tuple[Any, Any, str]:  # fmt: skip
+    """A prior that sees observations, such as those of an `example`, with its training; the report on it; what is said. With
+    `forecasts`, training goes on in cycles.
+    """
     from ..files.layout import Layout, layout_from_record
     from ..files.stations import read_example
     from ..operations.aware import geometry_of
     from ..operations.cases import Networks
     from ..operations.learning import aware_settings, learn_archive
     from ..operations.pipeline import set_aside
-    from ..operations.verdicts import learning_report, learning_verdict, networks_in_words
+    from ..operations.rounds import learn_in_cycles, usual_rounds
+    from ..operations.verdicts import cycles_report, cycles_verdict, learning_report, learning_verdict, networks_in_words
 
     layout = Layout.plain(source.dim) if source.layout is None else layout_from_record(source.layout)
     pairs = set_aside(source, options["memory"], ends=3)[0].count
@@ -42,7 +105,21 @@ def _trained_seeing(
         _table(findings.fields, float_format="{:.3g}".format),
         "\n" + learning_verdict(learned),
     ]
-    return learned, learning_report(learned, archive), "\n".join(said)
+    if forecasts is None:
+        return learned, learning_report(learned, archive), "\n".join(said)
+    _say("\n".join(["Before training in cycles:", *said, ""]))
+    cycled = learn_in_cycles(source, learned, *forecasts, usual_rounds(settings, rounds), **options | {"checkpoint": cycles})
+    shown = "prior", "round", "forecast", "less by (forecast)", "± paired (forecast)", "analysis", "innovation"
+    said = [
+        "Errors in cycles before the first round and after each, on times set aside for that choice:",
+        _table(cycled.rounds.round(3)[[c for c in cycled.rounds if c in shown]]),
+        "\nThe same on times set aside for the verdict:",
+        _table(cycled.verdict.round(3)[[c for c in cycled.verdict if c in shown]]),
+        "\n" + cycles_verdict(cycled),
+        "\nAnd on the pairs of the archive:",
+        _table(cycled.learned.findings.trial.round(3)),
+    ]
+    return cycled.learned, cycles_report(cycled, archive), "\n".join(said)
 
 
 # %% ../../nbs/96_command_line.ipynb #753a93c0

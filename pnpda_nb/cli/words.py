@@ -18,6 +18,20 @@ __all__ = []
 # %% ../../nbs/96_command_line.ipynb #dfa8397c
 _Dtype = Annotated[str, typer.Option(help="precision in which states are computed, float64 or float32")]
 _Device = Annotated[str, typer.Option(help="where states are computed: cpu, or cuda where there is one")]
+_Names = Annotated[
+    Optional[str], typer.Option(help="what backgrounds and analyses are called in the archive; default: background,analysis")
+]
+_Samples = Annotated[Optional[str], typer.Option(help="comma-separated dimensions that count pairs, besides the usual ones")]
+_Model = Annotated[
+    Optional[str],
+    typer.Option(
+        help="MODULE:FUNCTION of a forecast model, arrays (state, number) to those at the archive's next time: training goes on "
+        "in its cycles"
+    ),
+]
+_Program = Annotated[Optional[str], typer.Option(help="the same as a program of files, 'CMD {input} {output}'")]
+_Rounds = Annotated[Optional[int], typer.Option(help="of training in cycles of the model; default: 3")]
+_Interval = Annotated[Optional[int], typer.Option(help="steps of the model between two times; default: 1")]
 _Example = Annotated[
     Optional[Path],
     typer.Option(help="a file as `pnpda assimilate` reads it: train with random networks like that", metavar="EXAMPLE"),
@@ -44,6 +58,12 @@ def _name(text: str) -> str:
 
 def _path(text: str) -> Path:
     return Path(_name(text))
+
+
+_Report = Annotated[
+    Optional[Path],
+    typer.Option(help="where to write the report (.html or .md); default: beside what it is about", parser=_path, metavar="FILE"),
+]
 
 
 def _whole(name: str, value: Optional[int], most: int = 1_000_000) -> None:

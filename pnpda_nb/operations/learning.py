@@ -268,11 +268,15 @@ class Findings:
 
 @dataclass(frozen=True, eq=False)
 class Learned:
-    """A `prior` that sees observations, the `history` of its training, and the `findings` about it."""
+    """A `prior` that sees observations, the `history` of its training, and the `findings` about it. To go on with: the lines of the
+    linear analysis from the two `halves` of the pairs, and what finds the same about another prior, `again`.
+    """
 
     prior: AwarePrior
     history: pd.DataFrame
     findings: Findings
+    halves: tuple[Callable, Callable]
+    again: Callable[[AwarePrior], Findings]
 
 
 # %% ../../nbs/94_priors.ipynb #30judgefun
@@ -340,7 +344,7 @@ def _found(prior: AwarePrior, cases: Cases, rivals: dict[str, LinearAnalysis], l
     """The verdict's numbers."""
     squares, kept = _judged(prior, cases, rivals)
     errors, spreads, moves = kept.errors, kept.spreads * calibration_of(prior, kept.seen), prior.unit > 0
-    linear = next(name for name, by in rivals.items() if by is prior.linear)
+    linear = next((name for name, by in rivals.items() if by is prior.linear), "")
     ours, rows = squares["look" if prior.learned else linear], []
     for name, x in (squares | {"look": ours}).items():
         lead = _lead(x, ours) if name != "look" else (math.nan, math.nan)
@@ -455,8 +459,11 @@ def learn_archive(
     record |= {"validation_loss": training.best_score, "settings": dataclasses.asdict(settings)}
     prior.training = record | {"networks": {name: list(x) for name, x in dataclasses.asdict(networks).items()}}
     prior = _calibrated(prior, cases(chosen, "choice", 600), best, layout)
-    findings = _found(prior, cases(tested, "verdict", 600), rivals, layout, seed)
-    return Learned(prior, pd.DataFrame(training.history), findings)
+
+    def found(prior: AwarePrior) -> Findings:
+        return _found(prior, cases(tested, "verdict", 600), rivals, layout, seed)
+
+    return Learned(prior, pd.DataFrame(training.history), found(prior), chosen_way.halves, found)
 
 
 # %% ../../nbs/94_priors.ipynb #30learnguard

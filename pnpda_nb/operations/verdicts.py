@@ -24,6 +24,7 @@ from .aware import AwarePrior, draw_around, look_at
 from .learning import Learned
 from .pipeline import _check_finite, _check_fit, _check_seed
 from .report import Report, draw_ranks, draw_training
+from .rounds import Cycled
 
 # %% auto #0
 __all__ = ["analyse_states"]
@@ -115,6 +116,38 @@ def learning_report(learned: Learned, name: str) -> Report:
         f"Loss on the pairs of training, and squared error of validation relative to what is expected of the linear analysis, in "
         f"{len(history)} epochs. The weights kept are those of epoch {record['best_epoch']}; 0 is the linear analysis.",
     )
+    return report
+
+
+# %% ../../nbs/94_priors.ipynb #94cycverdict
+def cycles_verdict(cycled: Cycled) -> str:
+    """Whether forecasts in cycles were better after training in cycles: a few sentences."""
+    if not cycled.kept:
+        said = (
+            "No round of training in cycles made forecasts better, in times set aside for that choice: the archive's prior is kept."
+        )
+    else:
+        row = cycled.verdict.iloc[-1]
+        lead, bar = float(row["less by (forecast)"]), float(row["± paired (forecast)"])
+        share = lead / (lead + float(row.forecast))
+        than = f"the archive's prior ({lead:.3f} ± {bar:.3f} of {lead + float(row.forecast):.3f}, {share:.0%})"
+        how = "better than by" if lead > 3 * bar else "about as good as by" if lead > -3 * bar else "WORSE than by"
+        said = f"In cycles with the model, forecasts from analyses by the prior of round {cycled.kept} were {how} {than}."
+    return " ".join([said, f"Intervals of 90 % held {cycled.coverage:.1%} of its analyses there.", *cycled.notes])
+
+
+def cycles_report(cycled: Cycled, name: str) -> Report:
+    """The report of `learning_report`, and what training in cycles came to."""
+    report = learning_report(cycled.learned, name)
+    report.heading("In cycles with the model")
+    report.text(cycles_verdict(cycled))
+    units = "in standard deviations of the increments, and by how much less they are than before (± paired standard error)"
+    report.table(
+        cycled.verdict,
+        "On times that nothing was learned from or chosen with: root mean squares of errors of forecasts and analyses against the "
+        f"archive's analyses, and of innovations at observations not yet used (with their errors), {units}.",
+    )
+    report.table(cycled.rounds, f"The same before and after each round, on the times by which the round was chosen, {units}.")
     return report
 
 
