@@ -71,7 +71,7 @@ def test_that_the_round_with_the_best_forecasts_is_kept_and_judged_by_other_time
     assert len(cycled.verdict) == (2 if cycled.kept else 1) and cycled.verdict.forecast[0] not in cycled.rounds.forecast.to_list()
     same = cycled.learned.prior.to_bytes() == learned.prior.to_bytes()
     assert same == (not cycled.kept) and 0.5 < cycled.coverage < 0.99
-    assert cycles_report(cycled, "pairs").html().count("<table") == 4
+    assert cycles_report(cycled, "pairs").html().count("<table") == 5
     said = cycles_verdict(replace(cycled, kept=0))
     assert "the archive's prior is kept" in said and "In units of the increments" in said
 

@@ -205,7 +205,7 @@ def test_that_a_gross_error_is_rejected_listed_and_as_if_it_had_not_been_seen(fi
     (files / "g.csv").write_text(near.format(value=today[1] + 40, t=TIMES[117]))
     (files / "l.csv").write_text("\n".join(line for line in near.format(value=0, t=TIMES[117]).splitlines() if line[0] != "a"))
     checked, said = analysed(files, forked, "checked", "--observations", "g.csv")
-    assert "1 of 3 observations rejected, as more than 5 standard deviations" in said and "2026-01-30T06:00:00" in said
+    assert "1 of 3 observations rejected, as more than 4 standard deviations" in said and "2026-01-30T06:00:00" in said
     page = (files / "checked.html").read_text()
     assert "rejected as unlikely" in page and "<td>a</td><td>time 2026-01-30T06:00:00</td>" in page
     less, said = analysed(files, forked, "less", "--observations", "l.csv")
@@ -305,7 +305,7 @@ def test_that_a_mean_over_a_box_is_seen_as_one(files, forked, states, tmp_path):
         given[0].values[:, :1], Interpolate(*(torch.from_numpy(x[:1]) for x in (seen.points, seen.weights)), 17), R1
     )
     narrow, wide = (look_at(prior, states.values[:1], x).residual.diagonal[0, 0, at] for x in (point, alone))
-    B, factor = prior.linear.errors.matrix, prior.attached["calibration"][at] ** 2
+    B, factor = prior.linear.errors.matrix, prior.attached["calibration_seen"][at] ** 2
     exact = factor * (B[at, at] - (H[0] @ B[at]) ** 2 / (H[0] @ B @ H[0] + 0.04))
     assert narrow < wide and torch.isclose(wide, exact, rtol=1e-4)
     for old, new, said in (

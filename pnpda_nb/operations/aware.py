@@ -241,7 +241,7 @@ def draw_around(
             error.append(_drawn(errors, tuple(mean.shape), generator))
             noise.append(standard_normal(tuple(observations.values.shape), generator) * variances.sqrt())
             noise[-1] = noise[-1] if missing is None else noise[-1].masked_fill(missing, torch.nan)
-        R = DiagonalCovariance(variances.repeat(len(some), *[1] * (variances.ndim - 1)) if variances.ndim > 1 else variances)
+        R = observations.covariance if variances.ndim == 1 else DiagonalCovariance._unchecked(variances.repeat(len(some), 1))
         states, seen = torch.cat(error), replace(observations, values=torch.cat(noise), operator=operator, covariance=R)
         z = (states + kalman_increment(errors, states, seen)).unflatten(0, (len(some), -1))
         z = torch.where(spread > 0, z / spread.where(spread > 0, 1.0), 0.0)

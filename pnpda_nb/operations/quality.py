@@ -98,7 +98,7 @@ def _covariance(errors: ErrorCovariance | LocalError, points: np.ndarray, weight
 
 # %% ../../nbs/30_aware.ipynb #30checkfun
 def check_observations(
-    prior: AwarePrior | FlowPrior, states: States, sightings: StationObservations, reject: float = 5.0, seed: int = 0
+    prior: AwarePrior | FlowPrior, states: States, sightings: StationObservations, reject: float = 4.0, seed: int = 0
 ) -> tuple[StationObservations, pd.DataFrame | None]:
     """What was seen of `states`, without what is more than `reject` standard deviations from what background and other observations
     make of it, and a table of that. Members share their observations, and their mean is asked. Points that never change are not
