@@ -2120,6 +2120,9 @@ d = {
             "pnpda_nb.learned.prior.AnalysisPrior.seeing": ("seeing.html#analysisprior.seeing", "pnpda_nb/learned/prior.py"),
             "pnpda_nb.learned.prior.AnalysisPrior.source": ("seeing.html#analysisprior.source", "pnpda_nb/learned/prior.py"),
             "pnpda_nb.learned.prior.BlindPrior": ("seeing.html#blindprior", "pnpda_nb/learned/prior.py"),
+            "pnpda_nb.learned.prior.BlindPrior.__call__": ("seeing.html#blindprior.__call__", "pnpda_nb/learned/prior.py"),
+            "pnpda_nb.learned.prior.BlindPrior.dim": ("seeing.html#blindprior.dim", "pnpda_nb/learned/prior.py"),
+            "pnpda_nb.learned.prior.BlindPrior.source": ("seeing.html#blindprior.source", "pnpda_nb/learned/prior.py"),
             "pnpda_nb.learned.prior.LearnedDenoiser": ("seeing.html#learneddenoiser", "pnpda_nb/learned/prior.py"),
             "pnpda_nb.learned.prior.LearnedDenoiser.__call__": (
                 "seeing.html#learneddenoiser.__call__",

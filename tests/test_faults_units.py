@@ -444,7 +444,7 @@ def test_that_a_trial_of_a_large_state_has_all_rivals():
 
 def test_that_a_rival_that_cannot_be_computed_stands_in_the_report_with_its_reason(monkeypatch, tmp_path):
     def broken(*args, **options):
-        raise RuntimeError("the equations | have no solution")
+        raise torch.linalg.LinAlgError("the equations | have no solution")
 
     monkeypatch.setattr(trials, "regression", broken)
     found = trained(*pairs())

@@ -125,7 +125,7 @@ class SeeingPrior:
     """An `AnalysisPrior` to which observations have been shown: a `Prior` like any other."""
 
     prior: AnalysisPrior
-    seen: GridObservations | None
+    seen: GridObservations
 
     @property
     def dim(self) -> int:
@@ -140,10 +140,20 @@ class SeeingPrior:
 
 # %% ../../nbs/17_seeing.ipynb #3a894f79
 @dataclass(frozen=True, eq=False)
-class BlindPrior(SeeingPrior):
+class BlindPrior:
     """An `AnalysisPrior` to which nothing is shown, whatever there is to see: the paper's kind of prior."""
 
-    seen: None = field(default=None, init=False, repr=False)
+    prior: AnalysisPrior
+
+    @property
+    def dim(self) -> int:
+        return self.prior.dim
+
+    def source(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        return self.prior.source(shape, generator)
+
+    def __call__(self, background: Tensor) -> LearnedDenoiser:
+        return self.prior(background)
 
 
 # %% ../../nbs/17_seeing.ipynb #ec2f92e7
