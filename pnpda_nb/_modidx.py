@@ -14,6 +14,7 @@ d = {
             "pnpda_nb.bench.growth._lorenz96": ("bench.html#_lorenz96", "pnpda_nb/bench/growth.py"),
             "pnpda_nb.bench.growth._needed": ("bench.html#_needed", "pnpda_nb/bench/growth.py"),
             "pnpda_nb.bench.growth._scaling": ("bench.html#_scaling", "pnpda_nb/bench/growth.py"),
+            "pnpda_nb.bench.growth.device": ("bench.html#device", "pnpda_nb/bench/growth.py"),
             "pnpda_nb.bench.growth.ensemble_workload": ("bench.html#ensemble_workload", "pnpda_nb/bench/growth.py"),
             "pnpda_nb.bench.growth.members": ("bench.html#members", "pnpda_nb/bench/growth.py"),
             "pnpda_nb.bench.growth.memory": ("bench.html#memory", "pnpda_nb/bench/growth.py"),

@@ -55,6 +55,14 @@ def test_that_dapper_and_we_score_the_same_on_the_same_experiment(part, within):
     assert abs(scored.ours - scored.peer) < within
 
 
+def test_that_a_device_is_measured_beside_the_processor_and_one_that_is_not_there_is_refused():
+    small = dataclasses.replace(QUICK, ensembles=(5,), runs=1, iterations=2, repeats=1)
+    table = bench(["device"], small)
+    assert list(table.case.str.endswith(", cpu")) == [True, True] and (table.ratio > 0).all() and (table.ours > 0).all()
+    with pytest.raises(ValueError, match="device: expected cpu or, where there is one, cuda, got nowhere"):
+        bench(["device"], dataclasses.replace(small, device="nowhere"))
+
+
 def test_that_a_users_tendency_and_the_model_that_it_is_are_the_same():
     from pnpda_nb.core import standard_normal, stream
     from pnpda_nb.dynamics import Lorenz63

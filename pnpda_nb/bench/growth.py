@@ -18,8 +18,8 @@ from math import nan
 
 import torch
 
-from .measure import Sizes, _row, growth_exponent, seconds_of
-from .speed import NETWORKS, one_analysis, untrained_prior
+from .measure import Sizes, _row, growth_exponent, seconds_of, speed_ratio
+from .speed import NETWORKS, _in_turns, one_analysis, untrained_prior
 from ..classical.ensemble import LETKF, EnKF
 from ..dynamics.models import Lorenz96
 from ..observing.covariance import DiagonalCovariance
@@ -184,6 +184,20 @@ def pnpda_state(sizes: Sizes) -> Iterator[dict]:
     yield from _scaling("pnpda_state", "variables", sizes.fields, of="an analysis")
     for row in _scaling("pnpda_scaled", "variables", sizes.fields, of="an analysis"):
         yield row | {"part": "pnpda_state", "case": f"scaled: {row['case']}"}
+
+
+# %% ../../nbs/97_bench.ipynb #97de0001
+def device(sizes: Sizes) -> Iterator[dict]:
+    """Cycles in single precision on the device of `sizes` and, as the peer, on one core of the processor: seconds that pass."""
+    experiment, most = _lorenz96(40, 20), max(sizes.ensembles)
+    learned = PnPDA(untrained_prior(40, NETWORKS["Lorenz-96"][1]), iterations=sizes.iterations)
+    for name, method, members, runs in (
+        (f"EnKF of {most}, 10 runs", EnKF(inflation=1.05), most, 10),
+        (f"PnP-DA, {sizes.iterations} iterations, {10 * sizes.runs} runs", learned, 1, 10 * sizes.runs),
+    ):
+        cycled = partial(cycle, experiment, method, members=members, runs=runs, keep="scores", dtype="float32")
+        turns = _in_turns(partial(cycled, device=sizes.device), cycled, sizes.repeats, time.perf_counter)
+        yield _row("device", f"{name}, {sizes.device}", unit="s", note="20 cycles of Lorenz-96") | speed_ratio(*turns)
 
 
 # %% ../../nbs/97_bench.ipynb #5fe46b7c

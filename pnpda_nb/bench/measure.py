@@ -40,12 +40,12 @@ def _row(part: str, case: str, ours: float = nan, unit: str = "", note: str = ""
 
 
 # %% ../../nbs/97_bench.ipynb #8dd6a6c4
-def seconds_of(work: Callable[[], object]) -> float:
-    """Processor seconds that `work()` takes, nature runs included."""
+def seconds_of(work: Callable[[], object], clock: Callable[[], float] = time.process_time) -> float:
+    """Seconds that `work()` takes, nature runs included: of the processor, or by another `clock`."""
     forget_nature_runs()
-    start = time.process_time()
+    start = clock()
     work()
-    return time.process_time() - start
+    return clock() - start
 
 
 def speed_ratio(ours: Sequence[float], peer: Sequence[float]) -> dict[str, float]:
@@ -66,7 +66,7 @@ class Sizes(Settings):
     model steps; `states` and `steps` of Kuramoto-Sivashinsky; `ensembles`, `dimensions`, `lengths` and `fields` (members,
     variables, cycles, variables of a learned prior) of the scalings; `iterations` of PnP-DA; `minibatches` of training,
     `examples` in each of its timings and `learning` steps of its loss curves; `repeats` of every timing, `arithmetic`
-    its shortest length in seconds.
+    its shortest length in seconds; the `device` that is measured beside the processor.
     """
 
     runs: Count = 50
@@ -86,6 +86,7 @@ class Sizes(Settings):
     learning: Count = 900
     repeats: Count = 5
     arithmetic: PositiveNumber = 0.2
+    device: str = "cpu"
 
 
 QUICK = Sizes(

@@ -193,9 +193,11 @@ def _models() -> dict[str, Model]:
     return {"Lorenz-63": Lorenz63(), "Lorenz-96 (40)": Lorenz96(), "Kuramoto-Sivashinsky": KuramotoSivashinsky()}
 
 
-def _in_turns(ours: Callable[[], object], peer: Callable[[], object], repeats: int) -> np.ndarray:
+def _in_turns(
+    ours: Callable[[], object], peer: Callable[[], object], repeats: int, clock: Callable[[], float] = time.process_time
+) -> np.ndarray:
     """Seconds of both `(2, repeats)`, measured in turns; the first turn is not counted."""
-    return np.array([(seconds_of(ours), seconds_of(peer)) for _ in range(1 + repeats)])[1:].T
+    return np.array([(seconds_of(ours, clock), seconds_of(peer, clock)) for _ in range(1 + repeats)])[1:].T
 
 
 def _plural(count: int, what: str) -> str:

@@ -15,9 +15,10 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from .growth import members, memory, pnpda_state, state
+from .growth import device, members, memory, pnpda_state, state
 from .measure import COLUMNS, Sizes, machine
 from .speed import enkf, etdrk4_speed, kuramoto_sivashinsky, lorenz96, own_tendency, pnpda, steps, training
+from ..core.compute import _computing
 from ..core.disk import read_record, record_bytes, writable, write_whole
 
 # %% auto #0
@@ -28,7 +29,7 @@ PARTS: Mapping[str, Callable[[Sizes], Iterator[dict]]] = {
     part.__name__.removesuffix("_speed"): part
     for part in (
         enkf, lorenz96, kuramoto_sivashinsky, own_tendency, steps, etdrk4_speed, members, state, memory, pnpda, training,
-        pnpda_state,
+        pnpda_state, device,
     )
 }  # fmt: skip
 
@@ -50,9 +51,11 @@ def bench(
 
     With `out`, the rows are in `bench.csv` of that folder, after every part, beside those of other parts that are there already,
     and a `manifest.json` says when, on which machine, with which versions and of which `code` they were measured. Raises
-    `ValueError` for an unknown part, or a folder that cannot be written to or whose table cannot be read.
+    `ValueError` for an unknown part, a device that is not there, or a folder that cannot be written to or whose table cannot be
+    read.
     """
     chosen, rows, start = choose_parts(names), [], time.perf_counter()
+    _computing("float32", sizes.device)
     folder = None if out is None else writable(out)
     earlier = _earlier(folder) if folder else None
     threads = torch.get_num_threads()

@@ -395,11 +395,12 @@ def bench(
         Optional[str],
         typer.Option(
             help="comma-separated parts: enkf, lorenz96, kuramoto_sivashinsky, own_tendency, steps, etdrk4, members, state, "
-            "memory, pnpda, training, pnpda_state"
+            "memory, pnpda, training, pnpda_state, device"
         ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="a small version, in seconds")] = False,
     full: Annotated[bool, typer.Option("--full", help="no run of a peer is saved by scaling")] = False,
+    device: _Device = "cpu",
     out: Annotated[
         Optional[Path],
         typer.Option(
@@ -425,9 +426,8 @@ def bench(
     from ..bench.suite import choose_parts, report
     from ..sweep import code_version
 
-    sizes = QUICK if quick else Sizes()
-    if full:
-        sizes = dataclasses.replace(sizes, peer_runs=sizes.runs // sizes.repeats)
+    sizes = dataclasses.replace(QUICK if quick else Sizes(), device=device)
+    sizes = dataclasses.replace(sizes, peer_runs=sizes.runs // sizes.repeats) if full else sizes
     choose_parts(names or None)
     with _room(**{"out": out} if out else {}):
         table = measure(names or None, sizes, out, progress=True, code=code_version())
