@@ -2805,6 +2805,7 @@ d = {
             "pnpda_nb.operations.quality._expected": ("aware.html#_expected", "pnpda_nb/operations/quality.py"),
             "pnpda_nb.operations.quality._from_kept": ("aware.html#_from_kept", "pnpda_nb/operations/quality.py"),
             "pnpda_nb.operations.quality._left_out": ("aware.html#_left_out", "pnpda_nb/operations/quality.py"),
+            "pnpda_nb.operations.quality._looked_at": ("aware.html#_looked_at", "pnpda_nb/operations/quality.py"),
             "pnpda_nb.operations.quality._rejected": ("aware.html#_rejected", "pnpda_nb/operations/quality.py"),
             "pnpda_nb.operations.quality.check_observations": ("aware.html#check_observations", "pnpda_nb/operations/quality.py"),
             "pnpda_nb.operations.quality.likely": ("aware.html#likely", "pnpda_nb/operations/quality.py"),

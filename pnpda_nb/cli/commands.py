@@ -282,7 +282,7 @@ def assimilate_command(
     ensemble: Annotated[
         Optional[int], typer.Option(help="analyses with noise of their own, of which the mean is taken; of a blind prior")
     ] = None,
-    reject: _Reject = "4",
+    reject: _Reject = "3",
     seed: Annotated[int, typer.Option(help="seed of the noise, and of draws")] = 0,
     dtype: _Dtype = "float64",
     device: _Device = "cpu",

@@ -194,7 +194,7 @@ def _checked(prior: Any, states: Any, sightings: Any, reject: float, seed: int) 
     if rejected is None:
         return kept, None, "No observation was checked, as the prior does not know its errors"
     seen = int((sightings.values == sightings.values).sum())
-    said = f"{len(rejected)} of {seen} observations rejected, as more than {reject:g} standard deviations from what is expected"
+    said = f"{len(rejected)} of {seen} observations rejected, as less likely than {reject:g} standard deviations of a normal law"
     return kept, rejected, said
 
 

@@ -18,9 +18,10 @@ from ..files.states import States
 from ..files.stations import StationObservations
 from ..flow_matching.flow import FlowPrior
 from ..observing.update import ErrorCovariance
-from .aware import AwarePrior
+from .aware import AwarePrior, _bent
 from .errors import DRAWS, _named, attached_errors
 from .local import LocalError
+from .verdicts import analyse_states
 
 _TOGETHER = 500  # observations that are compared with one another
 
@@ -96,14 +97,43 @@ def _covariance(errors: ErrorCovariance | LocalError, points: np.ndarray, weight
     return H @ errors.between(places, places).double() @ H.T
 
 
+# %% ../../nbs/30_aware.ipynb #30qualfold
+_FOLDS = 8  # parts of the observations, each of which is judged by looks at all the others
+
+
+def _looked_at(
+    prior: AwarePrior, states: States, sightings: StationObservations, kept: np.ndarray, reject: float
+) -> tuple[np.ndarray, list[tuple[int, int, float, float, float]]]:
+    """The values `(run, size)` that are likely given looks at those `kept` of the other parts, NaN elsewhere, and of each that is
+    not its run, number, value, and what was expected of it, with a standard deviation.
+    """
+    values, points, weights = sightings.values, sightings.points, sightings.weights
+    part = np.arange(values.shape[1]) % _FOLDS
+    expected, spread = np.zeros_like(values), np.zeros_like(values)
+    for own in (part == number for number in range(min(_FOLDS, values.shape[1]))):
+        shown = replace(sightings, values=np.where(own, np.nan, kept))
+        mean, deviation = (x.mean(1).numpy() for x in analyse_states(prior, states, shown)[:2])
+        expected[:, own] = (mean[:, points[own]] * weights[own]).sum(-1)
+        spread[:, own] = (deviation[:, points[own]] * abs(weights[own])).sum(-1)
+    total = np.sqrt(spread**2 + np.square(sightings.errors))
+    far = (values - expected) / total
+    main = points[np.arange(len(points)), abs(weights).argmax(1)]
+    low, high = (_bent(prior, torch.full((prior.dim,), at, dtype=torch.float64)).numpy()[main] for at in (-reject, reject))
+    share = (spread / total) ** 2  # of the variance: errors of observations are normal
+    likely = (far >= -reject + share * (low + reject)) & (far <= reject + share * (high - reject)) | (spread == 0)
+    gone = ~np.isnan(values) & ~likely
+    rows = [(int(i), int(k), values[i, k], expected[i, k], total[i, k]) for i, k in np.argwhere(gone)]
+    return np.where(gone, np.nan, values), rows
+
+
 # %% ../../nbs/30_aware.ipynb #30checkfun
 def check_observations(
-    prior: AwarePrior | FlowPrior, states: States, sightings: StationObservations, reject: float = 4.0, seed: int = 0
+    prior: AwarePrior | FlowPrior, states: States, sightings: StationObservations, reject: float = 3.0, seed: int = 0
 ) -> tuple[StationObservations, pd.DataFrame | None]:
-    """What was seen of `states`, without what is more than `reject` standard deviations from what background and other observations
-    make of it, and a table of that. Members share their observations, and their mean is asked. Points that never change are not
-    looked at. Without a table (and nothing rejected) if `prior` does not know its errors. Raises `ValueError` for a threshold that
-    is not positive.
+    """What was seen of `states`, without what is as unlikely, given background and other observations, as a normal number more than
+    `reject` standard deviations away, and a table of that. Members share their observations, and their mean is asked. Points that
+    never change are not looked at. Without a table (and nothing rejected) if `prior` does not know its errors. Raises `ValueError`
+    for a threshold that is not positive.
     """
     if not reject > 0:
         raise ValueError(f"reject: expected a positive number of standard deviations, got {reject}")
@@ -129,6 +159,8 @@ def check_observations(
                 rows.append((int(part[i]), int(some[k]), seen[i, k], seen[i, k] - float(left[i, k]), float(spread[i, k])))
     for run, station, *_ in rows:
         values[run, station] = np.nan
+    if isinstance(prior, AwarePrior):
+        values, rows = _looked_at(prior, states, sightings, values, reject)
     return replace(sightings, values=values), _rejected(rows, states, sightings)
 
 
