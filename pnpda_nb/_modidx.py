@@ -2682,6 +2682,7 @@ d = {
             "pnpda_nb.operations.learning._judged": ("priors.html#_judged", "pnpda_nb/operations/learning.py"),
             "pnpda_nb.operations.learning._lead": ("priors.html#_lead", "pnpda_nb/operations/learning.py"),
             "pnpda_nb.operations.learning._logarithm": ("priors.html#_logarithm", "pnpda_nb/operations/learning.py"),
+            "pnpda_nb.operations.learning._places": ("priors.html#_places", "pnpda_nb/operations/learning.py"),
             "pnpda_nb.operations.learning._plan": ("priors.html#_plan", "pnpda_nb/operations/learning.py"),
             "pnpda_nb.operations.learning._quantiles": ("priors.html#_quantiles", "pnpda_nb/operations/learning.py"),
             "pnpda_nb.operations.learning._ranks": ("priors.html#_ranks", "pnpda_nb/operations/learning.py"),

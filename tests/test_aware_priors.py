@@ -46,6 +46,14 @@ def seen_at(sites, state, error, dim):
     return Observations(state[..., list(sites)], Select(tuple(sites), dim), DiagonalCovariance(error[list(sites)] ** 2))
 
 
+def test_that_the_network_is_told_coordinates_along_axes_with_ends_and_not_along_circles():
+    globe = Grid.sphere((60.0, 20.0, -20.0, -60.0), tuple(45.0 * np.arange(8)), channels=("t", "q"))
+    told = learning._places(torch.arange(64.0).double(), torch.ones(64).double(), globe)
+    assert set(told) == {"relief", "activity", "coordinate_0"}
+    assert torch.allclose(told["coordinate_0"] * 2000**0.5, globe.positions[:, 0], rtol=0.02)
+    assert set(learning._places(torch.zeros(16).double(), torch.ones(16).double(), RING.grid)) == {"relief", "activity"}
+
+
 def test_that_before_training_the_prior_is_the_linear_analysis():
     source = pairs(RING)
     trained, stopping, *_ = set_aside(source, ends=3)

@@ -24,7 +24,7 @@ from .linear import LinearAnalysis, _errors_from, _errors_in, _line_from, _line_
 from .local import LocalError
 
 PRIOR_KINDS["AwarePrior"] = "pnpda_nb.aware_prior/"
-_PLACES = ("relief", "activity")  # how mean and increments differ from place to place
+_PLACES = ("relief", "activity", "coordinate_0", "coordinate_1")  # how mean and increments differ, and where points are
 
 # %% auto #0
 __all__ = ["AwarePrior"]

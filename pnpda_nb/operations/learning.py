@@ -108,7 +108,7 @@ def _untrained(
         for x in _read(trained, first, min(first + step, trained.count)):
             states.add(x)
     scale = states.deviation.where(states.varies, 1.0)
-    places = {} if grid is None else {"relief": _by_channel(states.mean, grid), "activity": _by_channel(_logarithm(unit), grid)}
+    places = {} if grid is None else _places(states.mean, unit, grid)
     sizes: dict[str, Any] = {"dim": trained.dim, "geometry": grid or "none", "extra": 2 + len(places)}
     fields = FieldPrior.make(
         states.mean, scale.where(scale > 0, 1.0), unit.where(unit > 0, 1.0), rank=1, seed=seed, **sizes, **_size(grid, settings)
@@ -116,6 +116,15 @@ def _untrained(
     for weight in fields.network.last.parameters():
         torch.nn.init.zeros_(weight)
     return AwarePrior(fields, linear, {"increment": unit} | places, trained.layout)
+
+
+def _places(mean: Tensor, unit: Tensor, grid: Grid) -> dict[str, Tensor]:
+    """What the network is told of the points themselves: how mean and increments differ, and coordinates along axes with ends."""
+    told = {"relief": _by_channel(mean, grid), "activity": _by_channel(_logarithm(unit), grid)}
+    for axis, (period, along) in enumerate(zip(grid.periods, grid.positions.T)):
+        if period is None:
+            told[f"coordinate_{axis}"] = (along - along.mean()) / along.std()
+    return told
 
 
 def _logarithm(unit: Tensor) -> Tensor:
