@@ -9,6 +9,7 @@ from pnpda_nb.core.compute import reuse_memory
 from pnpda_nb.core.spectral import Spectral
 from pnpda_nb.flow_matching.field_networks import PyramidNetwork
 from pnpda_nb.learned import AmortisedAnalysis, AnalysisPrior, OnPolicySettings, RandomNetworks, TruthRecord, train_on_policy
+from pnpda_nb.learned.on_policy import TrainingBatch, on_policy_loss
 from pnpda_nb.learned.records import Trajectories
 from pnpda_nb.observing import DiagonalCovariance, GridObservations, ObservingNetwork, Select, on_grid
 from pnpda_nb.observing.update import gridded_increment
@@ -69,6 +70,20 @@ def test_that_an_untrained_prior_with_a_first_guess_is_3d_var_and_so_is_its_file
         assert torch.equal(one.look(STATES).mean, STATES)  # nothing seen, nothing guessed
         wide = one.widened(2).look(STATES, seen=on_grid(seen, PLANE.dim), extra=standard_normal((3, 2, 2, PLANE.dim), stream(5)))
         torch.testing.assert_close(wide.mean, known)
+
+
+def test_that_what_is_hidden_from_a_prior_does_not_come_back_as_its_first_guess():
+    target, seen = STATES[:, 0] + 1, on_grid(network(3, 50, 110).observe(STATES.mean(1), stream(3)), PLANE.dim)
+    shown = GridObservations(*(x[:, 0] for x in (seen.value, seen.mask, seen.error)))
+    guess = gridded_increment(ERRORS, STATES, seen)[:, 0]
+
+    def loss(factor: float, hidden: float) -> torch.Tensor:
+        batch = TrainingBatch(STATES[:, 0], target, shown, guess=factor * guess)
+        return on_policy_loss(prior(), batch, stream(4), hidden=hidden, likelihood=0.0).detach()
+
+    assert loss(1.0, 0.0) != loss(2.0, 0.0)
+    assert loss(1.0, 1.0) == loss(2.0, 1.0)
+    torch.testing.assert_close(loss(1.0, 1.0), (target - STATES[:, 0]).square().mean())
 
 
 def test_that_rounded_weights_take_half_the_file_and_come_back_the_same(tmp_path):

@@ -53,16 +53,17 @@ def on_policy_loss(
 ) -> Tensor:  # fmt: skip
     """@eq-on-policy-loss, averaged over examples; the likelihood is that of `scored` variables."""
     background, target, count, there = batch.background, batch.target, len(batch.target), batch.target.device
-    tau, z, u, shown = torch.zeros(count, 1, device=there), None, None, batch.seen
+    tau, z, u, shown, guess = torch.zeros(count, 1, device=there), None, None, batch.seen, batch.guess
     if start_fraction < 1:
         late = torch.rand(count, 1, generator=generator).to(there) >= start_fraction
         tau = torch.rand(count, 1, generator=generator).to(there) * late
         z = prior.source(tuple(target.shape), generator) * late
         u = (1 - tau) * (background + z) + tau * target
     if hidden:
-        left = shown.mask & (torch.rand(count, 1, generator=generator).to(there) >= hidden)
-        shown = GridObservations(shown.value, left, shown.error)
-    denoised, residual = prior.look(background, u, tau, shown, batch.extra, batch.guess)
+        left = torch.rand(count, 1, generator=generator).to(there) >= hidden
+        shown = GridObservations(shown.value, shown.mask & left, shown.error)
+        guess = None if guess is None else guess * left  # which was made of observations
+    denoised, residual = prior.look(background, u, tau, shown, batch.extra, guess)
     error = target - denoised
     deviation = (batch.seen.error * batch.seen.mask / prior.scale).sum(-1) / batch.seen.mask.sum(-1).clamp_min(1)
     weight = 1 / (0.05 + deviation)
