@@ -315,8 +315,10 @@ d = {
             "pnpda_nb.cli.training._seeing": ("command_line.html#_seeing", "pnpda_nb/cli/training.py"),
             "pnpda_nb.cli.training._trained_blind": ("command_line.html#_trained_blind", "pnpda_nb/cli/training.py"),
             "pnpda_nb.cli.training._trained_seeing": ("command_line.html#_trained_seeing", "pnpda_nb/cli/training.py"),
+            "pnpda_nb.cli.training._workers": ("command_line.html#_workers", "pnpda_nb/cli/training.py"),
         },
         "pnpda_nb.cli.words": {
+            "pnpda_nb.cli.words._address": ("command_line.html#_address", "pnpda_nb/cli/words.py"),
             "pnpda_nb.cli.words._name": ("command_line.html#_name", "pnpda_nb/cli/words.py"),
             "pnpda_nb.cli.words._path": ("command_line.html#_path", "pnpda_nb/cli/words.py"),
             "pnpda_nb.cli.words._roles": ("command_line.html#_roles", "pnpda_nb/cli/words.py"),
@@ -2887,6 +2889,7 @@ d = {
             "pnpda_nb.operations.validation.trial": ("files.html#trial", "pnpda_nb/operations/validation.py"),
         },
         "pnpda_nb.operations.verdicts": {
+            "pnpda_nb.operations.verdicts._analysed": ("priors.html#_analysed", "pnpda_nb/operations/verdicts.py"),
             "pnpda_nb.operations.verdicts.analyse_states": ("priors.html#analyse_states", "pnpda_nb/operations/verdicts.py"),
             "pnpda_nb.operations.verdicts.cycles_report": ("priors.html#cycles_report", "pnpda_nb/operations/verdicts.py"),
             "pnpda_nb.operations.verdicts.cycles_verdict": ("priors.html#cycles_verdict", "pnpda_nb/operations/verdicts.py"),

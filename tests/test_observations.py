@@ -1,5 +1,6 @@
 """Observations as their users have them: several times in one file, some times only, errors that change, grids in another order."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +16,7 @@ from pnpda_nb.files.states import States
 from pnpda_nb.files.stations import StationObservations
 from pnpda_nb.flow_matching import TensorPairs, TrainingSettings
 from pnpda_nb.observing import DiagonalCovariance, Interpolate, Linear, Observations, Select, kalman_update
-from pnpda_nb.operations import AwarePrior, AwareSettings, Networks, learn_archive, train_archive
+from pnpda_nb.operations import AwarePrior, AwareSettings, Networks, learn_archive, train_archive, verdicts
 from pnpda_nb.operations.aware import look_at
 from pnpda_nb.operations.errors import attached_errors
 from pnpda_nb.operations.quality import _covariance, check_observations, likely
@@ -143,6 +144,36 @@ def test_that_states_of_which_nothing_was_seen_are_named_and_the_others_are_as_w
     assert (
         np.allclose(spread[np.isfinite(spread)], open_, rtol=0.2) and (whole.t_analysis_std[1] > whole.t_analysis_std[0]).sum() > 10
     )
+
+
+def test_that_workers_of_a_cluster_give_the_bytes_of_none(files, forked):
+    (files / "w.csv").write_text(rows())
+    given = "--observations", "w.csv", "--members", 2
+    here, _ = analysed(files, forked, "here", *given)
+    distributed = pytest.importorskip("distributed")
+    options = {"processes": False, "protocol": "tcp://", "threads_per_worker": 1, "dashboard_address": None}
+    with distributed.LocalCluster(2, **options) as cluster:
+        there, _ = analysed(files, forked, "there", *given, "--scheduler", cluster.scheduler_address)
+    for name in here.data_vars:
+        assert here[name].values.tobytes() == there[name].values.tobytes()
+    answer = analysed(files, forked, "nowhere", *given, "--scheduler", "nowhere", status=2)
+    assert "scheduler: expected an address such as tcp://host:8786, got 'nowhere'" in answer.stderr
+
+
+def test_that_runs_that_are_spread_over_workers_are_as_one_after_the_other(files, states, monkeypatch):
+    (files / "s.csv").write_text(rows())
+    prior, seen = AwarePrior.load(files / "prior.safetensors"), read_observations(files / "s.csv", states)
+    monkeypatch.setattr(verdicts, "_TOGETHER", 1)
+    parts = []
+    with ThreadPoolExecutor(2) as pool:
+
+        def spread(*given):
+            parts.append(list(pool.map(*given)))
+            return parts[-1]
+
+        found = verdicts.analyse_states(prior, states, seen, draws=2, through=spread)
+    assert [len(part[0]) for part in parts[0]] == [1, 1, 1]
+    assert all(torch.equal(x, y) for x, y in zip(found, verdicts.analyse_states(prior, states, seen, draws=2)))
 
 
 def test_that_an_error_that_grows_with_time_is_believed_less(files, forked):

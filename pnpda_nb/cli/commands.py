@@ -33,23 +33,43 @@ from .results import (
     _key_value,
     _manifest,
 )
-from .training import _check_model, _checked, _forecasts, _of_observations, _plugged, _seeing, _trained_blind, _trained_seeing
+from .training import (
+    _check_model,
+    _checked,
+    _forecasts,
+    _of_observations,
+    _plugged,
+    _seeing,
+    _trained_blind,
+    _trained_seeing,
+    _workers,
+)
 from .words import (
+    _address,
+    _Archive,
     _Device,
+    _Draws,
     _Dtype,
+    _Ensemble,
     _Example,
     _Interval,
+    _Iterations,
+    _Kind,
+    _Methods,
     _Model,
     _name,
     _Names,
     _path,
+    _Preset,
     _Program,
     _Reject,
     _Report,
     _roles,
     _Rounds,
     _Samples,
+    _Scheduler,
     _seed,
+    _Set,
     _sigmas,
     _whole,
     _words,
@@ -106,27 +126,19 @@ def list_studies() -> None:
 @app.command()
 def run(
     experiment: Annotated[str, typer.Argument(help="name of an experiment, as given by `pnpda list`")],
-    preset: Annotated[
-        str, typer.Option(help="smoke (about a minute), paper (the paper's size) or another of `pnpda list`")
-    ] = "smoke",
-    methods: Annotated[
-        Optional[str], typer.Option(help="comma-separated names; default: all of the paper and its baselines")
-    ] = None,
+    preset: _Preset = "smoke",
+    methods: _Methods = None,
     runs: Annotated[Optional[int], typer.Option(help="independent runs per method")] = None,
     members: Annotated[Optional[int], typer.Option(help="members of the ensemble methods")] = None,
     seed: Annotated[Optional[int], typer.Option(help="seed of every random stream")] = None,
-    set_: Annotated[
-        Optional[list[str]], typer.Option("--set", help="key=value; a setting of the experiment, may be repeated")
-    ] = None,
+    set_: _Set = None,
     out: Annotated[
         Optional[Path], typer.Option(help="folder for the results; default: runs/EXPERIMENT_PRESET", parser=_path, metavar="FOLDER")
     ] = None,
     workers: Annotated[
         Optional[int], typer.Option(help="processes to use on this machine; default: one per core, at most four")
     ] = None,
-    scheduler: Annotated[
-        Optional[str], typer.Option(help="address of a Dask scheduler, such as tcp://host:8786, to use instead")
-    ] = None,
+    scheduler: _Scheduler = None,
     dtype: _Dtype = "float64",
     device: _Device = "cpu",
 ) -> None:
@@ -138,8 +150,7 @@ def run(
         _check_size(name, text)
     names = _words("methods", methods)
     _whole("workers", workers, 1000), _whole("runs", runs), _whole("members", members)
-    if scheduler is not None and not scheduler.strip():
-        raise ValueError(f"scheduler: expected an address such as tcp://host:8786, got {scheduler!r}")
+    _address(scheduler)
 
     import torch
 
@@ -192,23 +203,11 @@ def run(
 # %% ../../nbs/96_command_line.ipynb #753a93bd
 @app.command()
 def train(
-    archive: Annotated[
-        str,
-        typer.Argument(
-            help="NetCDF file or Zarr store of backgrounds and analyses, or a quoted pattern of several",
-            parser=_name,
-            metavar="ARCHIVE",
-        ),
-    ],
+    archive: _Archive,
     out: Annotated[Path, typer.Option(help="where to write the prior (safetensors)", parser=_path, metavar="FILE")],
     seed: Annotated[int, typer.Option(help="seed of the training")] = 0,
     epochs: Annotated[Optional[int], typer.Option(help="epochs at the most; default: as many as take some minutes")] = None,
-    kind: Annotated[
-        Optional[str],
-        typer.Option(
-            help="seeing: a prior that sees observations (the default); blind: one of backgrounds alone, for plug-and-play"
-        ),
-    ] = None,
+    kind: _Kind = None,
     observations: _Example = None,
     paper: Annotated[bool, typer.Option("--paper", help="train a blind prior exactly as the paper does")] = False,
     model: _Model = None,
@@ -273,19 +272,14 @@ def assimilate_command(
         typer.Option(help="NetCDF or CSV file of stations (units are a column), or fields with gaps", parser=_path, metavar="FILE"),
     ],
     out: Annotated[Path, typer.Option(help="where to write the analysis (NetCDF)", parser=_path, metavar="FILE")],
-    members: Annotated[
-        Optional[int], typer.Option(help="draws from what the analysis leaves open, besides it; of a prior that sees observations")
-    ] = None,
-    iterations: Annotated[
-        Optional[int], typer.Option(help="of plug-and-play with a blind prior; default: what was best in training")
-    ] = None,
-    ensemble: Annotated[
-        Optional[int], typer.Option(help="analyses with noise of their own, of which the mean is taken; of a blind prior")
-    ] = None,
+    members: _Draws = None,
+    iterations: _Iterations = None,
+    ensemble: _Ensemble = None,
     reject: _Reject = "3",
     seed: Annotated[int, typer.Option(help="seed of the noise, and of draws")] = 0,
     dtype: _Dtype = "float64",
     device: _Device = "cpu",
+    scheduler: _Scheduler = None,
     names: Annotated[
         Optional[str],
         typer.Option(help="what backgrounds and analyses are called in files; default: as in the archive of the prior"),
@@ -303,7 +297,7 @@ def assimilate_command(
     if out.suffix.lower() not in (".nc", ".nc4", ".cdf", ".netcdf"):
         raise ValueError(f"out: expected a file that ends in .nc, got {out}")
     _whole("iterations", iterations), _whole("ensemble", ensemble), _whole("members", members, 1000), _seed(seed)
-    sigmas = _sigmas(reject)
+    sigmas, _ = _sigmas(reject), _address(scheduler)
     given = {"prior": prior, "background": background, "observations": observations}
     _check_places(
         [_Place("out", out), *_with_report(report)], [place for name, path in given.items() for place in _read(name, path)]
@@ -322,7 +316,8 @@ def assimilate_command(
 
     torch.set_num_threads(1)
     seeing = describe_prior(prior)["kind"] == "AwarePrior"
-    for name, value in {"iterations": iterations, "ensemble": ensemble}.items() if seeing else {"members": members}.items():
+    unfit = {"iterations": iterations, "ensemble": ensemble} if seeing else {"members": members, "scheduler": scheduler}
+    for name, value in unfit.items():
         if value is not None:
             raise ValueError(f"{name}: expected none with a prior of kind {'seeing' if seeing else 'blind'}, got {value}")
     loaded = AwarePrior.load(prior) if seeing else FlowPrior.load(prior)
@@ -332,16 +327,19 @@ def assimilate_command(
     known = loaded.layout or {}
     roles, dims = roles or tuple(known.get("roles", ROLES)), dims or tuple(known.get("samples", ()))
     states = read_states(background, layout, name=roles[0], samples=dims)
-    sightings, rejected, checked = _checked(loaded, states, read_observations(observations, states), sigmas, seed)
+    sightings = read_observations(observations, states)
     computing = {"dtype": dtype, "device": device}
     how = {"members": members, "iterations": iterations, "ensemble": ensemble, "reject": reject, "seed": seed, **computing}
     how |= {"names": names, "samples": samples}
     attributes = _attributes(loaded, given, {name: value for name, value in how.items() if value is not None})
     netcdf_bytes(states.dataset(states.values, roles[1]).isel({d: slice(1) for d in states.runs}).assign_attrs(attributes))
-    with _room(out=out.parent, report=report.parent):
+    with _room(out=out.parent, report=report.parent), _workers(scheduler) as through:
+        sightings, rejected, checked = _checked(loaded, states, sightings, sigmas, seed, through)
         options = {"seed": seed, **computing, "progress": True}
         if seeing:
-            analysis, deviation, dataset, said = _seeing(loaded, states, sightings, roles[1], members or 0, options)
+            analysis, deviation, dataset, said = _seeing(
+                loaded, states, sightings, roles[1], members or 0, options | {"through": through}
+            )
         else:
             analysis, dataset, said = _plugged(loaded, states, sightings, roles[1], iterations, ensemble or 1, options)
             deviation = None

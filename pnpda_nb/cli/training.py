@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
@@ -183,14 +184,27 @@ def _plugged(
     return analysis, states.dataset(analysis, role), said
 
 
+# %% ../../nbs/96_command_line.ipynb #753a93c3
+@contextmanager
+def _workers(scheduler: Optional[str]) -> Iterator[Callable]:
+    """What is called as `map`: by the workers of a Dask scheduler, or here."""
+    if not scheduler:
+        yield map
+        return
+    from ..sweep import workplace
+
+    with workplace(scheduler=scheduler) as (executor, *_):
+        yield executor.map
+
+
 # %% ../../nbs/96_command_line.ipynb #753a93c2
-def _checked(prior: Any, states: Any, sightings: Any, reject: float, seed: int) -> tuple[Any, Any, str]:
+def _checked(prior: Any, states: Any, sightings: Any, reject: float, seed: int, through: Callable) -> tuple[Any, Any, str]:
     """The observations without those that are not believed, a table of these, and what was done, in a sentence."""
     from ..operations.quality import check_observations
 
     if not reject:
         return sightings, None, "No observation was checked against the background"
-    kept, rejected = check_observations(prior, states, sightings, reject, seed)
+    kept, rejected = check_observations(prior, states, sightings, reject, seed, through)
     if rejected is None:
         return kept, None, "No observation was checked, as the prior does not know its errors"
     seen = int((sightings.values == sightings.values).sum())

@@ -36,6 +36,23 @@ _Example = Annotated[
     Optional[Path],
     typer.Option(help="a file as `pnpda assimilate` reads it: train with random networks like that", metavar="EXAMPLE"),
 ]
+_Draws = Annotated[
+    Optional[int], typer.Option(help="draws from what the analysis leaves open, besides it; of a prior that sees observations")
+]
+_Iterations = Annotated[Optional[int], typer.Option(help="of plug-and-play with a blind prior; default: what was best in training")]
+_Ensemble = Annotated[
+    Optional[int], typer.Option(help="analyses with noise of their own, of which the mean is taken; of a blind prior")
+]
+_Preset = Annotated[str, typer.Option(help="smoke (about a minute), paper (the paper's size) or another of `pnpda list`")]
+_Methods = Annotated[Optional[str], typer.Option(help="comma-separated names; default: all of the paper and its baselines")]
+_Set = Annotated[Optional[list[str]], typer.Option("--set", help="key=value; a setting of the experiment, may be repeated")]
+_Kind = Annotated[
+    Optional[str],
+    typer.Option(help="seeing: a prior that sees observations (the default); blind: one of backgrounds alone, for plug-and-play"),
+]
+_Scheduler = Annotated[
+    Optional[str], typer.Option(help="address of a Dask scheduler, such as tcp://host:8786, whose workers compute instead")
+]
 _Reject = Annotated[
     str, typer.Option(help="standard deviations beyond which observations are not believed; 0 or none: all are", metavar="SIGMAS")
 ]
@@ -60,6 +77,14 @@ def _path(text: str) -> Path:
     return Path(_name(text))
 
 
+_Archive = Annotated[
+    str,
+    typer.Argument(
+        help="NetCDF file or Zarr store of backgrounds and analyses, or a quoted pattern of several",
+        parser=_name,
+        metavar="ARCHIVE",
+    ),
+]
 _Report = Annotated[
     Optional[Path],
     typer.Option(help="where to write the report (.html or .md); default: beside what it is about", parser=_path, metavar="FILE"),
@@ -70,6 +95,12 @@ def _whole(name: str, value: Optional[int], most: int = 1_000_000) -> None:
     """Raise `ValueError` for a number below 1 or above what makes sense."""
     if value is not None and not 1 <= value <= most:
         raise ValueError(f"{name}: expected at {'least 1' if value < 1 else f'most {most}'}, got {value}")
+
+
+def _address(scheduler: Optional[str]) -> None:
+    """Raise `ValueError` for an address of nothing."""
+    if scheduler is not None and not scheduler.strip():
+        raise ValueError(f"scheduler: expected an address such as tcp://host:8786, got {scheduler!r}")
 
 
 # %% ../../nbs/96_command_line.ipynb #82c79c2b

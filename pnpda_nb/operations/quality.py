@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -102,7 +103,7 @@ _FOLDS = 8  # parts of the observations, each of which is judged by looks at all
 
 
 def _looked_at(
-    prior: AwarePrior, states: States, sightings: StationObservations, kept: np.ndarray, reject: float
+    prior: AwarePrior, states: States, sightings: StationObservations, kept: np.ndarray, reject: float, through: Callable
 ) -> tuple[np.ndarray, list[tuple[int, int, float, float, float]]]:
     """The values `(run, size)` that are likely given looks at those `kept` of the other parts, NaN elsewhere, and of each that is
     not its run, number, value, and what was expected of it, with a standard deviation.
@@ -112,7 +113,7 @@ def _looked_at(
     expected, spread = np.zeros_like(values), np.zeros_like(values)
     for own in (part == number for number in range(min(_FOLDS, values.shape[1]))):
         shown = replace(sightings, values=np.where(own, np.nan, kept))
-        mean, deviation = (x.mean(1).numpy() for x in analyse_states(prior, states, shown)[:2])
+        mean, deviation = (x.mean(1).numpy() for x in analyse_states(prior, states, shown, through=through)[:2])
         expected[:, own] = (mean[:, points[own]] * weights[own]).sum(-1)
         spread[:, own] = (deviation[:, points[own]] * abs(weights[own])).sum(-1)
     total = np.sqrt(spread**2 + np.square(sightings.errors))
@@ -128,12 +129,17 @@ def _looked_at(
 
 # %% ../../nbs/30_aware.ipynb #30checkfun
 def check_observations(
-    prior: AwarePrior | FlowPrior, states: States, sightings: StationObservations, reject: float = 3.0, seed: int = 0
+    prior: AwarePrior | FlowPrior,
+    states: States,
+    sightings: StationObservations,
+    reject: float = 3.0,
+    seed: int = 0,
+    through: Callable = map,
 ) -> tuple[StationObservations, pd.DataFrame | None]:
     """What was seen of `states`, without what is as unlikely, given background and other observations, as a normal number more than
     `reject` standard deviations away, and a table of that. Members share their observations, and their mean is asked. Points that
-    never change are not looked at. Without a table (and nothing rejected) if `prior` does not know its errors. Raises `ValueError`
-    for a threshold that is not positive.
+    never change are not looked at. Without a table (and nothing rejected) if `prior` does not know its errors. `through` is as
+    in `analyse_states`. Raises `ValueError` for a threshold that is not positive.
     """
     if not reject > 0:
         raise ValueError(f"reject: expected a positive number of standard deviations, got {reject}")
@@ -160,7 +166,7 @@ def check_observations(
     for run, station, *_ in rows:
         values[run, station] = np.nan
     if isinstance(prior, AwarePrior):
-        values, rows = _looked_at(prior, states, sightings, values, reject)
+        values, rows = _looked_at(prior, states, sightings, values, reject, through)
     return replace(sightings, values=values), _rejected(rows, states, sightings)
 
 

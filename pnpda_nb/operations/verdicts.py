@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -178,6 +180,9 @@ def draw_maps(learned: Learned, most: int = 4) -> Figure:
 
 
 # %% ../../nbs/94_priors.ipynb #30analysefun
+_TOGETHER = 1_000_000  # numbers that are analysed at a time
+
+
 def analyse_states(
     prior: AwarePrior,
     states: States,
@@ -187,12 +192,14 @@ def analyse_states(
     seed: int = 0,
     dtype: torch.dtype | str = torch.float64,
     device: torch.device | str = "cpu",
+    through: Callable = map,
     progress: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The analyses of `states` by one look at what was seen of them, their standard deviations, both `(run, member, dim)`, and so
     many `draws` around them, `(draw, run, member, dim)`: each run, and each member, by itself. Only draws depend on the `seed`.
 
-    The network computes on `device`; results are rounded to `dtype`, float64 or float32. Raises `ValueError` for arguments out of
+    The network computes on `device`; results are rounded to `dtype`, float64 or float32; some runs at a time are analysed by
+    `through`, which is called as `map`: that of an executor spreads them over its workers. Raises `ValueError` for arguments out of
     range, for states or observations that do not fit the prior or one another, and if an analysis is not finite.
     """
     _check_seed(seed)
@@ -204,23 +211,34 @@ def analyse_states(
     moved.fields = copy.copy(prior.fields)
     moved.fields.network = copy.deepcopy(prior.fields.network).to(device)
     runs, members, dim = values.shape
-    together, found = max(1, 1_000_000 // (members * dim)), []
-    if np.isnan(sightings.values).any() or sightings.errors.ndim > 1:  # a matrix for each run
+    together, found = max(1, _TOGETHER // (members * dim)), []
+    each = sightings.errors.ndim > 1
+    if np.isnan(sightings.values).any() or each:  # a matrix for each run
         together = max(1, min(together, 4_000_000 // sightings.values.shape[1] ** 2))
+    parts = [slice(first, min(first + together, runs)) for first in range(0, runs, together)]
+    shown = [
+        replace(sightings, values=sightings.values[p], errors=sightings.errors[p] if each else sightings.errors) for p in parts
+    ]
     with tqdm(total=runs, desc="assimilating", unit="state", disable=None if progress else True, leave=False) as bar:
-        for first in range(0, runs, together):
-            some = slice(first, min(first + together, runs))
-            observations = sightings.observations(some)
-            estimate = look_at(moved, values[some], observations)
-            drawn = estimate.mean.new_zeros(0, *estimate.mean.shape)
-            if draws:
-                streams = RunStreams(seed, "draws", first, runs=some.stop - first)
-                drawn = draw_around(moved, estimate, observations, draws, streams)
-            found.append((estimate.mean, estimate.residual.diagonal.sqrt(), drawn))
-            bar.update(some.stop - first)
+        given = zip(*((moved, values[p], seen, draws, seed, p.start) for p, seen in zip(parts, shown)))
+        for part in through(_analysed, *given):
+            found.append(part)
+            bar.update(len(part[0]))
     mean, deviation, drawn = (torch.cat(x, axis) for x, axis in zip(zip(*found), (0, 0, 1)))
     _check_finite(mean)
     return mean.to(dtype).double(), deviation.to(dtype).double(), drawn.to(dtype).double()
+
+
+def _analysed(
+    prior: AwarePrior, values: Tensor, sightings: StationObservations, draws: int, seed: int, first: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of some runs, of which the `first` has that number."""
+    observations = sightings.observations()
+    estimate = look_at(prior, values, observations)
+    drawn = estimate.mean.new_zeros(0, *estimate.mean.shape)
+    if draws:
+        drawn = draw_around(prior, estimate, observations, draws, RunStreams(seed, "draws", first, runs=len(values)))
+    return estimate.mean, estimate.residual.diagonal.sqrt(), drawn
 
 
 # %% ../../nbs/94_priors.ipynb #30verdguard
