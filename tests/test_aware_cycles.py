@@ -1,5 +1,6 @@
 """Priors that go on learning where they are used: in cycles of a model over the times of an archive."""
 
+import signal
 from dataclasses import replace
 from functools import cache
 
@@ -14,14 +15,16 @@ from pnpda_nb.files import Axis, Field, Layout, open_archive
 from pnpda_nb.files.layout import layout_record
 from pnpda_nb.flow_matching import TensorPairs
 from pnpda_nb.operations import AwareSettings, learn_archive, rounds
-from pnpda_nb.operations.cycling import _compared, _Forecasts, _Ground, consecutive
+from pnpda_nb.operations.cases import Networks
+from pnpda_nb.operations.cycling import _compared, _cycled, _Forecasts, _Ground, _ratio, _Scores, consecutive
 from pnpda_nb.operations.errors import Part
+from pnpda_nb.operations.pipeline import set_aside
 from pnpda_nb.operations.rounds import Rounds, learn_in_cycles
 from pnpda_nb.operations.verdicts import cycles_report, cycles_verdict
 
 DIM = 8
-TINY = AwareSettings(epochs=4, steps=20, batch=32, width=16, learning_rate=4e-3)
-FEW = Rounds(rounds=2, networks=32, cycles=12, epochs=2)
+TINY = AwareSettings(epochs=8, steps=20, batch=32, width=16, learning_rate=4e-3)
+FEW = Rounds(rounds=2, networks=64, cycles=12, epochs=8, rate=1.0)
 RING = Layout((Field("u", (DIM,), ("longitude",)),), {"longitude": Axis(tuple(45.0 * np.arange(DIM)), "degrees_east")})
 
 
@@ -62,21 +65,61 @@ def cycled(learned):
 
 
 def test_that_the_round_with_the_best_forecasts_is_kept_and_judged_by_other_times(cycled, learned):
-    assert list(cycled.rounds["round"]) == [0, 1, 2] and cycled.kept == cycled.rounds.forecast.argmin()
-    before, after = cycled.rounds.forecast[0], cycled.rounds.forecast[1]
-    assert (
-        cycled.rounds["less by (forecast)"][1] == pytest.approx(before - after)
-        and (cycled.rounds["± paired (forecast)"][1:] > 0).all()
-    )
-    assert len(cycled.verdict) == (2 if cycled.kept else 1) and cycled.verdict.forecast[0] not in cycled.rounds.forecast.to_list()
-    same = cycled.learned.prior.to_bytes() == learned.prior.to_bytes()
-    assert same == (not cycled.kept) and 0.5 < cycled.coverage < 0.99
+    table, verdict = cycled.rounds, cycled.verdict
+    assert list(table["round"]) == [0, 1, 2] and table.ratio[0] == 1 and cycled.kept == table.ratio.argmin()
+    before, after = table.forecast[0], table.forecast[1]
+    assert table["less by (forecast)"][1] == pytest.approx(before - after) and (table["± paired (forecast)"][1:] > 0).all()
+    assert (table.ratio >= (table.forecast + table["± paired (forecast)"]) / before - 1e-12).all()
+    assert cycled.kept and list(verdict["prior"]) == ["of the archive", f"after round {cycled.kept}"]
+    assert cycled.learned.prior.to_bytes() != learned.prior.to_bytes() and 0.5 < cycled.coverage < 0.99
+    prior, source = learned.prior, world()
+    *_, part = set_aside(source, 256_000_000, ends=3)
+    networks, parts = Networks(**{k: tuple(v) for k, v in prior.training["networks"].items()}), [slice(0, DIM)]
+    ground, draws = _Ground.of(part, 4, 10_000, stream(1, "verdict", 0)), stream(1, "verdict", 0)
+    starts = ground.starts(12, (64, 1), None)
+    assert int(starts[0].min()) + ground.first == part.first // 4 >= 270  # the last tenth of the times
+    errors = []
+    for one in _cycled(prior, _Forecasts(carried), ground, starts, 12, networks, parts, draws, torch.device("cpu")):
+        errors.append((one.cases.background - one.cases.analysis) / prior.unit)
+    own = torch.stack(errors[7:]).square().mean().sqrt()
+    assert verdict.forecast[0] == pytest.approx(float(own), rel=1e-9)
     assert cycles_report(cycled, "pairs").html().count("<table") == 5
     said = cycles_verdict(replace(cycled, kept=0))
     assert "the archive's prior is kept" in said and "In units of the increments" in said
 
 
-@pytest.mark.parametrize("epoch", [1, 2])
+def test_that_a_round_is_only_better_if_chains_that_are_lost_and_those_that_are_not_say_so():
+    place = torch.arange(40)
+    before = torch.where(place.unsqueeze(1) < 4, 100.0, 1.0).double() * (1 + 0.1 * torch.rand(40, 6, generator=stream(0)))
+
+    def ratio(lost: float, others: float) -> float:
+        ours = before * torch.where(place.unsqueeze(1) < 4, lost, others)
+        return _ratio(*(_Scores(x, x, x, place, torch.zeros(3, 1)) for x in (before, ours)))
+
+    assert ratio(1.0, 1.0) == pytest.approx(1) and 0.5 <= ratio(0.25, 0.25) < 0.65
+    assert ratio(0.25, 1.5) > 1 and ratio(1.1, 0.25) > 1
+    assert ratio(1.0, 0.25) == pytest.approx(1, abs=0.05) and ratio(1.0, 0.25) > 0.95
+
+
+def test_that_chains_that_have_lost_their_way_do_not_count_for_nearly_all(learned):
+    start = rounds._Start(learned.prior.linear, learned.halves, 100)
+    parts = set_aside(world(), 256_000_000, ends=3)
+    subject = rounds._InCycles(
+        learned.prior, start, _Forecasts(carried), parts, 4, FEW, 1, 256_000_000, torch.device("cpu"), False
+    )  # fmt: skip
+    subject.settings = replace(subject.settings, likelihood=0.0)
+    target, look, met = next(subject.batches(0))
+    assert met.shape == target.shape[:2] and (met[:8] == 0).all() and (met[8:] > 0).all()
+    far = target.clone()
+    far[-1] += 100 * learned.prior.unit
+    with torch.no_grad():
+        one, lost = (subject.loss((x, look, met)).item() for x in (target, far))
+        met[-1] = 100.0**2
+        relative = subject.loss((far, look, met)).item()
+    assert lost > 20 * one and relative < 1.5 * one
+
+
+@pytest.mark.parametrize("epoch", [3, 8])
 def test_that_an_interruption_anywhere_changes_no_byte(cycled, learned, tmp_path, monkeypatch, epoch):
     whole, checkpoint, run = cycled.learned.prior.to_bytes(), tmp_path / "p.cycles", rounds.run_training
 
@@ -169,6 +212,38 @@ def test_that_the_shell_trains_in_cycles_of_functions_and_programs(folder, tmp_p
     assert "with 2 pair(s) of each" in answer.stdout and "In units of the increments" in answer.stdout
     assert sorted(p.name for p in tmp_path.iterdir()) == ["p.html", "p.safetensors"]
     assert "In cycles with the model" in (tmp_path / "p.html").read_text()
+
+
+KILLED = """
+import os, signal
+from pnpda_nb.core import training
+from pnpda_nb.operations import rounds
+training._EVERY = training._PAUSE = 0.0
+whole, calls = rounds._InCycles.loss, []
+def loss(*given):
+    calls.append(1)
+    if len(calls) == {call}: os.kill(os.getpid(), signal.SIGKILL)
+    return whole(*given)
+rounds._InCycles.loss = loss
+"""
+
+
+def test_that_a_training_in_cycles_that_is_killed_goes_on_to_the_same_bytes(folder, tmp_path, forked):
+    def train(name, before=""):
+        words = "--epochs", 1, "--rounds", 2, "--model", "carry:on", "--seed", 3
+        return forked("train", "pairs.nc", "--out", tmp_path / name / "p.safetensors", *words, folder=folder, before=before)
+
+    (tmp_path / "whole").mkdir(), (tmp_path / "killed").mkdir()
+    assert train("whole").returncode == 0
+    for call in (4, 20):  # in the first epoch, and then in one of the second round
+        assert train("killed", KILLED.format(call=call)).returncode == -signal.SIGKILL
+        left = sorted(p.name for p in (tmp_path / "killed").iterdir())
+        assert left == ["p.safetensors.cycles"] * (call == 20) + ["p.safetensors.training"], left
+    again = train("killed")
+    assert again.returncode == 0, again.stderr
+    for name in ("p.safetensors", "p.html"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert len(list((tmp_path / "killed").iterdir())) == 2
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ def _trained_seeing(
         return learned, learning_report(learned, archive), "\n".join(said)
     _say("\n".join(["Before training in cycles:", *said, ""]))
     cycled = learn_in_cycles(source, learned, *forecasts, usual_rounds(settings, rounds), **options | {"checkpoint": cycles})
-    shown = "prior", "round", "forecast", "less by (forecast)", "± paired (forecast)", "analysis", "innovation"
+    shown = "prior", "round", "forecast", "less by (forecast)", "± paired (forecast)", "analysis", "ratio"
     said = [
         "Errors in cycles before the first round and after each, on times set aside for that choice:",
         _table(cycled.rounds.round(3)[[c for c in cycled.rounds if c in shown]]),

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -259,7 +260,17 @@ def _row(before: _Scores, scores: _Scores) -> dict[str, float]:
         found = _compared(getattr(before, name), getattr(scores, name), scores.place)
         names = (name, f"± {name}", f"less by ({name})", f"± paired ({name})")
         row |= dict(zip(names, found))
-    return row
+    return row | {"ratio": _ratio(before, scores)}
+
+
+def _ratio(before: _Scores, scores: _Scores) -> float:
+    """What forecast errors are of those `before`: the ratio of root mean squares and its paired standard error, where chains that
+    have lost their way count most; or the geometric mean of the chains' ratios, where all count alike, if that is larger.
+    """
+    both = torch.isfinite(before.forecast + scores.forecast)
+    a, b = (torch.where(both, x.forecast, 0.0).sum(1)[both.any(1)].clamp_min(1e-300).log() for x in (before, scores))
+    ours, _, less, bar = _compared(before.forecast, scores.forecast, scores.place)
+    return max(math.exp(float((b - a).mean()) / 2), (ours + bar) / ((ours + less) or 1.0))
 
 
 # %% ../../nbs/94_priors.ipynb #94cycleguard

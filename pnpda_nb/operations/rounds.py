@@ -28,7 +28,7 @@ from ..core.training import Phase, Plan, Training, fingerprint_of, read_training
 from ..files.layout import Layout, layout_from_record
 from ..flow_matching.pairs import PairSource
 from .aware import AwarePrior, _Look, geometry_of
-from .cases import Cases, Networks
+from .cases import Cases, Networks, _squares
 from .cycling import _cycled, _Forecasts, _Ground, _Met, _rehearsed, _reseen, _row, _scored, _Scores
 from .errors import Part
 from .learning import AwareSettings, Learned, _Learning, _shown
@@ -48,7 +48,7 @@ class Rounds(Settings):
     """
 
     rounds: Count = 3
-    networks: Count = 128
+    networks: Count = 256
     cycles: Count = 20
     epochs: Count = 20
     rate: PositiveNumber = 0.5
@@ -127,13 +127,25 @@ class _InCycles(_Learning):
         for n, one in enumerate(met):
             whole = one.there.all(1)
             if n and whole.any():
-                for key, x in (vars(one.cases) | {"time": time + n + ground.first}).items():
+                error = _squares(one.analyses, one.cases, self.prior.unit).reshape(time.shape)
+                for key, x in (vars(one.cases) | {"time": time + n + ground.first, "met": error}).items():
                     found.setdefault(key, []).append(x[whole])
         if not found:
             raise ValueError(f"model: expected forecasts, got none for all cases of a network: {self.forecasts.said}")
         return {key: torch.cat(x) for key, x in found.items() if key != "value"}
 
-    def batches(self, number: int) -> Iterator[tuple[Tensor, _Look]]:
+    def loss(self, batch: tuple[Tensor, _Look, Tensor]) -> Tensor:
+        """As on the archive's pairs, but squared errors are relative to those that were met, where these were larger than what is
+        expected of the linear analysis: else chains that have lost their way would count for nearly all.
+        """
+        target, look, met = batch
+        squares, likelihood = self._scores(self.network, target, look)
+        moves = self.prior.unit > 0
+        expected = (look.spread.cpu()[..., moves] / self.prior.unit[moves]).square().mean(-1)
+        weight = (expected / torch.maximum(expected, met)).to(squares)
+        return (weight * squares).mean() + self.settings.likelihood * likelihood.mean()
+
+    def batches(self, number: int) -> Iterator[tuple[Tensor, _Look, Tensor]]:
         if number % self.rounds.epochs == 0:
             self.met.append(self.collected(self.current(), self.trained, "training", number // self.rounds.epochs))
         start, settings = self.start, self.settings
@@ -144,30 +156,32 @@ class _InCycles(_Learning):
         ground = _Ground.of(trained, self.members, room, stream(self.seed, "epoch", number))
         flat = [x.flatten(0, 1) for x in (ground.background, ground.analysis)]
         time = (ground.first + torch.arange(len(ground.analysis))).repeat_interleave(self.members)
-        sizes = torch.tensor([float(len(m["time"])) for m in self.met])
+        ends = torch.tensor([len(m["time"]) for m in self.met]).cumsum(0)
         for _ in range(settings.steps):
             pick = torch.randint(0, len(time), (of_archive * each,), generator=self.generator)
             cases = [Cases.drawn((flat[0][pick], flat[1][pick]), self.networks, self.prior.unit, self.parts, self.generator, each)]
-            times = [time[pick].reshape(-1, each)]
-            rounds = torch.multinomial(sizes, groups - of_archive, replacement=True, generator=self.generator)
+            times, met = [time[pick].reshape(-1, each)], [torch.zeros(of_archive, each, dtype=torch.float64)]
+            rounds = torch.randint(0, int(ends[-1]), (groups - of_archive,), generator=self.generator)
+            rounds = torch.bucketize(rounds, ends, right=True)
             for m, count in zip(self.met, torch.bincount(rounds, minlength=len(self.met)).tolist()):
                 some = torch.randint(0, len(m["time"]), (count,), generator=self.generator)
                 chosen = {key: x[some] for key, x in m.items()}
                 cases.append(_reseen(chosen, self.generator))
                 times.append(chosen["time"])
+                met.append(chosen["met"])
             whole = Cases(*(torch.cat(x) for x in zip(*(vars(c).values() for c in cases))))
             of_early, of_late = (line(whole.background) for line in start.halves)
             late = torch.cat(times).unsqueeze(-1) >= start.boundary
-            yield _shown(self.at(self.network), whole, self.device, torch.where(late, of_early, of_late))
+            yield *_shown(self.at(self.network), whole, self.device, torch.where(late, of_early, of_late)), torch.cat(met)
 
     def validate(self) -> float:
-        """The error of forecasts in the end of the archive that is for choosing; the table has the rest."""
+        """The ratio of forecast errors in the end of the archive that is for choosing; the table has the rest."""
         met, _, starts = self.walk(self.current(), self.chosen, "choosing", 0)
         scores = _scored(met, self.prior.unit, starts, self.shape[2] // 2)
         if self.before is None:
             self.before = scores
         self.rows.append({"round": len(self.met)} | _row(self.before, scores))
-        return float(self.rows[-1]["forecast"])
+        return float(self.rows[-1]["ratio"])
 
     def row(self, training: Training) -> dict | None:
         if training.score is None:
@@ -190,8 +204,8 @@ class _InCycles(_Learning):
 @dataclass(frozen=True, eq=False)
 class Cycled:
     """What training in cycles came to: the `learned` prior that is kept, with its findings on the archive's pairs; errors in cycles
-    before the first round and after each, `rounds`, of which the one with the number `kept` was best; the same on times that
-    nothing was chosen with, `verdict` (0: the archive's prior); and `notes` on the model.
+    before the first round and after each, `rounds`, of which the one with the number `kept` has the least `ratio`; the same on
+    times that nothing was chosen with, `verdict` (0: the archive's prior); and `notes` on the model.
     """
 
     learned: Learned
@@ -238,7 +252,7 @@ def learn_in_cycles(
     start = _Start(prior.linear, learned.halves, parts[0].count // 2 // members)
     subject = _InCycles(prior, start, forecasts, parts, members, rounds, seed, memory, device, progress)
     known = [dataclasses.asdict(rounds), seed, source.identity, memory, members, hashlib.sha256(prior.to_bytes()).hexdigest()]
-    fingerprint = fingerprint_of(["cycles/1", *known], few)
+    fingerprint = fingerprint_of(["cycles/2", *known], few)
     before = read_training(checkpoint, fingerprint, "a training with other settings, seed, pairs or model")
     training = Training(subject, _plan(rounds, subject.settings))
     resume_training(training, checkpoint, before)
@@ -268,8 +282,8 @@ def learn_in_cycles(
 
 
 def usual_rounds(settings: AwareSettings, rounds: int = 3) -> Rounds:
-    """So many rounds, each with a sixth of the epochs of the archive's training at the most."""
-    return Rounds(rounds, epochs=max(2, settings.epochs // 6))
+    """So many rounds, each with a quarter of the epochs of the archive's training at the most."""
+    return Rounds(rounds, epochs=max(2, settings.epochs // 4))
 
 
 def _plan(rounds: Rounds, settings: AwareSettings) -> Plan:

@@ -149,7 +149,12 @@ def cycles_report(cycled: Cycled, name: str) -> Report:
         "On times that nothing was learned from or chosen with: root mean squares of errors of forecasts and analyses against the "
         f"archive's analyses, and of innovations at observations not yet used (with their errors), {units}.",
     )
-    report.table(cycled.rounds, f"The same before and after each round, on the times by which the round was chosen, {units}.")
+    report.table(
+        cycled.rounds,
+        f"The same before and after each round, on the times by which the round was chosen, {units}. The round whose "
+        "ratio is least is kept: that of root mean squares of forecast errors to those before, with its standard error, or the "
+        "geometric mean of the chains' ratios, whichever is larger.",
+    )
     return report
 
 
