@@ -1,20 +1,34 @@
 """Priors that see observations, from archives: they begin as the best linear analysis, and say when they bring nothing more."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from dataclasses import field as kept_in
 
 import numpy as np
 import pytest
 import torch
 import xarray as xr
 
-from pnpda_nb.core import Grid, stream
+from pnpda_nb.core import Grid, stream, training
 from pnpda_nb.files import Axis, Field, Layout
-from pnpda_nb.files.layout import layout_record
+from pnpda_nb.files.layout import layout_from_record, layout_record
 from pnpda_nb.flow_matching import TensorPairs
+from pnpda_nb.flow_matching.convolutions import ConvolutionNetwork
 from pnpda_nb.observing import DenseError, DiagonalCovariance, FactoredError, Interpolate, Observations, Select
-from pnpda_nb.operations import AwarePrior, AwareSettings, Networks, aware, learn_archive, learning, linear, set_aside
-from pnpda_nb.operations.aware import draw_around, geometry_of, look_at
-from pnpda_nb.operations.cases import Cases
+from pnpda_nb.operations import (
+    AwarePrior,
+    AwareSettings,
+    Networks,
+    aware,
+    cases,
+    errors,
+    learn_archive,
+    learning,
+    linear,
+    set_aside,
+)
+from pnpda_nb.operations.aware import _InRows, draw_around, geometry_of, look_at
+from pnpda_nb.operations.cases import Cases, _ahead
+from pnpda_nb.operations.errors import Part
 from pnpda_nb.operations.linear import LinearAnalysis, _standing
 from pnpda_nb.operations.local import Boxes, LocalError
 from pnpda_nb.operations.verdicts import learning_report, learning_verdict
@@ -48,10 +62,10 @@ def seen_at(sites, state, error, dim):
 
 def test_that_the_network_is_told_coordinates_along_axes_with_ends_and_not_along_circles():
     globe = Grid.sphere((60.0, 20.0, -20.0, -60.0), tuple(45.0 * np.arange(8)), channels=("t", "q"))
-    told = learning._places(torch.arange(64.0).double(), torch.ones(64).double(), globe)
+    told = aware._places(torch.arange(64.0).double(), torch.ones(64).double(), globe)
     assert set(told) == {"relief", "activity", "coordinate_0"}
     assert torch.allclose(told["coordinate_0"] * 2000**0.5, globe.positions[:, 0], rtol=0.02)
-    assert set(learning._places(torch.zeros(16).double(), torch.ones(16).double(), RING.grid)) == {"relief", "activity"}
+    assert set(aware._places(torch.zeros(16).double(), torch.ones(16).double(), RING.grid)) == {"relief", "activity"}
 
 
 def test_that_before_training_the_prior_is_the_linear_analysis():
@@ -318,7 +332,131 @@ def test_that_settings_fit_states_of_every_size():
     for grid, dim in ((None, 3), (None, 100_000), (RING.grid, 16), (Grid((181, 360), ("zeros", "circular"), channels=2), 130_320)):
         few, many = (learning.aware_settings(grid, dim, pairs) for pairs in (35, 5000))
         assert few.batch * few.steps <= 35 and 3 <= many.epochs <= 150 and few.each <= few.batch
+        assert (few.rows > 0) == (dim >= learning.LARGE and grid is not None)
     assert learning.aware_settings(None, 3, 5000, epochs=7).epochs == 7
+
+
+# ---------------------------------------------------------------- large states
+
+BELT = Layout(
+    (Field("t", (60, 6), ("latitude", "longitude"), "K"),),
+    {
+        "latitude": Axis(tuple(np.linspace(88.5, -88.5, 60)), "degrees_north"),
+        "longitude": Axis(tuple(60.0 * np.arange(6)), "degrees_east", 360.0),
+    },
+)
+IN_ROWS = replace(TINY, batch=4, each=2, rows=8)
+
+
+@pytest.mark.parametrize("edges", [("pole", "circular"), ("circular", "circular"), ("zeros", "circular"), ("reflected", "zeros")])
+def test_that_answers_in_some_rows_are_those_of_the_whole(edges):
+    grid = Grid.sphere(np.linspace(90, -90, 31), 45.0 * np.arange(8)) if "pole" in edges else Grid((31, 8), edges)
+    network = ConvolutionNetwork(2, 3, stream(0), boundary=grid, width=6, kernel=3, dilations=(1, 2, 1))
+    torch.nn.init.normal_(network.last.weight, generator=stream(1))
+    fields = torch.randn(2, 2, 31, 8, generator=stream(2))
+    whole = network(fields, torch.zeros(1, 1))
+    assert network.sight == 6
+    for rows in (slice(0, 5), slice(11, 19), slice(26, 31)):
+        some = _InRows(network, rows)(fields, torch.zeros(1, 1))
+        assert torch.allclose(some[..., rows, :], whole[..., rows, :], atol=1e-5)
+        assert some.shape == whole.shape and not some[..., : rows.start, :].any() and not some[..., rows.stop :, :].any()
+
+
+def in_rows(source: TensorPairs, settings: AwareSettings, fitted=None) -> learning._Learning:
+    """What is trained on some rows of a state, from the linear analysis on."""
+    trained, stopping, *_ = set_aside(source, ends=3)
+    unit, layout = (source.analysis - source.background).std(0), layout_from_record(source.layout)
+    parts = list(layout.parts().values())
+    tuned = Cases.drawn(stopping.read(), Networks(), unit, parts, stream(0), 2)
+    way = (fitted or linear.fit_linear(trained, tuned, unit, layout.grid))["3D-Var"]
+    prior = learning._untrained(trained, way.analysis, unit, layout.grid, settings, 0)
+    pairs = learning._Pairs(trained, 0, 256_000_000, 100)
+    return learning._Learning(prior, way.halves, pairs, tuned, Networks(), settings, parts, 0, torch.device("cpu"))
+
+
+def test_that_a_step_learns_from_some_rows_as_it_would_from_all_of_them(monkeypatch):
+    subject = in_rows(pairs(BELT, 80), IN_ROWS)
+    torch.nn.init.normal_(subject.network.last.weight, std=0.1, generator=stream(1))
+    seen = set()
+    for target, look, rows in subject.batches(0):
+        seen.add(rows.start)
+        within = subject._within(rows)
+        assert rows.stop - rows.start == 8 and int(within.sum()) == 8 * 6
+        some = subject._scores(subject.network, target, look, rows)
+        monkeypatch.setattr(learning, "_InRows", lambda network, _: network)  # the whole network, and the same rows of it
+        whole = subject._scores(subject.network, target, look, rows)
+        monkeypatch.undo()
+        assert all(torch.allclose(x, y, rtol=1e-4) for x, y in zip(some, whole))
+    assert len(seen) > 1
+
+
+def test_that_training_on_rows_gives_the_same_bytes_whatever_thread_makes_the_batches(monkeypatch, tmp_path):
+    source, run = pairs(BELT, 80), learning.run_training
+    whole = learn_archive(source, IN_ROWS, seed=1).prior.to_bytes()
+
+    def stopped(training, path, **options):
+        def stop(number, row):
+            raise KeyboardInterrupt
+
+        run(training, path, callback=stop, **options)
+
+    monkeypatch.setattr(learning, "run_training", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        learn_archive(source, IN_ROWS, seed=1, checkpoint=tmp_path / "p.training")
+    monkeypatch.setattr(learning, "run_training", run)
+    monkeypatch.setattr(learning, "_ahead", lambda batches: batches)
+    assert learn_archive(source, IN_ROWS, seed=1, checkpoint=tmp_path / "p.training").prior.to_bytes() == whole
+
+
+def test_that_batches_come_in_order_and_an_error_arrives():
+    assert list(_ahead(iter("abc"))) == ["a", "b", "c"] and list(_ahead(iter(()))) == []
+
+    def failing():
+        yield 1
+        raise ValueError("archive: is gone")
+
+    with pytest.raises(ValueError, match="archive: is gone"):
+        list(_ahead(failing()))
+
+
+@dataclass(frozen=True)
+class Watched(TensorPairs):
+    """Pairs that know how many of them were read at a time."""
+
+    sizes: list = kept_in(default_factory=list)
+
+    def read(self, first: int, last: int):
+        self.sizes.append(last - first)
+        return super().read(first, last)
+
+
+def test_that_what_is_held_of_an_archive_does_not_grow_with_it(monkeypatch):
+    held, memory = [], 1_000_000
+    for count in (300, 600):
+        made = pairs(BELT, count)
+        source = Watched(made.background, made.analysis, "long", 1, made.layout)
+        part = Part(source, 0, count)
+        nothing = LinearAnalysis(_standing(torch.zeros(360).double()), DenseError(torch.eye(360).double()))
+        unit = (made.analysis - made.background).std(0)
+        prior = learning._untrained(part, nothing, unit, BELT.grid, TINY, 0, memory)
+        assert torch.allclose(prior.fields.location, torch.cat((made.background, made.analysis)).mean(0))
+        epoch = learning._Pairs(part, 0, memory, 10_000).of_epoch(0)
+        held.append((max(source.sizes), len(epoch[0])))
+        number = (made.background[:, None] == epoch[0][::9]).all(-1).nonzero()[:, 0]  # whose pairs these are
+        assert torch.equal(number >= count // 2, epoch[2][::9]) and torch.equal(made.analysis[number], epoch[1][::9])
+    assert held[0] == held[1] and 16 * 360 * max(held[0]) <= memory
+
+
+def test_that_every_stage_of_a_training_says_how_far_it_is(monkeypatch):
+    bars = []
+    for module in (cases, linear, errors, training):
+        monkeypatch.setattr(
+            module, "tqdm", lambda *args, bar=module.tqdm, **kw: bars.append([*args, kw.get("desc")]) or bar(*args, **kw)
+        )
+    learn_archive(pairs(BELT, 80), replace(IN_ROWS, epochs=1), progress=True)
+    said = [next(x for x in bar if isinstance(x, str)) for bar in bars]
+    stages = ["survey", "statistics", "tuning", "units", "validation cases", "training", "choice", "verdict", "ranks"]
+    assert [name for name in dict.fromkeys(said) if name in stages] == stages
 
 
 # ---------------------------------------------------------------- from the shell

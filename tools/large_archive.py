@@ -9,12 +9,14 @@ displaced, by more where it is strong, and too weak; one piece is in memory at a
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import xarray as xr
+from scipy import fft
 
 ROWS, COLUMNS = 181, 360
 WHOLE = (2 * ROWS, COLUMNS)  # so that what goes over a pole comes back on the other side
@@ -22,16 +24,25 @@ NORTH = np.linspace(90, -90, ROWS)
 
 
 def filtered(waves: float) -> np.ndarray:
-    """The amplitudes of smooth fields on `WHOLE`, of wavenumbers up to about `waves`, and of variance one."""
-    along = np.fft.fftfreq(WHOLE[0]) * WHOLE[0], np.fft.rfftfreq(WHOLE[1]) * WHOLE[1]
-    amplitude = np.exp(-sum(k**2 for k in np.meshgrid(*along, indexing="ij")) / (2 * waves**2))
-    halves = np.full(along[1].shape, 2.0)
-    halves[[0, -1]] = 1
-    return amplitude / np.sqrt((halves * amplitude**2).sum() / np.prod(WHOLE))
+    """The amplitudes of smooth fields on `WHOLE`, of wavenumbers up to about `waves`, and of variance one: `(south, east)` without
+    the waves that are too short to matter, half of them southwards and half of them northwards.
+    """
+    most = min(math.ceil(4 * waves), COLUMNS // 2 - 1)
+    south, east = np.r_[: most + 1, -most:0], np.arange(most + 1)
+    amplitude = np.exp(-(south[:, None] ** 2 + east**2) / (2 * waves**2))
+    halves = np.where(east > 0, 2.0, 1.0)
+    return (amplitude / np.sqrt((halves * amplitude**2).sum())).astype("float32")
 
 
 def field(random: np.random.Generator, amplitude: np.ndarray) -> np.ndarray:
-    return np.fft.irfft2(np.fft.rfft2(random.standard_normal(WHOLE)) * amplitude, s=WHOLE)[:ROWS]
+    """A random field `(row, column)` with Fourier coefficients of these amplitudes."""
+    most = amplitude.shape[1] - 1
+    real, imaginary = random.standard_normal((2, *amplitude.shape), dtype="float32") / np.float32(2**0.5)
+    waves = np.zeros((WHOLE[0], COLUMNS // 2 + 1), "complex64")
+    waves[np.r_[: most + 1, -most:0], : most + 1] = amplitude * (real + 1j * imaginary)
+    of_circle = waves[:, 0]  # that of a real field is its own conjugate, read backwards
+    waves[:, 0] = (of_circle + np.conj(np.roll(of_circle[::-1], 1))) / np.float32(2**0.5)
+    return fft.irfft2(waves, s=WHOLE, norm="forward")[:ROWS]
 
 
 def moved(x: np.ndarray, east: np.ndarray, south: np.ndarray) -> np.ndarray:
@@ -40,8 +51,9 @@ def moved(x: np.ndarray, east: np.ndarray, south: np.ndarray) -> np.ndarray:
     column = (np.arange(COLUMNS) + east) % COLUMNS
     i, j = row.astype(int), column.astype(int) % COLUMNS
     b, a = row - i, column - np.floor(column)
-    k = (j + 1) % COLUMNS
-    return (1 - b) * ((1 - a) * x[i, j] + a * x[i, k]) + b * ((1 - a) * x[i + 1, j] + a * x[i + 1, k])
+    here, step = i * COLUMNS + j, np.where(j == COLUMNS - 1, 1 - COLUMNS, 1)
+    above, below = (x.take(n) + a * (x.take(n + step) - x.take(n)) for n in (here, here + COLUMNS))
+    return above + b * (below - above)
 
 
 def pieces(times: int, size: int) -> Iterator[xr.Dataset]:

@@ -31,6 +31,7 @@ class ConvolutionNetwork(GridNetwork):
     ):  # fmt: skip
         super().__init__(channels, outputs, generator, boundary, kernel, embedding, wall_length, patch)
         self.reach = patch * (kernel // 2) * max(dilations)
+        self.sight = patch * (kernel // 2) * (2 + sum(dilations))  # how far answers depend on what is shown
         self.first = self._convolution(self.shown, width)
         self.blocks = nn.ModuleList(self._convolution(width, width, dilation) for dilation in dilations)
         self.times = nn.ModuleList(nn.Linear(embedding, width) for _ in dilations)
@@ -38,17 +39,29 @@ class ConvolutionNetwork(GridNetwork):
         self.last = self._convolution(width, self.answered)
         self._begin(generator, self.last)
 
-    def forward(self, fields: Tensor, tau: Tensor) -> Tensor:
+    def forward(self, fields: Tensor, tau: Tensor, rows: slice | None = None) -> Tensor:
+        """Answers at all points, or in some `rows` of the first axis alone, without the cost of the others; not with patches."""
         batch, shape = fields.shape[: -1 - len(self.edges)], fields.shape[-len(self.edges) :]
         for dim, edge in zip(shape, self.edges):
             if edge == "circular" and dim < self.reach:
                 raise ValueError(f"fields: expected a ring of at least {self.reach} points, got {dim}")
         h, tau = self._flat(fields, tau)
+        h, asked = (h, slice(None)) if rows is None else self._around(h, rows)
         h = self.first(h)
         for block, time, mix in zip(self.blocks, self.times, self.mixes):
             inside = nn.functional.silu(block(nn.functional.silu(h + self._beside(time(tau)))))
             h = h + mix(inside)
-        return self._unfolded(self.last(nn.functional.silu(h))).reshape(*batch, self.outputs, *shape)
+        answers = self._unfolded(self.last(nn.functional.silu(h)))[:, :, asked]
+        return answers.reshape(*batch, self.outputs, *answers.shape[2:])
+
+    def _around(self, h: Tensor, rows: slice) -> tuple[Tensor, slice]:
+        """Of fields `(n, channels, *shape)` what the answers in some `rows` depend on, and which rows of it these are."""
+        first, last, size = rows.start - self.sight, rows.stop + self.sight, h.shape[2]
+        if self.edges[0] != "circular":
+            first, last = max(0, first), min(size, last)
+        if last - first >= size:
+            return h, rows
+        return h.index_select(2, torch.arange(first, last, device=h.device) % size), slice(rows.start - first, rows.stop - first)
 
 
 # %% ../../nbs/17_seeing.ipynb #a9eb6e6a

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -256,6 +257,29 @@ def _drawn(errors: DenseError | FactoredError | LocalError, shape: tuple[int, ..
     return low + errors.diagonal.sqrt() * standard_normal(shape, generator)
 
 
+# %% ../../nbs/30_aware.ipynb #30placesfun
+def _places(mean: Tensor, unit: Tensor, grid: Grid) -> dict[str, Tensor]:
+    """What the network is told of the points themselves: how mean and increments differ, and coordinates along axes with ends."""
+    told = {"relief": _by_channel(mean, grid), "activity": _by_channel(_logarithm(unit), grid)}
+    for axis, (period, along) in enumerate(zip(grid.periods, grid.positions.T)):
+        if period is None:
+            told[f"coordinate_{axis}"] = (along - along.mean()) / along.std()
+    return told
+
+
+def _logarithm(unit: Tensor) -> Tensor:
+    return torch.log(unit.where(unit > 0, unit[unit > 0].min()))
+
+
+def _by_channel(x: Tensor, grid: Grid) -> Tensor:
+    """Numbers `(dim,)`, standardised within each channel of the grid; 0 where they do not differ."""
+    made = torch.zeros_like(x)
+    for own in (grid.channel == c for c in range(len(grid.channels))):
+        if int(own.sum()) > 1 and float((x[own].amax() - x[own].amin()) / x[own].abs().amax().clamp_min(1e-300)) > 1e-9:
+            made[own] = (x[own] - x[own].mean()) / x[own].std()
+    return made
+
+
 # %% ../../nbs/30_aware.ipynb #30geomfun
 def geometry_of(layout: Layout) -> Grid | None:
     """The grid of a layout, if all fields are on the same one or two axes, three points long at least, with coordinates of numbers;
@@ -269,6 +293,24 @@ def geometry_of(layout: Layout) -> Grid | None:
         return layout.grid
     except ValueError:  # fields on different ones
         return None
+
+
+# %% ../../nbs/30_aware.ipynb #30inrows
+def _row_of(grid: Grid) -> Index:
+    """The row of each number of a state, `(dim,)`."""
+    return grid.cells % math.prod(grid.shape) // math.prod(grid.shape[1:])
+
+
+class _InRows:
+    """What a network answers in some `rows` of a grid's first axis; 0 elsewhere."""
+
+    def __init__(self, network: nn.Module, rows: slice):
+        self.network, self.rows = network, rows
+
+    def __call__(self, fields: Tensor, tau: Tensor) -> Tensor:
+        axes = len(self.network.edges)
+        before, behind = self.rows.start, fields.shape[-axes] - self.rows.stop
+        return nn.functional.pad(self.network(fields, tau, self.rows), [0] * 2 * (axes - 1) + [before, behind])
 
 
 # %% ../../nbs/30_aware.ipynb #30awareguard

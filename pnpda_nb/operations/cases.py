@@ -5,20 +5,25 @@
 
 from __future__ import annotations
 
+import contextvars
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ..core.checks import Mask, guard
-from ..core.random import standard_normal
+from ..core.random import standard_normal, stream
 from ..core.settings import PositiveNumber, PositiveShare, Settings, Share
 from ..files.layout import Layout
 from ..files.stations import StationObservations
+from ..flow_matching.pairs import _read
+from .errors import Part
 
 # %% auto #0
 __all__ = ["Networks"]
@@ -151,6 +156,55 @@ def _squares(x: Tensor, cases: Cases, unit: Tensor) -> Tensor:
     """Mean squared errors of analyses `(network, case, dim)`, one for each, in units of the increments where they change."""
     moves = unit > 0
     return ((x - cases.analysis)[..., moves] / unit[moves]).square().mean(-1).flatten()
+
+
+# %% ../../nbs/94_priors.ipynb #30pairsclass
+class _Pairs:
+    """The pairs of a `part`, all of them if they fit into half of the `memory`, else some blocks, others in every epoch."""
+
+    def __init__(self, part: Part, seed: int, memory: int, wanted: int):
+        self.part, self.seed, self.whole = part, seed, None
+        room = max(1, memory // (32 * part.dim))
+        if part.count <= room:
+            self.whole = _read(part, 0, part.count)
+        self.block = max(1, min(part.block, room // 8))
+        self.blocks = -(-part.count // self.block)
+        self.some = max(1, min(room, wanted) // self.block)
+
+    def of_epoch(self, number: int) -> tuple[Tensor, Tensor, Mask]:
+        """Backgrounds and analyses `(sample, dim)`, and whether each pair is of the second half."""
+        middle = self.part.count // 2
+        if self.whole is not None:
+            return *self.whole, torch.arange(self.part.count) >= middle
+        turns = torch.randperm(self.blocks, generator=stream(self.seed, "blocks", number))[: self.some].sort().values
+        starts = [int(turn) * self.block for turn in turns]
+        numbers = torch.cat([torch.arange(first, min(first + self.block, self.part.count)) for first in starts])
+        whole, end = tuple(torch.empty(len(numbers), self.part.dim, dtype=torch.float64) for _ in range(2)), 0
+        for first in starts:
+            for x, new in zip(whole, _read(self.part, first, min(first + self.block, self.part.count))):
+                x[end : end + len(new)] = new
+            end += len(new)
+        return *whole, numbers >= middle
+
+
+# %% ../../nbs/94_priors.ipynb #30watchfun
+def _watched(some: Sequence, title: str, unit: str, progress: bool) -> Iterator:
+    """The same, with a bar that says how much time is left."""
+    yield from tqdm(some, title, unit=unit, disable=None if progress else True, leave=False)
+
+
+def _ahead(batches: Iterator) -> Iterator:
+    """The same, each made in a thread of its own while the one before is used; they do not depend on how many threads there are."""
+    with ThreadPoolExecutor(1) as thread:
+        context = contextvars.copy_context()
+
+        def following() -> Future:
+            return thread.submit(context.run, next, batches, None)
+
+        coming = following()
+        while (batch := coming.result()) is not None:
+            coming = following()
+            yield batch
 
 
 # %% ../../nbs/94_priors.ipynb #30casesguard

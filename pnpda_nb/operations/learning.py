@@ -22,7 +22,7 @@ from ..core.checks import GAPS, Mask, guard
 from ..core.compute import _computing
 from ..core.grid import Grid
 from ..core.random import stream
-from ..core.settings import BelowOne, Count, NotNegative, PositiveNumber, Settings
+from ..core.settings import BelowOne, Count, NotNegative, PositiveNumber, Settings, Size
 from ..core.training import Phase, Plan, Training, fingerprint_of, read_training, resume_training, run_training
 from ..files.layout import Layout, layout_from_record
 from ..flow_matching.field_prior import FieldPrior
@@ -31,8 +31,8 @@ from ..flow_matching.store import _json
 from ..observing.covariance import DiagonalCovariance
 from ..observing.observations import Observations
 from ..observing.operators import Select
-from .aware import LEVELS, AwarePrior, _answer, _Look, calibration_of, draw_around, geometry_of, look_at
-from .cases import Cases, Networks, _squares
+from .aware import LEVELS, AwarePrior, _answer, _InRows, _Look, _places, _row_of, calibration_of, draw_around, geometry_of, look_at
+from .cases import Cases, Networks, _ahead, _Pairs, _squares, _watched
 from .errors import Part, survey
 from .linear import LinearAnalysis, fit_linear
 from .pipeline import _check_seed, _held, set_aside
@@ -48,7 +48,8 @@ __all__ = ["AwareSettings", "learn_archive"]
 class AwareSettings(Settings):
     """How an `AwarePrior` is trained: at most `epochs` of `steps` gradient steps on `batch` pairs, `each` of which have a network
     of observations in common; training ends when `patience` epochs have brought nothing better. `average` is the decay of the
-    weights' average, `likelihood` the part of the likelihood in the loss, `width` that of the network.
+    weights' average, `likelihood` the part of the likelihood in the loss, `width` that of the network. A step looks at so many
+    `rows` of the first axis of a grid (0: all of them), which are drawn.
     """
 
     epochs: Count = 60
@@ -61,29 +62,43 @@ class AwareSettings(Settings):
     average: BelowOne = 0.998
     likelihood: NotNegative = 0.1
     patience: Count = 20
+    rows: Size = 0
 
 
 # %% ../../nbs/94_priors.ipynb #30usualfun
 SECONDS = 200.0  # of training, on one core of about 2025
+LARGE = 20_000  # numbers of a state of which a step looks at some rows only
 
 
 def aware_settings(grid: Grid | None, dim: int, pairs: int, epochs: int | None = None) -> AwareSettings:
     """Settings for an archive of `pairs` of states of size `dim`, on a `grid` or without a geometry. Without `epochs`, as many as
-    take a few minutes on one core, or half an hour for a state of a hundred thousand numbers.
+    take a few minutes on one core, or half an hour on two for a hundred thousand numbers, of which a step looks at some rows.
     """
     axes = 0 if grid is None else len(grid.shape)
     width = max(16, min(128, 2_000_000 // dim)) if grid is None else (64, 48 if dim < 20_000 else 32)[axes - 1]
     weights = 9 * dim * width if grid is None else 6 * width**2 * (5, 9)[axes - 1] * math.prod(grid.shape)
     one = 6 * weights / 3e10  # seconds for a pair
-    batch = max(1, min((128, 128, 16)[axes], pairs // 8, round(2 / one)))
-    each = 1 if dim <= 200 else min(4, batch)
     linear = 0.03 * (dim / 1152) ** 2 if grid is None or dim < 500 else 1.2e-5 * dim  # seconds for a network
-    seconds, whole = 0.02 + one * batch + linear * batch / each, SECONDS * max(1.0, min(9.0, dim / 10_000))
-    steps = max(1, min(100, pairs // batch, round(whole / 5 / seconds)))
+    rows, share = _some_rows(grid, dim)
+    one, linear = one * share, linear * share
+    batch = max(1, min((128, 128, 16)[axes], pairs // 8, round((2 if rows == 0 else 0.5) / one)))
+    each = 1 if dim <= 200 else min(4, batch)
+    batch -= batch % each if rows else 0
+    work = (one * batch, linear * batch / each)  # of a large state by two threads
+    seconds, whole = 0.02 + max(work) if rows else sum((0.02, *work)), SECONDS * max(1.0, min(9.0, dim / 10_000))
+    steps = max(1, min(100, pairs // batch, round(whole / (5 if rows == 0 else 40) / seconds)))
     every = max(3, min(150, round(whole / (seconds * steps))))
     rate = 4e-3 if grid is None else 2e-3
-    sizes: dict[str, Any] = {"steps": steps, "batch": batch, "each": each, "width": width, "learning_rate": rate}
+    sizes: dict[str, Any] = {"steps": steps, "batch": batch, "each": each, "width": width, "learning_rate": rate, "rows": rows}
     return AwareSettings(epochs=every if epochs is None else epochs, **sizes)
+
+
+def _some_rows(grid: Grid | None, dim: int) -> tuple[int, float]:
+    """How many rows of a `LARGE` state a step looks at, 0 for all; and the share of the work that is left with those around."""
+    if grid is None or dim < LARGE or len(grid.shape) < 2:
+        return 0, 1.0
+    rows, around = max(24, min(grid.shape[0] // 5, 13_000 // grid.shape[1])), 24
+    return (rows, (rows + around) / grid.shape[0]) if rows + around < grid.shape[0] else (0, 1.0)
 
 
 def _size(grid: Grid | None, settings: AwareSettings) -> dict:
@@ -99,12 +114,14 @@ def _size(grid: Grid | None, settings: AwareSettings) -> dict:
 
 # %% ../../nbs/94_priors.ipynb #30makefun
 def _untrained(
-    trained: Part, linear: LinearAnalysis, unit: Tensor, grid: Grid | None, settings: AwareSettings, seed: int
-) -> AwarePrior:
-    """The prior before it has learned anything: the `linear` analysis."""
+    trained: Part, linear: LinearAnalysis, unit: Tensor, grid: Grid | None, settings: AwareSettings, seed: int,
+    memory: int = 256_000_000, progress: bool = False,
+) -> AwarePrior:  # fmt: skip
+    """The prior before it has learned anything: the `linear` analysis. Of a large archive it takes the units from a part."""
     states = _RunningSample(trained.dim)
-    step = trained.block * max(1, 1024 // trained.block)
-    for first in range(0, trained.count, step):
+    step = trained.block * max(1, min(1024, memory // (128 * trained.dim)) // trained.block)
+    starts = range(0, trained.count, step)[:: max(1, trained.count * trained.dim // 100_000_000)]
+    for first in _watched(starts, "units", "block", progress):
         for x in _read(trained, first, min(first + step, trained.count)):
             states.add(x)
     scale = states.deviation.where(states.varies, 1.0)
@@ -118,53 +135,6 @@ def _untrained(
     return AwarePrior(fields, linear, {"increment": unit} | places, trained.layout)
 
 
-def _places(mean: Tensor, unit: Tensor, grid: Grid) -> dict[str, Tensor]:
-    """What the network is told of the points themselves: how mean and increments differ, and coordinates along axes with ends."""
-    told = {"relief": _by_channel(mean, grid), "activity": _by_channel(_logarithm(unit), grid)}
-    for axis, (period, along) in enumerate(zip(grid.periods, grid.positions.T)):
-        if period is None:
-            told[f"coordinate_{axis}"] = (along - along.mean()) / along.std()
-    return told
-
-
-def _logarithm(unit: Tensor) -> Tensor:
-    return torch.log(unit.where(unit > 0, unit[unit > 0].min()))
-
-
-def _by_channel(x: Tensor, grid: Grid) -> Tensor:
-    """Numbers `(dim,)`, standardised within each channel of the grid; 0 where they do not differ."""
-    made = torch.zeros_like(x)
-    for own in (grid.channel == c for c in range(len(grid.channels))):
-        if int(own.sum()) > 1 and float((x[own].amax() - x[own].amin()) / x[own].abs().amax().clamp_min(1e-300)) > 1e-9:
-            made[own] = (x[own] - x[own].mean()) / x[own].std()
-    return made
-
-
-# %% ../../nbs/94_priors.ipynb #30pairsclass
-class _Pairs:
-    """The pairs of a `part`, all of them if they fit into half of the `memory`, else some blocks, others in every epoch."""
-
-    def __init__(self, part: Part, seed: int, memory: int, wanted: int):
-        self.part, self.seed, self.whole = part, seed, None
-        room = max(1, memory // (32 * part.dim))
-        if part.count <= room:
-            self.whole = _read(part, 0, part.count)
-        self.block = max(1, min(part.block, room // 8))
-        self.blocks = -(-part.count // self.block)
-        self.some = max(1, min(room, wanted) // self.block)
-
-    def of_epoch(self, number: int) -> tuple[Tensor, Tensor, Mask]:
-        """Backgrounds and analyses `(sample, dim)`, and whether each pair is of the second half."""
-        middle = self.part.count // 2
-        if self.whole is not None:
-            return *self.whole, torch.arange(self.part.count) >= middle
-        turns = torch.randperm(self.blocks, generator=stream(self.seed, "blocks", number))[: self.some].sort().values
-        starts = [int(turn) * self.block for turn in turns]
-        parts = [_read(self.part, first, min(first + self.block, self.part.count)) for first in starts]
-        numbers = torch.cat([first + torch.arange(len(part[0])) for first, part in zip(starts, parts)])
-        return *(torch.cat(x) for x in zip(*parts)), numbers >= middle
-
-
 # %% ../../nbs/94_priors.ipynb #30learningclass
 class _Learning:
     """What is trained (`core.training.Trainable`): an `AwarePrior`, by `networks` that are new in every batch; what it is validated
@@ -173,7 +143,7 @@ class _Learning:
 
     def __init__(
         self, prior: AwarePrior, halves: tuple[Callable, Callable], pairs: _Pairs, validation: Cases, networks: Networks,
-        settings: AwareSettings, parts: Sequence[slice], seed: int, device: torch.device,
+        settings: AwareSettings, parts: Sequence[slice], seed: int, device: torch.device, progress: bool = False,
     ):  # fmt: skip
         self.halves, self.prior, self.pairs = halves, prior, pairs
         self.networks, self.settings, self.parts = networks, settings, parts
@@ -181,9 +151,13 @@ class _Learning:
         self.averaged = copy.deepcopy(self.network).requires_grad_(False)
         self.generator, self.device = stream(seed, "training"), device
         together = max(1, 300_000 // (prior.dim * validation.analysis.shape[1]))
-        self.known = [_shown(prior, some, device) for some in validation.split(together)]
+        cases = _watched(list(validation.split(together)), "validation cases", "part", progress)
+        self.known = [_shown(prior, some, device) for some in cases]
 
-    def batches(self, number: int) -> Iterator[tuple[Tensor, _Look]]:
+    def batches(self, number: int) -> Iterator[tuple]:
+        return _ahead(self._drawn(number)) if self.settings.rows else self._drawn(number)
+
+    def _drawn(self, number: int) -> Iterator[tuple]:
         pairs, settings = self.pairs.of_epoch(number), self.settings
         for _ in range(settings.steps):
             pick = torch.randint(0, len(pairs[0]), (settings.batch,), generator=self.generator)
@@ -191,22 +165,48 @@ class _Learning:
             cases = Cases.drawn((b, a), self.networks, self.prior.unit, self.parts, self.generator, settings.each)
             of_early, of_late = (line(b) for line in self.halves)
             mean = torch.where(late.unsqueeze(-1), of_early, of_late)[: cases.analysis.shape[:2].numel()]
-            yield _shown(self.prior, cases, self.device, mean.reshape(cases.analysis.shape))
+            yield self._shown_in_rows(self.prior, cases, mean.reshape(cases.analysis.shape))
 
-    def _scores(self, network: torch.nn.Module, target: Tensor, look: _Look) -> tuple[Tensor, Tensor]:
-        """Squared errors, relative to what is expected of the linear analysis, and negative log-likelihoods, `(network, case)`."""
+    def _shown_in_rows(self, prior: AwarePrior, cases: Cases, mean: Tensor) -> tuple:
+        """What is `_shown` of some cases, and the rows that a step looks at, if it does not look at all of them."""
+        if not self.settings.rows:
+            return _shown(prior, cases, self.device, mean)
+        rows = self._rows()
+        near = self._within(slice(rows.start - self.network.sight, rows.stop + self.network.sight))
+        return *_shown(prior, cases, self.device, mean, near), rows
+
+    def _rows(self) -> slice:
+        """Rows around a point of which something is to be learned."""
+        grid, moves = self.prior.fields.grid, (self.prior.unit > 0).nonzero()[:, 0]
+        point = moves[torch.randint(0, len(moves), (), generator=self.generator)]
+        last = max(0, grid.shape[0] - self.settings.rows)
+        first = min(max(0, int(_row_of(grid)[point]) - self.settings.rows // 2), last)
+        return slice(first, min(first + self.settings.rows, grid.shape[0]))
+
+    def _within(self, rows: slice) -> Mask:
+        """Which numbers of a state are in some rows, `(dim,)`; they go on behind the ends of a circle."""
+        grid = self.prior.fields.grid
+        row, size = _row_of(grid), grid.shape[0]
+        if grid.edges[0] == "circular":
+            return (row - rows.start) % size < rows.stop - rows.start
+        return (row >= rows.start) & (row < rows.stop)
+
+    def _scores(self, network: torch.nn.Module, target: Tensor, look: _Look, rows: slice | None = None) -> tuple[Tensor, Tensor]:
+        """Squared errors, relative to what is expected of the linear analysis, and negative log-likelihoods, `(network, case)`; in
+        some `rows`, if they are given.
+        """
         fields = copy.copy(self.prior.fields)
-        fields.network = network
+        fields.network = network if rows is None else _InRows(network, rows)
         prior = copy.copy(self.prior)
         prior.fields = fields
         mean, deviation = _answer(prior, look)
-        moves = (prior.unit > 0).to(self.device)
+        moves = (prior.unit > 0 if rows is None else (prior.unit > 0) & self._within(rows)).to(self.device)
         unit = prior.unit.to(mean)[moves]
         error, spread, expected = ((x[..., moves] / unit) for x in (target - mean, deviation, look.spread))
         likelihood = (error.detach() / spread).square().mean(-1) / 2 + spread.log().mean(-1)
         return error.square().mean(-1) / expected.square().mean(-1), likelihood
 
-    def loss(self, batch: tuple[Tensor, _Look]) -> Tensor:
+    def loss(self, batch: tuple) -> Tensor:
         squares, likelihood = self._scores(self.network, *batch)
         return squares.mean() + self.settings.likelihood * likelihood.mean()
 
@@ -224,11 +224,15 @@ class _Learning:
     def recall(self, memory: dict) -> None: ...
 
 
-def _shown(prior: AwarePrior, cases: Cases, device: torch.device, mean: Tensor | None = None) -> tuple[Tensor, _Look]:
-    """The analyses of some cases, and what there is to see, on the `device`; the line's `mean` may be known."""
+def _shown(
+    prior: AwarePrior, cases: Cases, device: torch.device, mean: Tensor | None = None, near: Mask | None = None
+) -> tuple[Tensor, _Look]:
+    """The analyses of some cases, and what there is to see, on the `device`; the line's `mean` may be known. The linear analysis
+    uses observations of the numbers that are `near` `(dim,)`, if that is given.
+    """
     mean = prior.linear.line(cases.background) if mean is None else mean
     left = torch.where(cases.mask.unsqueeze(1), cases.value - mean, 0.0)
-    increment, spread = prior.linear.step(left, cases.mask, cases.error)
+    increment, spread = prior.linear.step(left, cases.mask if near is None else cases.mask & near, cases.error)
     beside = (x.unsqueeze(1).to(device) for x in (cases.mask, cases.error, spread))
     mask, error, spread = beside
     target, b, value, mean, increment = (x.to(device) for x in (cases.analysis, cases.background, cases.value, mean, increment))
@@ -298,21 +302,31 @@ class _Kept(NamedTuple):
     seen: Mask
 
 
-def _judged(prior: AwarePrior, cases: Cases, rivals: dict[str, LinearAnalysis]) -> tuple[dict[str, Tensor], _Kept]:
-    """Squared errors of each analysis in each case, the prior's as "look"; and what is known of the prior's kept one."""
+def _judged(
+    prior: AwarePrior, cases: Cases, rivals: dict[str, LinearAnalysis], title: str, progress: bool
+) -> tuple[dict[str, Tensor], dict[bool, _Kept]]:
+    """Squared errors of each analysis in each case, the prior's as "look"; and what is known of the network's analyses (True) and
+    the linear ones it begins with (False), or of the kept ones alone if the prior knows which.
+    """
     squares: dict[str, list[Tensor]] = {}
-    rows: list[tuple[Tensor, ...]] = []
+    rows: dict[bool, list[tuple[Tensor, ...]]] = {}
     with torch.no_grad():
-        for some in cases.split(max(1, 300_000 // (prior.dim * cases.analysis.shape[1]))):
+        few = list(cases.split(max(1, 300_000 // (prior.dim * cases.analysis.shape[1]))))
+        for some in _watched(few, title, "part", progress):
             target, look = _shown(prior, some, torch.device("cpu"))
             looked, spread = _answer(prior, look)
-            means = {"background": some.background} | {name: some.analyses(by) for name, by in rivals.items()} | {"look": looked}
+            linear = look.mean + look.increment
+            means = {name: linear if by is prior.linear else some.analyses(by) for name, by in rivals.items()}
+            means = {"background": some.background} | means | {"look": looked}
             for name, x in means.items():
                 squares.setdefault(name, []).append(_squares(x, some, prior.unit))
-            kept = (looked, spread) if prior.learned else (look.mean + look.increment, look.spread.expand_as(target))
             seen = look.mask.expand_as(target)
-            rows.append(tuple(x.flatten(0, 1) for x in (kept[0] - target, kept[1], kept[0] - some.background, seen)))
-    return {name: torch.cat(x) for name, x in squares.items()}, _Kept(*(torch.cat(x) for x in zip(*rows)))
+            for learned in (prior.learned,) if "learned" in prior.attached else (True, False):
+                x, s = (looked, spread) if learned else (linear, look.spread.expand_as(target))
+                parts = (x - target, s, x - some.background, seen)
+                rows.setdefault(learned, []).append(tuple(part.flatten(0, 1) for part in parts))
+    kept = {learned: _Kept(*(torch.cat(x) for x in zip(*some))) for learned, some in rows.items()}
+    return {name: torch.cat(x) for name, x in squares.items()}, kept
 
 
 def _lead(other: Tensor, ours: Tensor) -> tuple[float, float]:
@@ -322,13 +336,13 @@ def _lead(other: Tensor, ours: Tensor) -> tuple[float, float]:
 
 
 # %% ../../nbs/94_priors.ipynb #30choosefun
-def _calibrated(prior: AwarePrior, cases: Cases, best: LinearAnalysis, layout: Layout) -> AwarePrior:
+def _calibrated(prior: AwarePrior, cases: Cases, best: LinearAnalysis, layout: Layout, progress: bool = False) -> AwarePrior:
     """The same prior, which knows whether its network is worth having, and by what its spreads are too small."""
-    squares, _ = _judged(prior, cases, {"linear": best})
+    squares, both = _judged(prior, cases, {"linear": best}, "choice", progress)
     lead, bar = _lead(squares["linear"], squares["look"])
     attached = prior.attached | {"learned": torch.tensor(float(lead > 2 * bar), dtype=torch.float64)}
     prior = AwarePrior(prior.fields, prior.linear, attached, prior.layout, prior.training)
-    kept, moves = _judged(prior, cases, {})[1], prior.unit > 0
+    kept, moves = both[prior.learned], prior.unit > 0
     calibration, seen_too, tails = torch.ones_like(prior.unit), torch.ones_like(prior.unit), LEVELS.repeat(len(layout.fields), 1)
     for number, part in enumerate(layout.parts().values()):
         own = torch.zeros_like(moves)
@@ -349,9 +363,12 @@ def _quantiles(z: Tensor) -> Tensor:
     return LEVELS.clone() if len(z) < 200 else torch.from_numpy(np.quantile(z.numpy(), torch.special.ndtr(LEVELS).numpy()))
 
 
-def _found(prior: AwarePrior, cases: Cases, rivals: dict[str, LinearAnalysis], layout: Layout, seed: int) -> Findings:
+def _found(
+    prior: AwarePrior, cases: Cases, rivals: dict[str, LinearAnalysis], layout: Layout, seed: int, progress: bool = False
+) -> Findings:
     """The verdict's numbers."""
-    squares, kept = _judged(prior, cases, rivals)
+    squares, found = _judged(prior, cases, rivals, "verdict", progress)
+    kept = found[prior.learned]
     errors, spreads, moves = kept.errors, kept.spreads * calibration_of(prior, kept.seen), prior.unit > 0
     linear = next((name for name, by in rivals.items() if by is prior.linear), "")
     ours, rows = squares["look" if prior.learned else linear], []
@@ -381,7 +398,7 @@ def _found(prior: AwarePrior, cases: Cases, rivals: dict[str, LinearAnalysis], l
     share = inside[:, moves].mean(-1)
     notes = _left_out(prior.unit, moves, layout)
     coverage = float(share.mean()), standard_error(share)
-    ranks = _ranks(prior, cases, stream(seed, "ranks"))
+    ranks = _ranks(prior, cases, stream(seed, "ranks"), progress)
     return Findings(trial, pd.DataFrame(rows), coverage, len(share), notes, pd.DataFrame(regions), ranks, maps)
 
 
@@ -398,10 +415,14 @@ def _bands(grid: Grid | None, layout: Layout) -> Iterator[tuple[str, Mask]]:
 DRAWS = 19  # so that 90 % of the ranks are a whole number of them
 
 
-def _ranks(prior: AwarePrior, cases: Cases, generator: torch.Generator) -> np.ndarray:
-    """How often the archive's analyses have each rank among draws around those of up to a hundred cases, `(DRAWS + 1,)`."""
+def _ranks(prior: AwarePrior, cases: Cases, generator: torch.Generator, progress: bool = False) -> np.ndarray:
+    """How often the archive's analyses have each rank among draws around those of up to a hundred cases (five of a large state),
+    `(DRAWS + 1,)`.
+    """
     below, moves = [], prior.unit > 0
-    for some in list(cases.split(1))[:: max(1, len(cases.mask) // 100)]:
+    for some in _watched(
+        list(cases.split(1))[:: max(1, len(cases.mask) // (100 if prior.dim < LARGE else 5))], "ranks", "case", progress
+    ):
         sites = some.mask[0].nonzero()[:, 0]
         R = DiagonalCovariance(some.error[0, sites].square())
         seen = Observations(some.value[0][:, sites], Select(tuple(sites.tolist()), prior.dim), R)
@@ -447,17 +468,24 @@ def learn_archive(
         pairs = tuple(x[pick] for x in _read(part, 0, part.count))
         return Cases.drawn(pairs, networks, unit, parts, stream(seed, name), each)
 
-    ways = fit_linear(trained, cases(stopping, "tuning", 200, 5), unit, grid, memory)
+    ways = fit_linear(trained, cases(stopping, "tuning", 200, 5), unit, grid, memory, progress)
     rivals, chosen_way = {name: way.analysis for name, way in ways.items()}, min(ways.values(), key=lambda way: way.error)
     best = chosen_way.analysis
-    prior = _untrained(trained, best, unit, grid, settings, seed)
-    known = [dataclasses.asdict(settings), dataclasses.asdict(networks), seed, source.identity, source.count, source.dim, memory]
-    fingerprint = fingerprint_of(["aware/1", *known])
+    prior = _untrained(trained, best, unit, grid, settings, seed, memory, progress)
+    made_with = [
+        dataclasses.asdict(settings),
+        dataclasses.asdict(networks),
+        seed,
+        source.identity,
+        source.count,
+        source.dim,
+        memory,
+    ]
+    fingerprint = fingerprint_of(["aware/1", *made_with])
     before = read_training(checkpoint, fingerprint, "a training with other settings, seed or pairs")
     pairs = _Pairs(trained, seed, memory, settings.steps * settings.batch)
-    subject = _Learning(
-        prior, chosen_way.halves, pairs, cases(stopping, "stopping", 400, 2), networks, settings, parts, seed, device
-    )
+    known = cases(stopping, "stopping", 400 if source.dim < LARGE else 10, 2)
+    subject = _Learning(prior, chosen_way.halves, pairs, known, networks, settings, parts, seed, device, progress)
     training = Training(subject, _plan(settings))
     resume_training(training, checkpoint, before)
     run_training(training, checkpoint, fingerprint=fingerprint, progress=progress, keep=True)
@@ -467,10 +495,10 @@ def learn_archive(
     record = {"pairs": trained.count, "epochs": training.round, "best_epoch": training.best_round, "seed": seed}
     record |= {"validation_loss": training.best_score, "settings": dataclasses.asdict(settings)}
     prior.training = record | {"networks": {name: list(x) for name, x in dataclasses.asdict(networks).items()}}
-    prior = _calibrated(prior, cases(chosen, "choice", 600), best, layout)
+    prior = _calibrated(prior, cases(chosen, "choice", 600), best, layout, progress)
 
     def found(prior: AwarePrior) -> Findings:
-        return _found(prior, cases(tested, "verdict", 600), rivals, layout, seed)
+        return _found(prior, cases(tested, "verdict", 600), rivals, layout, seed, progress)
 
     return Learned(prior, pd.DataFrame(training.history), found(prior), chosen_way.halves, found)
 

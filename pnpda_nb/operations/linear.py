@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ..core.checks import Mask, guard
 from ..core.grid import Grid, _taper
@@ -147,13 +148,15 @@ class Fitted(NamedTuple):
     halves: tuple[_Line | LocalLine, _Line | LocalLine]
 
 
-def fit_linear(trained: Part, tuned: Cases, unit: Tensor, grid: Grid | None, memory: int = 256_000_000) -> dict[str, Fitted]:
+def fit_linear(
+    trained: Part, tuned: Cases, unit: Tensor, grid: Grid | None, memory: int = 256_000_000, progress: bool = False
+) -> dict[str, Fitted]:
     """3D-Var, and the analysis by regression and a Kalman step, from the pairs `trained` on; the tapers and the sizes of their
     covariances are best in the cases `tuned` with. The second one is missing if there are too few pairs. `unit` `(dim,)` are the
     standard deviations of the increments, 0 where they never change.
     """
     small = grid is None or trained.dim <= min(LIMIT, SMALL)
-    local = {} if small else _fit_local(trained, tuned, unit, grid, memory)
+    local = {} if small else _fit_local(trained, tuned, unit, grid, memory, progress)
     if local and trained.dim > LIMIT:
         return local
     most = min(trained.count, max(30, memory // (64 * trained.dim)))
@@ -172,23 +175,27 @@ def fit_linear(trained: Part, tuned: Cases, unit: Tensor, grid: Grid | None, mem
         ways["regression + Kalman step"] = line, torch.where(unit > 0, left, 0.0), (early, late)
     except ValueError:  # too few pairs, and the report says so
         pass
-    found = {name: Fitted(*_tuned(line, left, tuned, unit, grid), halves) for name, (line, left, halves) in ways.items()}
+    found = {name: Fitted(*_tuned(line, left, tuned, unit, grid, progress), halves) for name, (line, left, halves) in ways.items()}
     return found | {name: way for name, way in local.items() if name not in found or way.error < found[name].error}
 
 
-def _fit_local(trained: Part, tuned: Cases, unit: Tensor, grid: Grid, memory: int) -> dict[str, Fitted]:
+def _fit_local(trained: Part, tuned: Cases, unit: Tensor, grid: Grid, memory: int, progress: bool) -> dict[str, Fitted]:
     """The same by windows; none where a grid is but one, or the memory too small for them."""
     boxes = Boxes.of(grid, min(WINDOW, trained.dim // 2))
     if len(boxes.numbers) == 1 or memory < 40 * boxes.numbers.shape[1] ** 2:
         return {}
-    fit = LocalFit(trained, unit, boxes, memory)
-    bias, left = fit.standing()
-    standing = _standing(bias)
-    ways = {"3D-Var": (standing, left, (standing, standing))}
-    if trained.count >= 30:
-        line, halves, left = fit.regression()
-        ways["regression + Kalman step"] = line, left, halves
-    return {name: Fitted(*_tuned_local(line, left, tuned, unit, fit.groups), halves) for name, (line, left, halves) in ways.items()}
+    with tqdm(desc="statistics", unit="pair", disable=None if progress else True, leave=False) as bar:
+        fit = LocalFit(trained, unit, boxes, memory, bar)
+        bias, left = fit.standing()
+        standing = _standing(bias)
+        ways = {"3D-Var": (standing, left, (standing, standing))}
+        if trained.count >= 30:
+            line, halves, left = fit.regression()
+            ways["regression + Kalman step"] = line, left, halves
+    found = {}
+    for name, (line, left, halves) in ways.items():
+        found[name] = Fitted(*_tuned_local(line, left, tuned, unit, fit.groups, progress), halves)
+    return found
 
 
 def _rows(part: Part, first: int, last: int) -> Part:
@@ -205,31 +212,33 @@ def _standing(bias: Tensor) -> _Line:
 SCALES = (0.5, 0.7, 1.4, 2.0)  # of variances
 
 
-def _tuned(line: _Line, left: Tensor, cases: Cases, unit: Tensor, grid: Grid | None) -> tuple[LinearAnalysis, float]:
+def _tuned(
+    line: _Line, left: Tensor, cases: Cases, unit: Tensor, grid: Grid | None, progress: bool
+) -> tuple[LinearAnalysis, float]:
     """The analysis by `line` whose covariance, from what that has `left` of pairs `(sample, dim)`, is best in the `cases`."""
 
-    tried = _Tried(line, cases, unit)
+    tried = _Tried(line, cases, unit, 10 if left.shape[-1] <= LIMIT else 5, progress)
     dim = left.shape[-1]
     if dim > LIMIT:
         rank, nothing = max(1, min(128, dim, len(left) // 5)), torch.zeros_like(left)
         B = residual_covariance(Fixed(dim), nothing, left, (0.0,), torch.Generator(), rank=rank).errors[0]
         tried.best_of(FactoredError(s**0.5 * B.factor, s * B.diagonal) for s in (1.0, *SCALES))
-        return tried.best
+        return tried.kept()
     sample = left.T @ left / len(left)
     floor = torch.diag(1e-6 * sample.diagonal())
     tried.best_of(DenseError(sample * taper + floor) for taper in _tapers(dim, grid))  # one after the other: they are large
     matrix = tried.errors.matrix
     tried.best_of(DenseError(s * matrix) for s in SCALES)
-    return tried.best
+    return tried.kept()
 
 
 def _tuned_local(
-    line: _Line | LocalLine, left: Left, cases: Cases, unit: Tensor, groups: Sequence[int]
+    line: _Line | LocalLine, left: Left, cases: Cases, unit: Tensor, groups: Sequence[int], progress: bool
 ) -> tuple[LinearAnalysis, float]:
     """The same with correlations within windows: means over some boxes, tapered, and of some size."""
-    tried = _Tried(line, cases, unit)
     own = groups[-1] == len(left.boxes.numbers)
     options = [(count, share) for count in groups for share in ((0.0, 0.5) if own and count < groups[-1] else (0.0,))]
+    tried = _Tried(line, cases, unit, len(options) + 9, progress)
     best = tried.best_of((left.errors(count, own=share) for count, share in options))
     count, share = options[best]
     grid = left.boxes.grid
@@ -241,18 +250,19 @@ def _tuned_local(
             continue
     errors = tried.errors
     tried.best_of(replace(errors, deviation=s**0.5 * errors.deviation) for s in SCALES)
-    return tried.best
+    return tried.kept()
 
 
 class _Tried:
     """The covariance that is best in the `cases` with a `line`, of those that were tried: `errors`, and the analysis and its mean
-    squared error, `best`, as a file will keep it.
+    squared error, `best`, as a file will keep it. A bar shows how many are done of about `most`.
     """
 
-    def __init__(self, line: _Line | LocalLine, cases: Cases, unit: Tensor):
+    def __init__(self, line: _Line | LocalLine, cases: Cases, unit: Tensor, most: int, progress: bool):
         self.line, self.cases, self.unit = line, cases, unit
         self.errors: Any = None
         self.best: Any = None
+        self.bar = tqdm(total=most, desc="tuning", unit="try", disable=None if progress else True, leave=False)
 
     def best_of(self, some: Iterable[DenseError | FactoredError | LocalError]) -> int:
         """Try some more; which of them is the best, 0 if none."""
@@ -263,7 +273,12 @@ class _Tried:
             error = float(squares.mean())
             if self.best is None or error < self.best[1]:
                 self.errors, self.best, best = errors, (linear, error), number
+            self.bar.update()
         return best
+
+    def kept(self) -> tuple[LinearAnalysis, float]:
+        self.bar.close()
+        return self.best
 
 
 def _tapers(dim: int, grid: Grid | None) -> Iterator[Tensor]:

@@ -6,14 +6,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 
 import numpy as np
 import torch
 from scipy.sparse import csr_array
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ..core.checks import Index, guard
 from ..core.grid import Grid, gaspari_cohn
@@ -204,9 +205,9 @@ class LocalError:
                 at = _positions(numbers, places[seen], dim)
                 there &= (at >= 0).all(-1)
             share = weights[seen] * there.unsqueeze(-1)
-            rows = sum(share[..., j, None] * C[g, at[..., j].clamp_min(0)] for j in range(k))  # (box, most, window)
+            rows = _total(share[..., j, None] * C[g, at[..., j].clamp_min(0)] for j in range(k))  # (box, most, window)
             columns = (at[..., j].clamp_min(0).unsqueeze(1).expand(-1, at.shape[1], -1) for j in range(k))
-            S = sum(share[..., j].unsqueeze(1) * rows.gather(2, column) for j, column in enumerate(columns))
+            S = _total(share[..., j].unsqueeze(1) * rows.gather(2, column) for j, column in enumerate(columns))
             S.diagonal(dim1=1, dim2=2).add_(torch.where(there, ratio[seen], 1.0))
             right = torch.cat([rows[..., boxes.inner], (told[:, seen] * there).movedim(0, -1)], -1)
             white = torch.linalg.solve_triangular(_lower(S), right, upper=False)
@@ -268,6 +269,10 @@ def _positions(numbers: Index, places: Index, dim: int) -> Index:
     inverse.scatter_(1, numbers % (dim + 1), torch.arange(numbers.shape[1], dtype=torch.int32).expand(numbers.shape))
     inverse[:, dim] = -1
     return inverse.gather(1, places.flatten(1)).long().reshape(places.shape)
+
+
+def _total(parts: Iterable[Tensor]) -> Tensor:
+    return reduce(torch.add, parts)  # sum() begins at zero, which is one more addition
 
 
 def _lower(S: Tensor) -> Tensor:
@@ -371,12 +376,11 @@ def _blocks(part: Part, first: int, last: int, most: int, rows: int) -> Iterator
 
 class LocalFit:
     """Local regressions from the pairs `trained` on, and what they leave open, by three passes over some of them. `unit` `(dim,)`
-    are standard deviations of the increments. About `memory`
-    bytes are held.
+    are standard deviations of the increments. About `memory` bytes are held; a `bar` shows how far it is.
     """
 
-    def __init__(self, trained: Part, unit: Tensor, boxes: Boxes, memory: int):
-        self.trained, self.unit, self.boxes = trained, unit, boxes
+    def __init__(self, trained: Part, unit: Tensor, boxes: Boxes, memory: int, bar: tqdm):
+        self.trained, self.unit, self.boxes, self.bar = trained, unit, boxes, bar
         count, window = math.prod(boxes.count), boxes.numbers.shape[1]
         room = max(1, memory // (40 * window**2))
         bands = min(boxes.count[0], room)
@@ -384,6 +388,7 @@ class LocalFit:
         self.groups = sorted({1, bands, self.finest} if boxes.grid.radius is None else {bands, self.finest})
         self.most, self.rows = max(50, int(WORK / (7 * count * window**2))), max(1, min(64, memory // (256 * trained.dim)))
         self.halves = ((0, trained.count // 2), (trained.count // 2, trained.count))
+        bar.reset(3 * sum(min(self.most // 2, last - first) for first, last in self.halves))
         samples = [self._sampled(*half) for half in self.halves]
         self.centres, self.offsets = ([pair[k].mean for pair in samples] for k in (0, 1))
         scale = [sum(pair[k].deviation.square() for pair in samples).div(2).sqrt() for k in (0, 1)]
@@ -393,6 +398,7 @@ class LocalFit:
     def _pairs(self, half: tuple[int, int]) -> Iterator[tuple[Tensor, Tensor]]:
         for b, a in _blocks(self.trained, *half, self.most // 2, self.rows):
             yield b, torch.where(self.unit > 0, a - b, 0.0)
+            self.bar.update(len(b))
 
     def _sampled(self, *half: int) -> tuple[_RunningSample, _RunningSample]:
         found = _RunningSample(self.trained.dim), _RunningSample(self.trained.dim)

@@ -27,11 +27,11 @@ from ..core.settings import Count, PositiveNumber, Settings, Share
 from ..core.training import Phase, Plan, Training, fingerprint_of, read_training, resume_training, run_training
 from ..files.layout import Layout, layout_from_record
 from ..flow_matching.pairs import PairSource
-from .aware import AwarePrior, _Look, geometry_of
+from .aware import AwarePrior, geometry_of
 from .cases import Cases, Networks, _squares
 from .cycling import _cycled, _Forecasts, _Ground, _Met, _rehearsed, _reseen, _row, _scored, _Scores
 from .errors import Part
-from .learning import AwareSettings, Learned, _Learning, _shown
+from .learning import AwareSettings, Learned, _Learning
 from .linear import LinearAnalysis
 from .pipeline import _check_seed, set_aside
 
@@ -134,18 +134,18 @@ class _InCycles(_Learning):
             raise ValueError(f"model: expected forecasts, got none for all cases of a network: {self.forecasts.said}")
         return {key: torch.cat(x) for key, x in found.items() if key != "value"}
 
-    def loss(self, batch: tuple[Tensor, _Look, Tensor]) -> Tensor:
+    def loss(self, batch: tuple) -> Tensor:
         """As on the archive's pairs, but squared errors are relative to those that were met, where these were larger than what is
         expected of the linear analysis: else chains that have lost their way would count for nearly all.
         """
-        target, look, met = batch
-        squares, likelihood = self._scores(self.network, target, look)
-        moves = self.prior.unit > 0
+        *shown, met = batch
+        squares, likelihood = self._scores(self.network, *shown)
+        look, moves = shown[1], self.prior.unit > 0
         expected = (look.spread.cpu()[..., moves] / self.prior.unit[moves]).square().mean(-1)
         weight = (expected / torch.maximum(expected, met)).to(squares)
         return (weight * squares).mean() + self.settings.likelihood * likelihood.mean()
 
-    def batches(self, number: int) -> Iterator[tuple[Tensor, _Look, Tensor]]:
+    def batches(self, number: int) -> Iterator[tuple]:
         if number % self.rounds.epochs == 0:
             self.met.append(self.collected(self.current(), self.trained, "training", number // self.rounds.epochs))
         start, settings = self.start, self.settings
@@ -172,7 +172,8 @@ class _InCycles(_Learning):
             whole = Cases(*(torch.cat(x) for x in zip(*(vars(c).values() for c in cases))))
             of_early, of_late = (line(whole.background) for line in start.halves)
             late = torch.cat(times).unsqueeze(-1) >= start.boundary
-            yield *_shown(self.at(self.network), whole, self.device, torch.where(late, of_early, of_late)), torch.cat(met)
+            shown = self._shown_in_rows(self.at(self.network), whole, torch.where(late, of_early, of_late))
+            yield *shown, torch.cat(met)
 
     def validate(self) -> float:
         """The ratio of forecast errors in the end of the archive that is for choosing; the table has the rest."""
