@@ -23,11 +23,13 @@ ROOT = Path(__file__).resolve().parent.parent
 KEPT, WORK = ROOT / "nbs" / "results", ROOT / "runs" / "stored"
 SEEDS = {"lorenz63": range(1, 7), "lorenz96": [1], "kuramoto_sivashinsky": [1], "ablations": [1]}
 BEYOND = {f"beyond_{name}": [1] for name in ("lorenz63", "lorenz96", "kuramoto_sivashinsky", "parts")}
-FIELDS = {"sqg": [1], "sqg_elsewhere": [1]}
+FIELDS = {"sqg": [1], "sqg_elsewhere": [1], "sqg_around": [1]}
 CHOSEN = {  # what is stored of a study that takes many hours
     "sqg": "--set still=0 --set jets=none --set dissipations=none --set larger=0"
     " --methods free_run,interpolation,var3d,letkf,letkf_40,amortised",
     "sqg_elsewhere": "--set larger=0 --methods var3d,amortised",
+    "sqg_around": "--set still=0 --set jets=none --set dissipations=none --set larger=0 --set columns=256"
+    " --set priors=nbs/results/sqg --methods amortised,learned_mean",
 }
 WINDOWS = {f"incremental_{name}": [1] for name in ("lorenz63", "pendulum", "lorenz96")}
 SMALL = 500_000  # bytes; larger priors are not kept, but for fields
@@ -64,7 +66,7 @@ def keep(study: str, folder: Path) -> None:
 
 def store(study: str) -> None:
     tables = []
-    experiment = study.removeprefix("beyond_").removesuffix("_elsewhere")
+    experiment = study.removeprefix("beyond_").removesuffix("_elsewhere").removesuffix("_around")
     preset, chosen = "beyond" if study in BEYOND else "paper", CHOSEN.get(study, "").split()
     if experiment == "parts":
         experiment, preset = "beyond", "paper"
