@@ -3020,6 +3020,8 @@ d = {
             "pnpda_nb.pnp.errors.EnsembleResidual.at": ("covariance.html#ensembleresidual.at", "pnpda_nb/pnp/errors.py"),
             "pnpda_nb.pnp.errors.GaussianResidual": ("covariance.html#gaussianresidual", "pnpda_nb/pnp/errors.py"),
             "pnpda_nb.pnp.errors.GaussianResidual.at": ("covariance.html#gaussianresidual.at", "pnpda_nb/pnp/errors.py"),
+            "pnpda_nb.pnp.errors.HomogeneousResidual": ("covariance.html#homogeneousresidual", "pnpda_nb/pnp/errors.py"),
+            "pnpda_nb.pnp.errors.HomogeneousResidual.at": ("covariance.html#homogeneousresidual.at", "pnpda_nb/pnp/errors.py"),
             "pnpda_nb.pnp.errors.ResidualCovariance": ("covariance.html#residualcovariance", "pnpda_nb/pnp/errors.py"),
             "pnpda_nb.pnp.errors.ResidualCovariance.__post_init__": (
                 "covariance.html#residualcovariance.__post_init__",

@@ -30,6 +30,7 @@ from .learned.methods import LearnedMean
 from .learned.prior import AmortisedAnalysis, BlindPrior
 from .observing.covariance import Covariance, DiagonalCovariance
 from .observing.observations import Observations
+from .pnp.errors import HomogeneousResidual
 from .pnp.loop import PnPDA
 from .pnp.windows import PnPDA4D
 from .twin.cycle import FreeRun, Method
@@ -122,9 +123,11 @@ def _gaussian_prior(experiment: TwinExperiment) -> GaussianPrior:
     return GaussianPrior(torch.eye(dim, dtype=torch.float64), torch.zeros(dim, dtype=torch.float64), covariance)
 
 
-def _pnpda(experiment, prior=None, blind: bool = False, **settings) -> PnPDA:
+def _pnpda(experiment, prior=None, blind: bool = False, left_open: float = 1.0, **settings) -> PnPDA:
     if prior is None:
         prior = _gaussian_prior(experiment)
+    if blind and isinstance(getattr(prior, "errors", None), Spectral):  # so much of 3D-Var's variance does it leave open
+        settings["residuals"] = HomogeneousResidual(prior.errors.scaled(left_open), prior.increment.square())
     return PnPDA(BlindPrior(prior) if blind else prior, **settings)
 
 

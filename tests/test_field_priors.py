@@ -11,8 +11,10 @@ from pnpda_nb.flow_matching.field_networks import PyramidNetwork
 from pnpda_nb.learned import AmortisedAnalysis, AnalysisPrior, OnPolicySettings, RandomNetworks, TruthRecord, train_on_policy
 from pnpda_nb.learned.on_policy import TrainingBatch, on_policy_loss
 from pnpda_nb.learned.records import Trajectories
+from pnpda_nb.methods import METHODS
 from pnpda_nb.observing import DiagonalCovariance, GridObservations, ObservingNetwork, Select, on_grid
 from pnpda_nb.observing.update import gridded_increment
+from pnpda_nb.pnp.errors import HomogeneousResidual
 from pnpda_nb.pnp.misfit import Misfit
 from pnpda_nb.twin.testbeds import sqg
 
@@ -84,6 +86,31 @@ def test_that_what_is_hidden_from_a_prior_does_not_come_back_as_its_first_guess(
     assert loss(1.0, 0.0) != loss(2.0, 0.0)
     assert loss(1.0, 1.0) == loss(2.0, 1.0)
     torch.testing.assert_close(loss(1.0, 1.0), (target - STATES[:, 0]).square().mean())
+
+
+def test_that_what_a_flow_to_homogeneous_errors_leaves_open_is_known_wave_by_wave():
+    everywhere = torch.arange(PLANE.dim)
+    S, variance = ERRORS.between(everywhere, everywhere), torch.tensor(2.5).double()
+    residual = HomogeneousResidual(ERRORS, variance)
+    for tau in (0.0, 0.25, 0.75):
+        noise = (1 - tau) ** 2 * variance * torch.eye(PLANE.dim).double()
+        known = S - tau**2 * S @ torch.linalg.solve(tau**2 * S + noise, S)
+        torch.testing.assert_close(residual.at(tau, STATES).between(everywhere, everywhere), known)
+
+
+def test_that_an_untrained_blind_prior_of_fields_in_one_iteration_is_3d_var():
+    seen = network(3, 50, 110).observe(STATES.mean(1), stream(3))
+    method = METHODS["pnpda"](None, prior=prior(), blind=True, data_step="kalman", iterations=1)
+    found = method.analyse(STATES, seen, forecast=None, generator=stream(4))
+    torch.testing.assert_close(found, ThreeDVar(ERRORS).analyse(STATES, seen, forecast=None, generator=None))
+
+
+def test_that_one_moving_network_of_all_runs_is_one_set_of_observations():
+    seen = network(3, 50, 110).observe(STATES.mean(1), stream(3))
+    again = on_grid(seen, PLANE.dim).observations()
+    assert again.covariance.variances.ndim == 1 and again.missing is None
+    torch.testing.assert_close(again.values, seen.values)
+    torch.testing.assert_close(again.covariance.variances, seen.covariance.variances)
 
 
 def test_that_rounded_weights_take_half_the_file_and_come_back_the_same(tmp_path):

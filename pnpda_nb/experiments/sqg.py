@@ -230,7 +230,8 @@ def sqg_cycle(settings: SqgSettings, condition: str, name: str, priors: dict[str
             return costed_task(testbed, weights, members=size, tuned=sqg_tuning(settings, columns, name), **trial)
         case "pnpda_blind":
             method = {"name": "pnpda", "blind": True, "data_step": "kalman", "draws": 4}
-            tuned = tuning_task(tune, method, {"iterations": [4, 8]}, metric="analysis_rmse", **some)
+            grid = {"iterations": [1, 4], "left_open": [0.5, 0.75, 1.0]}
+            tuned = tuning_task(tune, method, grid, metric="analysis_rmse", **some)
             return costed_task(testbed, method, tuned=tuned, **trial)
         case "pnpda_seeing":
             method = {"name": "pnpda", "iterations": 4, "draws": 4, "step_rule": "lipschitz"}

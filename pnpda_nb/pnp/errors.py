@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor
 from ..core.checks import guard
 from ..core.grid import Distance, _taper
 from ..core.settings import PositiveNumber, Settings, Unbounded
+from ..core.spectral import Spectral
 from ..flow_matching.prior import GaussianPrior, Prior
 from ..observing.update import DenseError, ErrorCovariance, FactoredError, InformedError, Residual, anomalies, tapering
 
@@ -44,6 +45,25 @@ class GaussianResidual:
         S = self.prior.covariance.matrix
         B = (1 - tau) ** 2 * torch.linalg.solve(tau**2 * S + (1 - tau) ** 2 * torch.eye(len(S), dtype=S.dtype, device=S.device), S)
         return DenseError((B + B.T) / 2)
+
+
+# %% ../../nbs/16_covariance.ipynb #16homog
+@dataclass(frozen=True, eq=False)
+class HomogeneousResidual:
+    """The `Residuals` of a flow from noise of `variance` (of all variables, or one number) to errors that are Gaussian, with a
+    covariance `errors` that is the same everywhere: S − τ² S (τ² S + (1 − τ)² N)⁻¹ S, wave by wave.
+    """
+
+    errors: Spectral
+    variance: Tensor
+
+    def at(self, tau: float, background: Tensor) -> Spectral:
+        if not tau:
+            return self.errors
+        S, channels = self.errors.spectrum, self.errors.spectrum.shape[-1]
+        noise = self.variance.to(S).expand(self.errors.size).reshape(channels, -1).mean(-1)
+        known = tau**2 * S @ torch.linalg.solve(tau**2 * S + (1 - tau) ** 2 * noise.diag(), S)
+        return replace(self.errors, spectrum=S - (known + known.mT) / 2)
 
 
 # %% ../../nbs/16_covariance.ipynb #6317e3c5
