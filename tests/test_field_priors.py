@@ -5,7 +5,7 @@ import torch
 
 from pnpda_nb.classical import ThreeDVar
 from pnpda_nb.core import Grid, standard_normal, stream
-from pnpda_nb.core.compute import reuse_memory
+from pnpda_nb.core.compute import _alike, reuse_memory
 from pnpda_nb.core.spectral import Spectral
 from pnpda_nb.flow_matching.field_networks import PyramidNetwork
 from pnpda_nb.learned import AmortisedAnalysis, AnalysisPrior, OnPolicySettings, RandomNetworks, TruthRecord, train_on_policy
@@ -111,6 +111,8 @@ def test_that_one_moving_network_of_all_runs_is_one_set_of_observations():
     assert again.covariance.variances.ndim == 1 and again.missing is None
     torch.testing.assert_close(again.values, seen.values)
     torch.testing.assert_close(again.covariance.variances, seen.covariance.variances)
+    rounded = on_grid(_alike(seen, STATES.float()), PLANE.dim).observations()
+    assert rounded.values.dtype == rounded.covariance.variances.dtype == torch.float32
 
 
 def test_that_rounded_weights_take_half_the_file_and_come_back_the_same(tmp_path):

@@ -122,10 +122,10 @@ class GridObservations:
         sites = self.mask.flatten(0, -2).any(0).nonzero()[:, 0]
         value, mask, error = (x.squeeze(-2)[..., sites] for x in (self.value, self.mask, self.error))
         operator = Select(tuple(sites.tolist()), self.mask.shape[-1])
-        if mask.all() and len(error) > 1 and (error == error[:1]).all():  # one network for all
-            return Observations(value, operator, DiagonalCovariance(error[0].to(value).square()))
         seen = Observations(value.masked_fill(~mask, torch.nan), operator, DiagonalCovariance(torch.ones(operator.size)))
         variances = error.to(value).square().masked_fill(~mask, 1.0)
+        if mask.all() and (error == error[:1]).all():  # one network for all runs
+            variances = variances[0]
         object.__setattr__(seen, "covariance", DiagonalCovariance._unchecked(variances))
         return seen
 
