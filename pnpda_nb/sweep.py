@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -267,6 +267,37 @@ def workplace(workers: int = 1, scheduler: str | None = None) -> Iterator[tuple[
             raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+# %% ../nbs/95_studies.ipynb #95spread
+def _spread_over(place: tuple) -> Callable:
+    """The `map` of a `workplace`; raises `ConnectionError` if its workers go away, or have another version of the library."""
+    executor, _, _, staff = place
+
+    def spread(function: Callable, *columns: Iterable) -> Iterator:
+        waiting, seen = [executor.submit(_called, code_version(), function, *given) for given in zip(*columns)], time.monotonic()
+        for future in waiting:
+            while not wait([future], timeout=1).done:
+                seen = time.monotonic() if staff() else seen
+                if time.monotonic() - seen > 60:
+                    raise ConnectionError("scheduler: the cluster has had no workers for a minute")
+            try:
+                yield future.result()
+            except CancelledError as error:
+                raise ConnectionError("scheduler: the cluster went away") from error
+            except Exception as error:
+                if type(error).__module__.partition(".")[0] == "distributed" or isinstance(error, (ImportError, AttributeError)):
+                    raise ConnectionError(f"scheduler: its workers cannot do this ({type(error).__name__}: {error})") from error
+                raise
+
+    return spread
+
+
+def _called(code: str, function: Callable, *given: Any) -> Any:
+    """In a worker: what the function gives."""
+    if code != code_version():
+        raise ImportError("they have another version of pnpda_nb")
+    return function(*given)
 
 
 # %% ../nbs/95_studies.ipynb #25dc586c

@@ -68,6 +68,19 @@ def test_that_the_network_is_told_coordinates_along_axes_with_ends_and_not_along
     assert set(aware._places(torch.zeros(16).double(), torch.ones(16).double(), RING.grid)) == {"relief", "activity"}
 
 
+def test_that_a_grid_of_which_one_row_is_sea_has_no_coordinate_along_rows():
+    land = torch.ones(1, 3, 6, dtype=torch.bool)
+    land[:, 1] = False
+    rows = Grid((3, 6), ("zeros", "zeros"), land=land)
+    told = aware._places(torch.arange(6.0).double(), torch.ones(6).double(), rows)
+    assert set(told) == {"relief", "activity", "coordinate_1"} and all(torch.isfinite(x).all() for x in told.values())
+
+
+def test_that_rows_of_a_state_without_a_grid_are_refused():
+    with pytest.raises(ValueError, match="settings: expected rows=0 for states without a grid, got 3"):
+        learn_archive(pairs(), replace(TINY, rows=3), seed=1)
+
+
 def test_that_before_training_the_prior_is_the_linear_analysis():
     source = pairs(RING)
     trained, stopping, *_ = set_aside(source, ends=3)

@@ -1,6 +1,6 @@
 """Observations as their users have them: several times in one file, some times only, errors that change, grids in another order."""
 
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +9,7 @@ import pytest
 import torch
 import xarray as xr
 
+from pnpda_nb import sweep
 from pnpda_nb.core import standard_normal, stream
 from pnpda_nb.files import Axis, Field, Layout, read_observations, read_states
 from pnpda_nb.files.layout import layout_record
@@ -158,6 +159,49 @@ def test_that_workers_of_a_cluster_give_the_bytes_of_none(files, forked):
         assert here[name].values.tobytes() == there[name].values.tobytes()
     answer = analysed(files, forked, "nowhere", *given, "--scheduler", "nowhere", status=2)
     assert "scheduler: expected an address such as tcp://host:8786, got 'nowhere'" in answer.stderr
+
+
+def test_that_workers_of_another_version_and_a_cluster_that_goes_away_are_one_line(monkeypatch):
+    versions = iter(["one", "another"])
+    monkeypatch.setattr(sweep, "code_version", lambda: next(versions))
+    with ThreadPoolExecutor(1) as pool, pytest.raises(ConnectionError, match="^scheduler: its workers cannot do this .* another"):
+        list(sweep._spread_over((pool, 1, None, lambda: 1))(len, ["a"]))
+    monkeypatch.undo()
+    with ThreadPoolExecutor(1) as pool:
+        spread = sweep._spread_over((pool, 1, None, lambda: 1))
+        assert list(spread(pow, [2, 3], [3, 2])) == [8, 9]
+        with pytest.raises(ValueError, match="invalid literal"):
+            list(spread(int, ["x"]))
+        monkeypatch.setattr(pool, "submit", lambda *given: cancelled())
+        with pytest.raises(ConnectionError, match="^scheduler: the cluster went away"):
+            list(spread(len, ["a"]))
+
+
+def cancelled() -> Future:
+    future = Future()
+    future.cancel()
+    future.set_running_or_notify_cancel()
+    return future
+
+
+def test_that_a_gross_error_in_a_mean_over_many_points_is_rejected():
+    """The errors of 24 points are independent: those of their mean are much smaller."""
+    points, draws = 24, stream(3)
+    b = torch.randn(500, points, generator=draws).double()
+    a = b + torch.randn(500, points, generator=draws).double()
+    axis = Axis(tuple(range(points)), "km", float(points))
+    layout = Layout((Field("u", (points,), ("x",)),), {"x": axis})
+    source = TensorPairs(b[:400], a[:400], "means", 50, layout_record(layout))
+    prior = learn_archive(source, AwareSettings(epochs=1, steps=3, batch=16, width=8)).prior
+    states = States(b[400:, None], layout, {"u": xr.DataArray(np.empty(100), dims="case")}, ("case",), ())
+    mean = a[400:].mean(1, keepdim=True).numpy() + 0.05 * np.random.default_rng(0).standard_normal((100, 1))
+
+    def rejected(gross: float) -> int:
+        whole = np.arange(points)[None], np.full((1, points), 1 / points)
+        seen = StationObservations(mean + gross, np.array([0.05]), ("u",), *whole, points)
+        return len(check_observations(prior, states, seen)[1])
+
+    assert rejected(0.0) <= 2 and rejected(1.5) == 100
 
 
 def test_that_runs_that_are_spread_over_workers_are_as_one_after_the_other(files, states, monkeypatch):

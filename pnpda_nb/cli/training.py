@@ -191,10 +191,10 @@ def _workers(scheduler: Optional[str]) -> Iterator[Callable]:
     if not scheduler:
         yield map
         return
-    from ..sweep import workplace
+    from ..sweep import _spread_over, workplace
 
-    with workplace(scheduler=scheduler) as (executor, *_):
-        yield executor.map
+    with workplace(scheduler=scheduler) as place:
+        yield _spread_over(place)
 
 
 # %% ../../nbs/96_command_line.ipynb #753a93c2

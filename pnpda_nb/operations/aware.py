@@ -262,7 +262,7 @@ def _places(mean: Tensor, unit: Tensor, grid: Grid) -> dict[str, Tensor]:
     """What the network is told of the points themselves: how mean and increments differ, and coordinates along axes with ends."""
     told = {"relief": _by_channel(mean, grid), "activity": _by_channel(_logarithm(unit), grid)}
     for axis, (period, along) in enumerate(zip(grid.periods, grid.positions.T)):
-        if period is None:
+        if period is None and along.min() < along.max():
             told[f"coordinate_{axis}"] = (along - along.mean()) / along.std()
     return told
 

@@ -461,6 +461,8 @@ def learn_archive(
     layout = Layout.plain(source.dim) if source.layout is None else layout_from_record(source.layout)
     grid, parts = geometry_of(layout), list(layout.parts().values())
     settings = settings or aware_settings(grid, source.dim, trained.count)
+    if settings.rows and grid is None:
+        raise ValueError(f"settings: expected rows=0 for states without a grid, got {settings.rows}")
 
     def cases(part: Part, name: str, most: int, each: int = 1) -> Cases:
         few = min(part.count, most, max(5, memory // (128 * source.dim)))

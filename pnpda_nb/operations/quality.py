@@ -116,6 +116,7 @@ def _looked_at(
         mean, deviation = (x.mean(1).numpy() for x in analyse_states(prior, states, shown, through=through)[:2])
         expected[:, own] = (mean[:, points[own]] * weights[own]).sum(-1)
         spread[:, own] = (deviation[:, points[own]] * abs(weights[own])).sum(-1)
+    spread *= _shares(prior, points, weights)
     total = np.sqrt(spread**2 + np.square(sightings.errors))
     far = (values - expected) / total
     main = points[np.arange(len(points)), abs(weights).argmax(1)]
@@ -125,6 +126,18 @@ def _looked_at(
     gone = ~np.isnan(values) & ~likely
     rows = [(int(i), int(k), values[i, k], expected[i, k], total[i, k]) for i, k in np.argwhere(gone)]
     return np.where(gone, np.nan, values), rows
+
+
+def _shares(prior: AwarePrior, points: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """How much smaller the standard deviation of a mean over several points is than if their errors were the same, `(size,)`, by
+    the linear analysis.
+    """
+    share = np.ones(len(points))
+    for k in np.flatnonzero((weights != 0).sum(1) > 1):
+        B = prior.linear.errors.between(*2 * [torch.from_numpy(points[k])]).double().numpy()
+        most = (np.sqrt(B.diagonal()) * abs(weights[k])).sum()
+        share[k] = np.sqrt(max(0.0, weights[k] @ B @ weights[k])) / most if most else 1.0
+    return share
 
 
 # %% ../../nbs/30_aware.ipynb #30checkfun

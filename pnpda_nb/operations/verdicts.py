@@ -217,8 +217,8 @@ def analyse_states(
     moved.fields.network = copy.deepcopy(prior.fields.network).to(device)
     runs, members, dim = values.shape
     together, found = max(1, _TOGETHER // (members * dim)), []
-    each = sightings.errors.ndim > 1
-    if np.isnan(sightings.values).any() or each:  # a matrix for each run
+    each, there = sightings.errors.ndim > 1, ~np.isnan(sightings.values)
+    if (there != there[:1]).any() or each:  # a matrix for each run
         together = max(1, min(together, 4_000_000 // sightings.values.shape[1] ** 2))
     parts = [slice(first, min(first + together, runs)) for first in range(0, runs, together)]
     shown = [
