@@ -280,7 +280,7 @@ def test_that_a_gross_error_is_rejected_listed_and_as_if_it_had_not_been_seen(fi
     (files / "g.csv").write_text(near.format(value=today[1] + 40, t=TIMES[117]))
     (files / "l.csv").write_text("\n".join(line for line in near.format(value=0, t=TIMES[117]).splitlines() if line[0] != "a"))
     checked, said = analysed(files, forked, "checked", "--observations", "g.csv")
-    assert "1 of 3 observations rejected, as less likely than 3 standard deviations" in said and "2026-01-30T06:00:00" in said
+    assert "1 of 3 observations rejected, as less likely than 3.5 standard deviations" in said and "2026-01-30T06:00:00" in said
     page = (files / "checked.html").read_text()
     assert "rejected as unlikely" in page and "<td>a</td><td>time 2026-01-30T06:00:00</td>" in page
     less, said = analysed(files, forked, "less", "--observations", "l.csv")

@@ -275,7 +275,7 @@ def assimilate_command(
     members: _Draws = None,
     iterations: _Iterations = None,
     ensemble: _Ensemble = None,
-    reject: _Reject = "3",
+    reject: _Reject = "3.5",
     seed: Annotated[int, typer.Option(help="seed of the noise, and of draws")] = 0,
     dtype: _Dtype = "float64",
     device: _Device = "cpu",

@@ -145,7 +145,7 @@ def check_observations(
     prior: AwarePrior | FlowPrior,
     states: States,
     sightings: StationObservations,
-    reject: float = 3.0,
+    reject: float = 3.5,
     seed: int = 0,
     through: Callable = map,
 ) -> tuple[StationObservations, pd.DataFrame | None]:
