@@ -315,6 +315,7 @@ d = {
             "pnpda_nb.cli.training._seeing": ("command_line.html#_seeing", "pnpda_nb/cli/training.py"),
             "pnpda_nb.cli.training._trained_blind": ("command_line.html#_trained_blind", "pnpda_nb/cli/training.py"),
             "pnpda_nb.cli.training._trained_seeing": ("command_line.html#_trained_seeing", "pnpda_nb/cli/training.py"),
+            "pnpda_nb.cli.training._unused": ("command_line.html#_unused", "pnpda_nb/cli/training.py"),
             "pnpda_nb.cli.training._workers": ("command_line.html#_workers", "pnpda_nb/cli/training.py"),
         },
         "pnpda_nb.cli.words": {

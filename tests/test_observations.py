@@ -10,6 +10,7 @@ import torch
 import xarray as xr
 
 from pnpda_nb import sweep
+from pnpda_nb.cli import training
 from pnpda_nb.core import standard_normal, stream
 from pnpda_nb.files import Axis, Field, Layout, read_observations, read_states
 from pnpda_nb.files.layout import layout_record
@@ -218,6 +219,16 @@ def test_that_runs_that_are_spread_over_workers_are_as_one_after_the_other(files
         found = verdicts.analyse_states(prior, states, seen, draws=2, through=spread)
     assert [len(part[0]) for part in parts[0]] == [1, 1, 1]
     assert all(torch.equal(x, y) for x, y in zip(found, verdicts.analyse_states(prior, states, seen, draws=2)))
+
+
+def test_that_a_field_of_which_every_value_was_refused_is_a_warning():
+    values, refused = (
+        np.array([[np.nan, np.nan, 0.1], [np.nan, np.nan, np.nan]]),
+        (("sst", 0, 300.0), ("sst", 1, 301.0), ("u", 2, 99.0)),
+    )
+    seen = StationObservations(values, np.ones(3), ("sst", "sst", "u"), np.arange(3)[:, None], np.ones((3, 1)), 3, refused)
+    said = training._unused(seen)
+    assert said == "WARNING: none of 2 value(s) of sst was used, all beyond what the archive held: other units?"
 
 
 def test_that_an_error_that_grows_with_time_is_believed_less(files, forked):

@@ -218,4 +218,16 @@ def _of_observations(states: Any, sightings: Any, rejected: Any, checked: str) -
 
     some = rejected is not None and len(rejected) > 0
     table = _table(rejected.head(10), float_format="{:.4g}".format) if some else ""
-    return "\n".join(filter(None, (checked + ":" * some, table, _line(unseen(states, sightings)))))
+    return "\n".join(filter(None, (_unused(sightings), checked + ":" * some, table, _line(unseen(states, sightings)))))
+
+
+def _unused(sightings: Any) -> str:
+    """A warning of fields of which all values were refused; "" for none."""
+    said = []
+    for name in dict.fromkeys(name for name, *_ in sightings.refused):
+        own = [field == name for field in sightings.fields]
+        if not (sightings.values[:, own] == sightings.values[:, own]).any():
+            count = sum(field == name for field, *_ in sightings.refused)
+            of = f"{count} value(s) of {name or 'the state'}"
+            said.append(f"WARNING: none of {of} was used, all beyond what the archive held: other units?")
+    return "\n".join(said)

@@ -182,7 +182,9 @@ class _Piece:
             if missing or not mine:
                 wanted = f"{missing[0]}_{role}".strip("_") if missing else role
                 found = ", ".join(map(str, data.data_vars)) or "no variables"
-                raise ValueError(f"archive: expected a variable {wanted!r} in {self.shown}, got {found}")
+                raise ValueError(
+                    f"archive: expected a variable {wanted!r} in {self.shown}, got {found} (other names: --names, roles=)"
+                )
         self.fields = dict(zip(ROLES, fields))
         array = next(iter(fields[0].values()))
         counting = [str(d) for d in array.dims if is_sample(str(d), self.opened[-1], samples)]
