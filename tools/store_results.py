@@ -29,7 +29,7 @@ CHOSEN = {  # what is stored of a study that takes many hours
     " --methods free_run,interpolation,var3d,letkf,letkf_40,amortised",
     "sqg_elsewhere": "--set larger=0 --methods var3d,amortised",
     "sqg_around": "--set still=0 --set jets=none --set dissipations=none --set larger=0 --set columns=256"
-    " --set priors=nbs/results/sqg --methods amortised,learned_mean",
+    " --set priors=nbs/results/sqg --methods var3d,pnpda_blind,amortised,learned_mean",
 }
 WINDOWS = {f"incremental_{name}": [1] for name in ("lorenz63", "pendulum", "lorenz96")}
 SMALL = 500_000  # bytes; larger priors are not kept, but for fields
