@@ -78,6 +78,7 @@ from pnpda_nb.pnp import (
     PnPDA4D,
     RigidBody,
 )
+from pnpda_nb.pnp.errors import HomogeneousResidual
 from pnpda_nb.pnp.misfit import Misfit
 from pnpda_nb.pnp.windows import WindowMisfit
 from pnpda_nb.studies import Study, SweepSettings
@@ -671,6 +672,11 @@ OWN = {  # arguments of one callable, where they are not those of the pool
         "policy": lambda: AmortisedAnalysis,
         "settings": lambda: OnPolicySettings(trajectories=2),
     },
+    "pnp.errors.HomogeneousResidual.__init__": {
+        "errors": lambda: Spectral(TORUS, torch.ones(4, 4, 1, 1, dtype=DOUBLE)),
+        "variance": lambda: torch.ones((), dtype=DOUBLE),
+    },
+    "pnp.errors.HomogeneousResidual": {"tau": lambda: 0.5, "background": lambda: states(3, 24)},
     "pnp.LinearConstraint.__init__": {"matrix": lambda: spd(3)[:1]},
     "pnp.FunctionConstraint.__init__": {"function": lambda: lambda x: x.sum(-1, keepdim=True)},
     "pnp.constraints": {"levels": lambda: torch.ones(1, dtype=DOUBLE)},
@@ -850,6 +856,9 @@ SELF = {  # objects whose methods are called; without an entry they are made fro
     "observing.update.InformedError": lambda: InformedError(DenseError(spd(3)), torch.ones(3, dtype=DOUBLE)),
     "observing.FactoredError": lambda: FactoredError(states(3, 1), torch.ones(3, dtype=DOUBLE)),
     "pnp.GaussianResidual": lambda: GaussianResidual(gaussian()),
+    "pnp.errors.HomogeneousResidual": lambda: HomogeneousResidual(
+        Spectral(TORUS, torch.ones(4, 4, 1, 1, dtype=DOUBLE)), torch.ones((), dtype=DOUBLE)
+    ),
     "pnp.EnsembleResidual": EnsembleResidual,
     "observing.GridObservations": sightings,
     "observing.Residual": lambda: aware().look(ENSEMBLE())[1],

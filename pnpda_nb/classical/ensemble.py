@@ -254,7 +254,9 @@ def _local_observations(both: Tensor, covariance: Covariance | DiagonalCovarianc
     # padding and repeated numbers carry no weight, and must not make the block singular
     idle = taper == 0
     blocks = torch.where(idle.unsqueeze(-1) | idle.unsqueeze(-2), torch.diag_embed(idle.to(blocks)), blocks)
-    return torch.linalg.solve_triangular(cholesky_factor(blocks), both[:, number] * weight, upper=False)
+    shown = both[:, number] * weight
+    factor = cholesky_factor(blocks).expand(*shown.shape[:2], -1, -1)
+    return torch.linalg.solve_triangular(factor.contiguous(), shown.contiguous(), upper=False)  # the same bits in any company
 
 
 # %% ../../nbs/06_ensembles.ipynb #acab3fe6
