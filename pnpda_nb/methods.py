@@ -142,10 +142,12 @@ def _amortised(experiment, prior=None, **settings) -> AmortisedAnalysis:
     return AmortisedAnalysis(prior, **settings)
 
 
-def _learned_mean(experiment, prior=None, filter: str = "enkf", spread_factor: float = 1.0, **settings) -> LearnedMean:
+def _learned_mean(
+    experiment, prior=None, filter: str = "enkf", spread_factor: float = 1.0, filter_share: float = 0.5, **settings
+) -> LearnedMean:
     if prior is None:
         raise ValueError("prior: expected an AnalysisPrior that was trained, got None")
-    return LearnedMean(prior, method_by_name(filter, experiment, **settings), spread_factor)
+    return LearnedMean(prior, method_by_name(filter, experiment, **settings), spread_factor, filter_share)
 
 
 # %% ../nbs/95_studies.ipynb #925797c6

@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pnpda_nb.classical import EnKF
+from pnpda_nb.classical import EnKF, ThreeDVar
 from pnpda_nb.core import Grid, gaspari_cohn_matrix, standard_normal, stream
 from pnpda_nb.core.grid import _taper
+from pnpda_nb.core.spectral import Spectral
 from pnpda_nb.learned import AmortisedAnalysis, AnalysisPrior, BlindPrior, LearnedMean, SeeingPrior
 from pnpda_nb.learned.methods import ENSEMBLE_FIELDS, ensemble_fields
 from pnpda_nb.observing import (
@@ -17,6 +18,7 @@ from pnpda_nb.observing import (
     GridObservations,
     Linear,
     Observations,
+    ObservingNetwork,
     Residual,
     Select,
     kalman_update,
@@ -307,6 +309,22 @@ def test_that_settings_out_of_range_are_named():
     for wrong in ({"geometry": "sphere"}, {"geometry": Grid(16, metric=lambda i, j: (i - j).abs())}, {"rank": 0}):
         with pytest.raises(ValueError, match=f"^{next(iter(wrong))}: expected"):
             make(**wrong)
+
+
+def test_that_a_learned_mean_of_fields_begins_between_3dvar_and_its_filter():
+    grid = Grid((8, 8), "circular", channels=("a", "b"))
+    errors = Spectral.of_errors(grid, standard_normal((200, grid.dim), stream(1)))
+    pyramid = {"geometry": grid, "width": 4, "levels": 1, "kernel": 3, "patch": 2, "extra": ENSEMBLE_FIELDS}
+    prior = AnalysisPrior.make(0 * ONE, ONE, 0.2 * ONE, dim=grid.dim, errors=errors, seed=1, **pyramid)
+    members = standard_normal((3, 6, grid.dim), stream(2))
+    variances = torch.full((9,), 0.5, dtype=torch.float64)
+    network = ObservingNetwork(Select(tuple(range(0, 126, 14)), grid.dim), DiagonalCovariance(variances))
+    seen = network.observe(members[:, 0], stream(3))
+    own = analyse(ThreeDVar(errors), members.mean(-2, keepdim=True), seen)[:, 0]
+    filtered = analyse(EnKF(), members, seen).mean(-2)
+    for share in (0.0, 0.25, 1.0):
+        between = analyse(LearnedMean(prior, EnKF(), filter_share=share), members, seen).mean(-2)
+        torch.testing.assert_close(between, own + share * (filtered - own))
 
 
 def test_that_an_untrained_learned_mean_recentres_on_the_background():

@@ -38,9 +38,10 @@ class SqgSettings(Settings):
     the first number of columns. `cycles` on `runs` test truths, a third of them dropped; `tuning_cycles` on `tuning_runs` training
     truths for everything that is tuned; ensembles of `members`. The nature run to learn from has `truth_runs` and `truth_cycles`;
     `learning_cycles` of `trajectories` with `learning_steps` on `batch` examples each, for a pyramid of `levels` and a `width`,
-    shown `fewest` to `most` columns; priors that start from it take a share `follow` of the cycles. From a folder `priors`, those
-    that are there are taken instead of trained. Without a truth to learn from, there are `record_runs` of `record_cycles`
-    observations, smoothed over `lag` cycles. Ablations are trained for a share `ablation` of the cycles; `few` is few truths.
+    shown `fewest` to `most` columns; priors that start from it take a share `follow` of the cycles, that of a learned mean a share
+    `around`. From a folder `priors`, those that are there are taken instead of trained. Without a truth to learn from, there are
+    `record_runs` of `record_cycles` observations, smoothed over `lag` cycles. Ablations are trained for a share `ablation` of the
+    cycles; `few` is few truths.
 
     The look is also taken to where it was not trained: to columns that stay where they are, to `jets` of another speed (m/s), to
     other `dissipations` (hours), and to `larger` × `larger` points, on `larger_runs` truths; 0 columns that stay or points, or none
@@ -69,6 +70,7 @@ class SqgSettings(Settings):
     fewest: Count = 96
     most: Count = 640
     follow: PositiveShare = 0.2
+    around: PositiveShare = 0.5
     ensemble_trajectories: Count = 4
     record_runs: Count = 32
     record_cycles: Count = 120
@@ -109,7 +111,7 @@ class SqgSettings(Settings):
 
     def following(self, **changes: Any) -> OnPolicySettings:
         """The training of a prior that starts from another."""
-        cycles = max(1, round(self.follow * self.learning_cycles))
+        cycles = max(1, round(changes.pop("share", self.follow) * self.learning_cycles))
         return self.training(**({"cycles": cycles, "learning_rate": self.learning_rate / 2, "average": 0.99} | changes))
 
 
@@ -190,7 +192,7 @@ def sqg_priors(settings: SqgSettings) -> dict[str, Task]:
     later = nature | {"start": first}
     loop = {"name": "pnpda", "blind": True, "data_step": "kalman", "iterations": 4}
     unseen = settings.following(start_fraction=0.3, hidden=1.0, likelihood=0.2)
-    around = settings.following(trajectories=settings.ensemble_trajectories)
+    around = settings.following(share=settings.around, trajectories=settings.ensemble_trajectories)
     return {
         "amortised": first,
         "amortised_obs": sqg_prior(settings, "amortised_obs", look, settings.training(), records=[sqg_record(settings)], **new),
@@ -241,7 +243,7 @@ def sqg_cycle(settings: SqgSettings, condition: str, name: str, priors: dict[str
             tuned = tuning_task(tune, {"name": "amortised"}, {"spread": [0.5, 0.7, 0.85, 1.0]}, members=size, metric="crps", **some)
             return costed_task(testbed, {"name": "amortised"}, members=size, tuned=tuned, **trial)
         case "learned_mean":
-            tuned = tuning_task(tune, _HYBRID, {"spread_factor": [0.7, 0.85, 1.0, 1.2]}, members=size, metric="crps", **some)
+            tuned = tuning_task(tune, _HYBRID, {"spread_factor": [0.8, 0.9, 0.95, 1.0, 1.1]}, members=size, metric="crps", **some)
             return costed_task(testbed, _HYBRID, members=size, tuned=tuned, **trial)
     if testbed["size"] > settings.size:
         finer = sqg_archive(settings, size=testbed["size"])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..classical.ensemble import EnsembleFilter
 from ..core.checks import guard
-from ..core.settings import PositiveNumber, Settings
+from ..core.settings import PositiveNumber, Settings, Share
 from .prior import AnalysisPrior
 from ..observing.observations import GridObservations, Observations, on_grid
 
@@ -36,13 +36,14 @@ def ensemble_fields(background: Tensor, analysis: Tensor, increment: Tensor) -> 
 @dataclass(frozen=True, eq=False)
 class LearnedMean(Settings):
     """An ensemble `filter` whose mean is replaced by that of a `prior` with three extra fields, @eq-hybrid; `spread_factor`
-    multiplies the departures of the members from it. A prior that has a first guess begins with the filter's increment. Raises
-    `ValueError` for a prior without those fields, or an ensemble of one.
+    multiplies the departures of the members from it. A prior that has a first guess begins between its own increment and the
+    filter's, of which it takes a `filter_share`. Raises `ValueError` for a prior without those fields, or an ensemble of one.
     """
 
     prior: AnalysisPrior
     filter: EnsembleFilter
     spread_factor: PositiveNumber = 1.0
+    filter_share: Share = 0.5
     window: int = field(default=1, init=False, repr=False)
 
     def __post_init__(self):
@@ -59,9 +60,12 @@ class LearnedMean(Settings):
         known = observations.observations() if isinstance(observations, GridObservations) else observations
         filtered = self.filter.analyse(background, known, forecast=None, generator=generator)
         mean, extra = background.mean(-2), ensemble_fields(background, filtered, self.prior.increment)
-        guess = None if self.prior.errors is None else filtered.mean(-2) - mean
+        seen = on_grid(observations, self.prior.dim)
+        guess = self.prior.first_guess(mean.unsqueeze(-2), seen)
         with torch.no_grad():
-            learned, _ = self.prior.look(mean, seen=on_grid(observations, self.prior.dim)[:, 0], extra=extra, guess=guess)
+            if guess is not None:
+                guess = torch.lerp(guess.squeeze(-2), filtered.mean(-2) - mean, self.filter_share)
+            learned, _ = self.prior.look(mean, seen=seen[:, 0], extra=extra, guess=guess)
         departures = filtered - filtered.mean(-2, keepdim=True)
         return learned.unsqueeze(-2) + self.spread_factor * departures, mean, extra, guess
 

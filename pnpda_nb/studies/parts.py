@@ -305,7 +305,7 @@ def learning_part(
         prior, record, method_of, OnPolicySettings(**settings["training"]), members=settings["members"], validate=validate,
         seed=settings["seed"], checkpoint=resumable(checkpoint), device=settings.get("device", "cpu"),
     )[0]  # fmt: skip
-    return trained.rounded() if archive is not None else trained
+    return trained if trained.errors is None else trained.rounded()  # half precision, for fields
 
 
 # %% ../../nbs/95_studies.ipynb #9b343343
