@@ -1074,6 +1074,7 @@ d = {
             "pnpda_nb.experiments.sqg.figure_maps": ("studies.html#figure_maps", "pnpda_nb/experiments/sqg.py"),
             "pnpda_nb.experiments.sqg.figures_sqg": ("studies.html#figures_sqg", "pnpda_nb/experiments/sqg.py"),
             "pnpda_nb.experiments.sqg.kept_sqg": ("studies.html#kept_sqg", "pnpda_nb/experiments/sqg.py"),
+            "pnpda_nb.experiments.sqg.maps_part": ("studies.html#maps_part", "pnpda_nb/experiments/sqg.py"),
             "pnpda_nb.experiments.sqg.plan_sqg": ("studies.html#plan_sqg", "pnpda_nb/experiments/sqg.py"),
             "pnpda_nb.experiments.sqg.report_sqg": ("studies.html#report_sqg", "pnpda_nb/experiments/sqg.py"),
             "pnpda_nb.experiments.sqg.sqg_archive": ("studies.html#sqg_archive", "pnpda_nb/experiments/sqg.py"),

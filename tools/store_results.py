@@ -47,7 +47,8 @@ def keep(study: str, folder: Path) -> None:
         priors = [p for p in priors if p.stem in ("prior_amortised", "prior_learned_mean") and study == "sqg"]
     if study in BEYOND:
         priors = [p for p in priors if p.stem in ("prior_amortised", "prior_pnpda_blind") and p.stat().st_size < SMALL]
-    for path in (folder / "scores.csv", folder / "manifest.json", *priors, *folder.glob("tuning_*.json")):
+    some = (*folder.glob("tuning_*.json"), *folder.glob("maps.nc"))
+    for path in (folder / "scores.csv", folder / "manifest.json", *priors, *some):
         shutil.copy(path, kept / path.name)
     if study == "lorenz63":  # pairs that chapters learn from
         (archive,) = folder.glob("parts/archive-*.nc")

@@ -262,11 +262,21 @@ def plan_sqg(settings: SqgSettings, methods: tuple[str, ...]) -> dict[tuple[str,
 
 
 def kept_sqg(settings: SqgSettings, methods: tuple[str, ...]) -> dict[str, Task]:
-    """The priors of the `methods`, and what was tried for those that are tuned for a number of columns."""
+    """The priors of the `methods`, what was tried for those that are tuned for a number of columns, and maps of errors."""
     wanted = {name.removesuffix("_ensemble") for name in methods if name in SQG_LEARNED}
     kept = {f"prior_{name}.safetensors": task for name, task in sqg_priors(settings).items() if name in wanted}
     tuned = [(n, m) for n in settings.columns for m in methods if m in _GRIDS and (n == settings.columns[0] or m in _EVERYWHERE)]
-    return kept | {f"tuning_{m}_{n}.json": sqg_tuning(settings, n, m) for n, m in tuned}
+    kept |= {f"tuning_{m}_{n}.json": sqg_tuning(settings, n, m) for n, m in tuned}
+    alike = {f"{c} {m}": task for (c, m), task in plan_sqg(settings, methods).items() if not c.startswith("size")}
+    return kept | {"maps.nc": Task("maps", maps_part, {}, alike, cost=1.0)}
+
+
+def maps_part(settings: dict, **results: xr.Dataset) -> xr.Dataset:
+    """Maps of the RMSE over runs and cycles, `(case, variable)`, of `results` that are named by condition and scheme."""
+    condition, scheme = zip(*(name.split(" ") for name in results))
+    maps = [(found.rmse.values**2).mean(0) ** 0.5 for found in results.values()]
+    named = {"condition": ("case", list(condition)), "scheme": ("case", list(scheme))}
+    return xr.Dataset({"rmse": (("case", "variable"), np.float32(maps))}, coords=named)
 
 
 # %% ../../nbs/95_studies.ipynb #f1e2d507

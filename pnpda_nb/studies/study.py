@@ -86,7 +86,10 @@ class Study:
         if computing:
             if self.stack is not None:
                 raise ValueError(f"{next(iter(computing))}: expected a study that cycles states, got {self.name}")
-            plan = {case: dataclasses.replace(task, settings={**task.settings, **computing}) for case, task in plan.items()}
+            asked = {task.key: dataclasses.replace(task, settings={**task.settings, **computing}) for task in plan.values()}
+            plan = {case: asked[task.key] for case, task in plan.items()}
+            of_these = lambda task: {role: asked.get(need.key, need) for role, need in task.needs.items()}
+            kept = {name: dataclasses.replace(task, needs=of_these(task)) for name, task in kept.items()}
         if device := computing.get("device"):
             plan = {case: _trained_on(device, task) for case, task in plan.items()}
             kept = {name: _trained_on(device, task) for name, task in kept.items()}
