@@ -70,7 +70,7 @@ class SqgSettings(Settings):
     fewest: Count = 96
     most: Count = 640
     follow: PositiveShare = 0.2
-    around: PositiveShare = 0.5
+    around: PositiveShare = 0.25
     ensemble_trajectories: Count = 4
     record_runs: Count = 32
     record_cycles: Count = 120
@@ -192,13 +192,16 @@ def sqg_priors(settings: SqgSettings) -> dict[str, Task]:
     later = nature | {"start": first}
     loop = {"name": "pnpda", "blind": True, "data_step": "kalman", "iterations": 4}
     unseen = settings.following(start_fraction=0.3, hidden=1.0, likelihood=0.2)
-    around = settings.following(share=settings.around, trajectories=settings.ensemble_trajectories)
+    gently = {"learning_rate": settings.learning_rate / 10, "memory": 200}  # what the look knows is not to be lost
+    around = settings.following(share=settings.around, trajectories=settings.ensemble_trajectories, **gently)
     return {
         "amortised": first,
         "amortised_obs": sqg_prior(settings, "amortised_obs", look, settings.training(), records=[sqg_record(settings)], **new),
         "pnpda_blind": sqg_prior(settings, "pnpda_blind", loop, unseen, **later),
         "pnpda_seeing": sqg_prior(settings, "pnpda_seeing", look, settings.following(start_fraction=0.4), **later),
-        "learned_mean": sqg_prior(settings, "learned_mean", _HYBRID, around, members=settings.members, **later),
+        "learned_mean": sqg_prior(
+            settings, "learned_mean", _HYBRID | {"spread_factor": 0.95}, around, members=settings.members, **later
+        ),
         "brief": sqg_prior(settings, "brief", look, brief, **new, **nature),
         "from_nothing": sqg_prior(settings, "from_nothing", look, brief, network=network, **nature),
         "off_policy": sqg_prior(settings, "off_policy", {"name": "var3d"}, brief, judged=look, **new, **nature),
