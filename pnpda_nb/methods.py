@@ -27,7 +27,7 @@ from .core.spectral import Spectral
 from .flow_matching.flow import FlowPrior
 from .flow_matching.prior import GaussianPrior
 from .learned.methods import LearnedMean
-from .learned.prior import AmortisedAnalysis, BlindPrior
+from .learned.prior import AmortisedAnalysis, AnalysisPrior, BlindPrior
 from .observing.covariance import Covariance, DiagonalCovariance
 from .observing.observations import Observations
 from .pnp.errors import HomogeneousResidual
@@ -245,7 +245,7 @@ def _on_fields(
 def build_method(
     experiment: TwinExperiment,
     method: Mapping[str, Any],
-    prior: FlowPrior | None = None,
+    prior: FlowPrior | AnalysisPrior | None = None,
     archive: xr.Dataset | None = None,
     tuned: Mapping[str, Any] | None = None,
 ) -> Method:

@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 
 from .core.checks import guard
 from .core.compute import reuse_memory
-from .core.disk import netcdf_bytes, netcdf_from, record_bytes, record_from, writable, write_whole
+from .core.disk import netcdf_bytes, netcdf_from, record_bytes, record_from, source_digest, writable, write_whole
 
 # %% auto #0
 __all__ = [
@@ -56,10 +56,7 @@ def code_version(module: str | None = None) -> str:
     that it imports, directly or not.
     """
     home = Path(__file__).parent if "__file__" in globals() else None
-    digest = hashlib.sha256()
-    for path in sorted(_sources_of(module, home)) if home else ():
-        digest.update(path.relative_to(home).as_posix().encode() + path.read_bytes())
-    return digest.hexdigest()[:12]
+    return source_digest(home, _sources_of(module, home)) if home else source_digest(Path(), ())
 
 
 # %% ../nbs/95_studies.ipynb #983e3988

@@ -24,12 +24,14 @@ from pnpda_nb.operations import (
     learn_archive,
     learning,
     linear,
+    linear_tuning,
     set_aside,
 )
 from pnpda_nb.operations.aware import _InRows, draw_around, geometry_of, look_at
 from pnpda_nb.operations.cases import Cases, _ahead
 from pnpda_nb.operations.errors import Part
-from pnpda_nb.operations.linear import LinearAnalysis, _standing
+from pnpda_nb.operations.linear import LinearAnalysis
+from pnpda_nb.operations.linear_tuning import _standing
 from pnpda_nb.operations.local import Boxes, LocalError
 from pnpda_nb.operations.verdicts import learning_report, learning_verdict
 
@@ -86,7 +88,7 @@ def test_that_before_training_the_prior_is_the_linear_analysis():
     trained, stopping, *_ = set_aside(source, ends=3)
     unit, parts = (source.analysis - source.background).std(0), list(RING.parts().values())
     cases = Cases.drawn(stopping.read(), Networks(), unit, parts, stream(0), 2)
-    best = linear.fit_linear(trained, cases, unit, RING.grid)["3D-Var"].analysis
+    best = linear_tuning.fit_linear(trained, cases, unit, RING.grid)["3D-Var"].analysis
     prior = learning._untrained(trained, best, unit, RING.grid, TINY, 0)
     b, a = (x[:3, None] for x in stopping.read())
     seen = seen_at((1, 4, 9), a[:, 0], unit / 3, 16)
@@ -217,7 +219,7 @@ def test_that_what_never_changes_stays_as_it_is():
     [(RING, 4, 256_000_000, LocalError), (None, 4, 256_000_000, FactoredError), (RING, 2000, 40_000, (DenseError, LocalError))],
 )
 def test_that_large_states_and_small_memories_are_trained_on_too(layout, limit, memory, kind, monkeypatch):
-    monkeypatch.setattr(linear, "LIMIT", limit)
+    monkeypatch.setattr(linear_tuning, "LIMIT", limit)
     source = pairs(layout, 400)
     found = learn_archive(source, TINY, memory=memory)
     assert isinstance(found.prior.linear.errors, kind) and np.isfinite(found.findings.trial.error).all()
@@ -286,9 +288,9 @@ def test_that_local_analyses_are_about_as_good_as_those_of_a_dense_covariance(mo
     tuned, test = (Cases.drawn(p.read(), Networks(), unit, [slice(0, 144)], stream(k), 5) for k, p in enumerate((stopping, tested)))
     for kind, some in (("dense", {"SMALL": 2000}), ("local", {"LIMIT": 0, "WINDOW": 100})):
         for name, value in some.items():
-            monkeypatch.setattr(linear, name, value)
-        ways = linear.fit_linear(trained, tuned, unit, grid)
-        errors[kind] = {k: float(linear._squares(test.analyses(w.analysis), test, unit).mean()) ** 0.5 for k, w in ways.items()}
+            monkeypatch.setattr(linear_tuning, name, value)
+        ways = linear_tuning.fit_linear(trained, tuned, unit, grid)
+        errors[kind] = {k: float(cases._squares(test.analyses(w.analysis), test, unit).mean()) ** 0.5 for k, w in ways.items()}
         assert all(isinstance(w.analysis.errors, LocalError) == (kind == "local") for w in ways.values())
     assert all(errors["local"][name] < 1.02 * dense for name, dense in errors["dense"].items()) and len(errors["local"]) == 2
 
@@ -381,7 +383,7 @@ def in_rows(source: TensorPairs, settings: AwareSettings, fitted=None) -> learni
     unit, layout = (source.analysis - source.background).std(0), layout_from_record(source.layout)
     parts = list(layout.parts().values())
     tuned = Cases.drawn(stopping.read(), Networks(), unit, parts, stream(0), 2)
-    way = (fitted or linear.fit_linear(trained, tuned, unit, layout.grid))["3D-Var"]
+    way = (fitted or linear_tuning.fit_linear(trained, tuned, unit, layout.grid))["3D-Var"]
     prior = learning._untrained(trained, way.analysis, unit, layout.grid, settings, 0)
     pairs = learning._Pairs(trained, 0, 256_000_000, 100)
     return learning._Learning(prior, way.halves, pairs, tuned, Networks(), settings, parts, 0, torch.device("cpu"))
@@ -462,7 +464,7 @@ def test_that_what_is_held_of_an_archive_does_not_grow_with_it(monkeypatch):
 
 def test_that_every_stage_of_a_training_says_how_far_it_is(monkeypatch):
     bars = []
-    for module in (cases, linear, errors, training):
+    for module in (cases, linear_tuning, errors, training):
         monkeypatch.setattr(
             module, "tqdm", lambda *args, bar=module.tqdm, **kw: bars.append([*args, kw.get("desc")]) or bar(*args, **kw)
         )

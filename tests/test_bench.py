@@ -10,6 +10,7 @@ import pytest
 
 from pnpda_nb.bench import bench, growth, measure, report, speed, suite
 from pnpda_nb.bench.measure import QUICK
+from pnpda_nb.sweep import code_version
 
 
 def test_that_the_quick_benchmark_writes_whole_files_and_prints_its_table(tmp_path, forked):
@@ -116,6 +117,7 @@ def test_that_parts_that_are_run_again_replace_their_rows_and_no_others(monkeypa
     for part, value in (("enkf", 1), ("steps", 2), ("memory", 3)):
         monkeypatch.setitem(suite.PARTS, part, invented(part, value))
     bench(["steps", "memory"], out=tmp_path)
+    assert json.loads((tmp_path / "manifest.json").read_text())["sessions"][0]["code"] == code_version()
     answer = bench(["enkf"], QUICK, out=tmp_path)
     assert set(answer.part) == {"enkf"}  # what was measured, not what is in the folder
     assert table_and_sessions() == ({"enkf": 1, "steps": 2, "memory": 3}, [["steps", "memory"], ["enkf"]])

@@ -1,6 +1,7 @@
 """The house: arrows point down, no module is long, and every room is made where the map says."""
 
 import ast
+import json
 import re
 import statistics
 from pathlib import Path
@@ -82,6 +83,17 @@ def test_that_modules_are_short():
     }
     assert max(lengths.values()) <= 520, max(lengths, key=lengths.get)
     assert statistics.median(lengths.values()) <= 220
+
+
+def test_that_no_exported_cell_of_a_chapter_is_long_but_one():
+    long = {}
+    for path in sorted((ROOT / "nbs").glob("[0-8]*.ipynb")):  # appendices are free
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            lines = [line for line in "".join(cell["source"]).splitlines() if line.strip()]
+            if cell["cell_type"] == "code" and any(re.match(r"#\| *export", line) for line in lines):
+                long[path.stem, cell["id"]] = sum(not line.startswith("#|") for line in lines)
+    long = {where: count for where, count in long.items() if count > 60}
+    assert len(long) <= 1, long
 
 
 def test_that_every_module_says_what_it_holds():

@@ -10,6 +10,8 @@ from pnpda_nb.classical import EnKF, EnRDA, ThreeDVar, climatological_background
 from pnpda_nb.core import standard_normal, stream, unchecked
 from pnpda_nb.dynamics import FunctionModel, Lorenz63
 from pnpda_nb.flow_matching import GaussianPrior
+from pnpda_nb.learned import AnalysisPrior
+from pnpda_nb.methods import build_method
 from pnpda_nb.observing import Covariance, ObservingNetwork, Select, kalman_gain
 from pnpda_nb.pnp import PnPDA
 from pnpda_nb.twin import FreeRun, Method, TwinExperiment, cycle, lorenz63, nature_run, score_table, scores, tune
@@ -42,6 +44,15 @@ def test_that_a_method_keeps_the_protocol_and_the_shape(method):
     background, seen = background_and_observations()
     analysis = analyse(method, background, seen)
     assert isinstance(method, Method) and analysis.shape == background.shape and analysis.dtype == torch.float64
+
+
+def test_that_a_method_is_built_around_a_prior_that_sees_as_around_one_that_does_not(untrained_prior):
+    zero = torch.zeros((), dtype=torch.float64)
+    seeing = AnalysisPrior.make(zero, zero + 8, zero + 2, dim=3, width=4)
+    assert build_method(SHORT, {"name": "amortised"}, prior=seeing).prior is seeing
+    assert build_method(SHORT, {"name": "pnpda"}, prior=untrained_prior).prior is untrained_prior
+    with pytest.raises(ValueError, match="prior"):
+        build_method(SHORT, {"name": "pnpda"}, prior="prior.safetensors")
 
 
 def test_that_a_method_leaves_its_input_alone_and_repeats_itself(method):

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
+from importlib.resources import files
 from pathlib import Path
 
 import pandas as pd
@@ -19,7 +20,7 @@ from .growth import device, members, memory, pnpda_state, state
 from .measure import COLUMNS, Sizes, machine
 from .speed import enkf, etdrk4_speed, kuramoto_sivashinsky, lorenz96, own_tendency, pnpda, steps, training
 from ..core.compute import _computing
-from ..core.disk import read_record, record_bytes, writable, write_whole
+from ..core.disk import read_record, record_bytes, source_digest, writable, write_whole
 
 # %% auto #0
 __all__ = ["bench", "report"]
@@ -50,7 +51,8 @@ def bench(
     """Run the parts `names` of the benchmark (all of them for none) on one thread; one row per measurement.
 
     With `out`, the rows are in `bench.csv` of that folder, after every part, beside those of other parts that are there already,
-    and a `manifest.json` says when, on which machine, with which versions and of which `code` they were measured. Raises
+    and a `manifest.json` says when, on which machine, with which versions and of which `code` (by default a digest of the
+    library's source files) they were measured. Raises
     `ValueError` for an unknown part, a device that is not there, or a folder that cannot be written to or whose table cannot be
     read.
     """
@@ -58,6 +60,7 @@ def bench(
     _computing("float32", sizes.device)
     folder = None if out is None else writable(out)
     earlier = _earlier(folder) if folder else None
+    code = code or source_digest(Path(str(files("pnpda_nb"))))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -12,7 +12,7 @@ import os
 import re
 import struct
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -308,6 +308,15 @@ def fitting_checkpoint(path: str | os.PathLike) -> Iterator[None]:
         raise ValueError(
             f"checkpoint: {path} does not fit this training ({type(error).__name__}); move it away to start anew"
         ) from error
+
+
+# %% ../../nbs/93_files.ipynb #93digest
+def source_digest(home: Path, paths: Iterable[Path] | None = None) -> str:
+    """A short digest of the source files `paths` of a package in the folder `home`; of all that are there without them."""
+    digest = hashlib.sha256()
+    for path in sorted(home.rglob("*.py") if paths is None else paths):
+        digest.update(path.relative_to(home).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 # %% ../../nbs/93_files.ipynb #1d04b2ba

@@ -34,7 +34,8 @@ from ..observing.operators import Select
 from .aware import LEVELS, AwarePrior, _answer, _InRows, _Look, _places, _row_of, calibration_of, draw_around, geometry_of, look_at
 from .cases import Cases, Networks, _ahead, _Pairs, _squares, _watched
 from .errors import Part, survey
-from .linear import LinearAnalysis, fit_linear
+from .linear import LinearAnalysis
+from .linear_tuning import fit_linear
 from .pipeline import _check_seed, _held, set_aside
 from .validation import _left_out
 from ..twin.scores import rank_fractions, standard_error

@@ -5,29 +5,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..core.checks import Mask, guard
-from ..core.grid import Grid, _taper
+from ..core.grid import Grid
 from ..observing.covariance import DiagonalCovariance
 from ..observing.observations import Observations
 from ..observing.operators import Operator, Present, Select
 from ..observing.update import DenseError, FactoredError, _few, _gridded, kalman_update
-from .cases import Cases, _squares
-from .errors import Fixed, Part
-from .local import WINDOW, Boxes, Left, LocalError, LocalFit, LocalLine
-from .validation import _Line, regression
-from ..pnp.errors import residual_covariance
-
-SMALL = 100  # numbers of a state that is not looked at by windows
-LIMIT = 2000  # numbers of a state of which all covariances are kept
+from .local import Boxes, LocalError, LocalLine
+from .validation import _Line
 
 # %% auto #0
 __all__ = []
@@ -57,42 +47,24 @@ class LinearAnalysis:
         `mask` and standard deviations of `error` `(network, dim)`; and the standard deviations σ_ℓ of the errors of analyses,
         `(network, dim)`.
         """
-        if not isinstance(self.errors, LocalError):
-            return self.increments(left, mask, error), self.spread(mask, error)
-        found = []
-        for v, m, e in zip(left, mask, error):
-            sites = m.nonzero()
-            found.append(self.errors.step(sites, e.new_ones(sites.shape), v[:, sites[:, 0]], e[sites[:, 0]].square()))
-        return tuple(torch.stack(x) for x in zip(*found))
+        if isinstance(self.errors, LocalError):
+            return _local_step(self.errors, left, mask, error)
+        return self.increments(left, mask, error), self.spread(mask, error)
 
     def increments(self, left: Tensor, mask: Mask, error: Tensor) -> Tensor:
         """The first of the two alone."""
         if isinstance(self.errors, LocalError):
             return self.step(left, mask, error)[0]
-        if isinstance(self.errors, DenseError):
-            some = zip(*(x.split(max(1, 4_000_000 // left.shape[-1] ** 2)) for x in (left, mask, error)))
-            return torch.cat([_gridded(self.errors, torch.zeros_like(v), v, m, e) for v, m, e in some])
-        found = []
-        for v, m, e in zip(left, mask, error):
-            sites = m.nonzero()[:, 0]
-            seen = Observations(v[:, sites], Select(tuple(sites.tolist()), v.shape[-1]), DiagonalCovariance(e[sites] ** 2))
-            found.append(kalman_update(self.errors, torch.zeros_like(v)[:, None], seen)[:, 0])
-        return torch.stack(found)
+        step = _dense_increments if isinstance(self.errors, DenseError) else _factored_increments
+        return step(self.errors, left, mask, error)
 
     def spread(self, mask: Mask, error: Tensor) -> Tensor:
         """The second one alone."""
         if isinstance(self.errors, LocalError):
             return self.step(error.new_zeros(len(mask), 0, mask.shape[-1]), mask, error)[1]
-        if isinstance(self.errors, FactoredError):
-            return torch.stack([_factored_spread(self.errors, m, e) for m, e in zip(mask, error)])
-        variance = self.variance
-        unit = variance.sqrt().where(variance > 0, 1.0)
-        correlations, ratio = (self.errors.matrix / unit / unit[:, None]).float(), (error / unit).float()
-        found = []
-        together = 100 if len(unit) <= 200 else 1  # of a large state, only what is seen is looked at
-        for m, r in zip(*(x.split(together) for x in (mask, ratio))):
-            found.append(_spread(correlations, m, r).double())
-        return torch.cat(found) * unit
+        if isinstance(self.errors, DenseError):
+            return _dense_spread(self.errors, mask, error)
+        return torch.stack([_factored_spread(self.errors, m, e) for m, e in zip(mask, error)])
 
 
 # %% ../../nbs/30_aware.ipynb #30linseen
@@ -116,7 +88,45 @@ def _plain(operator: Operator) -> Operator:
     return operator.operator if isinstance(operator, Present) else operator
 
 
+# %% ../../nbs/30_aware.ipynb #30linways
+def _dense_increments(errors: DenseError, left: Tensor, mask: Mask, error: Tensor) -> Tensor:
+    """`LinearAnalysis.increments` with a covariance that is written down."""
+    some = zip(*(x.split(max(1, 4_000_000 // left.shape[-1] ** 2)) for x in (left, mask, error)))
+    return torch.cat([_gridded(errors, torch.zeros_like(v), v, m, e) for v, m, e in some])
+
+
+def _factored_increments(errors: FactoredError, left: Tensor, mask: Mask, error: Tensor) -> Tensor:
+    """The same with leading directions and the variances of the rest."""
+    found = []
+    for v, m, e in zip(left, mask, error):
+        sites = m.nonzero()[:, 0]
+        seen = Observations(v[:, sites], Select(tuple(sites.tolist()), v.shape[-1]), DiagonalCovariance(e[sites] ** 2))
+        found.append(kalman_update(errors, torch.zeros_like(v)[:, None], seen)[:, 0])
+    return torch.stack(found)
+
+
+def _local_step(errors: LocalError, left: Tensor, mask: Mask, error: Tensor) -> tuple[Tensor, Tensor]:
+    """`LinearAnalysis.step` on a grid, window by window."""
+    found = []
+    for v, m, e in zip(left, mask, error):
+        sites = m.nonzero()
+        found.append(errors.step(sites, e.new_ones(sites.shape), v[:, sites[:, 0]], e[sites[:, 0]].square()))
+    return tuple(torch.stack(x) for x in zip(*found))
+
+
 # %% ../../nbs/30_aware.ipynb #30spreadfun
+def _dense_spread(errors: DenseError, mask: Mask, error: Tensor) -> Tensor:
+    """`LinearAnalysis.spread` with a covariance that is written down, in single precision and units of standard deviations."""
+    variance = errors.matrix.diagonal()
+    unit = variance.sqrt().where(variance > 0, 1.0)
+    correlations, ratio = (errors.matrix / unit / unit[:, None]).float(), (error / unit).float()
+    found = []
+    together = 100 if len(unit) <= 200 else 1  # of a large state, only what is seen is looked at
+    for m, r in zip(*(x.split(together) for x in (mask, ratio))):
+        found.append(_spread(correlations, m, r).double())
+    return torch.cat(found) * unit
+
+
 def _spread(correlations: Tensor, mask: Mask, ratio: Tensor) -> Tensor:
     """Standard deviations after an update, in units of those before it; of one network, where it sees something only."""
     sites = mask[0].nonzero()[:, 0] if len(mask) == 1 else torch.arange(mask.shape[1])
@@ -137,173 +147,7 @@ def _factored_spread(errors: FactoredError, mask: Mask, error: Tensor) -> Tensor
     return ((L * torch.linalg.solve(inner, L.T).T).sum(-1) * rest.square() + d * rest).clamp_min(0).sqrt()
 
 
-# %% ../../nbs/30_aware.ipynb #30fit
-class Fitted(NamedTuple):
-    """A linear `analysis`, its mean squared `error` in the cases that it was tuned with, and the lines that its two `halves` of the
-    pairs of training give: what one of them makes of a background of the other has not seen its analysis.
-    """
-
-    analysis: LinearAnalysis
-    error: float
-    halves: tuple[_Line | LocalLine, _Line | LocalLine]
-
-
-def fit_linear(
-    trained: Part, tuned: Cases, unit: Tensor, grid: Grid | None, memory: int = 256_000_000, progress: bool = False
-) -> dict[str, Fitted]:
-    """3D-Var, and the analysis by regression and a Kalman step, from the pairs `trained` on; the tapers and the sizes of their
-    covariances are best in the cases `tuned` with. The second one is missing if there are too few pairs. `unit` `(dim,)` are the
-    standard deviations of the increments, 0 where they never change.
-    """
-    small = grid is None or trained.dim <= min(LIMIT, SMALL)
-    local = {} if small else _fit_local(trained, tuned, unit, grid, memory, progress)
-    if local and trained.dim > LIMIT:
-        return local
-    most = min(trained.count, max(30, memory // (64 * trained.dim)))
-    b, a = trained.read(trained.count - most)
-    a = torch.where(unit > 0, a, b)
-    bias = (a - b).mean(0)
-    standing = _standing(bias)
-    ways = {"3D-Var": (standing, a - b - bias, (standing, standing))}
-    try:
-        middle = trained.count // 2
-        halves = _rows(trained, 0, middle), _rows(trained, middle, trained.count)
-        early, late = (replace(regression(part, memory=memory), errors=None) for part in halves)
-        first = min(max(0, middle - (trained.count - most)), len(b))
-        left = torch.cat([(a - late(b))[:first], (a - early(b))[first:]])  # each by the line that has not seen it
-        line = replace(regression(trained, memory=memory), errors=None)
-        ways["regression + Kalman step"] = line, torch.where(unit > 0, left, 0.0), (early, late)
-    except ValueError:  # too few pairs, and the report says so
-        pass
-    found = {name: Fitted(*_tuned(line, left, tuned, unit, grid, progress), halves) for name, (line, left, halves) in ways.items()}
-    return found | {name: way for name, way in local.items() if name not in found or way.error < found[name].error}
-
-
-def _fit_local(trained: Part, tuned: Cases, unit: Tensor, grid: Grid, memory: int, progress: bool) -> dict[str, Fitted]:
-    """The same by windows; none where a grid is but one, or the memory too small for them."""
-    boxes = Boxes.of(grid, min(WINDOW, trained.dim // 2))
-    if len(boxes.numbers) == 1 or memory < 40 * boxes.numbers.shape[1] ** 2:
-        return {}
-    with tqdm(desc="statistics", unit="pair", disable=None if progress else True, leave=False) as bar:
-        fit = LocalFit(trained, unit, boxes, memory, bar)
-        bias, left = fit.standing()
-        standing = _standing(bias)
-        ways = {"3D-Var": (standing, left, (standing, standing))}
-        if trained.count >= 30:
-            line, halves, left = fit.regression()
-            ways["regression + Kalman step"] = line, left, halves
-    found = {}
-    for name, (line, left, halves) in ways.items():
-        found[name] = Fitted(*_tuned_local(line, left, tuned, unit, fit.groups, progress), halves)
-    return found
-
-
-def _rows(part: Part, first: int, last: int) -> Part:
-    return replace(part, first=part.first + first, last=part.first + last)
-
-
-def _standing(bias: Tensor) -> _Line:
-    """The line that adds a `bias` `(dim,)` to backgrounds."""
-    none, every = bias.new_zeros(0), torch.arange(len(bias))
-    return _Line(every[:0], none, none, bias.new_zeros(0, 0), every, bias, bias.new_zeros(0, len(bias)))
-
-
-# %% ../../nbs/30_aware.ipynb #30tune
-SCALES = (0.5, 0.7, 1.4, 2.0)  # of variances
-
-
-def _tuned(
-    line: _Line, left: Tensor, cases: Cases, unit: Tensor, grid: Grid | None, progress: bool
-) -> tuple[LinearAnalysis, float]:
-    """The analysis by `line` whose covariance, from what that has `left` of pairs `(sample, dim)`, is best in the `cases`."""
-
-    tried = _Tried(line, cases, unit, 10 if left.shape[-1] <= LIMIT else 5, progress)
-    dim = left.shape[-1]
-    if dim > LIMIT:
-        rank, nothing = max(1, min(128, dim, len(left) // 5)), torch.zeros_like(left)
-        B = residual_covariance(Fixed(dim), nothing, left, (0.0,), torch.Generator(), rank=rank).errors[0]
-        tried.best_of(FactoredError(s**0.5 * B.factor, s * B.diagonal) for s in (1.0, *SCALES))
-        return tried.kept()
-    sample = left.T @ left / len(left)
-    floor = torch.diag(1e-6 * sample.diagonal())
-    tried.best_of(DenseError(sample * taper + floor) for taper in _tapers(dim, grid))  # one after the other: they are large
-    matrix = tried.errors.matrix
-    tried.best_of(DenseError(s * matrix) for s in SCALES)
-    return tried.kept()
-
-
-def _tuned_local(
-    line: _Line | LocalLine, left: Left, cases: Cases, unit: Tensor, groups: Sequence[int], progress: bool
-) -> tuple[LinearAnalysis, float]:
-    """The same with correlations within windows: means over some boxes, tapered, and of some size."""
-    own = groups[-1] == len(left.boxes.numbers)
-    options = [(count, share) for count in groups for share in ((0.0, 0.5) if own and count < groups[-1] else (0.0,))]
-    tried = _Tried(line, cases, unit, len(options) + 9, progress)
-    best = tried.best_of((left.errors(count, own=share) for count, share in options))
-    count, share = options[best]
-    grid = left.boxes.grid
-    step = min(grid.spacing) * (1.0 if grid.radius is None else math.radians(grid.radius))
-    for points in (16, 8, 4, 2, 1):
-        try:
-            tried.best_of([left.errors(count, points * step, share)])
-        except ValueError:  # it is no correlation there
-            continue
-    errors = tried.errors
-    tried.best_of(replace(errors, deviation=s**0.5 * errors.deviation) for s in SCALES)
-    return tried.kept()
-
-
-class _Tried:
-    """The covariance that is best in the `cases` with a `line`, of those that were tried: `errors`, and the analysis and its mean
-    squared error, `best`, as a file will keep it. A bar shows how many are done of about `most`.
-    """
-
-    def __init__(self, line: _Line | LocalLine, cases: Cases, unit: Tensor, most: int, progress: bool):
-        self.line, self.cases, self.unit = line, cases, unit
-        self.errors: Any = None
-        self.best: Any = None
-        self.bar = tqdm(total=most, desc="tuning", unit="try", disable=None if progress else True, leave=False)
-
-    def best_of(self, some: Iterable[DenseError | FactoredError | LocalError]) -> int:
-        """Try some more; which of them is the best, 0 if none."""
-        best = 0
-        for number, errors in enumerate(some):
-            linear = _rounded(LinearAnalysis(self.line, errors), self.unit)
-            squares = torch.cat([_squares(few.analyses(linear), few, self.unit) for few in self.cases.split(8)])
-            error = float(squares.mean())
-            if self.best is None or error < self.best[1]:
-                self.errors, self.best, best = errors, (linear, error), number
-            self.bar.update()
-        return best
-
-    def kept(self) -> tuple[LinearAnalysis, float]:
-        self.bar.close()
-        return self.best
-
-
-def _tapers(dim: int, grid: Grid | None) -> Iterator[Tensor]:
-    """Correlations `(dim, dim)` that the covariance of a sample may be multiplied by."""
-    yield torch.ones(dim, dim, dtype=torch.float64)
-    for share in () if grid else (0.1, 0.3, 1.0):
-        yield torch.full((dim, dim), 1 - share, dtype=torch.float64).fill_diagonal_(1.0)
-    for points in (16, 8, 4, 2, 1) if grid else ():
-        step = min(grid.spacing) * (1.0 if grid.radius is None else math.radians(grid.radius))
-        try:
-            yield _taper(dim, points * step, grid)
-        except ValueError:  # it is no correlation there
-            continue
-
-
-def _rounded(linear: LinearAnalysis, unit: Tensor) -> LinearAnalysis:
-    """As a file keeps it: in single precision, covariances in units of the increments."""
-    line, errors = linear.line, linear.errors
-    if isinstance(line, _Line):
-        line = replace(line, patterns=line.patterns.float().double(), answers=line.answers.float().double())
-    if not isinstance(errors, LocalError):
-        errors = _errors_from(_errors_in(errors, unit), unit, None)
-    return LinearAnalysis(line, errors)
-
-
+# %% ../../nbs/30_aware.ipynb #30linfile
 def _errors_in(errors: DenseError | FactoredError | LocalError, unit: Tensor) -> dict[str, Tensor]:
     """What a file keeps of a covariance."""
     of = unit.where(unit > 0, 1.0)
