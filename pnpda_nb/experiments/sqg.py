@@ -70,8 +70,8 @@ class SqgSettings(Settings):
     fewest: Count = 96
     most: Count = 640
     follow: PositiveShare = 0.2
-    around: PositiveShare = 0.25
-    ensemble_trajectories: Count = 4
+    around: PositiveShare = 0.125
+    ensemble_trajectories: Count = 16
     record_runs: Count = 32
     record_cycles: Count = 120
     lag: Count = 2
@@ -192,7 +192,8 @@ def sqg_priors(settings: SqgSettings) -> dict[str, Task]:
     later = nature | {"start": first}
     loop = {"name": "pnpda", "blind": True, "data_step": "kalman", "iterations": 4}
     unseen = settings.following(start_fraction=0.3, hidden=1.0, likelihood=0.2)
-    gently = {"learning_rate": settings.learning_rate / 10, "memory": 200}  # what the look knows is not to be lost
+    # gently, and on many trajectories: what the look knows is not to be lost to a few days of its own
+    gently = {"learning_rate": settings.learning_rate / 10, "steps": max(1, settings.learning_steps // 2)}
     around = settings.following(share=settings.around, trajectories=settings.ensemble_trajectories, **gently)
     return {
         "amortised": first,
