@@ -35,6 +35,7 @@ from .pnp.loop import PnPDA
 from .pnp.windows import PnPDA4D
 from .twin.cycle import FreeRun, Method
 from .twin.experiment import TwinExperiment, nature_run
+from .twin.own import _own_method
 from .twin.reanalysis import pairs_of
 from .twin.testbeds import TESTBEDS
 
@@ -252,8 +253,10 @@ def build_method(
     """The method of `{"name": ..., **settings}` for `experiment`, with what was learned for it: a `prior`, the
     `archive` of pairs, or of states of fields, that a 3D-Var takes its background covariance from, the setting that was `tuned`.
     With both, a prior of fields goes on the finer grid of `experiment`. A setting `assumed_variance` is that of a misspecified
-    **R**.
+    **R**. With `own`, it is a user's, who says in which file.
     """
+    if "own" in method:
+        return _own_method(method["own"], experiment)
     settings = {k: v for k, v in method.items() if k != "name"} | dict((tuned or {}).get("setting", {}))
     if "assumed_variance" in settings:
         variance = settings.pop("assumed_variance")

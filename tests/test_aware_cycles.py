@@ -258,7 +258,7 @@ def test_that_a_training_in_cycles_that_is_killed_goes_on_to_the_same_bytes(fold
             "expected times at regular intervals to forecast from one to the next, got none in timeless.nc",
         ),
         (["pairs.nc", "--model", "carry"], "model: expected MODULE:FUNCTION, got 'carry'"),
-        (["pairs.nc", "--model", "carry:out"], "model: cannot import carry:out (AttributeError: "),
+        (["pairs.nc", "--model", "carry:out"], "model: carry has no 'out'; it has "),
         (["pairs.nc", "--model", "carry.py:no"], "model: expected a function or a model as carry.py:no, got int"),
         (["pairs.nc", "--model", "carry:off"], "carry:off: expected states of shape"),
         (["pairs.nc", "--program", "false {input} {output}"], "false: ended with status 1"),

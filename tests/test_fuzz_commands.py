@@ -273,6 +273,7 @@ COMMANDS = {
         {
             "--preset": "preset",
             "--methods": "method",
+            "--method": "word",
             "--runs": "number",
             "--members": "number",
             "--seed": "number",

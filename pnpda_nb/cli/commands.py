@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -21,18 +20,8 @@ import typer
 
 from .output import _FOR_PROGRAMMERS, _line, _occupy, _Outlet, _say, _short, _silence, _table, _told, _visible
 from .places import _check_places, _Place, _read, _report_path, _room, _with_report, _write
-from .results import (
-    _about,
-    _attributes,
-    _case,
-    _check_counts,
-    _check_folder,
-    _check_size,
-    _contents,
-    _is_prior,
-    _key_value,
-    _manifest,
-)
+from .results import _about, _attributes, _check_counts, _check_folder, _check_size, _is_prior, _key_value, _manifest
+from .running import _chosen, _run_study
 from .training import (
     _check_model,
     _checked,
@@ -55,6 +44,7 @@ from .words import (
     _Interval,
     _Iterations,
     _Kind,
+    _Method,
     _Methods,
     _Model,
     _name,
@@ -128,6 +118,7 @@ def run(
     experiment: Annotated[str, typer.Argument(help="name of an experiment, as given by `pnpda list`")],
     preset: _Preset = "smoke",
     methods: _Methods = None,
+    method: _Method = None,
     runs: Annotated[Optional[int], typer.Option(help="independent runs per method")] = None,
     members: Annotated[Optional[int], typer.Option(help="members of the ensemble methods")] = None,
     seed: Annotated[Optional[int], typer.Option(help="seed of every random stream")] = None,
@@ -156,8 +147,6 @@ def run(
 
     from ..core.compute import _computing
     from ..experiments import find_study
-    from ..studies.tables import conditional_scores
-    from ..sweep import Store
 
     torch.set_num_threads(1)
     _computing(dtype, "cpu" if scheduler else device)
@@ -166,38 +155,13 @@ def run(
     study = find_study(experiment).with_preset(preset)
     settings = study.settings(preset, changes, runs=runs, members=members, seed=seed)
     _check_counts({name: getattr(settings, name) for name in changes})
-    chosen = study.choose(names or None)
     folder = out or Path("runs") / f"{experiment}_{preset}"
-    _check_folder(
-        folder,
-        "scores.csv",
-        "cycles.nc",
-        "manifest.json",
-        *study.kept(settings, chosen),
-        given=_read("set", *filter(None, changes.values())),
-    )
+    study, chosen, own = _chosen(study, settings, names, method, members, computing)
+    files = ["scores.csv", "cycles.nc", "manifest.json", *study.kept(settings, chosen), *(["comparison.csv"] if own else [])]
+    _check_folder(folder, *files, given=_read("set", *filter(None, changes.values())))
     workers = min(os.cpu_count() or 1, 4) if workers is None else workers
-    with _room(out=folder / "parts"):
-        results = study.run(settings, chosen, Store(folder), computing, workers=workers, scheduler=scheduler, progress=True)
-        table = (study.tabulate or conditional_scores)(results)
-        files = {folder / name: content for name, content in _contents(study, results, table).items()}
-        kept = [folder / name for name in study.kept(settings, chosen)]
-        report = study.report(table)
-        about = _about(
-            files, kept, experiment=experiment, preset=preset, settings=vars(settings) | computing,
-            methods={_case(*case): json.loads(result.attrs["method_settings"]) for case, result in results.items()},
-            failed_runs={_case(*case): int((result.failed >= 0).sum()) for case, result in results.items()},
-            workers=workers if scheduler is None else scheduler, wall_seconds=round(time.perf_counter() - start, 1),
-        )  # fmt: skip
-        _write(files | _manifest(folder, about))
-    _say(report)
-    lost = {name: count for name, count in about["failed_runs"].items() if count}
-    for name, count in list(lost.items())[:10]:
-        _say(f"{name}: {count} of {settings.runs} runs became non-finite and are left out")
-    if len(lost) > 10:
-        _say(f"and {len(lost) - 10} more cases of which runs were lost; see manifest.json")
-    figures = sum(path.suffix == ".png" for path in files)
-    _say(f"\nIn {folder}: scores.csv, cycles.nc, manifest.json and {figures} figures, in {about['wall_seconds']:.0f} s")
+    facts = {"experiment": experiment, "preset": preset} | ({"method": own} if own else {})
+    _run_study(study, settings, chosen, folder, computing, facts, workers, scheduler, start)
 
 
 # %% ../../nbs/96_command_line.ipynb #753a93bd

@@ -5,9 +5,6 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +37,7 @@ def _forecasts(source: Any, model: Optional[str], program: Optional[str], interv
     """
     if model is None and program is None:
         return None
+    from ..core.strangers import _imported
     from ..files.layout import layout_from_record
     from ..interop.models import ManySteps, ProgramModel, UserModel
     from ..operations.cycling import consecutive
@@ -48,30 +46,14 @@ def _forecasts(source: Any, model: Optional[str], program: Optional[str], interv
     if program is not None:
         one = ProgramModel(program, source.dim, layout=layout_from_record(source.layout))
     else:
-        one = _imported(model)
+        one = _imported(model, "model")
+        if not callable(getattr(one, "step", one)):
+            raise ValueError(f"model: expected a function or a model as {model}, got {type(one).__name__}")
         one = one if hasattr(one, "step") else UserModel(one, source.dim, 1.0, numpy=True, name=model)
     forecast = ManySteps(one, interval).step
     forecast(source.read(0, 1)[1])
     _say(f"A forecast is of {interval} step(s), for {apart} between one time and the next, with {members} pair(s) of each")
     return forecast, members
-
-
-def _imported(model: str) -> Any:
-    """What MODULE:FUNCTION says; a module is a file, or one that can be imported in the current folder."""
-    module, _, name = model.rpartition(":")
-    if not module or not name:
-        raise ValueError(f"model: expected MODULE:FUNCTION, got {model!r}")
-    path = Path(module)
-    sys.path.insert(0, os.fspath(path.parent.resolve()) if path.suffix == ".py" else os.getcwd())
-    try:
-        found = getattr(importlib.import_module(path.stem if path.suffix == ".py" else module), name)
-    except (Exception, SystemExit) as error:  # whatever a stranger's module may raise
-        raise ValueError(f"model: cannot import {model} ({type(error).__name__}: {error})") from error
-    finally:
-        sys.path.pop(0)
-    if not callable(getattr(found, "step", found)):
-        raise ValueError(f"model: expected a function or a model as {model}, got {type(found).__name__}")
-    return found
 
 
 # %% ../../nbs/96_command_line.ipynb #753a93bf

@@ -77,6 +77,15 @@ def _path(text: str) -> Path:
     return Path(_name(text))
 
 
+_Method = Annotated[
+    Optional[str],
+    typer.Option(
+        help="MODULE:FUNCTION of a method of your own, such as my.py:mine, to score beside those that are tuned in seconds; "
+        "--members says how many members it has",
+        parser=_name,
+        metavar="MODULE:FUNCTION",
+    ),
+]
 _Archive = Annotated[
     str,
     typer.Argument(

@@ -259,4 +259,6 @@ def beyond_study(testbed: str) -> Study:
         kept=kept_beyond,
         figures=figures_beyond,
         report=report_beyond,
+        beside=("var3d", "letkf", "enkf"),
+        metric=BEYOND_TESTBEDS[testbed]["metric"],
     )

@@ -170,4 +170,5 @@ KURAMOTO_SIVASHINSKY = Study(
     kept=kept_kuramoto_sivashinsky,
     figures=figures_kuramoto_sivashinsky,
     report=report_kuramoto_sivashinsky,
+    beside=("var3d", "enkf"),
 )

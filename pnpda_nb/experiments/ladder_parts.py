@@ -207,4 +207,5 @@ PARTS_STUDY = Study(
     plan=plan_parts,
     figures=figures_parts,
     report=report_parts,
+    beside=("enkf",),
 )  # fmt: skip

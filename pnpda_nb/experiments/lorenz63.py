@@ -248,4 +248,5 @@ LORENZ63 = Study(
     kept=kept_lorenz63,
     figures=figures_lorenz63,
     report=report_lorenz63,
+    beside=("var3d", "enkf"),
 )

@@ -220,4 +220,5 @@ LORENZ96 = Study(
     kept=kept_lorenz96,
     figures=figures_lorenz96,
     report=report_lorenz96,
+    beside=("var3d", "enkf"),
 )

@@ -272,7 +272,7 @@ def kept_sqg(settings: SqgSettings, methods: tuple[str, ...]) -> dict[str, Task]
     tuned = [(n, m) for n in settings.columns for m in methods if m in _GRIDS and (n == settings.columns[0] or m in _EVERYWHERE)]
     kept |= {f"tuning_{m}_{n}.json": sqg_tuning(settings, n, m) for n, m in tuned}
     alike = {f"{c} {m}": task for (c, m), task in plan_sqg(settings, methods).items() if not c.startswith("size")}
-    return kept | {"maps.nc": Task("maps", maps_part, {}, alike, cost=1.0)}
+    return kept | ({"maps.nc": Task("maps", maps_part, {}, alike, cost=1.0)} if alike else {})
 
 
 def maps_part(settings: dict, **results: xr.Dataset) -> xr.Dataset:
@@ -312,7 +312,7 @@ def figure_maps(results: dict[tuple[str, str], xr.Dataset]) -> Figure:
         if (c, name) in found:
             size = round((len(found[c, name]) / 2) ** 0.5)
             image = axis.imshow(found[c, name][: size**2].reshape(size, size), origin="lower", vmin=0, vmax=top, cmap="viridis")
-            axis.set_title(f"{LABELS[name]}\n{c}", fontsize=8)
+            axis.set_title(f"{LABELS.get(name, name)}\n{c}", fontsize=8)
         else:
             axis.set_axis_off()
     fig.colorbar(image, ax=axes, label="K")
@@ -343,4 +343,6 @@ SQG = Study(
     kept=kept_sqg,
     figures=figures_sqg,
     report=report_sqg,
+    beside=("var3d", "letkf"),
+    metric="analysis_rmse",
 )

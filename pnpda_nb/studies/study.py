@@ -50,8 +50,9 @@ class Study:
     """A named experiment with presets. `plan(settings, methods)` gives a task for every condition and method, whose
     result is a cycled dataset; `kept(settings)` tasks whose results are kept under file names of their own;
     `figures(results)` named matplotlib figures; `report(scores)` a text; `others` are studies that stand in for this one under a
-    preset of their own. A study whose results are not cycles has its own `tabulate(results)`, a table of scores, and
-    `stack(results)`, one dataset of them all.
+    preset of their own; `beside` are the methods that are tuned quickly enough to stand beside a user's own, under the conditions
+    that they have, and `metric` the score that these are compared by. A study whose results are not cycles has its own
+    `tabulate(results)`, a table of scores, and `stack(results)`, one dataset of them all.
     """
 
     name: str
@@ -65,6 +66,8 @@ class Study:
     others: Mapping[str, "Study"] = field(default_factory=dict)
     tabulate: Callable[[dict[tuple[str, str], xr.Dataset]], pd.DataFrame] | None = None
     stack: Callable[[dict[tuple[str, str], xr.Dataset]], xr.Dataset] | None = None
+    beside: tuple[str, ...] = ()
+    metric: str = "step_rmse"
 
     def with_preset(self, preset: str) -> "Study":
         """The study that has `preset`: this one or, for some presets, another in its place. Raises `ValueError` for an unknown
