@@ -735,6 +735,61 @@ d = {
                 "pnpda_nb/dynamics/models.py",
             ),
         },
+        "pnpda_nb.dynamics.quasi_geostrophic": {
+            "pnpda_nb.dynamics.quasi_geostrophic.QuasiGeostrophic": (
+                "models.html#quasigeostrophic",
+                "pnpda_nb/dynamics/quasi_geostrophic.py",
+            ),
+            "pnpda_nb.dynamics.quasi_geostrophic.QuasiGeostrophic._advance": (
+                "models.html#quasigeostrophic._advance",
+                "pnpda_nb/dynamics/quasi_geostrophic.py",
+            ),
+            "pnpda_nb.dynamics.quasi_geostrophic.QuasiGeostrophic._inside": (
+                "models.html#quasigeostrophic._inside",
+                "pnpda_nb/dynamics/quasi_geostrophic.py",
+            ),
+            "pnpda_nb.dynamics.quasi_geostrophic.QuasiGeostrophic._inverted": (
+                "models.html#quasigeostrophic._inverted",
+                "pnpda_nb/dynamics/quasi_geostrophic.py",
+            ),
+            "pnpda_nb.dynamics.quasi_geostrophic.QuasiGeostrophic._slope": (
+                "models.html#quasigeostrophic._slope",
+                "pnpda_nb/dynamics/quasi_geostrophic.py",
+            ),
+            "pnpda_nb.dynamics.quasi_geostrophic.QuasiGeostrophic._spacing": (
+                "models.html#quasigeostrophic._spacing",
+                "pnpda_nb/dynamics/quasi_geostrophic.py",
+            ),
+            "pnpda_nb.dynamics.quasi_geostrophic.QuasiGeostrophic.dim": (
+                "models.html#quasigeostrophic.dim",
+                "pnpda_nb/dynamics/quasi_geostrophic.py",
+            ),
+            "pnpda_nb.dynamics.quasi_geostrophic.QuasiGeostrophic.grid": (
+                "models.html#quasigeostrophic.grid",
+                "pnpda_nb/dynamics/quasi_geostrophic.py",
+            ),
+            "pnpda_nb.dynamics.quasi_geostrophic.QuasiGeostrophic.step": (
+                "models.html#quasigeostrophic.step",
+                "pnpda_nb/dynamics/quasi_geostrophic.py",
+            ),
+            "pnpda_nb.dynamics.quasi_geostrophic.QuasiGeostrophic.streamfunction": (
+                "models.html#quasigeostrophic.streamfunction",
+                "pnpda_nb/dynamics/quasi_geostrophic.py",
+            ),
+            "pnpda_nb.dynamics.quasi_geostrophic.QuasiGeostrophic.tendency": (
+                "models.html#quasigeostrophic.tendency",
+                "pnpda_nb/dynamics/quasi_geostrophic.py",
+            ),
+            "pnpda_nb.dynamics.quasi_geostrophic.QuasiGeostrophic.vorticity": (
+                "models.html#quasigeostrophic.vorticity",
+                "pnpda_nb/dynamics/quasi_geostrophic.py",
+            ),
+            "pnpda_nb.dynamics.quasi_geostrophic._Sines": ("models.html#_sines", "pnpda_nb/dynamics/quasi_geostrophic.py"),
+            "pnpda_nb.dynamics.quasi_geostrophic._sines": ("models.html#_sines", "pnpda_nb/dynamics/quasi_geostrophic.py"),
+            "pnpda_nb.dynamics.quasi_geostrophic._walled": ("models.html#_walled", "pnpda_nb/dynamics/quasi_geostrophic.py"),
+            "pnpda_nb.dynamics.quasi_geostrophic.arakawa": ("models.html#arakawa", "pnpda_nb/dynamics/quasi_geostrophic.py"),
+            "pnpda_nb.dynamics.quasi_geostrophic.laplacian": ("models.html#laplacian", "pnpda_nb/dynamics/quasi_geostrophic.py"),
+        },
         "pnpda_nb.dynamics.surface_quasi_geostrophic": {
             "pnpda_nb.dynamics.surface_quasi_geostrophic.SurfaceQuasiGeostrophic": (
                 "fields.html#surfacequasigeostrophic",
@@ -3167,6 +3222,7 @@ d = {
         "pnpda_nb.studies.published": {
             "pnpda_nb.studies.published.Published": ("published.html#published", "pnpda_nb/studies/published.py"),
             "pnpda_nb.studies.published.Published.run": ("published.html#published.run", "pnpda_nb/studies/published.py"),
+            "pnpda_nb.studies.published._share": ("published.html#_share", "pnpda_nb/studies/published.py"),
             "pnpda_nb.studies.published.published_scores": ("published.html#published_scores", "pnpda_nb/studies/published.py"),
         },
         "pnpda_nb.studies.study": {
@@ -3355,6 +3411,9 @@ d = {
             "pnpda_nb.twin.scores.time_mean": ("engine.html#time_mean", "pnpda_nb/twin/scores.py"),
         },
         "pnpda_nb.twin.testbeds": {
+            "pnpda_nb.twin.testbeds.FromFreeRun": ("models.html#fromfreerun", "pnpda_nb/twin/testbeds.py"),
+            "pnpda_nb.twin.testbeds.FromFreeRun.__call__": ("models.html#fromfreerun.__call__", "pnpda_nb/twin/testbeds.py"),
+            "pnpda_nb.twin.testbeds._free_run": ("models.html#_free_run", "pnpda_nb/twin/testbeds.py"),
             "pnpda_nb.twin.testbeds._network": ("models.html#_network", "pnpda_nb/twin/testbeds.py"),
             "pnpda_nb.twin.testbeds.bocquet2010": ("models.html#bocquet2010", "pnpda_nb/twin/testbeds.py"),
             "pnpda_nb.twin.testbeds.bocquet2013": ("models.html#bocquet2013", "pnpda_nb/twin/testbeds.py"),
@@ -3363,8 +3422,10 @@ d = {
             "pnpda_nb.twin.testbeds.lorenz63": ("models.html#lorenz63", "pnpda_nb/twin/testbeds.py"),
             "pnpda_nb.twin.testbeds.lorenz96": ("models.html#lorenz96", "pnpda_nb/twin/testbeds.py"),
             "pnpda_nb.twin.testbeds.pendulum": ("models.html#pendulum", "pnpda_nb/twin/testbeds.py"),
+            "pnpda_nb.twin.testbeds.qg": ("models.html#qg", "pnpda_nb/twin/testbeds.py"),
             "pnpda_nb.twin.testbeds.sakov2008": ("models.html#sakov2008", "pnpda_nb/twin/testbeds.py"),
             "pnpda_nb.twin.testbeds.sakov2012": ("models.html#sakov2012", "pnpda_nb/twin/testbeds.py"),
+            "pnpda_nb.twin.testbeds.tracks_at": ("models.html#tracks_at", "pnpda_nb/twin/testbeds.py"),
         },
         "pnpda_nb.twin.tuning": {
             "pnpda_nb.twin.tuning.Tuned": ("engine.html#tuned", "pnpda_nb/twin/tuning.py"),

@@ -35,6 +35,7 @@ from pnpda_nb.dynamics import (
     KuramotoSivashinsky,
     Lorenz63,
     Lorenz96,
+    QuasiGeostrophic,
     SurfaceQuasiGeostrophic,
     TwoScaleLorenz96,
 )
@@ -141,6 +142,11 @@ def result(members=4):
 @cache
 def little():
     return SurfaceQuasiGeostrophic(8, waves=2)
+
+
+@cache
+def basin():
+    return QuasiGeostrophic(6)
 
 
 def gaussian():
@@ -831,6 +837,7 @@ SELF = {  # objects whose methods are called; without an entry they are made fro
     "core.Homogeneous": lambda: Homogeneous(Grid((4, 6), "circular"), lambda r: torch.exp(-r)),
     "core.spectral.Spectral": lambda: Spectral(TORUS, torch.ones(4, 4, 1, 1, dtype=DOUBLE)),
     "dynamics.SurfaceQuasiGeostrophic": lambda: SurfaceQuasiGeostrophic(8),
+    "dynamics.QuasiGeostrophic": lambda: QuasiGeostrophic(6),
     "core.RunNoise": lambda: RunNoise(0, "test", "x", 2),
     "classical.FourDVar": lambda: FourDVar(Covariance(spd(3)), window=2, iterations=2),
     "classical.DualFourDVar": lambda: DualFourDVar(Covariance(spd(3)), window=2, iterations=2),
@@ -894,6 +901,11 @@ OWN |= {
     "dynamics.Lorenz96": {"state": A(2, 5)},
     "dynamics.KuramotoSivashinsky": {"state": A(2, 8)},
     "dynamics.SurfaceQuasiGeostrophic": {"state": A(2, 128)},
+    "dynamics.QuasiGeostrophic": {"state": A(2, 36), "vorticity": A(2, 36)},
+    "dynamics.quasi_geostrophic": {"fields": A(2, 5, 6), "a": A(2, 5, 6), "b": A(2, 5, 6), "spacing": lambda: 0.1},
+    "twin.testbeds.FromFreeRun.__init__": {"model": basin, "spin_up": lambda: 1, "states": lambda: 3, "between": lambda: 1},
+    "twin.testbeds.FromFreeRun": {"count": lambda: 2},
+    "twin.testbeds.tracks_at": {"observed": lambda: 4, "dim": lambda: 36},
     "dynamics.DoubleWell": {"state": A(2, 1)},
     "dynamics.Pendulum": {"state": A(2, 2)},
     "twin.fields.columns_at": {"cycle": lambda: 1, "columns": lambda: 3, "deviation": lambda: 0.5, "points": lambda: 9},

@@ -7,6 +7,7 @@ from .base import AdditiveModelError, FunctionModel, Lorenz63, Model, by_formula
 from .derivatives import Forecast, adjoint, jacobian, lyapunov_exponents, tangent_linear
 from .kuramoto_sivashinsky import KuramotoSivashinsky, etdrk4
 from .models import DoubleWell, Lorenz96, Pendulum, TwoScaleLorenz96
+from .quasi_geostrophic import QuasiGeostrophic
 from .surface_quasi_geostrophic import SurfaceQuasiGeostrophic
 
 # %% auto #0
@@ -20,6 +21,7 @@ __all__ = [
     "Lorenz96",
     "Model",
     "Pendulum",
+    "QuasiGeostrophic",
     "SurfaceQuasiGeostrophic",
     "TwoScaleLorenz96",
     "adjoint",

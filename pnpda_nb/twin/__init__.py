@@ -18,6 +18,7 @@ from .testbeds import (
     lorenz63,
     lorenz96,
     pendulum,
+    qg,
     sakov2008,
     sakov2012,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "paired_difference",
     "pairs_of",
     "pendulum",
+    "qg",
     "rank_histogram",
     "read_archive",
     "sakov2008",

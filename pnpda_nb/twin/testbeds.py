@@ -5,15 +5,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from typing import Callable
 
 import torch
+from torch import Tensor
+from tqdm.auto import tqdm
 
 from ..core.checks import guard
+from ..core.random import stream
+from ..core.settings import Count, PositiveNumber, Size, _require
 from ..dynamics.base import AdditiveModelError, Lorenz63
 from ..dynamics.kuramoto_sivashinsky import KuramotoSivashinsky
 from ..dynamics.models import DoubleWell, Lorenz96, Pendulum, TwoScaleLorenz96
+from ..dynamics.quasi_geostrophic import QuasiGeostrophic
 from ..observing.covariance import Covariance, DiagonalCovariance
 from ..observing.observations import ObservingNetwork
 from ..observing.operators import Select
@@ -32,6 +38,7 @@ __all__ = [
     "sakov2008",
     "bocquet2013",
     "bocquet2010",
+    "qg",
 ]
 
 
@@ -232,6 +239,70 @@ def bocquet2010(cycles: int = 1280) -> TwinExperiment:
     )
 
 
+# %% ../../nbs/91_models.ipynb #qg0a0021
+@lru_cache(maxsize=2)
+def _free_run(model: QuasiGeostrophic, spin_up: int, states: int, between: int) -> Tensor:
+    """So many `states` `(states, dim)` of a run from rest after `spin_up` steps, `between` steps apart, in single precision."""
+    state, kept = torch.zeros(1, model.dim), []
+    for k in tqdm(range(spin_up + between * (states - 1) + 1), desc="free run to start from", disable=None, leave=False):
+        if k >= spin_up and (k - spin_up) % between == 0:
+            kept.append(state)
+        state = model.step(state)
+    return torch.cat(kept)
+
+
+@dataclass(frozen=True)
+class FromFreeRun:
+    """States out of a run of the `model` from rest: after `spin_up` steps so many `states`, `between` steps apart."""
+
+    model: QuasiGeostrophic
+    spin_up: Size = 700
+    states: Count = 400
+    between: Count = 10
+
+    def __call__(self, count: Count, generator: torch.Generator) -> Tensor:
+        states = _free_run(self.model, self.spin_up, self.states, self.between)
+        _require(count <= len(states), "states", f"at least the {count} that are drawn", len(states))
+        return states[torch.randperm(len(states), generator=generator)[:count]].double()
+
+
+@lru_cache(maxsize=512)
+def tracks_at(cycle: int, observed: Count, variance: PositiveNumber, dim: Count) -> ObservingNetwork:
+    """So many `observed` ones of the `dim` numbers of a state, equally far apart from a first one that is drawn for this `cycle`,
+    with errors of that `variance`.
+    """
+    _require(observed <= dim, "observed", f"1 to {dim}", observed)
+    first = torch.randint(dim // observed, (), generator=stream(0, "tracks", observed, cycle))
+    return _network((int(first) + k * dim // observed for k in range(observed)), dim, variance)
+
+
+# %% ../../nbs/91_models.ipynb #qg0a0022
+def qg(
+    observed: Count = 300, variance: PositiveNumber = 4.0, cycles: int = 300, size: int = 129, friction: float = 2e-12,
+    burn_in: int = 50, spin_up: int = 700, states: int = 400,
+) -> TwinExperiment:  # fmt: skip
+    """The ocean basin of Sakov and Oke (2008) as in DAPPER, on `size` × `size` points: along tracks that move, `observed` numbers
+    are seen every five time units (four steps) with errors of that `variance`; a perfect model, scores from time 250 on. Truth and
+    ensemble are drawn from so many `states` of a free run, 50 time units apart from time 5 `spin_up` on. It takes a minute, when
+    the first truth begins.
+    """
+    model = QuasiGeostrophic(size, dt=5.0, substeps=4, friction=friction)
+    tracks_at(0, observed, float(variance), model.dim)  # which refuses what does not fit
+    return TwinExperiment(
+        name="qg",
+        nature=model,
+        forecast_model=model,
+        network=partial(tracks_at, observed=observed, variance=float(variance), dim=model.dim),
+        interval=1,
+        cycles=cycles,
+        burn_in=min(burn_in, cycles - 1),
+        start=FromFreeRun(model, spin_up, states),
+        spin_up=0,
+        first_ensemble="same_law",
+    )
+
+
+# %% ../../nbs/91_models.ipynb #qg0a0023
 TESTBEDS: dict[str, Callable[..., TwinExperiment]] = {
     make.__name__: make
     for make in (
@@ -245,6 +316,7 @@ TESTBEDS: dict[str, Callable[..., TwinExperiment]] = {
         bocquet2010,
         bocquet2013,
         sqg,
+        qg,
     )
 }
 
