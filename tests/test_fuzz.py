@@ -472,7 +472,7 @@ OWN = {  # arguments of one callable, where they are not those of the pool
     "windows.normalised_mse": {"x": A(2, 3, 2), "truth": A(2, 3, 2), "scale": lambda: torch.ones(3, 2, dtype=DOUBLE)},
     "classical.ensemble.ensemble_weights": {"information": lambda: spd(4), "pull": A(4)},
     "classical.ensemble.random_rotation": {"batch": lambda: (2,), "like": A(3)},
-    "core.neighbours": {"sites": lambda: (0, 2), "reach": lambda: 2.0},
+    "core.localisation.neighbours": {"sites": lambda: (0, 2), "reach": lambda: 2.0},
     "core.padding.beyond": {"size": lambda: 5, "width": lambda: 2, "edge": lambda: "reflected"},
     "core.padding.padded": {"fields": A(3, 4, 6), "widths": lambda: (1, 2), "edges": lambda: ("pole", "circular")},
     "core.padding.convolution": {"channels": lambda: 2, "outputs": lambda: 3, "kernel": lambda: 3},

@@ -8,7 +8,6 @@ from .disk import read_record, write_netcdf
 from .grid import Distance, Grid, gaspari_cohn, gaspari_cohn_matrix, tapers
 from .homogeneous import Homogeneous
 from .interface import deprecated
-from .localisation import neighbours
 from .random import RunNoise, RunStreams, standard_normal, stream
 from .settings import Settings
 
@@ -26,7 +25,6 @@ __all__ = [
     "gaspari_cohn_matrix",
     "guard",
     "guarded",
-    "neighbours",
     "read_record",
     "standard_normal",
     "stream",

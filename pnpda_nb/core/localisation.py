@@ -19,7 +19,7 @@ from .grid import Distance, Grid, _in_space, as_grid, gaspari_cohn
 from .settings import _require
 
 # %% auto #0
-__all__ = ["neighbours"]
+__all__ = []
 
 
 # %% ../../nbs/92_engine.ipynb #ea1712ad

@@ -7,7 +7,7 @@ from .cycle import FreeRun, cycle
 from .experiment import TwinExperiment, nature_run, nature_start, observe_truth, watch_nature
 from .fields import sqg
 from .method import Method
-from .reanalysis import check_archive, make_archive, pairs_of, read_archive
+from .reanalysis import make_archive, pairs_of, read_archive
 from .scores import ensemble_scores, mean_and_error, paired_difference, rank_histogram, score_table, scores, spread_skill, summary
 from .testbeds import (
     TESTBEDS,
@@ -33,7 +33,6 @@ __all__ = [
     "TwinExperiment",
     "bocquet2010",
     "bocquet2013",
-    "check_archive",
     "cycle",
     "double_well",
     "ensemble_scores",

@@ -18,7 +18,7 @@ from .cycle import Method, cycle
 from .experiment import TwinExperiment
 
 # %% auto #0
-__all__ = ["make_archive", "read_archive", "check_archive", "pairs_of"]
+__all__ = ["make_archive", "read_archive", "pairs_of"]
 
 
 # %% ../../nbs/08_archive.ipynb #b4abd43d
