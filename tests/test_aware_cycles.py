@@ -83,8 +83,10 @@ def test_that_the_round_with_the_best_forecasts_is_kept_and_judged_by_other_time
         errors.append((one.cases.background - one.cases.analysis) / prior.unit)
     own = torch.stack(errors[7:]).square().mean().sqrt()
     assert verdict.forecast[0] == pytest.approx(float(own), rel=1e-9)
-    assert cycles_report(cycled, "pairs").html().count("<table") == 5
+    page = cycles_report(cycled, "pairs").html()
+    assert page.count("<table") == 5 and page.count("Believe the figure in cycles: spreads were calibrated there") == 2
     said = cycles_verdict(replace(cycled, kept=0))
+    assert "Believe the figure in cycles: backgrounds are forecasts" in said
     assert "the archive's prior is kept" in said and "In units of the increments" in said
 
 

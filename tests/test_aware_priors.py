@@ -8,7 +8,8 @@ import pytest
 import torch
 import xarray as xr
 
-from pnpda_nb.core import Grid, stream, training
+from pnpda_nb.cli import words
+from pnpda_nb.core import Grid, progress, stream, training
 from pnpda_nb.files import Axis, Field, Layout
 from pnpda_nb.files.layout import layout_from_record, layout_record
 from pnpda_nb.flow_matching import TensorPairs
@@ -29,11 +30,11 @@ from pnpda_nb.operations import (
 )
 from pnpda_nb.operations.aware import _InRows, draw_around, geometry_of, look_at
 from pnpda_nb.operations.cases import Cases, _ahead
-from pnpda_nb.operations.errors import Part
+from pnpda_nb.operations.errors import Part, looks_swapped
 from pnpda_nb.operations.linear import LinearAnalysis
 from pnpda_nb.operations.linear_tuning import _standing
 from pnpda_nb.operations.local import Boxes, LocalError
-from pnpda_nb.operations.verdicts import learning_report, learning_verdict
+from pnpda_nb.operations.verdicts import draw_maps, learning_report, learning_verdict
 
 TINY = AwareSettings(epochs=2, steps=3, batch=16, width=8)
 RING = Layout(
@@ -331,6 +332,45 @@ def test_that_the_geometry_is_that_of_coordinates(layout, shape):
     assert (grid and grid.shape) == shape and (grid is None or len(grid.channels) * np.prod(shape) == layout.dim)
 
 
+def test_that_the_maps_of_a_report_have_units_and_labels_and_this_prior_its_name():
+    axes = {"lat": Axis((0.0, 1.0, 2.0), "degrees_north"), "lon": Axis((0.0, 1.0, 2.0, 3.0), "degrees_east")}
+    plain = Layout((Field("t", (3, 4), ("lat", "lon"), "K"), Field("u", (3, 4), ("lat", "lon"), "m s-1")), axes)
+    found = learn_archive(pairs(plain), TINY)
+    figure = draw_maps(found)
+    assert [ax.get_ylabel() for ax in figure.axes if ax.get_label() == "<colorbar>"] == ["K", "m s-1"]
+    assert figure.axes[0].get_title() == "increments of t" and figure.axes[3].get_xlabel() == "lon (degrees_east)"
+    assert figure.axes[0].get_ylabel() == "lat (degrees_north)" and found.findings.trial.analysis.iloc[-1].startswith("this prior")
+
+
+def shifted(source: TensorPairs, layout: Layout, order: tuple[int, ...] = (0, 1)) -> TensorPairs:
+    """Temperatures and humidities, of which analyses may have been mixed up."""
+    size, offset = torch.tensor([[10.0], [1e-3]]).double(), torch.tensor([[280.0], [5e-3]]).double()
+    b, a = ((x.unflatten(-1, (2, -1)) / x.unflatten(-1, (2, -1)).std((0, 2), keepdim=True) * size + offset) for x in
+            (source.background, source.analysis))  # fmt: skip
+    return TensorPairs(b.flatten(1), a[:, list(order)].flatten(1), "mixed", 32, layout_record(layout))
+
+
+def test_that_names_that_are_swapped_are_one_warning_and_those_of_a_clean_archive_none(capsys):
+    draws = stream(9)
+    b, a = [], [torch.randn(3, 16, generator=draws).double()]
+    for _ in range(100):  # members of an ensemble, forecast and analysed
+        b.append(0.9 * a[-1] + 0.7 * torch.randn(3, 16, generator=draws).double())
+        a.append(b[-1] + 0.5 * torch.randn(3, 16, generator=draws).double())
+    forecasts, analyses = torch.cat(b), torch.cat(a[1:])
+    assert looks_swapped(TensorPairs(forecasts, analyses, "right", 3, layout_record(RING)), 3) == ""
+    said = looks_swapped(TensorPairs(analyses, forecasts, "wrong", 3, layout_record(RING)), 3)
+    assert said.startswith("backgrounds and analyses look swapped") and "\n" not in said
+    for source in (pairs(RING), shifted(pairs(RING), RING)):
+        assert looks_swapped(source) == looks_swapped(source, 1) == ""
+    said = looks_swapped(shifted(pairs(RING), RING, (1, 0)), 1)
+    assert "the background of u is like the analysis of q" in said and "swapped" not in said
+    assert words._roles("analysis,background") == ("analysis", "background")
+    assert "WARNING: names: backgrounds are what is called 'analysis'" in capsys.readouterr().out
+    for right in ("background,analysis", "b,a", "forecast,reanalysis", "truth_minus,an"):
+        words._roles(right)
+    assert capsys.readouterr().out == ""
+
+
 def test_that_errors_that_depend_on_the_state_are_learned():
     draws = stream(5)
     b = torch.randn(3000, 4, generator=draws, dtype=torch.float64)
@@ -472,6 +512,20 @@ def test_that_every_stage_of_a_training_says_how_far_it_is(monkeypatch):
     said = [next(x for x in bar if isinstance(x, str)) for bar in bars]
     stages = ["survey", "statistics", "tuning", "units", "validation cases", "training", "choice", "verdict", "ranks"]
     assert [name for name in dict.fromkeys(said) if name in stages] == stages
+
+
+def test_that_a_log_has_lines_with_the_time_left_now_and_then_where_there_is_no_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "_LAST", [])
+    for pause, count in ((30.0, 0), (-1.0, 4)):
+        monkeypatch.setattr(progress, "_BETWEEN", pause)
+        assert list(cases._watched("abcd", "verdict", "part", True)) == [*"abcd"]
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == count and all(line.startswith("verdict: ") and line.endswith(" s left") for line in lines)
+    learn_archive(pairs(RING), TINY, progress=True)
+    said = capsys.readouterr().err
+    assert (
+        "training: 1 of 2 epochs, about" in said and "(validation " in said and "survey: 200 of 200 pairs, about 0 s left" in said
+    )
 
 
 # ---------------------------------------------------------------- from the shell

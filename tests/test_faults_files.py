@@ -54,9 +54,9 @@ def states_of(data: xr.Dataset, folder, layout: Layout | None = None):
     return read_states(folder / "b.nc", layout or Layout.of(data.data_vars, ("time",)))
 
 
-def seen(text: str, states, folder):
+def seen(text: str, states, folder, **options):
     (folder / "o.csv").write_text(text)
-    return read_observations(folder / "o.csv", states)
+    return read_observations(folder / "o.csv", states, **options)
 
 
 def one_line(caught, *words) -> None:
@@ -155,7 +155,7 @@ def test_that_two_spellings_of_one_instant_are_one_time_and_another_instant_is_r
     rows = "value,error,units,lon,time\n281,0.5,K,1,2020-01-30T18:00Z\n281,0.5,K,2,{}\n"
     assert seen(rows.format("2020-01-30T20:00+02:00"), states, tmp_path).values.shape == (1, 2)
     with pytest.raises(ValueError, match="expected the background's time .2020-01-30T18:00:00., got 2020-01-30T20:00:00 in row 2"):
-        seen(rows.format("2020-01-30T20:00"), states, tmp_path)
+        seen(rows.format("2020-01-30T20:00"), states, tmp_path, strict=True)
 
 
 @pytest.mark.parametrize(
@@ -301,7 +301,7 @@ def test_that_longitudes_are_places_on_a_circle(tmp_path, axis, place, weights):
     if weights is None:
         with pytest.raises(ValueError, match="lon: expected stations between") as caught:
             seen(table, states, tmp_path)
-        one_line(caught, f"got {place} for station 0")
+        one_line(caught, f"got {place} for row 1")
     else:
         sightings = seen(table, states, tmp_path)
         found = {axis[p]: w for p, w in zip(sightings.points[0], sightings.weights[0]) if w}
@@ -529,10 +529,10 @@ def test_that_columns_that_nobody_needs_may_hold_anything(tmp_path):
     table = 'wmo,name,comment,value,error,units,lon\n06240,Schiphol,"a, b",281,0.5,K,0\nEHAM,7,,282,0.5,K,1\n'
     assert seen(table, states, tmp_path).values.tolist() == [[281, 282]]
     with pytest.raises(ValueError, match="expected numbers in column 'error', got 'about 1' in row 2") as caught:
-        seen(table.replace("282,0.5", "282,about 1"), states, tmp_path)
+        seen(table.replace("282,0.5", "282,about 1"), states, tmp_path, strict=True)
     one_line(caught, "o.csv")
     with pytest.raises(ValueError, match="expected numbers in column 'lon', got 'EHAM' in row 2"):
-        seen("value,error,units,lon\n281,0.5,K,0\n281,0.5,K,EHAM\n", states, tmp_path)
+        seen("value,error,units,lon\n281,0.5,K,0\n281,0.5,K,EHAM\n", states, tmp_path, strict=True)
 
 
 def test_that_a_column_that_is_there_twice_is_refused(tmp_path):
@@ -553,15 +553,17 @@ def believing(tmp_path):
 
 @pytest.mark.parametrize("fill", [-9999.0, 9.969209968386869e36, 1e20, -32768.0, 99999.0])
 def test_that_numbers_beyond_anything_held_are_missing_and_listed(believing, tmp_path, fill):
-    sightings = seen(f"value,error,units,lon\n281,0.5,K,1\n{fill},{fill},K,2\n300,0.5,K,0\n", believing, tmp_path)
-    assert np.array_equal(sightings.values, [[281, np.nan, 300]], equal_nan=True) and sightings.refused == (("t", 1, fill),)
-    assert "1 refused" in repr(sightings) and "at station 1" in sightings.beyond
+    sightings = seen(f"value,error,units,lon\n281,0.5,K,1\n{fill},{abs(fill)},K,2\n300,0.5,K,0\n", believing, tmp_path)
+    assert np.array_equal(sightings.values, [[281, np.nan, 300]], equal_nan=True) and sightings.refused == (
+        ("t", "row 2 (lon 2)", fill),
+    )
+    assert "1 refused" in repr(sightings) and "at row 2 (lon 2)" in sightings.beyond
     with pytest.raises(ValueError, match="expected at least one value, got 1 missing, of which 1 refused"):
         seen(f"value,error,units,lon\n{fill},0.5,K,2\n", believing, tmp_path)
     grid = xr.Dataset({"t": ("lon", [281.0, fill, 283.0, np.nan], {"units": "K"}), "t_error": 0.5}, coords={"lon": np.arange(4.0)})
     grid.to_netcdf(tmp_path / "g.nc")
     on_grid = read_observations(tmp_path / "g.nc", believing)
-    assert on_grid.values.tolist() == [[281.0, 283.0]] and on_grid.refused == (("t", 1, fill),)
+    assert on_grid.values.tolist() == [[281.0, 283.0]] and on_grid.refused == (("t", "point 2", fill),)
 
 
 def test_that_bounds_follow_the_units_of_the_values(believing, tmp_path):

@@ -679,7 +679,7 @@ def test_that_any_name_and_unit_can_be_drawn(name, shape):
 
 def test_that_refused_values_are_listed(prior):
     states, seen = some_states(prior)
-    seen = dataclasses.replace(seen, refused=tuple(("state", i, -9999.0) for i in range(23)))
+    seen = dataclasses.replace(seen, refused=tuple(("state", f"station {i}", -9999.0) for i in range(23)))
     report = assimilation_report(prior, states, states.values, seen, "b")
     assert "station 19" in report.html() and "station 20" not in report.html() and "23, of which 20 are listed" in report.html()
     assert innovations(states, states.values, seen).refused.tolist() == [23]

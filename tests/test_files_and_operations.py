@@ -291,12 +291,12 @@ def test_that_what_is_seen_twice_counts_twice(states, tmp_path):
         ({"variable": None}, "names the field of each station"),
         ({"variable": ("station", ["temperature", "salt", "wind"])}, "expected one of temperature, wind, got 'salt'"),
         ({"error": None}, "standard deviations"),
-        ({"error": ("station", [0.1, -0.2, 0.1])}, "expected positive standard deviations of errors, got -0.2 for station 1"),
-        ({"lat": ("station", [50.0, 70.0, 0.0])}, "expected stations between 40 and 60, got 70 for station 1"),
+        ({"error": ("station", [0.1, -0.2, 0.1])}, "expected positive standard deviations of errors, got -0.2 for station 2"),
+        ({"lat": ("station", [50.0, 70.0, 0.0])}, "expected stations between 40 and 60, got 70 for station 2"),
         ({"lat": None}, "expected where stations are along lat"),
         (
             {"lat": ("station", [50.0, 50.0, 0.0]), "lon": ("station", [90.0, 180.0, 0.0])},
-            "station 1 at points that the archive leaves out",
+            "station 2 .lat 50, lon 180. at points that the archive leaves out",
         ),
         ({"value": ("station", [np.inf, 279.0, 0.5])}, "1 infinite"),
         ({"value": ("station", [np.nan, np.nan, np.nan])}, "at least one value"),
@@ -310,7 +310,7 @@ def test_that_observations_that_do_not_fit_are_one_clear_line(states, tmp_path, 
     data = stations(**changes)
     (data.set_coords("time") if "time" in changes else data).to_netcdf(tmp_path / "wrong.nc")
     with pytest.raises(ValueError, match=message) as caught:
-        read_observations(tmp_path / "wrong.nc", states)
+        read_observations(tmp_path / "wrong.nc", states, strict=True)
     assert "\n" not in str(caught.value)
 
 
@@ -347,7 +347,7 @@ def test_that_a_table_that_does_not_fit_is_one_clear_line(files, tmp_path, text,
         dated.to_netcdf(tmp_path / "dated.nc")
         states = read_states(tmp_path / "dated.nc", archive.state)
     with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(")", r"\)")):
-        read_observations(tmp_path / "s.csv", states)
+        read_observations(tmp_path / "s.csv", states, strict=True)
 
 
 def test_that_a_table_with_blanks_and_gaps_is_read(states, tmp_path):
@@ -356,7 +356,8 @@ def test_that_a_table_with_blanks_and_gaps_is_read(states, tmp_path):
         "wind, m s-1, , \n"
     )
     sightings = read_observations(tmp_path / "s.csv", states)
-    assert sightings.values.shape == (1, 3) and np.isnan(sightings.values).sum() == 1
+    assert sightings.values.tolist() == [[281, 0.5]] and sightings.skipped == (("without a value", 1, ("row 2",)),)
+    assert read_observations(tmp_path / "s.csv", states, strict=True).values.shape == (1, 3)
 
 
 # ---------------------------------------------------------------- operations

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from pnpda_nb.classical import LETKF, LocalEnKF
 from pnpda_nb.core import Grid, Homogeneous, gaspari_cohn, stream, tapers
-from pnpda_nb.core.localisation import neighbours
 from pnpda_nb.core.grid import as_grid
+from pnpda_nb.core.localisation import neighbours
 from pnpda_nb.core.padding import convolution
 from pnpda_nb.dynamics import KuramotoSivashinsky, Lorenz63, Lorenz96
 from pnpda_nb.files import Axis, Field, Layout

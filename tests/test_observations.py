@@ -22,6 +22,7 @@ from pnpda_nb.operations import AwarePrior, AwareSettings, Networks, learn_archi
 from pnpda_nb.operations.aware import look_at
 from pnpda_nb.operations.errors import attached_errors
 from pnpda_nb.operations.quality import _covariance, check_observations, likely
+from pnpda_nb.operations.report import innovations
 
 TIMES = pd.date_range("2026-01-01", periods=120, freq="6h")
 
@@ -117,7 +118,7 @@ def test_that_some_times_in_any_order_of_a_netcdf_file_are_those_of_the_table(fi
     [
         ("{2}", "2031-01-01", "expected the background's time (3 from"),
         ("a,280.5,0.2,K,50,60,{2}", "a,280.5,0.2,K,50,60,2031-01-01", "got 2031-01-01 in row 3"),
-        ("b,280,0.6", "b,280,", "expected positive standard deviations of errors, got nan for station 1"),
+        ("b,280,0.6", "b,280,", "expected positive standard deviations of errors, got nan for row 4 (b)"),
         ("b,280,0.6", "b,many,0.6", "expected numbers in column 'value', got 'many' in row 4"),
         (",time", ",when", "with the dimension time of the background"),
     ],
@@ -125,8 +126,96 @@ def test_that_some_times_in_any_order_of_a_netcdf_file_are_those_of_the_table(fi
 def test_that_a_table_of_other_times_is_one_line(files, forked, old, new, said):
     (files / "wrong.csv").write_text(rows(ROWS.replace(old, new)))
     before = sorted(p.name for p in files.iterdir())
-    answer = analysed(files, forked, "wrong", "--observations", "wrong.csv", status=2)
+    answer = analysed(files, forked, "wrong", "--observations", "wrong.csv", "--strict", status=2)
     assert said in answer.stderr and answer.stderr.count("\n") == 1 and before == sorted(p.name for p in files.iterdir())
+
+
+BAD = """station,value,error,units,lat,lon,time
+a,281,0.2,K,50,60,{0}
+b,279,0.3,K,-50,120,{0}
+c,280,0.2,K,50,60,2031-01-01
+c,280,0.2,K,50,60,yesterday
+d,280,0.2,K,85,60,{0}
+,280,0.2,K,0,240,{2}
+e,,0.2,K,50,60,{2}
+f,many,0.2,K,50,60,{2}
+g,281,-9,K,50,60,{2}
+h,281,,K,50,60,{2}
+i,inf,0.2,K,50,60,{2}
+j,281,0.2,K,here,60,{2}
+a,280.5,0.2,K,50,60,{2}
+k,-9999,0.2,K,50,0,{2}
+"""
+WHY = {
+    "without a value": (1, "row 7 (e)"),
+    "with a value that is no number": (2, "row 8 (f): many"),
+    "with an error that is not positive": (2, "row 9 (g): -9"),
+    "of a time that the background does not have": (2, "row 3 (c): time 2031-01-01"),
+    "outside the grid": (1, "row 5 (d): lat 85"),
+    "without a place": (1, "row 12 (j): lat here"),
+    "on land, or other points that the archive leaves out": (1, "row 6 (lat 0, lon 240)"),
+}
+
+
+def test_that_bad_rows_are_left_out_counted_and_listed_and_the_others_used(files, states, forked, tmp_path):
+    (files / "bad.csv").write_text(rows(BAD))
+    believing = replace(states, layout=states.layout.with_held({"t": (270.0, 290.0)}))
+    seen = read_observations(files / "bad.csv", believing)
+    assert np.array_equal(seen.values[[0, 2]], [[281, 279, np.nan], [280.5, np.nan, np.nan]], equal_nan=True)
+    assert {reason: (count, first[0]) for reason, count, first in seen.skipped} == WHY
+    assert seen.refused == (("t", "row 14 (k)", -9999.0),) and seen.unused.startswith("10 of 14 observations were not used")
+    whole, said = analysed(files, forked, "bad", "--observations", "bad.csv")
+    good = "\n".join(line for line in rows(BAD).splitlines() if line[0] in "ab" or line.startswith(("station", "k")))
+    (files / "good.csv").write_text(good)
+    (warning,) = [line for line in said.splitlines() if line.startswith("WARNING: 10 of 14")]
+    page = (files / "bad.html").read_text()
+    assert all(first in warning and first in page for _, first in WHY.values())
+    fine, said = analysed(files, forked, "good", "--observations", "good.csv")
+    assert np.allclose(whole.t_analysis, fine.t_analysis, equal_nan=True) and "WARNING" not in said
+    head, *others = rows(BAD).splitlines()
+    for text, words in (
+        ("\n".join([head, *others[2:12]]), "time: expected"),
+        (rows(BAD).replace("units", "unit"), "expected units"),
+    ):
+        (tmp_path / "none.csv").write_text(text)
+        with pytest.raises(ValueError, match=f"^observations .*{words}") as caught:
+            read_observations(tmp_path / "none.csv", states)
+        assert "\n" not in str(caught.value)
+
+
+def test_that_times_places_and_errors_of_a_netcdf_file_that_cannot_be_used_are_left_out(states, tmp_path):
+    data = {"value": (("time", "station"), np.full((2, 3), 281.0), {"units": "K"}), "error": (("time", "station"), np.ones((2, 3)))}
+    where = {"lat": ("station", [50.0, -50.0, 85.0]), "lon": ("station", [60.0, 120.0, 0.0]), "time": TIMES[[116, 117]]}
+    world = xr.Dataset(data, where)
+    world.error[1, 1] = 0.0
+    world.to_netcdf(tmp_path / "o.nc")
+    seen = read_observations(tmp_path / "o.nc", states)
+    assert np.array_equal(seen.values[0], [281, np.nan], equal_nan=True) and np.isnan(seen.values[1:]).all()
+    count = {reason: count for reason, count, _ in seen.skipped}
+    assert count == {
+        "with an error that is not positive": 1,
+        "of a time that the background does not have": 3,
+        "outside the grid": 1,
+    }
+    assert "station 3 (lat 85, lon 0): lat 85" in seen.unused and "5 of 6 observations" in seen.unused
+    field = xr.DataArray(
+        np.full((3, 3, 6), 281.0), {k: states.arrays["t"][k] for k in ("time", "lat", "lon")}, attrs={"units": "K"}
+    )
+    xr.Dataset({"t": field, "t_error": 0.5}).isel(lat=[2, 1, 0]).to_netcdf(tmp_path / "g.nc")
+    grid = read_observations(tmp_path / "g.nc", states)
+    assert grid.values.shape == (3, 17) and grid.skipped[0][1] == 3 and "lat 0, lon 240" in grid.unused
+    with pytest.raises(ValueError, match="at the 1 points that the archive leaves out"):
+        read_observations(tmp_path / "g.nc", states, strict=True)
+
+
+def test_that_stations_that_move_are_said_to_and_not_to_be_missing(states, tmp_path):
+    lines = [f"ship,{280 + k},0.2,K,50,{60 * k},{{{k}}}" for k in range(3)]
+    (tmp_path / "o.csv").write_text(rows("\n".join([ROWS.splitlines()[0], *lines])))
+    seen = read_observations(tmp_path / "o.csv", states)
+    assert repr(seen) == "StationObservations(3 values of t at 3 places, of stations that move)"
+    assert "missing" not in innovations(states, states.values, seen)
+    (tmp_path / "o.csv").write_text(rows())
+    assert "missing" in innovations(states, states.values, read_observations(tmp_path / "o.csv", states))
 
 
 def test_that_states_of_which_nothing_was_seen_are_named_and_the_others_are_as_without_them(files, forked):
@@ -224,7 +313,7 @@ def test_that_runs_that_are_spread_over_workers_are_as_one_after_the_other(files
 def test_that_a_field_of_which_every_value_was_refused_is_a_warning():
     values, refused = (
         np.array([[np.nan, np.nan, 0.1], [np.nan, np.nan, np.nan]]),
-        (("sst", 0, 300.0), ("sst", 1, 301.0), ("u", 2, 99.0)),
+        (("sst", "row 1", 300.0), ("sst", "row 2", 301.0), ("u", "row 3", 99.0)),
     )
     seen = StationObservations(values, np.ones(3), ("sst", "sst", "u"), np.arange(3)[:, None], np.ones((3, 1)), 3, refused)
     said = training._unused(seen)

@@ -61,6 +61,7 @@ from .words import (
     _seed,
     _Set,
     _sigmas,
+    _Strict,
     _whole,
     _words,
 )
@@ -240,6 +241,7 @@ def assimilate_command(
     iterations: _Iterations = None,
     ensemble: _Ensemble = None,
     reject: _Reject = "3.5",
+    strict: _Strict = False,
     seed: Annotated[int, typer.Option(help="seed of the noise, and of draws")] = 0,
     dtype: _Dtype = "float64",
     device: _Device = "cpu",
@@ -291,7 +293,7 @@ def assimilate_command(
     known = loaded.layout or {}
     roles, dims = roles or tuple(known.get("roles", ROLES)), dims or tuple(known.get("samples", ()))
     states = read_states(background, layout, name=roles[0], samples=dims)
-    sightings = read_observations(observations, states)
+    sightings = read_observations(observations, states, strict=strict)
     computing = {"dtype": dtype, "device": device}
     how = {"members": members, "iterations": iterations, "ensemble": ensemble, "reject": reject, "seed": seed, **computing}
     how |= {"names": names, "samples": samples}

@@ -73,10 +73,15 @@ def _trained_seeing(
     from ..operations.rounds import learn_in_cycles, usual_rounds
     from ..operations.verdicts import cycles_report, cycles_verdict, learning_report, learning_verdict, networks_in_words
 
+    _warn_of_swaps(source)
     layout = Layout.plain(source.dim) if source.layout is None else layout_from_record(source.layout)
     pairs = set_aside(source, options["memory"], ends=3)[0].count
     settings = aware_settings(geometry_of(layout), source.dim, pairs, epochs)
-    networks = Networks() if example is None else Networks.like(read_example(example, layout), layout)
+    networks = Networks()
+    if example is not None:
+        seen = read_example(example, layout)
+        networks = Networks.like(seen, layout)
+        _say(_left_over(seen)) if seen.unused else None
     learned = learn_archive(source, settings, networks=networks, **options)
     findings = learned.findings
     said = [
@@ -114,6 +119,7 @@ def _trained_blind(source: Any, archive: str, epochs: Optional[int], options: di
     from ..operations.pipeline import set_aside, train_archive, usual_settings
     from ..operations.report import training_report, verdict
 
+    _warn_of_swaps(source)
     settings = usual_settings(source.dim, set_aside(source, options["memory"])[0].count, epochs, options["memory"])
     if paper:
         settings = replace(PAPER_TRAINING, epochs=epochs or PAPER_TRAINING.epochs)
@@ -130,6 +136,16 @@ def _trained_blind(source: Any, archive: str, epochs: Optional[int], options: di
     for width, (covered, bar) in calibration.coverage.items():
         said.append(f"{width:.0%} intervals of the prior's samples hold {covered:.1%} ± {bar:.1%}")
     return trained, training_report(trained, archive), "\n".join(said)
+
+
+def _warn_of_swaps(source: Any) -> None:
+    """Say if backgrounds and analyses, or fields, of an archive look as if they had been mixed up."""
+    from ..operations.errors import looks_swapped
+
+    times = [piece.times for piece in source.pieces]
+    members = None if any(t is None for t in times) else source.count // max(1, sum(map(len, times)))
+    if odd := looks_swapped(source, members or None):
+        _say(f"WARNING: {_line(odd)}")
 
 
 # %% ../../nbs/96_command_line.ipynb #753a93c1
@@ -200,7 +216,9 @@ def _of_observations(states: Any, sightings: Any, rejected: Any, checked: str) -
 
     some = rejected is not None and len(rejected) > 0
     table = _table(rejected.head(10), float_format="{:.4g}".format) if some else ""
-    return "\n".join(filter(None, (_unused(sightings), checked + ":" * some, table, _line(unseen(states, sightings)))))
+    return "\n".join(
+        filter(None, (_left_over(sightings), _unused(sightings), checked + ":" * some, table, _line(unseen(states, sightings))))
+    )
 
 
 def _unused(sightings: Any) -> str:
@@ -213,3 +231,8 @@ def _unused(sightings: Any) -> str:
             of = f"{count} value(s) of {name or 'the state'}"
             said.append(f"WARNING: none of {of} was used, all beyond what the archive held: other units?")
     return "\n".join(said)
+
+
+def _left_over(sightings: Any) -> str:
+    """A warning of what could not be used of a file of observations; "" for nothing."""
+    return f"WARNING: {_line(sightings.unused)}" if sightings.unused else ""

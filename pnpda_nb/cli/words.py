@@ -12,6 +12,8 @@ from typing import Annotated, Optional
 
 import typer
 
+from .output import _say
+
 # %% auto #0
 __all__ = []
 
@@ -55,6 +57,10 @@ _Scheduler = Annotated[
 ]
 _Reject = Annotated[
     str, typer.Option(help="standard deviations beyond which observations are not believed; 0 or none: all are", metavar="SIGMAS")
+]
+
+_Strict = Annotated[
+    bool, typer.Option("--strict", help="stop at an observation that cannot be used, instead of leaving it out and listing it")
 ]
 
 
@@ -144,4 +150,15 @@ def _roles(names: Optional[str]) -> tuple[str, ...]:
     roles = _words("names", names)
     if names is not None and len(set(roles)) != 2:
         raise ValueError(f"names: expected two names, such as background,analysis, got {names!r}")
+    if names is not None and _like(roles[0], _ANALYSES) and _like(roles[1], _BACKGROUNDS):
+        _say(f"WARNING: names: backgrounds are what is called {roles[0]!r}, and analyses what is called {roles[1]!r}: swapped?")
     return roles
+
+
+_BACKGROUNDS = ("background", "forecast", "first_guess", "guess", "prior", "bg", "bkg", "fg", "fc", "b")
+_ANALYSES = ("analys", "reanalys", "posterior", "truth", "ana", "an", "a")
+
+
+def _like(name: str, words: tuple[str, ...]) -> bool:
+    """Whether a name is one of some words, or begins with one that is long."""
+    return any(name.lower() == word or (len(word) > 4 and name.lower().startswith(word)) for word in words)

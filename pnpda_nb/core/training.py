@@ -17,10 +17,10 @@ from typing import Annotated, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from .checks import GAPS, guard
 from .disk import fitting_checkpoint, read_checkpoint, write_checkpoint
+from .progress import _Bar as tqdm
 
 # %% auto #0
 __all__ = []

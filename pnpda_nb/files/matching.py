@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from typing import Sequence
+from typing import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -14,6 +14,7 @@ import xarray as xr
 
 from ..core.checks import guard
 from .layout import _plain
+from .places import called, stations_along
 from .states import States
 from .times import _calendar, _instants, _is_time, _like, _numbers, _time
 from .units import _brief, _units, conversion
@@ -29,16 +30,13 @@ def _by_states(data: xr.Dataset, states: States, counting: Sequence[str], measur
     """Observations whose `measured` variables have the dimensions of the runs of the states, in their order, wherever labels among
     those `counting` states say so; labels of lists are gone. Raises `ValueError` for those that no state has.
     """
-    first, rows = next(iter(states.arrays.values())), {}
-    labels = {str(n): c for n, c in first.coords.items() if set(c.dims) <= set(states.runs)}
-    times = [name for name, c in labels.items() if _is_time(name, c)]
-    times.sort(key=lambda n: ["valid_time", "time", n].index(n))
+    labels, rows = labels_of(states), {}
     for name in counting:
         if name not in data.variables:
             continue
         given = data[name]
         table = bool(given.attrs.get("table"))
-        known = name if name in labels else next(iter(times), None) if name in ("time", "valid_time") else None
+        known = known_as(name, labels)
         if known is None:
             if table and name in ("time", "valid_time") and len(several := dict.fromkeys(given.values.tolist())) > 1:
                 raise ValueError(f"{where}: expected one {name}, as the background has none, got {len(several)}")
@@ -65,6 +63,19 @@ def _by_states(data: xr.Dataset, states: States, counting: Sequence[str], measur
     return _as_stations(data, rows, states, measured, where) if rows else data
 
 
+def labels_of(states: States) -> dict[str, xr.DataArray]:
+    """The coordinates that say which run a state is of."""
+    first = next(iter(states.arrays.values()))
+    return {str(n): c for n, c in first.coords.items() if set(c.dims) <= set(states.runs)}
+
+
+def known_as(name: str, labels: Mapping[str, xr.DataArray]) -> str | None:
+    """Which of the `labels` of states another of this `name` is compared with: the one of that name, or for a time any time."""
+    times = [n for n, c in labels.items() if _is_time(n, c)]
+    times.sort(key=lambda n: ["valid_time", "time", n].index(n))
+    return name if name in labels else next(iter(times), None) if name in ("time", "valid_time") else None
+
+
 # %% ../../nbs/93_files.ipynb #93owntimes
 def _own_times(data: xr.Dataset, counting: Sequence[str], measured: Sequence[str]) -> tuple[xr.Dataset, xr.DataArray]:
     """Observations with their times numbered, and an array with dimensions as states of these times would have."""
@@ -84,12 +95,7 @@ def _own_times(data: xr.Dataset, counting: Sequence[str], measured: Sequence[str
 # %% ../../nbs/93_files.ipynb #93placesfun
 def _places(mine: np.ndarray, theirs: np.ndarray, known: str, where: str, table: bool) -> np.ndarray:
     """Where each of some labels first stands among those of the states. Raises `ValueError` for one that is not among them."""
-    places = np.full(mine.shape, -1)
-    if _calendar(mine) == _calendar(theirs) and (mine.dtype.kind in "iuf") == (theirs.dtype.kind in "iuf"):
-        distinct, inverse = pd.factorize(theirs.ravel())[::-1]
-        first = np.unique(inverse, return_index=True)[1]
-        found = pd.Index(distinct).get_indexer(pd.Index(mine.ravel()))
-        places = np.where(found < 0, -1, first[found] if len(first) else -1).reshape(mine.shape)
+    places = found_among(mine, theirs)
     if (places >= 0).all() and places.size:
         return places
     of = [
@@ -101,6 +107,16 @@ def _places(mine: np.ndarray, theirs: np.ndarray, known: str, where: str, table:
     raise ValueError(
         f"{where}: expected the background's {known} ({ends}{of[0]}), got {got}{f' and {len(wrong) - 1} more' * (len(wrong) > 1)}"
     )
+
+
+def found_among(mine: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """Where each of some labels first stands among those of the states; -1 for one that is not among them."""
+    if _calendar(mine) != _calendar(theirs) or (mine.dtype.kind in "iuf") != (theirs.dtype.kind in "iuf"):
+        return np.full(mine.shape, -1)
+    distinct, inverse = pd.factorize(theirs.ravel())[::-1]
+    first = np.unique(inverse, return_index=True)[1]
+    found = pd.Index(distinct).get_indexer(pd.Index(mine.ravel()))
+    return np.where(found < 0, -1, first[found] if len(first) else -1).reshape(mine.shape)
 
 
 def _ordered(
@@ -188,7 +204,7 @@ def _errors(data: xr.Dataset, name: str, like: xr.DataArray, rest: Sequence[str]
 # %% ../../nbs/93_files.ipynb #93pivotfun
 def _as_stations(data: xr.Dataset, rows: dict, states: States, measured: Sequence[str], where: str) -> xr.Dataset:
     """A list in which every row has labels of its own, `rows`, as stations, each with a value for every run: rows of one
-    place are one station (its `number` is that of the first), and what it saw twice of a run is another.
+    place are one station (its number is that of the first), and what it saw twice of a run is another.
     """
     first, dim = next(iter(states.arrays.values())), data[next(iter(rows))].dims[0]
     sizes = {d: first.sizes[d] for d in states.runs}
@@ -207,9 +223,10 @@ def _as_stations(data: xr.Dataset, rows: dict, states: States, measured: Sequenc
     pairs = left.rename_axis("row").reset_index().merge(right.rename_axis("run").reset_index(), on=list(right), how="left")
     if pairs.run.isna().any():
         raise ValueError(
-            f"{where}: expected {', '.join(rows)} as a state has them, got others in row {pairs.row[pairs.run.isna()].min() + 1}"
+            f"{where}: expected {', '.join(rows)} as a state has them, got others in "
+            f"{called(stations_along(data, dim), int(pairs.row[pairs.run.isna()].min()))}"
         )
-    beside = [n for n in data.variables if data[n].dims == (dim,) and n not in (*measured, *rows)]
+    beside = [n for n in data.variables if data[n].dims == (dim,) and n not in (*measured, *rows, f"number along {dim}")]
     place = pd.DataFrame({n: pd.factorize(_plain(data[n].values))[0] for n in beside} | {"": np.zeros(len(left), int)})
     pairs["place"] = place.groupby(list(place), sort=False).ngroup().values[pairs.row]
     pairs["again"] = pairs.groupby(["place", "run"]).cumcount()
@@ -224,7 +241,12 @@ def _as_stations(data: xr.Dataset, rows: dict, states: States, measured: Sequenc
         values = np.full((shape.size, len(starts)), np.nan)
         values[pairs.run, pairs.station] = _numbers(data[name], where)[pairs.row]
         wide[name] = ((*sizes, dim), values.reshape(*sizes.values(), -1), data[name].attrs)
-    return data.drop_vars([*rows, *wide]).isel({dim: starts}).assign(wide | {"number": (dim, starts)})
+    of_file = stations_along(data, dim)["number"].values
+    which = np.full((shape.size, len(starts)), -1, "int32")
+    which[pairs.run, pairs.station] = of_file[pairs.row]
+    wide[f"numbers along {dim}"] = ((*sizes, dim), which.reshape(*sizes.values(), -1), {})
+    data = data.assign({f"number along {dim}": (dim, of_file)})
+    return data.drop_vars([n for n in (*rows, *wide) if n in data.variables]).isel({dim: starts}).assign(wide)
 
 
 # %% ../../nbs/93_files.ipynb #93matchguard

@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 import math
-from typing import Sequence
+from typing import Callable, Sequence
 
 import numpy as np
 import xarray as xr
 
 from ..core.checks import guard
 from .layout import Axis, Field, Layout, _in_units, _plain, _slack
-from .times import _numbers
+from .times import _numbers, _plainly
 from .units import _brief, _units, conversion
 
 # %% auto #0
@@ -39,14 +39,32 @@ def reordered(array: xr.DataArray, field: Field, layout: Layout) -> dict[str, np
 
 # %% ../../nbs/93_files.ipynb #c60d5b40
 def along_axis(
-    axis: Axis, positions: np.ndarray, where: str, numbers: Sequence[int] | None = None
+    axis: Axis, positions: np.ndarray, where: str, name: Callable[[int], str] = lambda i: f"station {i + 1}"
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Between which points of an axis `positions` lie, and how far on the way from the one to the other (0 to 1).
 
-    Raises `ValueError`, naming `where` and the first station (by its place among `numbers`, if they are given), for positions
-    outside the axis.
+    Raises `ValueError`, naming `where` and the first station (by its `name`), for positions outside the axis.
     """
     values, positions = np.array(axis.values), np.asarray(positions, "float64")
+    along, outside = _along(axis, positions, where)
+    if outside.any():
+        station = int(np.flatnonzero(outside)[0])
+        raise ValueError(f"{where}: expected stations {_ends_of(axis)}, got {positions[station]:g} for {name(station)}")
+    order, rising = axis.line
+    if len(rising) == 1:
+        here = np.full(len(positions), order[0])
+        return here, here, np.zeros(len(positions))
+    slack, upper = _slack(values, 1e-6), np.clip(np.searchsorted(rising, along), 1, len(rising) - 1)
+    width = rising[upper] - rising[upper - 1]
+    share = np.clip((along - rising[upper - 1]) / width, 0, 1)
+    share = np.where(np.abs(share - np.round(share)) * width <= slack, np.round(share), share)
+    arrived = share == 1  # on a point
+    return order[upper - ~arrived], order[upper], np.where(arrived, 0.0, share)
+
+
+def _along(axis: Axis, positions: np.ndarray, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """How far `positions` are from the first point of an axis, in the direction of its line, and which are outside it."""
+    values = np.array(axis.values)
     if not np.isfinite(values).all():
         raise ValueError(f"{where}: expected an axis of finite coordinates, got {axis}")
     order, rising = axis.line
@@ -58,30 +76,19 @@ def along_axis(
     if axis.period is not None:
         along = along % axis.period
         along = np.where(along > max(rising[-1] + slack, axis.period - slack), 0.0, along)  # just before the first point
-    outside = ~((along >= -slack) & (along <= rising[-1] + slack))  # nan, too
-    if outside.any():
-        station = int(np.flatnonzero(outside)[0])
-        number = station if numbers is None else numbers[station]
-        ends = values[order[[0, -2 if axis.closed else -1]]]
-        raise ValueError(
-            f"{where}: expected stations between {ends[0]:g} and {ends[1]:g}, got {positions[station]:g} for station {number}"
-        )
-    if len(rising) == 1:
-        here = np.full(len(positions), order[0])
-        return here, here, np.zeros(len(positions))
-    upper = np.clip(np.searchsorted(rising, along), 1, len(rising) - 1)
-    width = rising[upper] - rising[upper - 1]
-    share = np.clip((along - rising[upper - 1]) / width, 0, 1)
-    share = np.where(np.abs(share - np.round(share)) * width <= slack, np.round(share), share)
-    arrived = share == 1  # on a point
-    return order[upper - ~arrived], order[upper], np.where(arrived, 0.0, share)
+    return along, ~((along >= -slack) & (along <= rising[-1] + slack))  # nan, too
+
+
+def _ends_of(axis: Axis) -> str:
+    ends = np.array(axis.values)[axis.line[0][[0, -2 if axis.closed else -1]]]
+    return f"between {ends[0]:g} and {ends[1]:g}"
 
 
 # %% ../../nbs/93_files.ipynb #0d267476
 def locate(stations: xr.Dataset, field: Field, layout: Layout, where: str) -> tuple[np.ndarray, np.ndarray]:
     """The points of the state that each of some stations `(station,)` sees of a field, and with what weights, `(station, k)`
     each, from variables `index`, `DIM_index` or coordinates named as the field's dimensions. With `DIM_half_width` that is the mean
-    over the points of a box that are not left out. A variable `number` says what errors call the stations.
+    over the points of a box that are not left out.
 
     Raises `ValueError`, naming `where`, if the place is not given, not on the grid, or at a point that is left out.
     """
@@ -101,7 +108,18 @@ def locate(stations: xr.Dataset, field: Field, layout: Layout, where: str) -> tu
             points, shares = _boxes(stations, dim, *_ends(stations, dim, size, layout, where), layout, where)
             flat = (flat[:, None] + stride * points[:, :, None]).reshape(count, -1)
             weights = (weights[:, None] * shares[:, :, None]).reshape(count, -1)
-    places = layout.place[begin + flat]
+    places, weights = _on_points(stations, layout.place[begin + flat], weights, field, layout, where)
+    if (lost := _lost(places, weights)).any():
+        got = f"{_some(stations, lost, field.dims)} at points that the archive leaves out"
+        raise ValueError(f"{where}: expected stations where {field.title} has values, got {got}")
+    return np.maximum(places, 0), weights
+
+
+def _on_points(
+    stations: xr.Dataset, places: np.ndarray, weights: np.ndarray, field: Field, layout: Layout, where: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same `places` in a state, -1 for what is left out, with weights that leave those out of boxes."""
+    count = len(places)
     boxed = (
         np.any([_half_width(stations, dim, layout, where) > 0 for dim in field.dims], axis=0)
         if field.dims
@@ -110,14 +128,11 @@ def locate(stations: xr.Dataset, field: Field, layout: Layout, where: str) -> tu
     inside = np.where((places >= 0) | ~boxed[:, None], weights, 0.0)
     total = inside.sum(1, keepdims=True)
     weights = np.where(boxed[:, None] & (total > 0), inside / np.where(total > 0, total, 1.0), weights)
-    lost = ((places < 0) & (weights > 0)).any(1)
-    if lost.any():
-        numbers = np.asarray(stations.get("number", np.arange(count)))[lost]
-        which = f"station{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers[:10]))}{', …' * (len(numbers) > 10)}"
-        raise ValueError(
-            f"{where}: expected stations where {field.title} has values, got {which} at points that the archive leaves out"
-        )
-    return np.maximum(places, 0), weights
+    return places, weights
+
+
+def _lost(places: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    return np.asarray(((places < 0) & (weights > 0)).any(1))
 
 
 # %% ../../nbs/93_files.ipynb #998da9df
@@ -134,18 +149,17 @@ def _ends(stations: xr.Dataset, dim: str, size: int, layout: Layout, where: str)
         raise ValueError(f"{where}: expected '{dim}_index' or 'index', as the archive has no coordinates along {dim}, got {dim!r}")
     if not axis.numeric:
         names = {name: i for i, name in enumerate(axis.values)}
-        called = [str(v) for v in _plain(given.values)]
-        unknown = [v for v in called if v not in names]
+        words = [str(v) for v in _plain(given.values)]
+        unknown = [v for v in words if v not in names]
         if unknown:
             raise ValueError(f"{where}: expected {dim} among {_brief(', '.join(names))}, got {unknown[0]!r}")
-        index = np.array([names[v] for v in called])
+        index = np.array([names[v] for v in words])
         return index, index, np.zeros(len(index))
     units = _units(given.attrs, f"{where}: {dim}") or axis.units
     factor = conversion(units, axis.units) if axis.units else (1.0, 0.0)
     if factor is None:
         raise ValueError(f"{where}: expected {dim} in units {axis.units!r}, got {units!r}")
-    numbers = stations["number"].values.tolist() if "number" in stations else None
-    return along_axis(axis, _in_units(_numbers(given, where), factor), f"{where}: {dim}", numbers)
+    return along_axis(axis, _in_units(_numbers(given, where), factor), f"{where}: {dim}", lambda i: called(stations, i))
 
 
 # %% ../../nbs/93_files.ipynb #93boxes
@@ -197,6 +211,96 @@ def _indices(given: xr.DataArray, size: int, where: str) -> np.ndarray:
     if wrong.any():
         raise ValueError(f"{where}: expected {given.name!r} to be whole numbers from 0 to {size - 1}, got {values[wrong][0]:g}")
     return values.astype(int)
+
+
+# %% ../../nbs/93_files.ipynb #93called
+_LABELS = ("station", "station_id", "name", "id")
+
+
+def stations_along(data: xr.Dataset, dim: str) -> xr.Dataset:
+    """What is known of each station alone, with a `number` that says which it is in the file, from 0."""
+    known = data.reset_coords()[[str(n) for n, v in data.variables.items() if v.dims == (dim,)]]
+    number = known.get(f"number along {dim}", xr.DataArray(np.arange(data.sizes[dim]), dims=dim))
+    return known.assign(number=number.drop_vars(number.coords))
+
+
+def labels_along(stations: xr.Dataset, dims: Sequence[str] = ()) -> tuple[str, ...]:
+    """What stations are called: by their names, else by coordinates along `dims`, else ""."""
+    count = next(iter(stations.sizes.values()))
+    named = next((_plain(stations[n].values) for n in _LABELS if n in stations.variables), [None] * count)
+    places = [(d, _plain(stations[d].values)) for d in dims if d in stations.variables]
+
+    def label(i: int) -> str:
+        if named[i] is not None and named[i] == named[i]:
+            return str(named[i])
+        there = [(d, x[i]) for d, x in places if x[i] is not None and x[i] == x[i]]
+        return ", ".join(f"{d} {v}" if isinstance(v, str) else f"{d} {v:g}" for d, v in there)
+
+    return tuple(label(i) for i in range(count))
+
+
+def called(stations: xr.Dataset, i: int, dims: Sequence[str] = ()) -> str:
+    """The number of one, counted from 1: of a row of a table, the header not counted, or of a station; and what it is called."""
+    one = stations.isel({d: [i] for d in stations.dims})
+    number = int(one["number"].values[0]) if "number" in one else i
+    (label,), table = labels_along(one, dims), any(v.attrs.get("table") for v in one.variables.values())
+    return f"{'row' if table else 'station'} {number + 1}" + f" ({label})" * bool(label)
+
+
+def _some(stations: xr.Dataset, which: np.ndarray, dims: Sequence[str] = (), most: int = 10) -> str:
+    """Some of the stations in words: "station 2 (EHAM), station 7"."""
+    found = np.flatnonzero(which)
+    return ", ".join(called(stations, int(i), dims) for i in found[:most]) + ", …" * (len(found) > most)
+
+
+# %% ../../nbs/93_files.ipynb #93misplaced
+def misplaced(stations: xr.Dataset, field: Field, layout: Layout, where: str) -> list[tuple[str, np.ndarray, Callable[[int], str]]]:
+    """For stations `(station,)` that see nothing of a field: why, which `(station,)`, and what is said of one of them. What says
+    where all of them are may be wrong altogether: `locate` raises an error then.
+    """
+    count, found = next(iter(stations.sizes.values())), []
+    wrong, outside = np.zeros(count, bool), np.zeros(count, bool)
+    details: dict[int, str] = {}
+    whole = "index" in stations and "index" not in stations.dims
+    for dim, size in (("", field.size),) if whole else zip(field.dims, field.shape):
+        name = "index" if whole else f"{dim}_index" if f"{dim}_index" in stations else dim
+        axis = layout.axes.get(dim)
+        if name not in stations.variables or (name == dim and axis is None):
+            return []
+        if name == dim and axis is not None and not axis.numeric:
+            odd = ~np.isin([str(v) for v in _plain(stations[name].values)], axis.values)
+            unread = np.zeros(count, bool)
+        else:
+            values, unread = _plainly(stations[name])
+            unread = unread | np.isnan(values)
+            odd = ~((values >= 0) & (values < size) & (values == np.floor(values)))
+            if name == dim and axis is not None:
+                odd = _off(stations[name], values, axis)
+        for i in np.flatnonzero((odd | unread) & ~wrong & ~outside)[:100]:
+            details[int(i)] = f"{name} {stations[name].values[i]}"
+        wrong, outside = wrong | unread, outside | (odd & ~unread)
+    fine, land = np.flatnonzero(~(wrong | outside)), np.zeros(count, bool)
+    if len(fine):
+        land[fine] = _on_land(stations.isel({d: fine for d in stations.dims}), field, layout, where)
+    for why, which in (("without a place", wrong), ("outside the grid", outside & ~wrong), (LAND, land)):
+        found.append((why, which, lambda i: details.get(i, "")))
+    return found
+
+
+LAND = "on land, or other points that the archive leaves out"
+
+
+def _off(given: xr.DataArray, values: np.ndarray, axis: Axis) -> np.ndarray:
+    """Which coordinates are outside an axis; none, if their units are wrong altogether."""
+    factor = conversion(_units(given.attrs, str(given.name)) or axis.units, axis.units) if axis.units else (1.0, 0.0)
+    return np.zeros(len(values), bool) if factor is None else _along(axis, _in_units(values, factor), str(given.name))[1]
+
+
+def _on_land(stations: xr.Dataset, field: Field, layout: Layout, where: str) -> np.ndarray:
+    """Which of some stations inside the grid `locate` would refuse, as they see points that are left out."""
+    plain = Layout(layout.fields, layout.axes)
+    flat, weights = locate(stations, field, plain, where)
+    return _lost(*_on_points(stations, layout.place[flat], weights, field, layout, where))
 
 
 # %% ../../nbs/93_files.ipynb #93placesguard

@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 import stat
 import warnings
-from dataclasses import dataclass
-from typing import Sequence
+from dataclasses import dataclass, replace
+from typing import Callable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -22,10 +22,11 @@ from .contents import _reason, _shown
 from .layout import Field, Layout, _in_units, _plain, check_field, check_units
 from .matching import _by_run, _by_states, _errors, _own_times
 from .opening import _opened, _read
-from .places import locate, reordered
+from .places import _LABELS, called, labels_along, locate, reordered, stations_along
 from .states import States
 from .times import _TIMES
 from .units import _units
+from .usable import Skipped, fields_of, usable
 from ..observing.covariance import DiagonalCovariance
 from ..observing.observations import Observations
 from ..observing.operators import Interpolate, Operator, Select
@@ -40,7 +41,8 @@ class StationObservations:
     """What was seen of states of a `layout`: `values` `(run, size)` (nan: missing), the standard deviations `errors`,
     `(size,)` or, where they change from run to run, `(run, size)`, the `fields` they are of, and the points of the state with
     their weights, `(size, k)` each. Values that were `refused`, being beyond anything that the archive held, are missing; each is a
-    field, a station, and the value. `labels` say what the stations are called.
+    field, a station or row of the file, and the value. What was `skipped` could not be used; each is a reason, how many, and the
+    first of them in words. `labels` say what the stations are called.
     """
 
     values: GappyArray
@@ -49,20 +51,38 @@ class StationObservations:
     points: np.ndarray
     weights: np.ndarray
     dim: int
-    refused: tuple[tuple[str, int, float], ...] = ()
+    refused: tuple[tuple[str, str, float], ...] = ()
     labels: tuple[str, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
 
     def __repr__(self) -> str:
-        seen = (
-            f"{len(self.fields)} of {', '.join(dict.fromkeys(f or 'state' for f in self.fields))}; "
-            f"{np.isnan(self.values).mean():.0%} missing"
-        )
+        of, there = ", ".join(dict.fromkeys(f or "state" for f in self.fields)), int((~np.isnan(self.values)).sum())
+        seen = f"{len(self.fields)} of {of}; {np.isnan(self.values).mean():.0%} missing"
+        if self.move:
+            seen = f"{there} values of {of} at {len(self.fields)} places, of stations that move"
         return f"StationObservations({seen}{', of which ' * bool(self.refused)}{self.beyond})"
+
+    @property
+    def move(self) -> bool:
+        """Whether stations move, so that most places are seen at one time of several only, which is no lack of values."""
+        there = ~np.isnan(self.values)
+        once = (there.sum(0) == 1)[there.any(0)]
+        again = len(set(self.labels)) < len(self.labels)  # one name at several places
+        return bool(there.any(1).sum() > 1 and once.mean() > (0.5 if again else 0.9))
+
+    @property
+    def unused(self) -> str:
+        """What could not be used, in words; "" for nothing."""
+        count = sum(number for _, number, _ in self.skipped)
+        total = count + int((~np.isnan(self.values)).sum()) + len(self.refused)
+        some = "; ".join(f"{n} {reason} ({', '.join(first)}{', …' * (n > len(first))})" for reason, n, first in self.skipped)
+        counted = "rows and stations are counted from 1, the header is no row"
+        return f"{count} of {total} observations were not used: {some}; {counted}" if count else ""
 
     @property
     def beyond(self) -> str:
         """The values that were refused, in words; "" for none."""
-        some = ", ".join(f"{value:.6g} of {field or 'state'} at station {station}" for field, station, value in self.refused[:5])
+        some = ", ".join(f"{value:.6g} of {field or 'state'} at {station}" for field, station, value in self.refused[:5])
         return (
             f"{len(self.refused)} refused as beyond anything that the archive held: {some}{', …' * (len(self.refused) > 5)}"
             if self.refused
@@ -93,23 +113,31 @@ def _operator(points: np.ndarray, weights: np.ndarray, dim: int) -> Operator:
 
 
 # %% ../../nbs/93_files.ipynb #3ee5da49
-_LABELS = ("station", "station_id", "name", "id")
-
-
-def read_observations(path: str | os.PathLike, states: States, *, samples: Sequence[str] = ()) -> StationObservations:
+def read_observations(
+    path: str | os.PathLike, states: States, *, samples: Sequence[str] = (), strict: bool = False
+) -> StationObservations:
     """Read what was seen of `states`: a NetCDF file, Zarr store or CSV file of stations or of fields with gaps.
 
     Values are converted to the units of the states, and their errors as differences. Times and other labels say of which of the
     states they are; those of which nothing was seen have nan only. Without any, values are those of all runs only if there is one
     run. Times are in UTC, those with an offset are converted; `samples` are further names of columns that say of which state the
-    values are. Values beyond the `bounds` of their field are missing, and listed as `refused`. Raises `FileNotFoundError`, or
-    `ValueError` for a file that cannot be read, lacks something, or does not fit: units, times that no state has, places off the
-    grid, errors that are not positive. Only what is used is checked.
+    values are. Values beyond the `bounds` of their field are missing, and listed as `refused`. What cannot be used is missing, and
+    listed as `skipped`: at times that no state has, off the grid or on land, without a value, with an error that is not positive.
+    Raises `FileNotFoundError`, or `ValueError` for a file that cannot be read, lacks something, does not fit, or of which nothing
+    can be used; if this is `strict`, of which anything cannot. Only what is used is checked.
     """
     where = f"observations {_shown(path)}"
     counting = tuple(dict.fromkeys((*_TIMES, *states.runs, *states.layout.samples, *_listing(samples))))
     data, measured = _dataset(path, states.layout, counting, where)
-    return _seen(data, states, counting, measured, where)
+    return _usable_of(data, states, counting, measured, where, strict)
+
+
+def _usable_of(
+    data: xr.Dataset, states: States, counting: Sequence[str], measured: Sequence[str], where: str, strict: bool
+) -> StationObservations:
+    """The observations of `states` in a dataset, without what cannot be used; if nothing can, it is said of the first."""
+    left, skipped = (data, ()) if strict else usable(data, states, counting, where)
+    return replace(_seen(data if left is None else left, states, counting, measured, where), skipped=skipped)
 
 
 # %% ../../nbs/93_files.ipynb #93dataset
@@ -202,7 +230,8 @@ def read_example(path: str | os.PathLike, layout: Layout, *, samples: Sequence[s
     counting = tuple(dict.fromkeys((*_TIMES, *layout.samples, *_listing(samples))))
     data, measured = _dataset(path, layout, counting, where)
     data, array = _own_times(data, counting, measured)
-    return _seen(data, States(torch.empty(0), layout, {"": array}, tuple(map(str, array.dims)), ()), counting, measured, where)
+    states = States(torch.empty(0), layout, {"": array}, tuple(map(str, array.dims)), ())
+    return _usable_of(data, states, counting, measured, where, False)
 
 
 # %% ../../nbs/93_files.ipynb #23cedbb9
@@ -232,14 +261,14 @@ def _table(path: str | os.PathLike, where: str) -> xr.Dataset:
 
 
 # %% ../../nbs/93_files.ipynb #7a878c83
-def _positive(errors: np.ndarray, values: np.ndarray, numbers: np.ndarray, where: str) -> np.ndarray:
+def _positive(errors: np.ndarray, values: np.ndarray, name: Callable[[int, int], str], where: str) -> np.ndarray:
     """The errors `(run, station)`, or of one run for all, where something was seen positive, and 1 where nothing was."""
     there = ~np.isnan(values)
     there = there if len(errors) == len(values) else there.any(0, keepdims=True)
     wrong = there & ~((errors > 0) & np.isfinite(errors))
     if wrong.any():
         run, station = np.argwhere(wrong)[0]
-        got = f"{errors[run, station]} for station {numbers[station]}"
+        got = f"{errors[run, station]} for {name(int(run), int(station))}"
         raise ValueError(f"{where}: expected positive standard deviations of errors, got {got}")
     known = np.where(there, errors, np.nan).max(0, initial=-np.inf, where=there)
     return np.where(there, errors, np.where(there.any(0), known, 1.0))
@@ -247,8 +276,8 @@ def _positive(errors: np.ndarray, values: np.ndarray, numbers: np.ndarray, where
 
 # %% ../../nbs/93_files.ipynb #08613593
 def _believed(
-    values: np.ndarray, of: Sequence[Field], numbers: np.ndarray, where: str
-) -> tuple[np.ndarray, list[tuple[str, int, float]]]:
+    values: np.ndarray, of: Sequence[Field], name: Callable[[int, int], str], where: str
+) -> tuple[np.ndarray, list[tuple[str, str, float]]]:
     """Values `(run, station)` where they are within the bounds of their fields and nan elsewhere, and those that are not."""
     if np.isinf(values).any():
         raise ValueError(f"{where}: expected finite values, got {int(np.isinf(values).sum())} infinite")
@@ -258,7 +287,9 @@ def _believed(
         else (np.zeros(0),) * 2
     )
     beyond = (values < low) | (values > high)
-    refused = [(of[station].name, int(numbers[station]), float(values[run, station])) for run, station in np.argwhere(beyond)]
+    refused = [
+        (of[station].name, name(int(run), int(station)), float(values[run, station])) for run, station in np.argwhere(beyond)
+    ]
     return np.where(beyond, np.nan, values), refused
 
 
@@ -283,7 +314,7 @@ def _named(data: xr.Dataset, name: str, field: Field, states: States, where: str
         array = data[name]
         check_field(array, field, states.layout, [d for d in array.dims if d not in field.dims], where)
         values = _in_units(_by_run(array, field.dims, states, where).reshape(-1, field.size), factor)
-        values, refused = _believed(values, [field] * field.size, np.arange(field.size), where)
+        values, refused = _believed(values, [field] * field.size, lambda run, i: f"point {i + 1}", where)
         seen = np.flatnonzero(~np.isnan(values).all(0))
         begin = sum(f.size for f in states.layout.fields[: states.layout.fields.index(field)])
         points, weights = states.layout.place[begin + seen][:, None], np.ones((len(seen), 1))
@@ -293,29 +324,37 @@ def _named(data: xr.Dataset, name: str, field: Field, states: States, where: str
                 "leaves out, got values"
             )
         errors = _errors(data, f"{name}_error", array, field.dims, states, where)[:, seen] * abs(factor[0])
-        errors = _positive(errors, values[:, seen], seen, where)
+        errors = _positive(errors, values[:, seen], lambda run, i: f"point {seen[i] + 1}", where)
         return [(values[:, seen], errors, (field.name,) * len(seen), points, weights, refused, ("",) * len(seen))]
     dim = _station_dim(array, states, where)
     values = _in_units(_by_run(array, [dim], states, where), factor)
-    stations = _stations(data, dim)
-    numbers, labels = stations["number"].values, _labels(stations)
-    values, refused = _believed(values, [field] * values.shape[1], numbers, where)
+    errors = _errors(data, f"{name}_error", array, [dim], states, where) * abs(factor[0])
+    some = _somewhere(data, name, dim)
+    values, errors, stations = values[:, some], errors[:, some], stations_along(data, dim).isel({dim: some})
+    called_as = _names(data, stations, dim, some, field.dims)
+    values, refused = _believed(values, [field] * values.shape[1], called_as, where)
     points, weights = locate(stations, field, states.layout, where)
-    errors = _positive(_errors(data, f"{name}_error", array, [dim], states, where) * abs(factor[0]), values, numbers, where)
-    return [(values, errors, (field.name,) * len(labels), points, weights, refused, labels)]
+    labels = labels_along(stations, field.dims)
+    return [(values, _positive(errors, values, called_as, where), (field.name,) * len(labels), points, weights, refused, labels)]
 
 
 # %% ../../nbs/93_files.ipynb #36e89304
-def _stations(data: xr.Dataset, dim: str) -> xr.Dataset:
-    """What is known of each station alone, with a `number` that says which it is."""
-    known = data.reset_coords()[[str(n) for n, v in data.variables.items() if v.dims == (dim,)]]
-    return known if "number" in known else known.assign(number=(dim, np.arange(data.sizes[dim])))
+def _somewhere(data: xr.Dataset, name: str, dim: str) -> np.ndarray:
+    """The numbers of the stations along a dimension that see something of a variable's field."""
+    return np.flatnonzero(~data[f"{name} nowhere"].values) if f"{name} nowhere" in data else np.arange(data.sizes[dim])
 
 
-def _labels(stations: xr.Dataset) -> tuple[str, ...]:
-    """What stations are called; those without a name by their number."""
-    named = next((_plain(stations[n].values) for n in _LABELS if n in stations), [None] * stations["number"].size)
-    return tuple(f"station {k}" if v is None or v != v else str(v) for v, k in zip(named, stations["number"].values))
+def _names(data: xr.Dataset, stations: xr.Dataset, dim: str, some: np.ndarray, dims: Sequence[str]) -> Callable[[int, int], str]:
+    """What a value of a run at one of `some` stations is called: by the row that it comes from, or the station."""
+    rows = data.get(f"numbers along {dim}")
+
+    def name(run: int, i: int) -> str:
+        one = stations.isel({dim: [i]})
+        if rows is not None:
+            one = one.assign(number=(dim, [int(rows.values.reshape(-1, rows.sizes[dim])[run, some[i]])]))
+        return called(one, 0, dims)
+
+    return name
 
 
 # %% ../../nbs/93_files.ipynb #80f109e2
@@ -323,30 +362,34 @@ def _listed(data: xr.Dataset, states: States, where: str) -> list[tuple]:
     """Values of a list of stations that says which field each is of; see `read_observations`."""
     array, layout = data["value"], states.layout
     dim = _station_dim(array, states, where)
-    values, stations = _by_run(array, [dim], states, where), _stations(data, dim)
-    errors, numbers = _errors(data, "error", array, [dim], states, where), stations["number"].values
-    if "variable" in stations and not (len(layout.fields) == 1 and "variable" in layout.fields[0].dims):
-        of = [layout.field("" if v is None else str(v), f"{where}: variable") for v in _plain(stations["variable"].values)]
-    elif len(layout.fields) == 1:
-        of = [layout.fields[0]] * values.shape[1]
-    else:
-        raise ValueError(
-            f"{where}: expected a variable 'variable' that names the field of each station "
-            f"({', '.join(f.title for f in layout.fields)}), got none"
-        )
+    values, errors = _by_run(array, [dim], states, where), _errors(data, "error", array, [dim], states, where)
+    some = _somewhere(data, "value", dim)
+    values, errors, stations = values[:, some], errors[:, some], stations_along(data, dim).isel({dim: some})
+    of = fields_of(stations, layout, where)
+    called_as = _names(data, stations, dim, some, [d for f in layout.fields for d in f.dims])
     usual = _units(array.attrs, f"{where}: 'value'")
     units = ["" if v is None else str(v) for v in _plain(stations["units"].values)] if "units" in stations else [usual] * len(of)
     factors = np.array([check_units(u, f, f"{where}: 'value'") for u, f in zip(units, of)]).reshape(-1, 2)
     if (factors != (1.0, 0.0)).any():
         values, errors = values * factors[:, 0] + factors[:, 1], errors * np.abs(factors[:, 0])
-    values, refused = _believed(values, of, numbers, where)
-    errors, parts = _positive(errors, values, numbers, where), []
+    values, refused = _believed(values, of, called_as, where)
+    errors, parts = _positive(errors, values, called_as, where), []
     for field in dict.fromkeys(of):
         mine = np.array([f is field for f in of])
-        some = stations.isel({dim: mine})
-        points, weights = locate(some, field, layout, where)
+        own = stations.isel({dim: mine})
+        points, weights = locate(own, field, layout, where)
         beyond = [one for one in refused if one[0] == field.name]
-        parts.append((values[:, mine], errors[:, mine], (field.name,) * int(mine.sum()), points, weights, beyond, _labels(some)))
+        parts.append(
+            (
+                values[:, mine],
+                errors[:, mine],
+                (field.name,) * int(mine.sum()),
+                points,
+                weights,
+                beyond,
+                labels_along(own, field.dims),
+            )
+        )
     return parts
 
 

@@ -143,9 +143,13 @@ def _numbers(array: xr.DataArray, where: str) -> np.ndarray:
     numbers = pd.to_numeric(texts, errors="coerce")
     wrong = np.flatnonzero(numbers.isna() & ~texts.str.lower().isin(("", "nan")))
     if len(wrong):
+        row = next(
+            (c.values[wrong[0]] for n, c in array.coords.items() if str(n).startswith("number along ") and array.ndim == 1),
+            wrong[0],
+        )
         raise ValueError(
             f"{where}: expected numbers in {'column' if array.attrs.get('table') else 'variable'} {array.name!r}, got "
-            f"{_brief(texts[wrong[0]])} in row {wrong[0] + 1}"
+            f"{_brief(texts[wrong[0]])} in row {row + 1}"
         )
     return numbers.to_numpy("float64").reshape(values.shape)
 
@@ -174,6 +178,18 @@ def _as_time(text: object, calendar: str, where: str) -> object:
         ) from error
 
 
+# %% ../../nbs/93_files.ipynb #93plainly
+def _plainly(array: xr.DataArray) -> tuple[np.ndarray, np.ndarray]:
+    """The values of a variable as numbers, nan where there is none, and which could not be read as one."""
+    values = _plain(array.values)
+    if values.dtype.kind in "fiub":
+        return values.astype("float64"), np.zeros(values.shape, bool)
+    texts = pd.Series(["" if v is None or v != v else str(v).strip() for v in values.ravel()], dtype=object)
+    numbers = pd.to_numeric(texts, errors="coerce")
+    wrong = numbers.isna() & ~texts.str.lower().isin(("", "nan"))
+    return numbers.to_numpy("float64").reshape(values.shape), wrong.to_numpy(bool).reshape(values.shape)
+
+
 # %% ../../nbs/93_files.ipynb #bd0671db
 def _like(values: np.ndarray, known: np.ndarray, where: str) -> np.ndarray:
     """Times or labels, where they are text, as what they are compared with: instants of its calendar, or numbers."""
@@ -184,7 +200,8 @@ def _like(values: np.ndarray, known: np.ndarray, where: str) -> np.ndarray:
         return _numbers(xr.DataArray(values, dims=[f"d{i}" for i in range(values.ndim)], name=where.rsplit(": ", 1)[-1]), where)
     if known.dtype == object and not _calendar(known):
         return values
-    return np.array([_as_time(v, _calendar(known), where) for v in values.flat]).reshape(values.shape)
+    codes, distinct = pd.factorize(values.ravel(), use_na_sentinel=False)
+    return np.array([_as_time(v, _calendar(known), where) for v in distinct])[codes].reshape(values.shape)
 
 
 # %% ../../nbs/93_files.ipynb #112c67df

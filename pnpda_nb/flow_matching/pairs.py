@@ -14,9 +14,9 @@ from typing import Any, Callable, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..core.checks import Gappy, guard
+from ..core.progress import _Bar as tqdm
 from ..core.random import stream
 from ..core.settings import BelowOne, Count, InnerShare, NotNegative, PositiveNumber, PositiveShare, Settings, Size, Some
 from ..observing.covariance import Covariance

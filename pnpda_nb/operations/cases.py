@@ -15,9 +15,9 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..core.checks import Mask, guard
+from ..core.progress import _Bar as tqdm
 from ..core.random import standard_normal, stream
 from ..core.settings import PositiveNumber, PositiveShare, Settings, Share
 from ..files.layout import Layout

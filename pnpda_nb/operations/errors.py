@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..core.checks import Mask, guard
-from ..files.layout import Layout
+from ..core.progress import _Bar as tqdm
+from ..files.layout import Layout, layout_from_record
 from ..flow_matching.flow import FlowPrior
 from ..flow_matching.pairs import PairSource, _read, _RunningSample, _size
 from ..flow_matching.prior import Denoiser, Estimate
@@ -90,6 +91,54 @@ def survey(source: PairSource, trained: int, memory: int = 256_000_000, progress
             f"archive: expected analyses that differ from the backgrounds by something that changes, got none in {trained} pairs"
         )
     return unit, *values
+
+
+# %% ../../nbs/93_files.ipynb #93swapped
+def looks_swapped(source: PairSource, members: int | None = None, most: int = 60) -> str:
+    """What is odd about which variables of an archive are backgrounds and which analyses, by some of its pairs: a warning, "" if
+    there is none. With `members`, pairs are of consecutive times, with so many of each.
+    """
+    each = members or 1
+    times = source.count // each
+    picked = np.unique(np.linspace(0, max(0, times - 2), max(5, min(most, 10_000_000 // (each * source.dim) + 1))).astype(int))
+    pairs = [source.read(int(n) * each, min(source.count, (int(n) + 2) * each)) for n in picked]
+    said = [_mixed(source, *(torch.cat(x) for x in zip(*pairs)))]
+    if members and times > 20:
+        unit = torch.cat([a - b for b, a in pairs]).std(0)
+        moves = unit > 0
+
+        def apart(x: Tensor, y: Tensor) -> float:
+            return float(((x - y)[:, moves] / unit[moves]).square().mean())
+
+        both = np.array([[apart(b[each:], a[:each]), apart(a[each:], b[:each])] for b, a in pairs])
+        forecast, turned = both.mean(0)
+        gap = both[:, 0] - both[:, 1]
+        if moves.any() and forecast > 1.05 * turned and gap.mean() > 4 * gap.std(ddof=1) / len(gap) ** 0.5:
+            said.append(
+                "backgrounds and analyses look swapped: an analysis is nearer to the background of the time before than a "
+                f"background is to the analysis of the time before ({turned**0.5:.3g} against {forecast**0.5:.3g} standard "
+                "deviations of the increments), though backgrounds are forecasts; --names has the backgrounds' name first"
+            )
+    return "; ".join(filter(None, said))
+
+
+def _mixed(source: PairSource, background: Tensor, analysis: Tensor) -> str:
+    """Which fields have backgrounds like the analyses of other fields, and not like their own."""
+    layout = Layout.plain(source.dim) if source.layout is None else layout_from_record(source.layout)
+    parts = {n: p for n, p in layout.parts().items() if p.stop > p.start}
+    means, spreads = (
+        np.array([[float(f(x[:, p])) for p in parts.values()] for x in (background, analysis)]) for f in (torch.mean, torch.std)
+    )
+    size = np.maximum(spreads, 1e-12 * np.abs(means) + 1e-300)
+    far = np.abs(means[0][:, None] - means[1]) / np.maximum(size[0][:, None], size[1])
+    cost = np.minimum(1e6, far + np.abs(np.log(size[0][:, None] / size[1])))
+    of, to = linear_sum_assignment(cost)
+    names = list(parts)
+    odd = [(i, j) for i, j in zip(of, to) if i != j]
+    if not odd or any(cost[i, i] < 2 or cost[i, j] > 0.5 for i, j in odd):
+        return ""
+    pairs = ", ".join(f"the background of {names[i]} is like the analysis of {names[j]}" for i, j in odd)
+    return f"fields look mixed up: by their means and spreads, {pairs}, and not like its own"
 
 
 # %% ../../nbs/93_files.ipynb #68d305f2

@@ -375,7 +375,7 @@ def _found(
     ours, rows = squares["look" if prior.learned else linear], []
     for name, x in (squares | {"look": ours}).items():
         lead = _lead(x, ours) if name != "look" else (math.nan, math.nan)
-        called = "one look" if prior.learned else f"this prior ({linear})"
+        called = "this prior, one look" if prior.learned else f"this prior ({linear})"
         error, bar = float(x.mean()) ** 0.5, standard_error(x) / 2 / max(float(x.mean()) ** 0.5, 1e-300)
         rows.append((called if name == "look" else name, error, bar, *lead, len(x)))
     trial = pd.DataFrame(rows, columns=["analysis", "error", "±", "behind by", "± (paired)", "pairs"])

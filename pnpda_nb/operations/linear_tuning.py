@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..core.checks import guard
 from ..core.grid import Grid, _taper
+from ..core.progress import _Bar as tqdm
 from ..observing.update import DenseError, FactoredError
 from .cases import Cases, _squares
 from .errors import Fixed, Part

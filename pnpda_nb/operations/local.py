@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from scipy.sparse import csr_array
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..core.checks import Index, guard
 from ..core.grid import Grid, gaspari_cohn
+from ..core.progress import _Bar as tqdm
 from ..core.random import standard_normal
 from ..flow_matching.pairs import _RunningSample
 from .errors import Part

@@ -15,10 +15,10 @@ from typing import Annotated
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..core.checks import GAPS, guard
 from ..core.compute import _alike, _computing
+from ..core.progress import _Bar as tqdm
 from ..core.random import RunStreams, stream
 from ..files.layout import layout_from_record
 from ..files.states import States

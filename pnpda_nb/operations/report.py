@@ -292,9 +292,9 @@ def draw_ranks(ranks: np.ndarray) -> Figure:
 
 # %% ../../nbs/93_files.ipynb #7496a075
 def innovations(states: States, analysis: Tensor, sightings: StationObservations) -> pd.DataFrame:
-    """For every field: how many values were seen and are missing, root mean squares of observation − background and −
-    analysis, the error that the observations claim, and the root mean square and largest increment. If values were refused
-    (`sightings.refused`), also how many.
+    """For every field: how many values were seen and are missing (not of stations that move), root mean squares of observation −
+    background and − analysis, the error that the observations claim, and the root mean square and largest increment. If values
+    were refused (`sightings.refused`), also how many.
     """
     H, rows, refused = sightings.operator, [], [str(name) for name, *_ in sightings.refused]
     seen = torch.from_numpy(sightings.values)[:, None]
@@ -304,7 +304,8 @@ def innovations(states: States, analysis: Tensor, sightings: StationObservations
         part = states.layout.parts()[spec.name]
         increment = (analysis - states.values)[..., part]
         there = ~np.isnan(sightings.values[:, mine])
-        row = {"field": spec.title, "units": spec.units or "1", "seen": int(there.sum()), "missing": int((~there).sum())}
+        row = {"field": spec.title, "units": spec.units or "1", "seen": int(there.sum())}
+        row |= {} if sightings.move else {"missing": int((~there).sum())}
         if refused:
             row["refused"] = sum(name in (spec.name, spec.title) for name in refused)
         for name, x in departures.items():
@@ -348,8 +349,10 @@ def assimilation_report(
         report.text(gone)
     report.table(
         innovations(states, analysis, sightings),
-        "Values seen and missing; root mean squares of observation minus background and observation minus analysis, "
-        "beside the error that the observations claim; increments.",
+        f"Values seen{'' if sightings.move else ' and missing'}; root mean squares of observation minus background and observation "
+        "minus analysis, beside the error that the observations claim; increments."
+        + " Stations move: every place has a value at one time or a few."
+        * sightings.move,
     )
     if deviation is not None:
         rows = []
@@ -361,7 +364,14 @@ def assimilation_report(
                     {"field": spec.title, "units": spec.units or "1", "mean": float(spread.mean()), "least": least, "most": most}
                 )
         report.table(pd.DataFrame(rows), "Standard deviations that the analysis comes with.")
-    refused = [(name or "state", f"station {station}", f"{value:.6g}") for name, station, value in sightings.refused]
+    if sightings.skipped:
+        skipped = [(reason, count, "; ".join(first) + "; …" * (count > len(first))) for reason, count, first in sightings.skipped]
+        report.table(
+            pd.DataFrame(skipped, columns=["why", "how many", "the first of them"]),
+            "Observations of the file that could not be used, and were left out: rows and stations are counted from 1, the header "
+            "of a table not counted.",
+        )
+    refused = [(name or "state", station, f"{value:.6g}") for name, station, value in sightings.refused]
     if refused:
         listed = ", of which 20 are listed" if len(refused) > 20 else ""
         report.table(

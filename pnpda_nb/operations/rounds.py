@@ -18,10 +18,10 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..core.checks import GAPS, guard
 from ..core.compute import _computing
+from ..core.progress import _Bar as tqdm
 from ..core.random import stream
 from ..core.settings import Count, PositiveNumber, Settings, Share
 from ..core.training import Phase, Plan, Training, fingerprint_of, read_training, resume_training, run_training

@@ -14,18 +14,18 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..core.checks import guard
 from ..core.compute import _computing
+from ..core.progress import _Bar as tqdm
 from ..core.random import RunStreams
 from ..files.layout import Layout, layout_from_record
 from ..files.states import States
 from ..files.stations import StationObservations
-from .aware import AwarePrior, draw_around, look_at
+from .aware import AwarePrior, draw_around, field_of, look_at
 from .learning import Learned
 from .pipeline import _check_finite, _check_fit, _check_seed
-from .report import Report, draw_ranks, draw_training
+from .report import Report, _label, draw_ranks, draw_training
 from .rounds import Cycled
 
 # %% auto #0
@@ -75,9 +75,9 @@ def networks_in_words(prior: AwarePrior) -> str:
     )
 
 
-def learning_report(learned: Learned, name: str) -> Report:
-    """The report of a training on the archive `name`: whether the prior is any good and its uncertainty may be believed, and how it
-    was trained.
+def learning_report(learned: Learned, name: str, believed: str = "") -> Report:
+    """The report of a training on the archive `name`: whether the prior is any good and its uncertainty may be believed (`believed`
+    is a sentence about that), and how it was trained.
     """
     prior, history, findings = learned.prior, learned.history, learned.findings
     record = prior.training
@@ -96,6 +96,8 @@ def learning_report(learned: Learned, name: str) -> Report:
         "the pairs of training, with a localisation and a size chosen on others.",
     )
     report.heading("May its uncertainty be believed?")
+    if believed:
+        report.text(believed)
     report.table(
         findings.fields,
         "By field, in its units: root mean squares of the errors of analyses and of the standard deviations that they come with, "
@@ -110,7 +112,8 @@ def learning_report(learned: Learned, name: str) -> Report:
     report.heading("What did it do?")
     report.figure(
         draw_maps(learned),
-        "Root mean squares over the cases: increments of the analyses, their errors, and the standard deviations they come with.",
+        "Root mean squares over the cases, in the units of each field: increments of the analyses, their errors, and the standard "
+        "deviations they come with.",
     )
     report.heading("Training")
     report.figure(
@@ -135,12 +138,26 @@ def cycles_verdict(cycled: Cycled) -> str:
         than = f"the archive's prior ({lead:.3f} ± {bar:.3f} of {lead + float(row.forecast):.3f}, {share:.0%})"
         how = "better than by" if lead > 3 * bar else "about as good as by" if lead > -3 * bar else "WORSE than by"
         said = f"In cycles with the model, forecasts from analyses by the prior of round {cycled.kept} were {how} {than}."
-    return " ".join([said, f"Intervals of 90 % held {cycled.coverage:.1%} of its analyses there.", *cycled.notes])
+    return " ".join([said, believed_coverage(cycled), *cycled.notes])
+
+
+def believed_coverage(cycled: Cycled) -> str:
+    """Which coverage is to be believed, that in cycles or that on the pairs of the archive: a sentence."""
+    share = cycled.learned.findings.coverage[0]
+    why = (
+        "spreads were calibrated there, on forecasts of this model from its own analyses, which the archive's backgrounds are not"
+        if cycled.kept
+        else "backgrounds are forecasts of this model from its own analyses, as they will be in use"
+    )
+    return (
+        f"Intervals of 90 % held {cycled.coverage:.1%} of the analyses in cycles, and {share:.1%} of those of the archive's pairs. "
+        f"Believe the figure in cycles: {why}."
+    )
 
 
 def cycles_report(cycled: Cycled, name: str) -> Report:
     """The report of `learning_report`, and what training in cycles came to."""
-    report = learning_report(cycled.learned, name)
+    report = learning_report(cycled.learned, name, believed_coverage(cycled))
     report.heading("In cycles with the model")
     report.text(cycles_verdict(cycled))
     units = "in standard deviations of the increments, and by how much less they are than before (± paired standard error)"
@@ -175,13 +192,27 @@ def draw_maps(learned: Learned, most: int = 4) -> Figure:
         fields.shape[1], 3, figsize=(9, 2.2 * fields.shape[1]), squeeze=False, sharex=True, sharey=True, layout="constrained"
     )
     x, y = grid.places[0, :, 1], grid.places[:, 0, 0]
-    for row, some, channel in zip(axes, fields.movedim(1, 0), grid.channels):
+    specs, of = _layout_of(learned.prior).fields, field_of(learned.prior)
+    for number, (row, some, channel) in enumerate(zip(axes, fields.movedim(1, 0), grid.channels)):
         top = float(some.nan_to_num().max())
+        spec = specs[int(of[grid.channel == number][0])] if (grid.channel == number).any() else specs[0]
         for ax, field, name in zip(row, some, names):
             drawn = ax.pcolormesh(x, y, field, vmin=0, vmax=top, shading="nearest", cmap="cividis")
-            ax.set_title(f"{name}, channel {channel}", fontsize="small")
-        figure.colorbar(drawn, ax=row)
+            ax.set_title(_label(f"{name} of {channel}"), fontsize="small", parse_math=False)
+        row[0].set_ylabel(_axis_label(learned.prior, spec.dims[-2]), parse_math=False)
+        figure.colorbar(drawn, ax=row).set_label(_label(spec.units or "1"), parse_math=False)
+    for ax in axes[-1]:
+        ax.set_xlabel(_axis_label(learned.prior, spec.dims[-1]), parse_math=False)
     return figure
+
+
+def _layout_of(prior: AwarePrior) -> Layout:
+    return Layout.plain(prior.dim) if prior.layout is None else layout_from_record(prior.layout)
+
+
+def _axis_label(prior: AwarePrior, dim: str) -> str:
+    axis = _layout_of(prior).axes.get(dim)
+    return _label(f"{dim} ({axis.units})" if axis is not None and axis.units else dim)
 
 
 # %% ../../nbs/94_priors.ipynb #30analysefun
