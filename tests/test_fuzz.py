@@ -25,9 +25,10 @@ import torch
 import xarray as xr
 
 from pnpda_nb.classical import DualFourDVar, EnFF, EnKF, EnRDA, EnSF, FourDVar, ThreeDVar, WeakFourDVar
-from pnpda_nb.core import Grid, Homogeneous, RunNoise, guarded, stream, write_netcdf
+from pnpda_nb.core import Grid, Homogeneous, guarded, stream, write_netcdf
 from pnpda_nb.core.disk import BLANK, netcdf_bytes, record_bytes, sealed, with_tail, write_checkpoint, write_record
 from pnpda_nb.core.localisation import between_points
+from pnpda_nb.core.random import RunNoise
 from pnpda_nb.core.spectral import Spectral
 from pnpda_nb.dynamics import (
     AdditiveModelError,
@@ -838,7 +839,7 @@ SELF = {  # objects whose methods are called; without an entry they are made fro
     "core.spectral.Spectral": lambda: Spectral(TORUS, torch.ones(4, 4, 1, 1, dtype=DOUBLE)),
     "dynamics.SurfaceQuasiGeostrophic": lambda: SurfaceQuasiGeostrophic(8),
     "dynamics.QuasiGeostrophic": lambda: QuasiGeostrophic(6),
-    "core.RunNoise": lambda: RunNoise(0, "test", "x", 2),
+    "core.random.RunNoise": lambda: RunNoise(0, "test", "x", 2),
     "classical.FourDVar": lambda: FourDVar(Covariance(spd(3)), window=2, iterations=2),
     "classical.DualFourDVar": lambda: DualFourDVar(Covariance(spd(3)), window=2, iterations=2),
     "classical.WeakFourDVar": lambda: WeakFourDVar(Covariance(spd(3)), Covariance(spd(3)), window=2, iterations=2),
@@ -925,7 +926,7 @@ LEFT_OUT = re.compile(
     r"twin\.cycle\.filter_cycle|dynamics\.by_formula|twin\.window\.window_cycle|twin\.method\.Segment|twin\.Tuned|twin\.nature\.forget_nature_runs|core\.training"
     r"|learned\.(OnPolicyTraining\.(?!__init__)|on_policy\.rollout_loss|records\.(Trajectories|Examples)|train_on_policy)"
     r"|learned\.(Records\.__init__|AnalysisPrior\.on)"
-    r"|interop\.(ProgramModel|dapper|for_dapper|per_state|from_tendency)|sweep\.(code_version|run_task|run_tasks|workplace|HereExecutor|Store\.read)|studies\.(Study\.(__init__|run|kept)|[Pp]ublished)"
+    r"|interop\.(models\.end_programs|ProgramModel|dapper|for_dapper|per_state|from_tendency)|sweep\.(code_version|run_task|run_tasks|workplace|HereExecutor|Store\.read)|studies\.(Study\.(__init__|run|kept)|[Pp]ublished)"
     r"|methods\.spectral_errors|twin\.(lorenz|kura|pend|double|saka|sako|bocq)|studies\.(parts\.\w+_part|(parts\.)?(learning|costed|record)_task|parts\.passes|figure_along|SweepSettings\.require)|core\.(Settings|guard$|RunStreams|interface|deprecated|unchecked)|plotting\.(explore|book_style)"
     r"|pnp\.Constraint\.|flow_matching\.(store\.(PriorFile|FlowFile)|field_prior\.FieldPrior)\.|windows\.IncrementalPrior\.on"
     r"|windows\.networks\.WindowPrior\.|core\.settings\.(annotations_of|check_fields|rules_of_fields)"

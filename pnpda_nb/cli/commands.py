@@ -18,6 +18,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from .daily import cycle_command
 from .output import _FOR_PROGRAMMERS, _line, _occupy, _Outlet, _say, _short, _silence, _table, _told, _visible
 from .places import _check_places, _Place, _read, _report_path, _room, _with_report, _write
 from .results import _about, _attributes, _check_counts, _check_folder, _check_size, _is_prior, _key_value, _manifest
@@ -77,6 +78,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Data assimilation with learned priors.",
 )
+app.command("cycle")(cycle_command)
 
 
 def _print_version(wanted: bool) -> None:
@@ -450,7 +452,7 @@ def _attempt() -> tuple[int, str]:
             print(_visible("".join(traceback.format_exception(error))), file=sys.stderr)
         return 2, _told(error)
     if status == 130:  # the option parser turns Ctrl-C into this
-        resumes = sys.argv[1:2] in (["run"], ["train"])
+        resumes = sys.argv[1:2] in (["run"], ["train"], ["cycle"])
         return (
             130,
             "interrupted; "

@@ -31,6 +31,14 @@ _Model = Annotated[
         "in its cycles"
     ),
 ]
+_StepModel = Annotated[
+    Optional[str], typer.Option(help="MODULE:FUNCTION of a forecast model, arrays (state, number) to those a step later, or:")
+]
+_Scheme = Annotated[
+    Optional[str],
+    typer.Option(help="free_run, enkf, etkf, letkf, local_enkf, ensf, enff, var3d or var3d_gc, with settings by --set"),
+]
+_Steps = Annotated[Optional[int], typer.Option(help="steps of the model in the shortest time between two times; default: 1")]
 _Program = Annotated[Optional[str], typer.Option(help="the same as a program of files, 'CMD {input} {output}'")]
 _Rounds = Annotated[Optional[int], typer.Option(help="of training in cycles of the model; default: 3")]
 _Interval = Annotated[Optional[int], typer.Option(help="steps of the model between two times; default: 1")]

@@ -8,7 +8,7 @@ from .disk import read_record, write_netcdf
 from .grid import Distance, Grid, gaspari_cohn, gaspari_cohn_matrix, tapers
 from .homogeneous import Homogeneous
 from .interface import deprecated
-from .random import RunNoise, RunStreams, standard_normal, stream
+from .random import RunStreams, standard_normal, stream
 from .settings import Settings
 
 # %% auto #0
@@ -17,7 +17,6 @@ __all__ = [
     "Gappy",
     "Grid",
     "Homogeneous",
-    "RunNoise",
     "RunStreams",
     "Settings",
     "deprecated",

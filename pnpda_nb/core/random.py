@@ -14,7 +14,7 @@ from .checks import Gappy, guard
 from .settings import _require
 
 # %% auto #0
-__all__ = ["stream", "RunStreams", "standard_normal", "RunNoise"]
+__all__ = ["stream", "RunStreams", "standard_normal"]
 
 
 # %% ../../nbs/92_engine.ipynb #41fb2385

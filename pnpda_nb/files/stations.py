@@ -129,7 +129,7 @@ def read_observations(
     where = f"observations {_shown(path)}"
     counting = tuple(dict.fromkeys((*_TIMES, *states.runs, *states.layout.samples, *_listing(samples))))
     data, measured = _dataset(path, states.layout, counting, where)
-    return _usable_of(data, states, counting, measured, where, strict)
+    return _with_some(_usable_of(data, states, counting, measured, where, strict), where)
 
 
 def _usable_of(
@@ -213,6 +213,11 @@ def _seen(data: xr.Dataset, states: States, counting: Sequence[str], measured: S
         tuple(one for part in found for one in part[5]),
         tuple(name for part in found for name in part[6]),
     )
+    return sightings
+
+
+def _with_some(sightings: StationObservations, where: str) -> StationObservations:
+    """The same; raises `ValueError` if nothing was seen at all."""
     if np.isnan(sightings.values).all():
         raise ValueError(
             f"{where}: expected at least one value, got {sightings.values.size} "
@@ -231,7 +236,7 @@ def read_example(path: str | os.PathLike, layout: Layout, *, samples: Sequence[s
     data, measured = _dataset(path, layout, counting, where)
     data, array = _own_times(data, counting, measured)
     states = States(torch.empty(0), layout, {"": array}, tuple(map(str, array.dims)), ())
-    return _usable_of(data, states, counting, measured, where, False)
+    return _with_some(_usable_of(data, states, counting, measured, where, False), where)
 
 
 # %% ../../nbs/93_files.ipynb #23cedbb9

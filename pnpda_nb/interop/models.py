@@ -278,6 +278,15 @@ def _write_states(model: ProgramModel, fields: Layout, states: np.ndarray, path:
 
 
 # %% ../../nbs/28_your_model.ipynb #45b4d151
+_running: set[subprocess.Popen] = set()
+
+
+def end_programs() -> None:
+    """End all programs that this process is waiting for."""
+    for process in list(_running):
+        _end(process)
+
+
 def _run_program(model: ProgramModel, given: Path, answer: Path) -> None:
     """Run a program once, to its end; raises `ValueError` if it does not come to a good one."""
     words = list(model.command)
@@ -290,12 +299,14 @@ def _run_program(model: ProgramModel, given: Path, answer: Path) -> None:
             process = subprocess.Popen(words, **streams, start_new_session=os.name == "posix")
         except (OSError, ValueError) as error:  # a zero byte in a word is a ValueError
             raise ValueError(f"{model.name}: cannot start {words[0]!r} ({getattr(error, 'strerror', None) or error})") from error
+        _running.add(process)
         try:
             status = process.wait(model.timeout)
         except subprocess.TimeoutExpired as error:
             raise ValueError(f"{model.name}: expected an answer within {model.timeout:g} s, got none") from error
         finally:
             _end(process)
+            _running.discard(process)
     if status:
         last = next(filter(None, (_last_line(path.read_text(errors="replace")) for path in said)), "it said nothing")
         raise ValueError(f"{model.name}: ended with status {status}: {last}")
