@@ -260,7 +260,7 @@ def test_that_times_must_be_whole_steps_apart(world):
         ("--method etkf --set speed=1 --model world:step", "ETKF: got an unexpected keyword argument 'speed'"),
         ("--method etkf --members 4 --model world:step", "members: expected --spread, for members around the one state"),
         ("--method etkf --members 4 --spread U=1 --model world:step", "spread: expected a positive number, or T=NUMBER, got 'U=1'"),
-        ("--method free_run --model world:nothing", "model: cannot import world:nothing"),
+        ("--method free_run --model world:nothing", "model: world has no 'nothing'"),
     ],
 )
 def test_that_wrong_words_are_one_line_and_leave_nothing(words, said, world, forked):

@@ -102,6 +102,7 @@ def _limit(chance: float, degrees: float) -> float:
     return far * float(student.isf(beyond(far), degrees)) / far
 
 
+# %% ../../nbs/31_monitor.ipynb #31usual
 def _usual(history: Gappy, memory: float, chance: float) -> _Usual:
     """What is usual by `history` `(time, group, 3)`, with limits that the charts of a group pass with this `chance` in a cycle."""
     shape = history.shape[1:]
@@ -126,15 +127,33 @@ def _usual(history: Gappy, memory: float, chance: float) -> _Usual:
     return _Usual(mean, scale, torch.maximum(least[:, None], 1.1 * most))
 
 
-# %% ../../nbs/31_monitor.ipynb #31monitor
-class Monitor:
-    """A watch on the innovations of `groups`, which are names: variables, or variables in regions.
+# %% ../../nbs/31_monitor.ipynb #31memory
+class _Remembered:
+    """What is remembered of standardised innovations, of variance 1 if they are white: `values` at `points`, which are sorted."""
 
-    In the first cycles, as many as `calibration`, it learns how the numbers of `innovation_statistics` usually are: their means,
-    variances, and correlations from one cycle to the next, whatever they come from. Then exponentially weighted means of them, in
-    which a cycle counts `memory`, are compared with limits that would be passed by chance in a share `false_alarms` of the cycles,
-    all groups together. An alarm lasts until its chart is back within half of its limit.
-    """
+    def __init__(self, points: Index | None = None, values: Tensor | None = None):
+        self.points = torch.zeros(0, dtype=torch.long) if points is None else points
+        self.values = torch.zeros(0, dtype=torch.float64) if values is None else values
+
+    def at(self, point: Index) -> Gappy:
+        """What is remembered at some points; nan where nothing is."""
+        found = torch.full(point.shape, torch.nan, dtype=torch.float64)
+        if len(self.points):
+            here = torch.searchsorted(self.points, point).clamp_max(len(self.points) - 1)
+            found = torch.where(self.points[here] == point, self.values[here], found)
+        return found
+
+    def take(self, point: Index, z: Tensor, earlier: Gappy) -> "_Remembered":
+        """What there is fades, and innovations come to it; of several at one point, the last one."""
+        new = FADING * earlier.nan_to_num(0.0) + (1 - FADING**2) ** 0.5 * z
+        points, values = torch.cat([point, self.points]), torch.cat([new, FADING * self.values])
+        kept, first = np.unique(points.numpy(), return_index=True)
+        return _Remembered(torch.from_numpy(kept), values[torch.from_numpy(first)])
+
+
+# %% ../../nbs/31_monitor.ipynb #31charts
+class _Charts:
+    """What a monitor of some groups knows, and its charts."""
 
     def __init__(
         self, groups: Sequence[str], calibration: Count = 300, memory: PositiveShare = 0.1,
@@ -148,7 +167,7 @@ class Monitor:
         self.cycles, self.history = 0, torch.zeros(0, *shape, dtype=torch.float64)
         self.usual: _Usual | None = None
         self.level, self.alarmed = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape[0], 2, dtype=torch.bool)
-        self.before: tuple[Index, Tensor] = (torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.float64))
+        self.before = _Remembered()
 
     def __repr__(self) -> str:
         now = ", ".join(" ".join(alarm) for alarm in self.alarms) or ("no alarm" if self.usual else "learning")
@@ -173,6 +192,17 @@ class Monitor:
         z = (self.level[group] - self.usual.mean[group]) / self.usual.scale[group]
         return WHAT[0] if abs(float(z[0])) >= float(z[2].nan_to_num(0.0)) else WHAT[2]
 
+
+# %% ../../nbs/31_monitor.ipynb #31monitor
+class Monitor(_Charts):
+    """A watch on the innovations of `groups`, which are names: variables, or variables in regions.
+
+    In the first cycles, as many as `calibration`, it learns how the numbers of `innovation_statistics` usually are: their means,
+    variances, and correlations from one cycle to the next, whatever they come from. Then exponentially weighted means of them, in
+    which a cycle counts `memory`, are compared with limits that would be passed by chance in a share `false_alarms` of the cycles,
+    all groups together. An alarm lasts until its chart is back within half of its limit.
+    """
+
     def see(
         self, innovation: Tensor, variance: Positive, group: Index | None = None, point: Index | None = None
     ) -> list[tuple[str, str, float]]:
@@ -186,9 +216,9 @@ class Monitor:
         if point.shape != innovation.shape:
             raise ValueError(f"point: expected {len(innovation)} numbers as there are innovations, got shape {tuple(point.shape)}")
         z = innovation / variance.sqrt()
-        earlier = self._remembered(point)
+        earlier = self.before.at(point)
         found = innovation_statistics(innovation, variance, earlier, group, len(self.groups))
-        self._remember(point, z, earlier)
+        self.before = self.before.take(point, z, earlier)
         self.cycles += 1
         if self.usual is None:
             self.history = torch.cat([self.history, found[None]])
@@ -201,22 +231,6 @@ class Monitor:
         self.alarmed = (far > 1) | (self.alarmed & (far > 0.5))
         return [(self.groups[g], self._what(g, k), float(far[g, k])) for g, k in began.nonzero().tolist()]
 
-    def _remembered(self, point: Index) -> Gappy:
-        """What is remembered of standardised innovations at some points, of variance 1 if they are white; nan where nothing is."""
-        found = torch.full(point.shape, torch.nan, dtype=torch.float64)
-        if len(self.before[0]):
-            at = torch.searchsorted(self.before[0], point).clamp_max(len(self.before[0]) - 1)
-            found = torch.where(self.before[0][at] == point, self.before[1][at], found)
-        return found
-
-    def _remember(self, point: Index, z: Tensor, earlier: Gappy) -> None:
-        """What is there to remember fades, and innovations come to it; of several at one point, the last one."""
-        new = FADING * earlier.nan_to_num(0.0) + (1 - FADING**2) ** 0.5 * z
-        points = torch.cat([point, self.before[0]])
-        values = torch.cat([new, FADING * self.before[1]])
-        kept, first = np.unique(points.numpy(), return_index=True)
-        self.before = torch.from_numpy(kept), values[torch.from_numpy(first)]
-
     def _learn(self) -> None:
         settled = self.history[self.calibration // 10 :]
         self.usual = _usual(settled, self.memory, self.false_alarms / len(self.groups))
@@ -228,7 +242,7 @@ class Monitor:
         usual = {} if self.usual is None else dict(vars(self.usual))
         return {
             "groups": list(self.groups), "cycles": self.cycles, "history": self.history, "usual": usual, "level": self.level,
-            "alarmed": self.alarmed, "points": self.before[0], "before": self.before[1],
+            "alarmed": self.alarmed, "points": self.before.points, "before": self.before.values,
         }  # fmt: skip
 
     def restored(self, state: Annotated[dict, GAPS]) -> Annotated["Monitor", GAPS]:
@@ -238,7 +252,7 @@ class Monitor:
             raise ValueError(f"state: expected that of a monitor of {', '.join(self.groups[:5])}, got another")
         other.cycles, other.history, other.level, other.alarmed = (state[k] for k in ("cycles", "history", "level", "alarmed"))
         other.usual = _Usual(**state["usual"]) if state["usual"] else None
-        other.before = state["points"], state["before"]
+        other.before = _Remembered(state["points"], state["before"])
         return other
 
 
