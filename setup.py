@@ -40,7 +40,7 @@ setup(
         "Typing :: Typed",
     ],
     packages=find_packages(include=["pnpda_nb", "pnpda_nb.*"]),
-    package_data={"pnpda_nb": ["py.typed"]},
+    package_data={"pnpda_nb": ["py.typed", "results.json"]},
     python_requires=f">={meta['min_python']}",
     install_requires=meta["requirements"].split(),
     extras_require={name: meta[f"{name}_requirements"].split() for name in ("dev", "dapper", "distributed", "torchcfm", "zarr")},

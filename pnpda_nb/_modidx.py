@@ -562,6 +562,13 @@ d = {
             "pnpda_nb.core.spectral._wavenumbers": ("engine.html#_wavenumbers", "pnpda_nb/core/spectral.py"),
             "pnpda_nb.core.spectral._waves": ("engine.html#_waves", "pnpda_nb/core/spectral.py"),
         },
+        "pnpda_nb.core.stored": {
+            "pnpda_nb.core.stored._cache": ("files.html#_cache", "pnpda_nb/core/stored.py"),
+            "pnpda_nb.core.stored._fetch": ("files.html#_fetch", "pnpda_nb/core/stored.py"),
+            "pnpda_nb.core.stored._folders": ("files.html#_folders", "pnpda_nb/core/stored.py"),
+            "pnpda_nb.core.stored._listed": ("files.html#_listed", "pnpda_nb/core/stored.py"),
+            "pnpda_nb.core.stored.stored": ("files.html#stored", "pnpda_nb/core/stored.py"),
+        },
         "pnpda_nb.core.strangers": {
             "pnpda_nb.core.strangers._begins_in": ("engine.html#_begins_in", "pnpda_nb/core/strangers.py"),
             "pnpda_nb.core.strangers._executed": ("engine.html#_executed", "pnpda_nb/core/strangers.py"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 import os
 import re
 import shutil
@@ -97,6 +98,19 @@ def readme_example() -> tuple[str, str]:
     return code, shown
 
 
+def chapter_alone(name: str, cache: Path) -> str:
+    """The cells of a chapter as one script for somebody who downloaded it alone and fetches what it has stored."""
+    cells = json.loads((ROOT / "nbs" / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+    served = (ROOT / "nbs" / "results").as_uri()
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    code = [cell for cell in code if not cell.startswith("#| slow")]
+    return (
+        f"import os\nos.environ |= {{'MPLBACKEND': 'Agg', 'PNPDA_RESULTS': {served!r}, 'XDG_CACHE_HOME': {str(cache)!r}}}\n"
+        "import codeop\nas_in_a_notebook = codeop.Compile()  # what a cell takes from the future holds for those after it\n"
+        f"for cell in {code!r}:\n    exec(as_in_a_notebook(cell, {name!r}, 'exec'), globals())\n"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--keep", type=Path, help="a folder to work in and to leave in place; default: one that is deleted")
@@ -138,6 +152,11 @@ def check(folder: Path) -> None:
     printed = sh(python, "-", cwd=empty, input=code)
     expect(printed == shown, f"README's example prints {printed!r}, expected {shown!r} as README shows")
     say(f"README's example prints {printed.strip()!r}")
+
+    sh(python, "-", cwd=empty, input=chapter_alone("27_windows_by_loop", folder / "cache"))
+    fetched = sorted(path.name for path in (folder / "cache").rglob("*") if path.is_file())
+    expect(bool(fetched), "a chapter that was downloaded alone fetched nothing that it has stored")
+    say(f"a chapter that was downloaded alone runs, and fetched {', '.join(fetched)}")
 
     tests = ROOT / "tests" / "test_dapper.py"
     if not tests.exists():
