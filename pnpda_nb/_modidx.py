@@ -567,6 +567,7 @@ d = {
             "pnpda_nb.core.stored._fetch": ("files.html#_fetch", "pnpda_nb/core/stored.py"),
             "pnpda_nb.core.stored._folders": ("files.html#_folders", "pnpda_nb/core/stored.py"),
             "pnpda_nb.core.stored._listed": ("files.html#_listed", "pnpda_nb/core/stored.py"),
+            "pnpda_nb.core.stored._package": ("files.html#_package", "pnpda_nb/core/stored.py"),
             "pnpda_nb.core.stored.stored": ("files.html#stored", "pnpda_nb/core/stored.py"),
         },
         "pnpda_nb.core.strangers": {

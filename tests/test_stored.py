@@ -25,10 +25,10 @@ EXPORTED = re.compile(r"^#\| ?(export|exports|exporti)\b", re.MULTILINE)
 @pytest.fixture
 def far_from_any_clone(tmp_path, monkeypatch):
     """A folder of nobody's, a home of its own, and a package that is not in a clone."""
-    (tmp_path / "site" / "pnpda_nb" / "core").mkdir(parents=True)
+    (tmp_path / "site" / "pnpda_nb").mkdir(parents=True)
     (tmp_path / "work").mkdir()
-    shutil.copy(Path(module.__file__).parents[1] / "results.json", tmp_path / "site" / "pnpda_nb")
-    monkeypatch.setattr(module, "__file__", str(tmp_path / "site" / "pnpda_nb" / "core" / "stored.py"))
+    shutil.copy(module._package() / "results.json", tmp_path / "site" / "pnpda_nb")
+    monkeypatch.setattr(module, "_package", lambda: tmp_path / "site" / "pnpda_nb")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("PNPDA_RESULTS", raising=False)
     monkeypatch.chdir(tmp_path / "work")

@@ -9,6 +9,7 @@ import hashlib
 import os
 import urllib.request
 from functools import cache
+from importlib.resources import files
 from pathlib import Path
 
 from .checks import guard
@@ -40,9 +41,9 @@ def stored(name: str) -> Path:
 # %% ../../nbs/93_files.ipynb #93stored3
 def _folders() -> list[Path]:
     """Where stored results may lie, the nearest first."""
-    asked, here, package = os.environ.get("PNPDA_RESULTS", ""), Path.cwd(), Path(__file__).resolve().parents[2]
+    asked, here = os.environ.get("PNPDA_RESULTS", ""), Path.cwd()
     above = [base / part for base in (here, *here.parents) for part in ("results", "nbs/results")]
-    return ([Path(asked)] if asked and "://" not in asked else []) + above + [package / "nbs" / "results", _cache()]
+    return ([Path(asked)] if asked and "://" not in asked else []) + above + [_package().parent / "nbs" / "results", _cache()]
 
 
 def _cache() -> Path:
@@ -50,10 +51,14 @@ def _cache() -> Path:
     return Path(base, "pnpda_nb", _listed()["version"], "results")
 
 
+def _package() -> Path:
+    return Path(str(files("pnpda_nb"))).resolve()
+
+
 @cache
 def _listed() -> dict:
     """The list that comes with the package: version, address, and the size and digest of every file."""
-    return read_record(Path(__file__).resolve().parents[1] / "results.json")
+    return read_record(_package() / "results.json")
 
 
 # %% ../../nbs/93_files.ipynb #93stored4
