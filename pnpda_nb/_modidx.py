@@ -568,7 +568,7 @@ d = {
             "pnpda_nb.core.stored._folders": ("files.html#_folders", "pnpda_nb/core/stored.py"),
             "pnpda_nb.core.stored._listed": ("files.html#_listed", "pnpda_nb/core/stored.py"),
             "pnpda_nb.core.stored._package": ("files.html#_package", "pnpda_nb/core/stored.py"),
-            "pnpda_nb.core.stored.stored": ("files.html#stored", "pnpda_nb/core/stored.py"),
+            "pnpda_nb.core.stored.stored_file": ("files.html#stored_file", "pnpda_nb/core/stored.py"),
         },
         "pnpda_nb.core.strangers": {
             "pnpda_nb.core.strangers._begins_in": ("engine.html#_begins_in", "pnpda_nb/core/strangers.py"),

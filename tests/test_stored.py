@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from pnpda_nb.core import stored as module
-from pnpda_nb.core.stored import stored
+from pnpda_nb.core.stored import stored_file
 
 ROOT = Path(__file__).parent.parent
 CHAPTERS = [path for path in sorted((ROOT / "nbs").glob("[!_.]*.ipynb")) if path.stem != "index"]
@@ -57,19 +57,19 @@ def test_that_a_stored_result_is_found_beside_a_notebook_above_it_and_where_the_
         shutil.copytree(ROOT / "nbs" / "results" / "dapper", folder)
         if place == "elsewhere":
             monkeypatch.setenv("PNPDA_RESULTS", str(folder.parent))
-        assert stored("dapper/runs.csv") == folder / "runs.csv"
-        assert stored("dapper") == folder
+        assert stored_file("dapper/runs.csv") == folder / "runs.csv"
+        assert stored_file("dapper") == folder
         shutil.rmtree(folder)
 
 
 def test_that_what_is_nowhere_is_fetched_once_and_compared(far_from_any_clone, server, monkeypatch):
     address, folder = server
     monkeypatch.setenv("PNPDA_RESULTS", address)
-    found = stored("dapper")
+    found = stored_file("dapper")
     assert found.is_relative_to(far_from_any_clone / "cache")
     assert {p.name: p.read_bytes() for p in found.iterdir()} == {p.name: p.read_bytes() for p in (folder / "dapper").iterdir()}
     monkeypatch.setenv("PNPDA_RESULTS", "http://127.0.0.1:9")  # nobody is asked again
-    assert stored("dapper") == found
+    assert stored_file("dapper") == found
 
 
 def test_that_a_file_of_another_version_is_not_taken(far_from_any_clone, server, monkeypatch):
@@ -77,18 +77,18 @@ def test_that_a_file_of_another_version_is_not_taken(far_from_any_clone, server,
     monkeypatch.setenv("PNPDA_RESULTS", address)
     (folder / "dapper" / "runs.csv").write_text("other,numbers\n")
     with pytest.raises(FileNotFoundError, match="^results: .*runs.csv is not the file that this version was made with; set PNPDA"):
-        stored("dapper/runs.csv")
+        stored_file("dapper/runs.csv")
     assert not list((far_from_any_clone / "cache").rglob("*.csv"))
 
 
 def test_that_one_line_says_what_to_do_where_nothing_can_be_fetched(far_from_any_clone, monkeypatch):
     monkeypatch.setenv("PNPDA_RESULTS", "http://127.0.0.1:9/results")
     with pytest.raises(FileNotFoundError, match="^results: dapper/runs.csv is not here and cannot be fetched .*PNPDA") as error:
-        stored("dapper/runs.csv")
+        stored_file("dapper/runs.csv")
     assert "\n" not in str(error.value)
     for wrong in ("dapper/nothing.csv", "", "dap", "../results"):
         with pytest.raises(ValueError, match="^name: expected a file or folder of the stored results"):
-            stored(wrong)
+            stored_file(wrong)
 
 
 def test_that_the_list_of_stored_results_is_that_of_the_files():

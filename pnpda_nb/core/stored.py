@@ -20,7 +20,7 @@ __all__ = []
 
 
 # %% ../../nbs/93_files.ipynb #93stored2
-def stored(name: str) -> Path:
+def stored_file(name: str) -> Path:
     """The file `name` of the book's stored results, such as `lorenz63/scores.csv`, or the folder of a study with all its files.
 
     Raises `ValueError` for a name that the book does not have, and `FileNotFoundError`, in one line that says what to do, if it is
