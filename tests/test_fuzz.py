@@ -751,6 +751,8 @@ OWN = {  # arguments of one callable, where they are not those of the pool
         "dataset": archive,
         "attributes": lambda: {"units": "K", "valid": True},
     },
+    "core.disk.source_digest": {"home": folder, "paths": lambda: None},
+    "core.stored.stored_file": {"name": lambda: "dapper/runs.csv"},
     "core.disk.naming": {"deed": lambda: "read"},
     "core.disk.write_whole": {"files": lambda: {folder() / "w.json": b"x"}},
     "core.disk.sealed": {"content": lambda: b"x " + BLANK},

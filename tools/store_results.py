@@ -28,8 +28,8 @@ CHOSEN = {  # what is stored of a study that takes many hours
     "sqg": "--set still=0 --set jets=none --set dissipations=none --set larger=0"
     " --methods free_run,interpolation,var3d,letkf,letkf_40,amortised",
     "sqg_elsewhere": "--set larger=0 --methods var3d,amortised",
-    "sqg_around": "--set still=0 --set jets=none --set dissipations=none --set larger=0 --set columns=256"
-    " --set priors=nbs/results/sqg --methods var3d,pnpda_blind,amortised,learned_mean",
+    "sqg_around": "--set still=0 --set jets=none --set dissipations=none --set columns=256 --set larger_runs=6"
+    " --set truth_runs=16 --set priors=nbs/results/sqg --methods var3d,letkf_40,pnpda_blind,amortised,learned_mean",
 }
 WINDOWS = {f"incremental_{name}": [1] for name in ("lorenz63", "pendulum", "lorenz96")}
 SMALL = 500_000  # bytes; larger priors are not kept, but for fields
@@ -44,7 +44,8 @@ def keep(study: str, folder: Path) -> None:
     if study in WINDOWS:
         priors = []
     if study in FIELDS:
-        priors = [p for p in priors if p.stem in ("prior_amortised", "prior_learned_mean") and study == "sqg"]
+        theirs = {"sqg": "prior_amortised", "sqg_around": "prior_learned_mean"}
+        priors = [p for p in priors if p.stem == theirs.get(study)]
     if study in BEYOND:
         priors = [p for p in priors if p.stem in ("prior_amortised", "prior_pnpda_blind") and p.stat().st_size < SMALL]
     some = (*folder.glob("tuning_*.json"), *folder.glob("maps.nc"))
