@@ -13,10 +13,10 @@ import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..core.checks import Gappy, guard
 from ..core.disk import read_checkpoint, write_checkpoint, write_netcdf
+from ..core.progress import _Bar as tqdm
 from ..core.random import RunStreams, standard_normal, stream
 from ..files.layout import Layout
 from ..files.sequence import _apart, _Moment, _observed_at, _Start
